@@ -1,0 +1,378 @@
+//! The command line, as clap knows it. What options mean is decided in `context` and in the commands.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// PostgreSQL backup, WAL archive and point-in-time recovery into an encrypted, deduplicating repository.
+#[derive(Debug, Parser)]
+#[command(name = "fairvault", version, propagate_version = true, disable_help_subcommand = false)]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Configuration file [default: /etc/fairvault/fairvault.toml, then ./fairvault.toml]
+    #[arg(long, global = true, env = "FAIRVAULT_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Use this repository of the configuration
+    #[arg(long, global = true, value_name = "NAME", conflicts_with = "repo_url")]
+    pub repo: Option<String>,
+    /// Use this repository, without configuration: file:///folder, s3://bucket/prefix, gs://…, az://…
+    #[arg(long, global = true, env = "FAIRVAULT_REPO_URL", value_name = "URL")]
+    pub repo_url: Option<String>,
+    /// How to connect to the server: key=value pairs or a postgresql:// URI; PG* variables and .pgpass count
+    #[arg(long, global = true, value_name = "CONNINFO")]
+    pub conninfo: Option<String>,
+    /// File with the stanza's key
+    #[arg(long, global = true, env = "FAIRVAULT_KEY_FILE", value_name = "FILE", conflicts_with = "passphrase_file")]
+    pub key_file: Option<PathBuf>,
+    /// File with the stanza's passphrase
+    #[arg(long, global = true, env = "FAIRVAULT_PASSPHRASE_FILE", value_name = "FILE")]
+    pub passphrase_file: Option<PathBuf>,
+    /// Folder for what this host remembers of its stanzas
+    #[arg(long, global = true, env = "FAIRVAULT_CACHE", value_name = "FOLDER")]
+    pub cache: Option<PathBuf>,
+    /// error, warn, info, debug or trace
+    #[arg(long, global = true, env = "FAIRVAULT_LOG_LEVEL", default_value = "info", value_name = "LEVEL")]
+    pub log_level: String,
+    /// How log lines look
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// How results look
+    #[arg(long, global = true, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+/// Looks of log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For machines.
+    Json,
+}
+
+/// Looks of results.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Text,
+    /// For machines: one object on standard output.
+    Json,
+}
+
+/// Looks of progress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ProgressMode {
+    /// A line that moves on a terminal, plain lines otherwise.
+    Auto,
+    /// Lines.
+    Plain,
+    /// JSON events, one a line, on standard error.
+    Json,
+    /// Nothing.
+    None,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create and list stanzas
+    #[command(subcommand)]
+    Stanza(StanzaCommand),
+    /// Is a backup possible, and is WAL arriving?
+    Check {
+        /// Stanza
+        stanza: String,
+    },
+    /// Take a backup
+    Backup(BackupArgs),
+    /// Restore a backup, to any moment
+    Restore(RestoreArgs),
+    /// Archive and fetch WAL
+    #[command(subcommand)]
+    Wal(WalCommand),
+    /// Backups, WAL, and the window that can be restored
+    Info {
+        /// Stanza; without it, all stanzas of the repository that the configured keys open
+        stanza: Option<String>,
+    },
+    /// Is everything in the repository there and unchanged?
+    Verify {
+        /// Stanza
+        stanza: String,
+        /// objects: every object is there and its hash holds; data: every frame opens and every page checks
+        #[arg(long, value_enum, default_value_t = VerifyLevel::Objects)]
+        level: VerifyLevel,
+        /// How progress looks
+        #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
+        progress: ProgressMode,
+    },
+    /// Make and manage keys
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// Same as `wal push`
+    #[command(name = "archive-push", hide = true)]
+    ArchivePush(PushArgs),
+    /// Same as `wal get`
+    #[command(name = "archive-get", hide = true)]
+    ArchiveGet(GetArgs),
+    /// Same as `stanza create`
+    #[command(name = "stanza-create", hide = true)]
+    StanzaCreate(StanzaCreateArgs),
+}
+
+/// Verbs of `stanza`.
+#[derive(Debug, Subcommand)]
+pub enum StanzaCommand {
+    /// Make a stanza for a server: layout, keys, first log entry
+    Create(StanzaCreateArgs),
+    /// List the stanzas of the repository
+    List,
+}
+
+/// `stanza create`
+#[derive(Debug, Args)]
+pub struct StanzaCreateArgs {
+    /// Stanza
+    pub stanza: String,
+    /// Store everything readable for whoever can read the repository
+    #[arg(long)]
+    pub no_encryption: bool,
+}
+
+/// `backup`
+#[derive(Debug, Args)]
+pub struct BackupArgs {
+    /// Stanza
+    pub stanza: String,
+    /// Kind of backup
+    #[arg(long = "type", value_enum, default_value_t = BackupType::Auto)]
+    pub kind: BackupType,
+    /// Where the bytes come from
+    #[arg(long, value_enum, default_value_t = Source::Auto)]
+    pub source: Source,
+    /// A note to keep with the backup
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub annotation: Vec<String>,
+    /// Checkpoint at once instead of spread over time
+    #[arg(long)]
+    pub fast: bool,
+    /// At most this much a second, such as 20MiB
+    #[arg(long, value_name = "SIZE")]
+    pub max_rate: Option<String>,
+    /// zstd level
+    #[arg(long, value_name = "N")]
+    pub level: Option<i32>,
+    /// Workers [default: one a core]
+    #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "N")]
+    pub workers: usize,
+    /// How the WAL of the backup gets into the repository
+    #[arg(long, value_enum, default_value_t = WalArg::Auto)]
+    pub wal: WalArg,
+    /// How progress looks
+    #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
+    pub progress: ProgressMode,
+    /// A new stanza is to be stored readable for whoever can read the repository
+    #[arg(long)]
+    pub no_encryption: bool,
+}
+
+/// Kinds of backups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BackupType {
+    /// What fits: a full backup.
+    Auto,
+    /// Everything is read; what the repository has is not stored again.
+    Full,
+}
+
+/// Sources.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Source {
+    /// What fits: the replication protocol.
+    Auto,
+    /// BASE_BACKUP over the replication protocol.
+    Stream,
+}
+
+/// WAL of a backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WalArg {
+    /// archive if the server's archive_command is fairvault's, else stream
+    Auto,
+    /// Wait until `wal push` brought it
+    Archive,
+    /// Stream it on a second connection
+    Stream,
+}
+
+/// Depth of verification.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum VerifyLevel {
+    /// Every object.
+    Objects,
+    /// Every frame and page.
+    Data,
+}
+
+/// Words for `--target`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TargetWord {
+    /// The end of all WAL
+    Latest,
+    /// As soon as the backup is consistent
+    Immediate,
+}
+
+/// What happens at the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ActionArg {
+    /// Wait for a person, open for reading
+    Pause,
+    /// Open for writing
+    Promote,
+    /// Stop the server
+    Shutdown,
+}
+
+/// Whether the copy archives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Archiving {
+    /// The copy does not archive until it is told to
+    Off,
+    /// The copy replaces the original: settings stay as they were
+    Keep,
+}
+
+/// `restore`
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// Stanza
+    pub stanza: String,
+    /// New data directory
+    #[arg(long, value_name = "DIR")]
+    pub to: PathBuf,
+    /// Backup id, or latest [default: the newest from which the target can be reached]
+    #[arg(long, value_name = "ID")]
+    pub backup: Option<String>,
+    /// Recover to this time: RFC 3339, PostgreSQL's formats, or "yesterday 15:00"
+    #[arg(long, value_name = "TIME", group = "goal")]
+    pub target_time: Option<String>,
+    /// Recover to this position
+    #[arg(long, value_name = "LSN", group = "goal")]
+    pub target_lsn: Option<String>,
+    /// Recover to this transaction
+    #[arg(long, value_name = "XID", group = "goal")]
+    pub target_xid: Option<u32>,
+    /// Recover to this restore point
+    #[arg(long, value_name = "NAME", group = "goal")]
+    pub target_name: Option<String>,
+    /// Recover to this point
+    #[arg(long, value_enum, group = "goal")]
+    pub target: Option<TargetWord>,
+    /// Time zone of --target-time if it names none [default: this machine's]
+    #[arg(long, value_name = "ZONE")]
+    pub timezone: Option<String>,
+    /// Stop just before the target
+    #[arg(long)]
+    pub target_exclusive: bool,
+    /// What to do at the target
+    #[arg(long, value_enum)]
+    pub target_action: Option<ActionArg>,
+    /// Timeline: a number, latest or current
+    #[arg(long, default_value = "latest", value_name = "TIMELINE")]
+    pub target_timeline: String,
+    /// Whether the copy archives WAL
+    #[arg(long, value_enum, default_value_t = Archiving::Off)]
+    pub archiving: Archiving,
+    /// Reuse right files of a directory that is not empty
+    #[arg(long)]
+    pub delta: bool,
+    /// Replace a data directory that is not empty
+    #[arg(long, conflicts_with = "delta")]
+    pub force: bool,
+    /// Where a tablespace goes: its folder or oid, or all=FOLDER
+    #[arg(long, value_name = "OLD=NEW")]
+    pub tablespace_map: Vec<String>,
+    /// Write tablespaces where they were
+    #[arg(long)]
+    pub keep_tablespaces: bool,
+    /// Stay a standby that follows the archive
+    #[arg(long)]
+    pub standby: bool,
+    /// Print what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How progress looks
+    #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
+    pub progress: ProgressMode,
+}
+
+/// Verbs of `wal`.
+#[derive(Debug, Subcommand)]
+pub enum WalCommand {
+    /// Archive a file: archive_command = 'fairvault wal push STANZA %p'
+    Push(PushArgs),
+    /// Fetch a file: restore_command = 'fairvault wal get STANZA %f "%p"'
+    Get(GetArgs),
+}
+
+/// `wal push`
+#[derive(Debug, Args)]
+pub struct PushArgs {
+    /// Stanza
+    pub stanza: String,
+    /// The file, %p
+    pub path: PathBuf,
+}
+
+/// `wal get`
+#[derive(Debug, Args)]
+pub struct GetArgs {
+    /// Stanza
+    pub stanza: String,
+    /// Name of the file, %f
+    pub name: String,
+    /// Where to, %p
+    pub destination: PathBuf,
+    /// Recovery must get at least to this position
+    #[arg(long, value_name = "LSN")]
+    pub through: Option<String>,
+    /// Recovery follows this timeline
+    #[arg(long, value_name = "N")]
+    pub timeline: Option<u32>,
+}
+
+/// Verbs of `key`.
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Make a new key file (mode 0600); it is needed for every restore
+    Generate {
+        /// The new file
+        file: PathBuf,
+    },
+    /// List the slots that open a stanza
+    List {
+        /// Stanza
+        stanza: String,
+    },
+    /// Add a slot, so that another key or passphrase opens the stanza too
+    AddSlot {
+        /// Stanza
+        stanza: String,
+        /// Name of the slot
+        name: String,
+        /// File with the other key or passphrase
+        #[arg(long, value_name = "FILE")]
+        secret_file: PathBuf,
+    },
+}

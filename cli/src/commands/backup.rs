@@ -1,0 +1,132 @@
+//! `backup`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use fairvault_engine::backup::{self, Options, WalMethod, judge};
+use fairvault_engine::commit::Log;
+use fairvault_engine::error::{Error, Kind, Result};
+use fairvault_engine::postgres::lsn::Lsn;
+use fairvault_engine::progress::Progress;
+
+use super::{Outcome, stanza, stop_signal};
+use crate::args::{BackupArgs, Output, WalArg};
+use crate::context::Context;
+use crate::output;
+
+/// KiB a second from a size such as "20MiB".
+fn rate_kib(text: &str) -> Result<u32> {
+    let bad = || Error::usage(format!("--max-rate {text:?} is no size")).remedy("write it as 500KiB, 20MiB or 1GiB");
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let number: u64 = text[..digits].parse().map_err(|_| bad())?;
+    let kib = match text[digits..].trim().to_ascii_lowercase().as_str() {
+        "kib" | "k" | "kb" => number,
+        "mib" | "m" | "mb" => number.saturating_mul(1024),
+        "gib" | "g" | "gb" => number.saturating_mul(1024 * 1024),
+        _ => return Err(bad()),
+    };
+    u32::try_from(kib).ok().filter(|k| (32..=1_048_576).contains(k)).ok_or_else(|| {
+        Error::usage(format!("--max-rate {text} is out of range")).remedy("PostgreSQL takes 32KiB to 1GiB a second")
+    })
+}
+
+/// Opens the stanza; with options alone, a new one is made.
+async fn open(context: &Context, args: &BackupArgs) -> Result<Log> {
+    let repositories = context.repositories(Some(&args.stanza))?;
+    let repository = &repositories[0];
+    let opened = context.open_log_in(repository, &args.stanza, true).await;
+    match opened {
+        Err(error) if context.from_flags() && is_missing(&error) => {
+            let cluster = stanza::cluster(context, &args.stanza).await?;
+            let log = stanza::create_in(context, repository, &args.stanza, cluster, args.no_encryption).await?;
+            tracing::info!("stanza {} was created in {}", args.stanza, log.stanza().shown());
+            Ok(log)
+        }
+        other => other,
+    }
+}
+
+/// There is no such stanza, or a directory repository that was never made.
+fn is_missing(error: &Error) -> bool {
+    error.kind() == Kind::NotFound || error.kind() == Kind::Temporary && error.to_string().ends_with("is not there")
+}
+
+/// Runs it.
+pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
+    let mut annotations = BTreeMap::new();
+    for annotation in &args.annotation {
+        let (key, value) = annotation.split_once('=').ok_or_else(|| Error::usage(format!("--annotation {annotation:?} is not KEY=VALUE")))?;
+        annotations.insert(key.to_owned(), value.to_owned());
+    }
+    let options = Options {
+        conninfo: context.conninfo(&args.stanza)?,
+        fast: args.fast,
+        max_rate_kib: args.max_rate.as_deref().map(rate_kib).transpose()?,
+        level: context.level(&args.stanza, args.level)?,
+        workers: args.workers,
+        wal: match args.wal {
+            WalArg::Auto => WalMethod::Auto,
+            WalArg::Archive => WalMethod::Archive,
+            WalArg::Stream => WalMethod::Stream,
+        },
+        archive_timeout: context.archive_timeout(&args.stanza)?,
+        annotations,
+    };
+    let mut log = open(context, &args).await?;
+    let progress = Arc::new(Progress::default());
+    let started = std::time::Instant::now();
+    let display = output::Display::start(args.progress, progress.clone(), "stored");
+    let result = backup::run(&mut log, &options, progress.clone(), stop_signal()).await;
+    drop(display);
+    let report = result?;
+    let info = &report.info;
+    let damaged: Vec<_> = report.page_failures.iter().filter(|f| judge::is_damage(f)).collect();
+    if context.global.output == Output::Json {
+        let failures: Vec<_> = report
+            .page_failures
+            .iter()
+            .map(|f| serde_json::json!({ "path": f.path, "block": f.block, "expected": f.expected, "found": f.found, "judgement": f.judgement }))
+            .collect();
+        output::json(
+            "backup",
+            &serde_json::json!({
+                "id": info.id, "type": info.r#type, "stanza": args.stanza, "repository": log.stanza().shown(),
+                "start_lsn": Lsn(info.start_lsn).to_string(), "stop_lsn": Lsn(info.stop_lsn).to_string(), "timeline": info.stop_timeline,
+                "files": info.files, "plain_bytes": info.plain_bytes, "new_plain_bytes": info.new_plain_bytes,
+                "new_stored_bytes": info.new_stored_bytes, "elapsed_ms": started.elapsed().as_millis() as u64,
+                "wal_method": info.wal_method, "page_failures": failures, "damaged_pages": info.damaged_pages, "notes": report.notes,
+            }),
+        );
+    } else {
+        let known = info.plain_bytes.saturating_sub(info.new_plain_bytes);
+        output::line(format_args!(
+            "backup {} of {}: {} in {} files, {} stored{}, {} ({}/s)",
+            info.id,
+            args.stanza,
+            output::bytes(info.plain_bytes),
+            info.files,
+            output::bytes(info.new_stored_bytes),
+            if known > 0 { format!(", {} already known", output::bytes(known)) } else { String::new() },
+            output::seconds(started.elapsed()),
+            output::bytes((info.plain_bytes as f64 / started.elapsed().as_secs_f64().max(0.001)) as u64),
+        ));
+        output::line(format_args!("consistent from {} (timeline {})", Lsn(info.stop_lsn), info.stop_timeline));
+        for note in &report.notes {
+            output::line(format_args!("note: {note}"));
+        }
+        for failure in &report.page_failures {
+            output::line(format_args!(
+                "page {} of {}: checksum {:04x}, expected {:04x}: {}",
+                failure.block, failure.path, failure.found, failure.expected, failure.judgement
+            ));
+        }
+    }
+    if damaged.is_empty() {
+        return Ok(Outcome::Done);
+    }
+    tracing::warn!(
+        "{} pages are damaged on the server. The backup is complete and holds them as they are: check the server's storage, and keep older backups",
+        damaged.len()
+    );
+    Ok(Outcome::Warnings)
+}

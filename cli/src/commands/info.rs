@@ -1,0 +1,82 @@
+//! `info`.
+
+use fairvault_engine::error::Result;
+use fairvault_engine::inspect::{Info, info_of};
+
+use super::{Outcome, stanza};
+use crate::args::Output;
+use crate::context::Context;
+use crate::output;
+
+/// Runs it.
+pub async fn run(context: &Context, wanted: Option<String>) -> Result<Outcome> {
+    let mut infos = Vec::new();
+    match wanted {
+        Some(name) => {
+            for repository in context.repositories(Some(&name))? {
+                infos.push(info_of(&context.open_log_in(&repository, &name, true).await?).await?);
+            }
+        }
+        None => {
+            for repository in context.repositories(None)? {
+                for name in stanza::names(context, &repository).await? {
+                    match context.open_log_in(&repository, &name, true).await {
+                        Ok(log) => infos.push(info_of(&log).await?),
+                        Err(error) => tracing::warn!("stanza {name}: {error}"),
+                    }
+                }
+            }
+        }
+    }
+    if context.global.output == Output::Json {
+        output::json("info", &serde_json::json!({ "stanzas": infos }));
+    } else {
+        infos.iter().for_each(print);
+    }
+    Ok(Outcome::Done)
+}
+
+fn print(info: &Info) {
+    output::line(format_args!(
+        "stanza {} in {} ({})",
+        info.stanza,
+        info.repository,
+        if info.encrypted { "encrypted" } else { "NOT encrypted" }
+    ));
+    for session in &info.sessions {
+        output::line(format_args!("  unfinished: {} on {} since {}", session.what, session.host, session.since));
+    }
+    if info.backups.is_empty() {
+        output::line("  no backups");
+    }
+    for b in &info.backups {
+        output::line(format_args!(
+            "  {:<17} {:<5} {}  {:>10}  {:>10} added  PostgreSQL {}{}{}",
+            b.id,
+            b.r#type,
+            b.stopped,
+            output::bytes(b.plain_bytes),
+            output::bytes(b.new_stored_bytes),
+            b.server_version / 10_000,
+            if b.damaged_pages > 0 { format!("  {} DAMAGED PAGES", b.damaged_pages) } else { String::new() },
+            if b.restorable { "" } else { "  NOT RESTORABLE: its WAL is not complete" },
+        ));
+    }
+    for timeline in &info.wal {
+        for (i, range) in timeline.ranges.iter().enumerate() {
+            let gap = if i > 0 { "  (after a gap)" } else { "" };
+            output::line(format_args!("  WAL timeline {}: {} to {}, {} segments{gap}", timeline.timeline, range.first, range.last, range.segments));
+        }
+    }
+    for w in &info.windows {
+        output::line(format_args!(
+            "  restorable on timeline {}: {} ({}) to {} ({}){}",
+            w.timeline,
+            w.from,
+            w.from_lsn,
+            w.to.as_deref().unwrap_or("no commit known"),
+            w.to_lsn,
+            w.hole.as_ref().map(|h| format!("; then {h} is MISSING")).unwrap_or_default()
+        ));
+    }
+}

@@ -1,0 +1,93 @@
+//! `stanza create`, `stanza list`.
+
+use fairvault_engine::commit::Log;
+use fairvault_engine::error::{Context as _, Error, Result};
+use fairvault_engine::replication::connection::{Connection, Mode};
+use fairvault_engine::stanza::create::{Cluster, create as create_stanza};
+
+use super::Outcome;
+use crate::args::{Output, StanzaCreateArgs};
+use crate::context::Context;
+use crate::output;
+
+/// Name of the slot that a new stanza gets.
+const FIRST_SLOT: &str = "main";
+
+/// Asks the server which cluster it is.
+pub async fn cluster(context: &Context, stanza: &str) -> Result<Cluster> {
+    let mut connection = Connection::open(&context.conninfo(stanza)?, Mode::Replication).await?;
+    let identity = connection.identify().await?;
+    Ok(Cluster {
+        system_identifier: identity.system_identifier,
+        major: connection.major(),
+        wal_segment_size: connection.wal_segment_size().await?,
+    })
+}
+
+/// Creates a stanza in a repository, for a cluster.
+pub async fn create_in(context: &Context, repository: &str, stanza: &str, cluster: Cluster, no_encryption: bool) -> Result<Log> {
+    let access = context.access(repository, stanza, true, true)?;
+    match (&access.secret, no_encryption) {
+        (None, false) => {
+            return Err(Error::usage(format!("stanza {stanza} has no key, and backups are encrypted unless you say otherwise")).remedy(
+                "make a key with `fairvault key generate FILE` and give --key-file FILE (or `key` in the configuration); --no-encryption stores everything readable",
+            ));
+        }
+        (Some(_), true) => return Err(Error::usage("a key is configured, and --no-encryption was given: which one is meant?")),
+        _ => {}
+    }
+    create_stanza(&access, cluster, FIRST_SLOT).await.context(|| format!("creating stanza {stanza}"))
+}
+
+/// `stanza create`
+pub async fn create(context: &Context, args: StanzaCreateArgs) -> Result<Outcome> {
+    let cluster = cluster(context, &args.stanza).await?;
+    for repository in context.repositories(Some(&args.stanza))? {
+        let log = create_in(context, &repository, &args.stanza, cluster, args.no_encryption).await?;
+        let encrypted = log.state().genesis.as_ref().is_some_and(|g| g.encrypted);
+        match context.global.output {
+            Output::Json => output::json(
+                "stanza",
+                &serde_json::json!({ "stanza": args.stanza, "repository": log.stanza().shown(), "encrypted": encrypted,
+                    "system_identifier": cluster.system_identifier.to_string() }),
+            ),
+            Output::Text => output::line(format_args!(
+                "stanza {} is ready in {} ({}, PostgreSQL {}, system identifier {})",
+                args.stanza,
+                log.stanza().shown(),
+                if encrypted { "encrypted; keep a copy of the key elsewhere: without it nothing can be restored" } else { "NOT encrypted" },
+                cluster.major,
+                cluster.system_identifier
+            )),
+        }
+    }
+    Ok(Outcome::Done)
+}
+
+/// Folders of a repository that are no stanzas.
+const NO_STANZAS: [&str; 1] = ["probe"];
+
+/// Names of the stanzas in a repository.
+pub async fn names(context: &Context, repository: &str) -> Result<Vec<String>> {
+    let store = context.open_repository(repository, false)?;
+    fairvault_engine::stanza::read_repository(&store).await?;
+    Ok(store.folders().await?.into_iter().filter(|n| !NO_STANZAS.contains(&n.as_str())).collect())
+}
+
+/// `stanza list`
+pub async fn list(context: &Context) -> Result<Outcome> {
+    let mut all = Vec::new();
+    for repository in context.repositories(None)? {
+        let names = names(context, &repository).await?;
+        if context.global.output == Output::Text {
+            for name in &names {
+                output::line(name);
+            }
+        }
+        all.push(serde_json::json!({ "repository": repository, "stanzas": names }));
+    }
+    if context.global.output == Output::Json {
+        output::json("stanzas", &serde_json::json!({ "repositories": all }));
+    }
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,62 @@
+//! `verify`.
+
+use std::sync::Arc;
+
+use fairvault_engine::error::Result;
+use fairvault_engine::progress::Progress;
+use fairvault_engine::verify::{self, Level};
+
+use super::Outcome;
+use crate::args::{Output, ProgressMode, VerifyLevel};
+use crate::context::Context;
+use crate::output;
+
+/// Runs it.
+pub async fn run(context: &Context, stanza: &str, level: VerifyLevel, mode: ProgressMode) -> Result<Outcome> {
+    let level = match level {
+        VerifyLevel::Objects => Level::Objects,
+        VerifyLevel::Data => Level::Data,
+    };
+    let mut good = true;
+    for repository in context.repositories(Some(stanza))? {
+        let log = context.open_log_in(&repository, stanza, true).await?;
+        let progress = Arc::new(Progress::default());
+        let display = output::Display::start(mode, progress.clone(), "");
+        let result = verify::run(&log, level, progress).await;
+        drop(display);
+        let report = result?;
+        good &= report.is_good();
+        if context.global.output == Output::Json {
+            output::json("verify", &serde_json::json!({ "stanza": stanza, "repository": log.stanza().shown(), "good": report.is_good(), "report": report }));
+            continue;
+        }
+        for finding in &report.findings {
+            output::line(format_args!("{}: {}", finding.object, finding.problem));
+        }
+        for backup in &report.backups {
+            if backup.restorable {
+                output::line(format_args!("backup {}: can be restored", backup.id));
+                continue;
+            }
+            output::line(format_args!("backup {}: CANNOT be restored completely", backup.id));
+            for problem in &backup.problems {
+                output::line(format_args!("  {problem}"));
+            }
+            for file in &backup.lost_files {
+                output::line(format_args!("  lost: {file}"));
+            }
+            let more = backup.lost_file_count.saturating_sub(backup.lost_files.len() as u64);
+            if more > 0 {
+                output::line(format_args!("  and {more} more files"));
+            }
+        }
+        output::line(format_args!(
+            "{}: {} objects, {} read, {}",
+            log.stanza().shown(),
+            report.objects,
+            output::bytes(report.bytes),
+            if report.is_good() { "all good".to_owned() } else { format!("{} problems", report.findings.len()) }
+        ));
+    }
+    Ok(if good { Outcome::Done } else { Outcome::DamageFound })
+}

@@ -1,0 +1,100 @@
+//! `wal push` and `wal get`.
+
+use std::time::Duration;
+
+use fairvault_engine::commit::Log;
+use fairvault_engine::error::{Context as _, Error, Kind, Result};
+use fairvault_engine::stanza::Stanza;
+use fairvault_engine::wal::archive::Archive;
+use fairvault_engine::wal::get::{self, Needs};
+use fairvault_engine::wal::push;
+
+use super::Outcome;
+use crate::args::{GetArgs, PushArgs};
+use crate::context::Context;
+
+/// How long `wal get` of a standby retries before it says "later".
+const STANDBY_TRIES: u32 = 3;
+
+/// Opens the log without ever stretching a passphrase.
+async fn open(context: &Context, repository: &str, stanza: &str) -> Result<Log> {
+    let access = context.access(repository, stanza, false, false)?;
+    Log::open(Stanza::open(&access).await?).await
+}
+
+/// `wal push`: durable in every repository, or an error.
+pub async fn push(context: &Context, args: PushArgs) -> Result<Outcome> {
+    push::check_adopted(&args.path)?;
+    let name = args
+        .path
+        .file_name()
+        .and_then(|n| n.to_str())
+        .ok_or_else(|| Error::refused(format!("{} is not the name of a WAL file", args.path.display())))?
+        .to_owned();
+    let level = context.level(&args.stanza, None)?;
+    let repositories = context.repositories(Some(&args.stanza))?;
+    let pushes = repositories.iter().map(|repository| {
+        let (name, path, stanza) = (&name, &args.path, &args.stanza);
+        async move {
+            let mut log = open(context, repository, stanza).await?;
+            let stored = push::push(&mut log, name, push::read_file(path)?, level).await?;
+            tracing::debug!("{name}: {stored:?} in {repository}");
+            Ok::<_, Error>(())
+        }
+    });
+    // All of them are tried, whatever one says: then a retry has less to do.
+    let mut worst: Option<Error> = None;
+    for (result, repository) in futures::future::join_all(pushes).await.into_iter().zip(&repositories) {
+        if let Err(error) = result {
+            let error = if repositories.len() > 1 { error.context(format_args!("repository {repository}")) } else { error };
+            if worst.as_ref().is_none_or(|w| w.kind() == Kind::Temporary) {
+                worst = Some(error);
+            }
+        }
+    }
+    match worst {
+        None => Ok(Outcome::Done),
+        Some(error) => Err(error).context(|| format!("{name} is not archived")),
+    }
+}
+
+/// `wal get`: delivered, proven absent, or an error that stops recovery.
+pub async fn get(context: &Context, args: GetArgs) -> Result<Outcome> {
+    let through = args.through.as_deref().map(|text| text.parse().map_err(Error::usage)).transpose()?;
+    let needs = Needs { through, timeline: args.timeline };
+    let is_standby = std::path::Path::new("standby.signal").exists();
+    let mut attempt = 0;
+    loop {
+        attempt += 1;
+        match get_once(context, &args, needs).await {
+            Err(error) if is_standby && attempt < STANDBY_TRIES => {
+                tracing::warn!("{}: {error}; trying again", args.name);
+                tokio::time::sleep(Duration::from_secs(5)).await;
+            }
+            Ok(get::Outcome::Delivered) => return Ok(Outcome::Done),
+            Ok(get::Outcome::Absent) => return Ok(Outcome::Absent),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Asks the repositories in order: a segment that one lacks may be in the next. Absent is only what none has.
+async fn get_once(context: &Context, args: &GetArgs, needs: Needs) -> Result<get::Outcome> {
+    let mut failure = None;
+    for repository in context.repositories(Some(&args.stanza))? {
+        let attempt = async {
+            let log = open(context, &repository, &args.stanza).await?;
+            let archive = Archive::open(&log, None, 3)?;
+            get::get(&archive, &args.name, &args.destination, needs).await
+        };
+        match attempt.await {
+            Ok(get::Outcome::Delivered) => return Ok(get::Outcome::Delivered),
+            Ok(get::Outcome::Absent) => {}
+            Err(error) => failure = Some(error.context(format_args!("repository {repository}"))),
+        }
+    }
+    match failure {
+        Some(error) => Err(error),
+        None => Ok(get::Outcome::Absent),
+    }
+}

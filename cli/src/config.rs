@@ -1,0 +1,221 @@
+//! The configuration file: TOML, unknown keys refused with the nearest known one, every value to be
+//! overridden by a `FAIRVAULT__SECTION__KEY` variable.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use fairvault_engine::error::{Error, Result};
+use serde::Deserialize;
+
+/// Where configuration is looked for, in this order.
+pub const PATHS: [&str; 2] = ["/etc/fairvault/fairvault.toml", "./fairvault.toml"];
+const VARIABLE_PREFIX: &str = "FAIRVAULT__";
+
+/// The whole file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Repositories by name.
+    #[serde(default)]
+    pub repo: BTreeMap<String, Repo>,
+    /// Settings of every stanza that does not say otherwise.
+    #[serde(default)]
+    pub defaults: Defaults,
+    /// Stanzas by name.
+    #[serde(default)]
+    pub stanza: BTreeMap<String, StanzaConfig>,
+    /// Folder for what this host remembers.
+    pub cache: Option<PathBuf>,
+}
+
+/// `[repo.NAME]`
+#[derive(Debug, Default, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Repo {
+    /// s3://, gs://, az:// or file://
+    pub url: String,
+    /// Endpoint of an S3-compatible store.
+    pub endpoint: Option<String>,
+    /// Region.
+    pub region: Option<String>,
+    /// Bucket as host name.
+    #[serde(default)]
+    pub virtual_host: bool,
+    /// More root certificates, PEM.
+    pub ca_file: Option<String>,
+    /// Storage class of packs.
+    pub storage_class: Option<String>,
+    /// AES256 or aws:kms.
+    pub server_side_encryption: Option<String>,
+    /// KMS key id.
+    pub kms_key: Option<String>,
+    /// Send a SHA-256 checksum header.
+    #[serde(default)]
+    pub checksum: bool,
+    /// Access key id.
+    pub access_key: Option<String>,
+    /// File with the secret access key.
+    pub secret_key_file: Option<PathBuf>,
+    /// The store has no conditional create, and one writer is promised.
+    #[serde(default)]
+    pub single_writer: bool,
+    /// How long a request may stand still.
+    pub request_timeout: Option<String>,
+    /// How long the store may stay away.
+    pub retry_timeout: Option<String>,
+}
+
+/// `compression`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Compression {
+    /// zstd
+    #[serde(default = "default_codec")]
+    pub codec: String,
+    /// Level.
+    pub level: i32,
+}
+
+fn default_codec() -> String {
+    "zstd".to_owned()
+}
+
+/// `[defaults]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Defaults {
+    /// Repositories: WAL goes to all, backups to the first.
+    #[serde(default)]
+    pub repos: Vec<String>,
+    /// Compression.
+    pub compression: Option<Compression>,
+    /// How long archived WAL of a backup may take to arrive.
+    pub archive_timeout: Option<String>,
+}
+
+/// `key = { … }`: exactly one of them.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeySource {
+    /// A key file.
+    pub file: Option<PathBuf>,
+    /// A file with a passphrase.
+    pub passphrase_file: Option<PathBuf>,
+    /// A variable.
+    pub env: Option<String>,
+    /// A command; its standard output is the key or passphrase.
+    pub command: Option<Vec<String>>,
+}
+
+/// `[stanza.NAME]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StanzaConfig {
+    /// Connection.
+    pub conninfo: Option<String>,
+    /// Key.
+    pub key: Option<KeySource>,
+    /// Repositories.
+    #[serde(default)]
+    pub repos: Vec<String>,
+    /// Compression.
+    pub compression: Option<Compression>,
+    /// How long archived WAL of a backup may take to arrive.
+    pub archive_timeout: Option<String>,
+}
+
+impl Config {
+    /// Reads `path`, or the first default path that exists; with neither, the configuration is empty.
+    pub fn load(path: Option<&Path>) -> Result<Self> {
+        let found = match path {
+            Some(path) => Some(path.to_owned()),
+            None => PATHS.iter().map(PathBuf::from).find(|p| p.is_file()),
+        };
+        let text = match &found {
+            None => String::new(),
+            Some(path) => std::fs::read_to_string(path)
+                .map_err(|e| Error::usage(format!("reading the configuration {}", path.display())).caused_by(e))?,
+        };
+        let shown = found.map_or_else(|| "the configuration".to_owned(), |p| p.display().to_string());
+        Self::parse(&text, &shown, std::env::vars())
+    }
+
+    fn parse(text: &str, shown: &str, variables: impl Iterator<Item = (String, String)>) -> Result<Self> {
+        let mut table: toml::Table =
+            text.parse().map_err(|e: toml::de::Error| Error::usage(format!("{shown}{}: {}", line_of(text, &e), e.message())))?;
+        for (name, value) in variables {
+            if let Some(path) = name.strip_prefix(VARIABLE_PREFIX) {
+                let keys: Vec<String> = path.split("__").map(str::to_lowercase).collect();
+                set(&mut table, &keys, &value).ok_or_else(|| Error::usage(format!("variable {name}: it names no place in the configuration")))?;
+            }
+        }
+        // Once more from the text where there is no variable, because only then an error knows its line.
+        let parsed = match toml::from_str::<Self>(text) {
+            Err(e) => Err((line_of(text, &e), e.message().to_owned())),
+            Ok(_) => table.try_into::<Self>().map_err(|e| (String::new(), e.message().to_owned())),
+        };
+        parsed.map_err(|(line, message)| {
+            let error = Error::usage(format!("{shown}{line}: {message}"));
+            match nearest(&message) {
+                Some(near) => error.remedy(format!("did you mean {near:?}?")),
+                None => error,
+            }
+        })
+    }
+}
+
+fn line_of(text: &str, error: &toml::de::Error) -> String {
+    error.span().map(|span| format!(" line {}", text[..span.start.min(text.len())].matches('\n').count() + 1)).unwrap_or_default()
+}
+
+/// serde's message names the unknown key and the known ones in backticks.
+fn nearest(message: &str) -> Option<String> {
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    let unknown = message.starts_with("unknown field").then(|| quoted.next()).flatten()?;
+    quoted
+        .map(|known| (strsim::damerau_levenshtein(unknown, known), known))
+        .min()
+        .filter(|(distance, known)| *distance <= known.len().max(3) / 2)
+        .map(|(_, known)| known.to_owned())
+}
+
+fn set(table: &mut toml::Table, keys: &[String], value: &str) -> Option<()> {
+    let (last, folders) = keys.split_last()?;
+    let mut table = table;
+    for folder in folders {
+        table = table.entry(folder.clone()).or_insert_with(|| toml::Value::Table(toml::Table::new())).as_table_mut()?;
+    }
+    let parsed = format!("v = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("v"));
+    table.insert(last.clone(), parsed.unwrap_or_else(|| toml::Value::String(value.to_owned())));
+    Some(())
+}
+
+/// A duration such as "30s", "5m" or "2h".
+pub fn duration(key: &str, text: &str) -> Result<Duration> {
+    text.parse::<jiff::SignedDuration>()
+        .ok()
+        .and_then(|d| Duration::try_from(d).ok())
+        .ok_or_else(|| Error::usage(format!("{key} = {text:?} is no duration")).remedy("write it as \"30s\", \"5m\" or \"2h\""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_keys_name_their_line_and_the_nearest_known_key() {
+        let error = Config::parse("[repo.a]\nurl = \"file:///x\"\nreigon = \"eu\"\n", "f.toml", std::iter::empty()).unwrap_err();
+        assert!(error.to_string().contains("f.toml line 3"), "{error}");
+        assert_eq!(error.advice(), Some("did you mean \"region\"?"));
+    }
+
+    #[test]
+    fn variables_override_the_file() {
+        let variables = [("FAIRVAULT__STANZA__A__CONNINFO", "host=b"), ("FAIRVAULT__REPO__R__SINGLE_WRITER", "true")];
+        let variables = variables.map(|(a, b)| (a.to_owned(), b.to_owned())).into_iter();
+        let config = Config::parse("[stanza.a]\nconninfo = \"host=a\"\n[repo.r]\nurl=\"memory://\"\n", "f", variables).unwrap();
+        assert_eq!(config.stanza["a"].conninfo.as_deref(), Some("host=b"));
+        assert!(config.repo["r"].single_writer);
+    }
+}

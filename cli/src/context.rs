@@ -1,0 +1,264 @@
+//! From options and configuration to opened repositories, stanzas and secrets.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use fairvault_engine::commit::Log;
+use fairvault_engine::env::SystemEnv;
+use fairvault_engine::error::{Context as _, Error, Result};
+use fairvault_engine::replication::conninfo::ConnInfo;
+use fairvault_engine::stanza::memory::Memory;
+use fairvault_engine::stanza::{Access, Stanza};
+use fairvault_engine::store::{Store, url::RepositoryUrl};
+use fairvault_format::keys::Secret;
+use zeroize::Zeroizing;
+
+use crate::args::Global;
+use crate::config::{self, Config, KeySource, Repo, StanzaConfig};
+
+/// Name of the repository that --repo-url makes.
+const FLAG_REPO: &str = "url";
+
+/// zstd level of backups, if nothing else is said.
+const DEFAULT_LEVEL: i32 = 3;
+
+/// Options and configuration together.
+pub struct Context {
+    /// Options.
+    pub global: Global,
+    config: Config,
+}
+
+impl Context {
+    /// Reads the configuration.
+    pub fn load(global: Global) -> Result<Self> {
+        let config = Config::load(global.config.as_deref())?;
+        Ok(Self { global, config })
+    }
+
+    fn stanza(&self, name: &str) -> Option<&StanzaConfig> {
+        self.config.stanza.get(name)
+    }
+
+    /// Whether the repository was given by an option rather than by configuration.
+    pub fn from_flags(&self) -> bool {
+        self.global.repo_url.is_some()
+    }
+
+    /// Names of the repositories of a stanza: WAL goes to all, backups to the first.
+    pub fn repositories(&self, stanza: Option<&str>) -> Result<Vec<String>> {
+        if self.global.repo_url.is_some() {
+            return Ok(vec![FLAG_REPO.to_owned()]);
+        }
+        if let Some(name) = &self.global.repo {
+            return Ok(vec![name.clone()]);
+        }
+        let own = stanza.and_then(|s| self.stanza(s)).map(|s| s.repos.clone()).filter(|r| !r.is_empty());
+        let names = own.unwrap_or_else(|| self.config.defaults.repos.clone());
+        match (names.is_empty(), self.config.repo.len()) {
+            (false, _) => Ok(names),
+            (true, 1) => Ok(self.config.repo.keys().cloned().collect()),
+            (true, 0) => Err(Error::usage("no repository is configured")
+                .remedy("write a [repo.NAME] section with a url, or give --repo-url file:///folder")),
+            (true, _) => Err(Error::usage("several repositories are configured, and `repos` does not say which to use")
+                .remedy("set repos under [defaults] or the stanza, or give --repo")),
+        }
+    }
+
+    /// Opens a repository's store.
+    pub fn open_repository(&self, name: &str, create: bool) -> Result<Store> {
+        if name == FLAG_REPO && let Some(url) = &self.global.repo_url {
+            return RepositoryUrl { url: url.clone(), ..from_environment() }.open(create);
+        }
+        let repo = self.config.repo.get(name).ok_or_else(|| {
+            let known: Vec<_> = self.config.repo.keys().map(String::as_str).collect();
+            Error::usage(format!("there is no [repo.{name}] in the configuration")).remedy(format!("repositories: {}", known.join(", ")))
+        })?;
+        repository_url(repo).context(|| format!("[repo.{name}]"))?.open(create)
+    }
+
+    /// The secret of a stanza, from options or configuration.
+    pub fn secret(&self, stanza: &str) -> Result<Option<Secret>> {
+        let flags = KeySource {
+            file: self.global.key_file.clone(),
+            passphrase_file: self.global.passphrase_file.clone(),
+            env: None,
+            command: None,
+        };
+        if flags.file.is_some() || flags.passphrase_file.is_some() {
+            return read_secret(&flags).map(Some);
+        }
+        match self.stanza(stanza).and_then(|s| s.key.as_ref()) {
+            None => Ok(None),
+            Some(source) => read_secret(source).context(|| format!("the key of stanza {stanza}")).map(Some),
+        }
+    }
+
+    /// How to open a stanza in a repository.
+    pub fn access(&self, repository: &str, stanza: &str, create: bool, may_stretch: bool) -> Result<Access> {
+        Ok(Access {
+            repository: self.open_repository(repository, create)?,
+            stanza: stanza.to_owned(),
+            secret: self.secret(stanza)?,
+            memory: self.memory(),
+            may_stretch,
+            env: Arc::new(SystemEnv),
+        })
+    }
+
+    /// Opens a stanza's log in its first repository.
+    pub async fn open_log(&self, stanza: &str) -> Result<Log> {
+        let repositories = self.repositories(Some(stanza))?;
+        self.open_log_in(&repositories[0], stanza, true).await
+    }
+
+    /// Opens a stanza's log in a repository.
+    pub async fn open_log_in(&self, repository: &str, stanza: &str, may_stretch: bool) -> Result<Log> {
+        let access = self.access(repository, stanza, false, may_stretch)?;
+        Log::open(Stanza::open(&access).await?).await
+    }
+
+    fn memory(&self) -> Option<Memory> {
+        let chosen = self.global.cache.clone().or_else(|| self.config.cache.clone());
+        let home = || std::env::var_os("HOME").filter(|h| !h.is_empty()).map(|h| PathBuf::from(h).join(".cache"));
+        let standard = || std::env::var_os("XDG_CACHE_HOME").filter(|h| !h.is_empty()).map(PathBuf::from).or_else(home);
+        chosen.or_else(|| standard().map(|cache| cache.join("fairvault"))).map(Memory::new)
+    }
+
+    /// How to connect to a stanza's server.
+    pub fn conninfo(&self, stanza: &str) -> Result<ConnInfo> {
+        let text = self.global.conninfo.clone().or_else(|| self.stanza(stanza).and_then(|s| s.conninfo.clone()));
+        ConnInfo::parse(&text.unwrap_or_default())
+    }
+
+    /// zstd level.
+    pub fn level(&self, stanza: &str, flag: Option<i32>) -> Result<i32> {
+        let compression = self.stanza(stanza).and_then(|s| s.compression.as_ref()).or(self.config.defaults.compression.as_ref());
+        if let Some(other) = compression.map(|c| c.codec.as_str()).filter(|&c| c != "zstd") {
+            return Err(Error::usage(format!("compression codec {other:?} is not known")).remedy("use \"zstd\""));
+        }
+        let level = flag.or_else(|| compression.map(|c| c.level)).unwrap_or(DEFAULT_LEVEL);
+        match (-7..=22).contains(&level) {
+            true => Ok(level),
+            false => Err(Error::usage(format!("compression level {level} is not possible: -7 to 22"))),
+        }
+    }
+
+    /// How long archived WAL of a backup may take to arrive.
+    pub fn archive_timeout(&self, stanza: &str) -> Result<Duration> {
+        let text = self.stanza(stanza).and_then(|s| s.archive_timeout.as_ref()).or(self.config.defaults.archive_timeout.as_ref());
+        text.map_or(Ok(Duration::from_secs(300)), |text| config::duration("archive_timeout", text))
+    }
+
+    /// The words before `wal get` in a restore_command that uses the same repository and key.
+    pub fn command_words(&self) -> Result<String> {
+        let binary = std::env::current_exe().map_err(|e| Error::io("finding this program's path", e))?;
+        let mut words = vec![binary];
+        let mut option = |name: &str, value: Option<&PathBuf>| -> Result<()> {
+            if let Some(value) = value {
+                let absolute = std::path::absolute(value).map_err(|e| Error::io(format_args!("{}", value.display()), e))?;
+                words.push(name.into());
+                words.push(absolute);
+            }
+            Ok(())
+        };
+        let config = self.global.config.clone().or_else(|| config::PATHS.iter().map(PathBuf::from).find(|p| p.is_file()));
+        option("--config", config.as_ref())?;
+        option("--key-file", self.global.key_file.as_ref())?;
+        option("--passphrase-file", self.global.passphrase_file.as_ref())?;
+        option("--cache", self.global.cache.as_ref())?;
+        if let Some(url) = &self.global.repo_url {
+            words.extend(["--repo-url".into(), PathBuf::from(url)]);
+        }
+        if let Some(repo) = &self.global.repo {
+            words.extend(["--repo".into(), PathBuf::from(repo)]);
+        }
+        Ok(words.iter().map(|word| shell_word(&word.to_string_lossy())).collect::<Vec<_>>().join(" "))
+    }
+}
+
+fn shell_word(word: &str) -> String {
+    let plain = !word.is_empty() && word.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-=:,+".contains(&b));
+    if plain { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+}
+
+/// Settings of a store that is given by URL alone.
+fn from_environment() -> RepositoryUrl {
+    let variable = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
+    RepositoryUrl { endpoint: variable("AWS_ENDPOINT_URL"), region: variable("AWS_REGION"), ..RepositoryUrl::default() }
+}
+
+fn repository_url(repo: &Repo) -> Result<RepositoryUrl> {
+    let time = |key: &str, text: &Option<String>| text.as_deref().map(|t| config::duration(key, t)).transpose();
+    let secret_key = match &repo.secret_key_file {
+        None => None,
+        Some(path) => Some(
+            std::fs::read_to_string(path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?.trim_end().to_owned(),
+        ),
+    };
+    Ok(RepositoryUrl {
+        url: repo.url.clone(),
+        endpoint: repo.endpoint.clone(),
+        region: repo.region.clone(),
+        virtual_host: repo.virtual_host,
+        ca_file: repo.ca_file.clone(),
+        storage_class: repo.storage_class.clone(),
+        server_side_encryption: repo.server_side_encryption.clone(),
+        kms_key: repo.kms_key.clone(),
+        checksum: repo.checksum,
+        access_key: repo.access_key.clone(),
+        secret_key,
+        single_writer: repo.single_writer,
+        request_timeout: time("request_timeout", &repo.request_timeout)?,
+        retry_timeout: time("retry_timeout", &repo.retry_timeout)?,
+    })
+}
+
+/// A secret from a file; it must not be readable for everybody.
+pub fn secret_from_file(path: &Path) -> Result<Secret> {
+    use std::os::unix::fs::PermissionsExt;
+    let what = || format!("reading the key file {}", path.display());
+    let meta = std::fs::metadata(path).map_err(|e| {
+        let error = Error::usage(what()).caused_by(e);
+        error.remedy(format!("make a new key with `fairvault key generate {}`", path.display()))
+    })?;
+    if meta.permissions().mode() & 0o007 != 0 {
+        return Err(Error::usage(format!("the key file {} can be used by everybody on this machine", path.display()))
+            .remedy(format!("chmod 0600 {}", path.display())));
+    }
+    if meta.len() > 64 << 10 {
+        return Err(Error::usage(format!("{} has {} bytes: that is no key file", path.display(), meta.len())));
+    }
+    let text = Zeroizing::new(std::fs::read(path).map_err(|e| Error::usage(what()).caused_by(e))?);
+    Ok(Secret::from_text(&text).map_err(Error::from).context(|| path.display().to_string())?)
+}
+
+fn read_secret(source: &KeySource) -> Result<Secret> {
+    match (&source.file, &source.passphrase_file, &source.env, &source.command) {
+        (Some(path), None, None, None) => match secret_from_file(path)? {
+            key @ Secret::Key(_) => Ok(key),
+            Secret::Passphrase(_) => Err(Error::usage(format!("{} holds no key", path.display()))
+                .remedy("a key file is made by `fairvault key generate`; a passphrase goes into passphrase_file")),
+        },
+        (None, Some(path), None, None) => secret_from_file(path),
+        (None, None, Some(name), None) => {
+            let text = std::env::var(name).map_err(|_| Error::usage(format!("the variable {name} for the key is not set")))?;
+            Ok(Secret::from_text(Zeroizing::new(text).as_bytes())?)
+        }
+        (None, None, None, Some(command)) => {
+            let (program, arguments) = command.split_first().ok_or_else(|| Error::usage("the command for the key is empty"))?;
+            let output = std::process::Command::new(program)
+                .args(arguments)
+                .stdin(std::process::Stdio::null())
+                .stderr(std::process::Stdio::inherit())
+                .output()
+                .map_err(|e| Error::usage(format!("running {program} for the key")).caused_by(e))?;
+            if !output.status.success() {
+                return Err(Error::temporary(format!("{program}, which gives the key, ended with {}", output.status)));
+            }
+            Ok(Secret::from_text(&Zeroizing::new(output.stdout))?)
+        }
+        _ => Err(Error::usage("key needs exactly one of file, passphrase_file, env and command")),
+    }
+}

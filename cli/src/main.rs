@@ -1,0 +1,173 @@
+//! The `fairvault` binary: arguments in, engine, output and exit code out.
+//!
+//! Exit codes are a promise (see `docs/exit-codes.md`). `wal get` has its own: PostgreSQL reads 1 to 125 as
+//! "not in the archive" and ends recovery, so every failure there, from a typo to a panic, is 200.
+
+mod args;
+mod commands;
+mod config;
+mod context;
+mod output;
+mod time;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use fairvault_engine::error::{Error, Kind};
+
+use args::{Cli, Command, Global, LogFormat, WalCommand};
+use commands::Outcome;
+
+/// Which table of exit codes applies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Table {
+    Ordinary,
+    WalPush,
+    WalGet,
+}
+
+/// Done, with warnings that need a person.
+const WARNINGS: u8 = 6;
+/// Try again.
+const TEMPORARY: u8 = 75;
+/// `wal get`: stop recovery.
+const STOP_RECOVERY: u8 = 200;
+/// Exit code of an interrupted run.
+const INTERRUPTED: u8 = 130;
+
+/// The table by the raw arguments: it must be known before they are understood.
+fn table(arguments: &[String]) -> Table {
+    let words: Vec<&str> = arguments.iter().map(String::as_str).filter(|a| !a.starts_with('-')).collect();
+    let after_wal = |verb: &str| words.iter().position(|w| *w == "wal").is_some_and(|at| words[at..].contains(&verb));
+    if after_wal("get") || words.contains(&"archive-get") {
+        Table::WalGet
+    } else if after_wal("push") || words.contains(&"archive-push") {
+        Table::WalPush
+    } else {
+        Table::Ordinary
+    }
+}
+
+fn exit_code(table: Table, error: &Error) -> u8 {
+    match (table, error.kind()) {
+        (Table::WalGet, _) => wal_get_failure(),
+        (Table::WalPush, Kind::Temporary | Kind::Interrupted) => TEMPORARY,
+        (Table::WalPush, _) => 1,
+        (Table::Ordinary, kind) => match kind {
+            Kind::Usage => 2,
+            Kind::NotFound => 3,
+            Kind::Damaged => 4,
+            Kind::Held => 5,
+            Kind::Temporary => TEMPORARY,
+            Kind::Interrupted => INTERRUPTED,
+            _ => 1,
+        },
+    }
+}
+
+/// A standby would be shut down by a code above 125: there, doubt is "try again later".
+fn wal_get_failure() -> u8 {
+    if std::path::Path::new("standby.signal").exists() { TEMPORARY } else { STOP_RECOVERY }
+}
+
+fn failure_code(table: Table, ordinary: u8) -> u8 {
+    match table {
+        Table::WalGet => wal_get_failure(),
+        Table::WalPush => 1,
+        Table::Ordinary => ordinary,
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect();
+    let table = table(&arguments);
+    let default_hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        default_hook(info);
+        // Whatever thread it was: a process in doubt ends, and with the right code.
+        std::process::exit(failure_code(table, 1).into());
+    }));
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            let asked_for_help = error.exit_code() == 0;
+            return ExitCode::from(if asked_for_help { 0 } else { failure_code(table, 2) });
+        }
+    };
+    start_log(&cli.global);
+    let output = cli.global.output;
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(worker_threads(table)).build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("fairvault: starting: {error}");
+            return ExitCode::from(failure_code(table, 1));
+        }
+    };
+    let result = runtime.block_on(run(cli));
+    runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+    match result {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Warnings) => ExitCode::from(WARNINGS),
+        Ok(Outcome::Absent) => ExitCode::from(1),
+        Ok(Outcome::DamageFound) => ExitCode::from(4),
+        Err(error) => {
+            output::error(&error, output);
+            ExitCode::from(exit_code(table, &error))
+        }
+    }
+}
+
+fn worker_threads(table: Table) -> usize {
+    match table {
+        Table::Ordinary => std::thread::available_parallelism().map_or(2, usize::from),
+        _ => 2,
+    }
+}
+
+fn start_log(global: &Global) {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_new(format!("{},object_store=warn,hyper=warn,reqwest=warn,rustls=warn", global.log_level))
+        .unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let _ = match global.log_format {
+        LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).with_span_list(false).try_init(),
+        LogFormat::Text => builder.without_time().with_target(false).with_ansi(false).try_init(),
+    };
+}
+
+async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
+    let context = context::Context::load(cli.global)?;
+    match cli.command {
+        Command::Stanza(args::StanzaCommand::Create(args)) | Command::StanzaCreate(args) => commands::stanza::create(&context, args).await,
+        Command::Stanza(args::StanzaCommand::List) => commands::stanza::list(&context).await,
+        Command::Check { stanza } => commands::check::run(&context, &stanza).await,
+        Command::Backup(args) => commands::backup::run(&context, args).await,
+        Command::Restore(args) => commands::restore::run(&context, args).await,
+        Command::Wal(WalCommand::Push(args)) | Command::ArchivePush(args) => commands::wal::push(&context, args).await,
+        Command::Wal(WalCommand::Get(args)) | Command::ArchiveGet(args) => commands::wal::get(&context, args).await,
+        Command::Info { stanza } => commands::info::run(&context, stanza).await,
+        Command::Verify { stanza, level, progress } => commands::verify::run(&context, &stanza, level, progress).await,
+        Command::Key(command) => commands::key::run(&context, command).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_found_whatever_else_is_wrong() {
+        let of = |line: &str| table(&line.split(' ').map(str::to_owned).collect::<Vec<_>>());
+        assert_eq!(of("fairvault --conifg x wal get acme"), Table::WalGet);
+        assert_eq!(of("fairvault archive-get"), Table::WalGet);
+        assert_eq!(of("fairvault wal --repo-url file:///x push"), Table::WalPush);
+        assert_eq!(of("fairvault backup wal"), Table::Ordinary);
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,88 @@
+//! Is a page with a wrong checksum damage, or was it read while the server wrote it?
+//!
+//! A torn page is benign only if the WAL between start and stop restores it: it holds a full image of the
+//! block, or initialises it. Free-space and visibility maps repair themselves. Anything else is damage.
+
+use std::collections::HashSet;
+
+use fairvault_format::proto;
+
+use super::pipeline::BadPage;
+use crate::error::Result;
+use crate::postgres::files::Fork;
+use crate::postgres::lsn::Lsn;
+use crate::postgres::segment::Segment;
+use crate::postgres::walker::{BlockRef, Walker};
+use crate::wal::archive::Archive;
+
+/// Key of a block: tablespace, database, relation, block.
+type Block = (u32, u32, u32, u32);
+
+/// Judges pages with the WAL in the repository.
+pub async fn judge(
+    archive: &Archive,
+    timeline: u32,
+    start: Lsn,
+    stop: Lsn,
+    bad: &[BadPage],
+    blocks_per_segment: u32,
+) -> Result<Vec<proto::PageFailure>> {
+    if bad.is_empty() {
+        return Ok(Vec::new());
+    }
+    let key = |page: &BadPage| -> Block {
+        let block = page.file.segment.wrapping_mul(blocks_per_segment).wrapping_add(page.block);
+        (page.file.tablespace, page.file.database, page.file.relation, block)
+    };
+    let wanted: HashSet<Block> = bad.iter().filter(|p| p.file.fork == Fork::Main).map(key).collect();
+    let mut restored: HashSet<Block> = HashSet::new();
+    let mut broken_off = None;
+    let mut walker = Walker::new(Segment::of(timeline, start, archive.segment_size).start(archive.segment_size), archive.segment_size);
+    let mut segment = Segment::of(timeline, start, archive.segment_size);
+    while segment.start(archive.segment_size) < stop {
+        let Some(content) = archive.segment_or_parts(segment).await? else {
+            broken_off = Some(format!("{} is not in the repository", segment.name(archive.segment_size)));
+            break;
+        };
+        walker.feed(&content, |record| {
+            if record.lsn < start || record.lsn >= stop {
+                return;
+            }
+            let Some(decoded) = record.decode() else { return };
+            let whole = |b: &&BlockRef| b.restores_whole && b.fork == 0;
+            for b in decoded.blocks.iter().filter(whole) {
+                let block = (b.tablespace, b.database, b.relation, b.block);
+                if wanted.contains(&block) {
+                    restored.insert(block);
+                }
+            }
+        });
+        segment = segment.next();
+    }
+    if let Some(end) = walker.stopped().filter(|s| s.at < stop) {
+        broken_off = Some(format!("the WAL cannot be read at {}: {}", end.at, end.why));
+    }
+    let verdict = |page: &BadPage| match page.file.fork {
+        Fork::Fsm | Fork::Vm => "benign: a map that repairs itself".to_owned(),
+        Fork::Main if restored.contains(&key(page)) => "benign: torn while it was read, and the WAL of the backup restores it".to_owned(),
+        _ => match &broken_off {
+            None => "damaged".to_owned(),
+            Some(why) => format!("damaged (not fully judged: {why})"),
+        },
+    };
+    Ok(bad
+        .iter()
+        .map(|page| proto::PageFailure {
+            path: page.path.to_string(),
+            block: page.block,
+            expected: page.expected.into(),
+            found: page.found.into(),
+            judgement: verdict(page),
+        })
+        .collect())
+}
+
+/// Whether a judgement is that of damage.
+pub fn is_damage(failure: &proto::PageFailure) -> bool {
+    !failure.judgement.starts_with("benign")
+}

@@ -1,0 +1,194 @@
+//! From the pipeline's results to manifest segments and a root.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use fairvault_format::header::Kind as ObjectKind;
+use fairvault_format::index::{PackRef, encode_pack_table};
+use fairvault_format::keys::KeyRole;
+use fairvault_format::object::ObjectWriter;
+use fairvault_format::{limits, proto};
+use prost::Message;
+
+use super::pipeline::{Done, Shared, encode};
+use crate::dedup::{Claim, Known};
+use crate::env;
+use crate::error::{Error, Result};
+use crate::source::Entry;
+use crate::stanza::Stanza;
+
+/// Files in a manifest segment: small enough that a change touches little, large enough to be few.
+const SEGMENT_FILES: usize = 2048;
+/// Extents in a manifest segment.
+const SEGMENT_EXTENTS: usize = 65_536;
+
+/// Stores the manifest segments as chunks. Returns for each its first path, its number of files and the
+/// handles of its chunks. Blocks.
+pub fn store_segments(
+    shared: &Shared,
+    entries: &[Entry],
+    mut done: Vec<Done>,
+    known: &[Known],
+    packs: &[PackRef],
+) -> Result<Vec<(String, u32, Vec<u32>)>> {
+    done.sort_unstable_by_key(|d| (d.file, d.offset));
+    let mut order: Vec<usize> = (0..entries.len()).collect();
+    order.sort_by(|&a, &b| entries[a].path.as_bytes().cmp(entries[b].path.as_bytes()));
+    let mut compressor = zstd::bulk::Compressor::new(3).map_err(|e| Error::failed("zstd cannot be set up").caused_by(e))?;
+    let mut out = Vec::new();
+    let mut builder = SegmentBuilder::default();
+    for (position, &number) in order.iter().enumerate() {
+        let from = done.partition_point(|d| (d.file as usize) < number);
+        let to = done.partition_point(|d| d.file as usize <= number);
+        builder.file(&entries[number], &done[from..to], known, packs)?;
+        let full = builder.segment.files.len() >= SEGMENT_FILES || builder.extents >= SEGMENT_EXTENTS;
+        if full || position + 1 == order.len() {
+            let (segment, first) = std::mem::take(&mut builder).finish();
+            let files = segment.files.len() as u32;
+            out.push((first, files, store(shared, &mut compressor, &segment)?));
+        }
+    }
+    Ok(out)
+}
+
+fn store(shared: &Shared, compressor: &mut zstd::bulk::Compressor<'_>, segment: &proto::ManifestSegment) -> Result<Vec<u32>> {
+    let bytes = segment.encode_to_vec();
+    fairvault_format::error::check_limit("a manifest segment", bytes.len() as u64, limits::MANIFEST_SEGMENT_BYTES)?;
+    let mut handles = Vec::new();
+    for chunk in bytes.chunks(limits::MANIFEST_CHUNK_BYTES as usize) {
+        let id = shared.stanza.keys().chunk_id(chunk);
+        handles.push(match shared.chunks.claim(id, chunk.len() as u32) {
+            Claim::Present(handle) => handle,
+            Claim::New(handle) => {
+                let (codec, buffer) = encode(compressor, chunk);
+                let place = shared.packer.add(id, codec, chunk.len() as u32, buffer)?;
+                shared.chunks.stored(handle, place);
+                handle
+            }
+        });
+    }
+    Ok(handles)
+}
+
+#[derive(Default)]
+struct SegmentBuilder {
+    segment: proto::ManifestSegment,
+    frames: proto::FrameTable,
+    frame_numbers: HashMap<u32, u32>,
+    pack_numbers: HashMap<u32, u32>,
+    extents: usize,
+}
+
+impl SegmentBuilder {
+    fn file(&mut self, entry: &Entry, done: &[Done], known: &[Known], packs: &[PackRef]) -> Result<()> {
+        let mut extents = proto::Extents::default();
+        let (mut crc, mut covered) = (0u32, 0u64);
+        for d in done {
+            if d.offset != covered {
+                return Err(Error::failed(format!("{}: its chunks do not follow each other", entry.path)));
+            }
+            covered += u64::from(d.len);
+            crc = crc32c::crc32c_combine(crc, d.crc32c, d.len as usize);
+            extents.file_offset.push(d.offset);
+            extents.len.push(d.len);
+            extents.frame.push(self.frame(d.handle, known, packs)?);
+            extents.frame_offset.push(0);
+        }
+        if covered != entry.size {
+            return Err(Error::failed(format!("{}: {covered} of {} bytes went through the pipeline", entry.path, entry.size)));
+        }
+        self.extents += done.len();
+        self.segment.files.push(proto::FileEntry {
+            path: entry.path.clone(),
+            kind: entry.kind as i32,
+            size: entry.size,
+            mode: entry.mode,
+            mtime_us: entry.mtime_us,
+            link_target: entry.link_target.clone(),
+            crc32c: crc,
+            extents: (!done.is_empty()).then_some(extents),
+            path_bytes: Vec::new(),
+        });
+        Ok(())
+    }
+
+    fn frame(&mut self, handle: u32, known: &[Known], packs: &[PackRef]) -> Result<u32> {
+        if let Some(&number) = self.frame_numbers.get(&handle) {
+            return Ok(number);
+        }
+        let chunk = &known[handle as usize];
+        let place = chunk.place.ok_or_else(|| Error::failed("a chunk without a place"))?;
+        let pack_names = &mut self.segment.pack_names;
+        let pack = *self.pack_numbers.entry(place.pack).or_insert_with(|| {
+            pack_names.push(packs[place.pack as usize].name.to_vec());
+            pack_names.len() as u32 - 1
+        });
+        let number = self.frames.pack.len() as u32;
+        push_frame(&mut self.frames, chunk, pack)?;
+        self.frame_numbers.insert(handle, number);
+        Ok(number)
+    }
+
+    fn finish(mut self) -> (proto::ManifestSegment, String) {
+        self.segment.frames = Some(self.frames);
+        let first = self.segment.files.first().map(|f| f.path.clone()).unwrap_or_default();
+        (self.segment, first)
+    }
+}
+
+fn push_frame(table: &mut proto::FrameTable, chunk: &Known, pack: u32) -> Result<()> {
+    let place = chunk.place.ok_or_else(|| Error::failed("a chunk without a place"))?;
+    table.ids.extend_from_slice(&chunk.id);
+    table.pack.push(pack);
+    table.ordinal.push(place.ordinal);
+    table.offset.push(place.offset);
+    table.stored_len.push(place.stored_len);
+    table.plain_len.push(chunk.plain_len);
+    Ok(())
+}
+
+/// Seals the root object.
+pub fn seal_root(
+    stanza: &Arc<Stanza>,
+    info: proto::BackupInfo,
+    segments: &[(String, u32, Vec<u32>)],
+    known: &[Known],
+    packs: &[PackRef],
+    page_failures: Vec<proto::PageFailure>,
+) -> Result<Vec<u8>> {
+    let mut frames = proto::FrameTable::default();
+    let mut refs = Vec::new();
+    for (first_path, files, handles) in segments {
+        let frame_from = frames.pack.len() as u32;
+        for &handle in handles {
+            let place = known[handle as usize].place.ok_or_else(|| Error::failed("a chunk without a place"))?;
+            push_frame(&mut frames, &known[handle as usize], place.pack)?;
+        }
+        refs.push(proto::SegmentRef {
+            first_path: first_path.clone(),
+            files: *files,
+            frame_from,
+            frame_count: handles.len() as u32,
+        });
+    }
+    let (names, headers) = encode_pack_table(packs);
+    let mut live = vec![0u64; packs.len()];
+    for chunk in known {
+        if let Some(place) = chunk.place {
+            live[place.pack as usize] += u64::from(place.stored_len);
+        }
+    }
+    let usage = proto::Usage { packs: names.clone(), live_bytes: live };
+    let root = proto::Root {
+        info: Some(info),
+        packs: Some(proto::PackTable { names, headers }),
+        frames: Some(frames),
+        segments: refs,
+        page_failures,
+    };
+    let salt = env::salt(stanza.env())?;
+    let mut writer = ObjectWriter::new(stanza.keys(), stanza.scope(), ObjectKind::Root, salt, "");
+    writer.message(KeyRole::Meta, &usage)?;
+    writer.message(KeyRole::Data, &root)?;
+    Ok(writer.finish())
+}

@@ -1,0 +1,360 @@
+//! The way forward: source → chunks → dedup → codec → seal → pack → store → commit.
+//!
+//! A backup counts only once its log entry is committed, and it is committed only when all WAL from its
+//! start to its stop is in the repository.
+
+pub mod judge;
+pub mod manifest;
+pub mod pipeline;
+pub mod upload;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fairvault_format::{limits, names, proto, sha256};
+use tokio::sync::{mpsc, watch};
+
+use crate::commit::Log;
+use crate::commit::session::Session;
+use crate::dedup::{Index, SessionChunks};
+use crate::error::{Context, Error, Result};
+use crate::pack::Packer;
+use crate::postgres::lsn::Lsn;
+use crate::postgres::segment::Segment;
+use crate::progress::Progress;
+use crate::replication::base_backup::{self, BaseBackup};
+use crate::replication::connection::{Connection, Mode};
+use crate::replication::conninfo::ConnInfo;
+use crate::source::{Entry, Feed, PIPELINE_GONE, stream};
+use crate::wal::archive::Archive;
+use crate::wal::stream::{Until, capture};
+
+/// Size of a page; servers built with another BLCKSZ are refused.
+const BLOCK_SIZE: u32 = 8192;
+/// Blocks in a segment file of 1 GiB.
+const BLOCKS_PER_SEGMENT: u32 = 131_072;
+
+/// How WAL from start to stop gets into the repository.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WalMethod {
+    /// `Archive` if the server's archive_command is fairvault's, else `Stream`.
+    Auto,
+    /// Wait for `wal push`.
+    Archive,
+    /// Stream it on a connection of its own.
+    Stream,
+}
+
+/// What to do.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Server.
+    pub conninfo: ConnInfo,
+    /// Checkpoint at once.
+    pub fast: bool,
+    /// KiB a second.
+    pub max_rate_kib: Option<u32>,
+    /// zstd level.
+    pub level: i32,
+    /// Workers; 0 for one a core.
+    pub workers: usize,
+    /// WAL.
+    pub wal: WalMethod,
+    /// How long archived WAL may take to arrive.
+    pub archive_timeout: Duration,
+    /// Free-form notes.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// What a backup came to.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// Facts.
+    pub info: proto::BackupInfo,
+    /// Pages whose checksum was wrong, judged.
+    pub page_failures: Vec<proto::PageFailure>,
+    /// Other things a person should know.
+    pub notes: Vec<String>,
+}
+
+/// What is known of the server before the backup starts.
+struct Server {
+    connection: Connection,
+    system_identifier: u64,
+    segment_size: u64,
+    checksums: bool,
+    wal: WalMethod,
+}
+
+/// Takes a full backup. When `cancelled` completes, it stops cleanly and its session is ended.
+pub async fn run(log: &mut Log, options: &Options, progress: Arc<Progress>, cancelled: impl Future<Output = ()>) -> Result<Report> {
+    progress.phase("connecting");
+    let server = inspect(options).await?;
+    let archive = Archive::open(log, Some(server.system_identifier), options.level)?;
+    if archive.segment_size != server.segment_size {
+        return Err(Error::refused(format!(
+            "the server's WAL segments have {} bytes, the stanza's {}", server.segment_size, archive.segment_size
+        )));
+    }
+    let id = backup_id(log);
+    let mut session = Session::begin(log, "backup", &id).await?;
+    let outcome = tokio::select! {
+        outcome = transfer(log, &mut session, server, archive, options, &id, progress.clone()) => outcome,
+        () = cancelled => Err(Error::interrupted()),
+    };
+    match outcome {
+        Ok((root, report)) => {
+            progress.phase("committing");
+            session.commit(log, root, report.info.clone()).await?;
+            Ok(report)
+        }
+        Err(error) => {
+            let reason = error.to_string();
+            let abort = session.abort(log, &reason);
+            if tokio::time::timeout(Duration::from_secs(10), abort).await.is_err() {
+                tracing::warn!("the end of this backup's session could not be noted; nothing is lost by it");
+            }
+            Err(error)
+        }
+    }
+}
+
+fn backup_id(log: &Log) -> String {
+    let mut now_us = log.stanza().env().now_us();
+    loop {
+        let time = jiff::Timestamp::from_microsecond(now_us).unwrap_or_default();
+        let id = format!("{}F", time.strftime("%Y%m%d-%H%M%S"));
+        let taken = |b: &proto::CommittedBackup| b.info.as_ref().is_some_and(|i| i.id == id);
+        let announced = |s: &proto::OpenSession| s.begin.as_ref().is_some_and(|b| b.backup == id);
+        if !log.state().backups.iter().any(taken) && !log.state().open_sessions.iter().any(announced) {
+            return id;
+        }
+        now_us += 1_000_000;
+    }
+}
+
+async fn inspect(options: &Options) -> Result<Server> {
+    let mut connection = Connection::open(&options.conninfo, Mode::Replication).await?;
+    let identity = connection.identify().await?;
+    let segment_size = connection.wal_segment_size().await?;
+    let checksums = connection.show("data_checksums").await?.as_deref() == Some("on");
+    if connection.show("block_size").await?.is_some_and(|size| size != BLOCK_SIZE.to_string()) {
+        return Err(Error::new(crate::error::Kind::Unsupported, "the server was built with another block size than 8192"));
+    }
+    let wal = match options.wal {
+        WalMethod::Auto => {
+            let mode = connection.show("archive_mode").await?.unwrap_or_default();
+            let command = connection.show("archive_command").await?.unwrap_or_default();
+            let active = mode == "always" || mode == "on" && !connection.in_recovery();
+            if active && command.contains("fairvault") { WalMethod::Archive } else { WalMethod::Stream }
+        }
+        chosen => chosen,
+    };
+    Ok(Server { connection, system_identifier: identity.system_identifier, segment_size, checksums, wal })
+}
+
+#[allow(clippy::too_many_arguments)]
+async fn transfer(
+    log: &mut Log,
+    session: &mut Session,
+    mut server: Server,
+    archive: Archive,
+    options: &Options,
+    id: &str,
+    progress: Arc<Progress>,
+) -> Result<([u8; 32], Report)> {
+    let stanza = log.stanza().clone();
+    let started_us = stanza.env().now_us();
+    progress.phase("loading the index");
+    let index = Index::load(&stanza, log.state()).await?;
+    tracing::debug!("{} chunks are known", index.len());
+    let slot = format!("fairvault_{}", hex::encode(crate::env::id(stanza.env())?));
+    let wal_connection = match server.wal {
+        WalMethod::Stream => {
+            let mut connection = Connection::open(&options.conninfo, Mode::Replication).await?;
+            if connection.identify().await?.system_identifier != server.system_identifier {
+                return Err(Error::failed("the second connection reached another server")
+                    .remedy("name one host in conninfo, or use target_session_attrs"));
+            }
+            connection
+                .create_slot(&slot, true, true)
+                .await
+                .context(|| "making a temporary replication slot for the WAL of this backup")
+                .map_err(|e| e.remedy("raise max_replication_slots and max_wal_senders, or archive with `fairvault wal push`"))?;
+            Some(connection)
+        }
+        _ => None,
+    };
+
+    progress.phase("waiting for the server's checkpoint");
+    let from_standby = server.connection.in_recovery();
+    let server_version = server.connection.server_version();
+    let label = format!("fairvault {id}");
+    let request = base_backup::Options { label: label.clone(), fast: options.fast, max_rate_kib: options.max_rate_kib };
+    let mut backup = BaseBackup::start(&mut server.connection, &request).await?;
+    let (start, timeline) = (backup.start, backup.timeline);
+    let tablespaces = stream::tablespaces(&backup);
+    progress.total_bytes.set(backup.tablespaces.iter().filter_map(|t| t.size_bytes).sum());
+    progress.phase("copying");
+
+    let (until, until_seen) = watch::channel(None);
+    let wal_task = AbortOnDrop(wal_connection.map(|connection| {
+        tokio::spawn(capture(connection, archive.clone(), slot, start, timeline, until_seen, progress.clone()))
+    }));
+
+    let workers = if options.workers == 0 { std::thread::available_parallelism().map_or(2, usize::from) } else { options.workers };
+    let chunks = Arc::new(SessionChunks::new(index));
+    let (finished_in, finished_out) = mpsc::channel(1);
+    let shared = Arc::new(pipeline::Shared {
+        stanza: stanza.clone(),
+        chunks: chunks.clone(),
+        packer: Packer::new(stanza.clone(), chunks.clone(), finished_in),
+        level: options.level,
+        checked_page: server.checksums.then_some(BLOCK_SIZE),
+        blocks_per_segment: BLOCKS_PER_SEGMENT,
+        progress: progress.clone(),
+    });
+    let (chunks_in, chunks_out) = mpsc::channel(workers * 4);
+    let mut feed = Feed::new(chunks_in, progress.clone());
+
+    // The workers, then the manifest segments, which go through the same packer.
+    let worker_shared = shared.clone();
+    let (entries_in, entries_out) = tokio::sync::oneshot::channel::<Vec<Entry>>();
+    drop(shared);
+    let work = tokio::task::spawn_blocking(move || -> Result<Packed> {
+        let results = pipeline::run(&worker_shared, workers, chunks_out)?;
+        let entries = entries_out.blocking_recv().map_err(|_| Error::failed("the source has ended early"))?;
+        // Packs of content must have their names before a manifest can point to them.
+        let (known, packs) = worker_shared.chunks.finish()?;
+        let segments = manifest::store_segments(&worker_shared, &entries, results.done, &known, &packs)?;
+        worker_shared.packer.close()?;
+        Ok(Packed { entries, segments, bad_pages: results.bad_pages })
+    });
+    let source = async {
+        let ended = stream::read(&mut backup, &mut feed).await;
+        let entries = feed.finish();
+        let ended = ended?;
+        let _ = entries_in.send(entries);
+        Ok::<_, Error>(ended)
+    };
+    let storing = upload::run(stanza.clone(), finished_out, log, session, &progress);
+    let working = async { work.await.map_err(|e| Error::failed("the pipeline panicked").caused_by(e))? };
+    let (ended, packed, stored) = tokio::join!(source, working, storing);
+    let (ended, packed) = first_cause(ended, packed, stored)?;
+
+    progress.phase("waiting for WAL");
+    let _ = until.send(Some(Until { stop: ended.stop, whole_segment: !from_standby }));
+    let mut notes = Vec::new();
+    match wal_task.join().await? {
+        true => notes.push(
+            "the WAL of this backup was streamed with it: the backup can be restored on its own; recovery to a later moment needs \
+             continuous WAL (`fairvault wal push` as archive_command)"
+                .to_owned(),
+        ),
+        false => wait_for_archive(&archive, timeline, start, ended.stop, options.archive_timeout).await?,
+    }
+    let page_failures =
+        judge::judge(&archive, timeline, start, ended.stop, &packed.bad_pages, BLOCKS_PER_SEGMENT).await?;
+
+    let (known, packs) = chunks.finish()?;
+    let info = proto::BackupInfo {
+        id: id.to_owned(),
+        r#type: "full".to_owned(),
+        system_identifier: server.system_identifier,
+        server_version,
+        start_timeline: timeline,
+        stop_timeline: ended.timeline,
+        start_lsn: start.0,
+        stop_lsn: ended.stop.0,
+        started_us,
+        stopped_us: stanza.env().now_us(),
+        wal_segment_size: archive.segment_size,
+        block_size: BLOCK_SIZE,
+        data_checksums: server.checksums,
+        from_standby,
+        files: packed.entries.len() as u64,
+        plain_bytes: packed.entries.iter().map(|e| e.size).sum(),
+        new_plain_bytes: progress.read_bytes.get().saturating_sub(progress.deduplicated_bytes.get()),
+        new_stored_bytes: progress.stored_bytes.get(),
+        source: "stream".to_owned(),
+        label,
+        annotations: options.annotations.clone().into_iter().collect(),
+        tablespaces,
+        failed_pages: page_failures.len() as u32,
+        damaged_pages: page_failures.iter().filter(|f| judge::is_damage(f)).count() as u32,
+        wal_method: if server.wal == WalMethod::Stream { "stream" } else { "archive" }.to_owned(),
+        tool_version: env!("CARGO_PKG_VERSION").to_owned(),
+        ..Default::default()
+    };
+    let root = manifest::seal_root(&stanza, info.clone(), &packed.segments, &known, &packs, page_failures.clone())?;
+    fairvault_format::error::check_limit("the manifest root", root.len() as u64, limits::SECTION_BYTES)?;
+    let hash = sha256(&root);
+    stanza.store().put_hashed(&names::root(&hash), root.into()).await?;
+    Ok((hash, Report { info, page_failures, notes }))
+}
+
+/// When a stage fails, its neighbours only see that it is gone: report the one that knows why.
+fn first_cause<A, B>(source: Result<A>, pipeline: Result<B>, stored: Result<()>) -> Result<(A, B)> {
+    stored?;
+    match (source, pipeline) {
+        (Ok(a), Ok(b)) => Ok((a, b)),
+        (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error),
+        (Err(source), Err(pipeline)) => Err(if source.kind() == crate::error::Kind::Failed && source.to_string() == PIPELINE_GONE {
+            pipeline
+        } else {
+            source
+        }),
+    }
+}
+
+struct Packed {
+    entries: Vec<Entry>,
+    segments: Vec<(String, u32, Vec<u32>)>,
+    bad_pages: Vec<pipeline::BadPage>,
+}
+
+/// The WAL task; it does not outlive the backup.
+struct AbortOnDrop(Option<tokio::task::JoinHandle<Result<()>>>);
+
+impl AbortOnDrop {
+    /// Waits for it; false if there was none.
+    async fn join(mut self) -> Result<bool> {
+        match self.0.as_mut() {
+            None => Ok(false),
+            Some(task) => {
+                task.await.map_err(|e| Error::failed("streaming WAL panicked").caused_by(e))?.context(|| "streaming the WAL of this backup")?;
+                Ok(true)
+            }
+        }
+    }
+}
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
+}
+
+async fn wait_for_archive(archive: &Archive, timeline: u32, start: Lsn, stop: Lsn, timeout: Duration) -> Result<()> {
+    let deadline = tokio::time::Instant::now() + timeout;
+    let mut segment = Segment::of(timeline, start, archive.segment_size);
+    while segment.start(archive.segment_size) < stop {
+        if archive.segment_header(segment).await?.is_some() {
+            segment = segment.next();
+            continue;
+        }
+        if tokio::time::Instant::now() > deadline {
+            return Err(Error::temporary(format!(
+                "{} did not arrive in the repository within {} s, and the backup cannot be restored without it",
+                segment.name(archive.segment_size),
+                timeout.as_secs()
+            ))
+            .remedy("look at pg_stat_archiver and the server's log for what archive_command says, or use --wal stream"));
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    Ok(())
+}

@@ -1,0 +1,259 @@
+//! The stanza's log: one total order of everything that was decided.
+//!
+//! What always holds: an entry is appended only after everything before it was read, so that whoever wins
+//! a sequence number has seen the whole past; a fenced writer learns of it before its entry counts; a log
+//! that is shorter than, or different from, what this host saw before is refused.
+
+pub mod session;
+pub mod state;
+
+use std::sync::Arc;
+
+use fairvault_format::header::Kind as ObjectKind;
+use fairvault_format::log::{Signers, open_entry, seal_entry};
+use fairvault_format::proto::{LogEntry, Snapshot, log_entry::Kind as Entry};
+use fairvault_format::{limits, names, object, sha256};
+
+use crate::env;
+use crate::error::{Error, Kind, Result};
+use crate::stanza::Stanza;
+use crate::store::Created;
+
+/// How many snapshots are tried before the log is read from its beginning.
+const SNAPSHOT_TRIES: usize = 3;
+/// Entries fetched at once.
+const BATCH: u64 = 32;
+
+/// An open log.
+#[derive(Debug, Clone)]
+pub struct Log {
+    stanza: Arc<Stanza>,
+    state: Snapshot,
+    signers: Signers,
+}
+
+impl Log {
+    /// A log without entries, for the first one.
+    pub fn empty(stanza: Arc<Stanza>) -> Self {
+        Self { stanza, state: Snapshot::default(), signers: Signers::default() }
+    }
+
+    /// Reads the log to its end.
+    pub async fn open(stanza: Arc<Stanza>) -> Result<Self> {
+        let mut this = Self::empty(stanza);
+        let remembered = this.stanza.memory().and_then(|m| m.head(&this.stanza));
+        match &remembered {
+            Some(state) => this.adopt(state.clone()),
+            None => this.start_from_snapshot().await?,
+        }
+        this.refresh().await?;
+        if this.state.seq == 0 {
+            return Err(Error::not_found(format!("{} has keys and no log", this.stanza.shown()))
+                .remedy("an interrupted `stanza create` leaves that; run it again"));
+        }
+        this.check_pins()?;
+        if remembered.is_some_and(|r| r.seq == this.state.seq) {
+            this.check_remembered_head().await?;
+        }
+        this.remember();
+        Ok(this)
+    }
+
+    fn adopt(&mut self, state: Snapshot) {
+        self.signers = Signers::default();
+        for epoch in &state.key_epochs {
+            self.signers.add(epoch);
+        }
+        self.state = state;
+    }
+
+    async fn start_from_snapshot(&mut self) -> Result<()> {
+        let store = self.stanza.store();
+        let mut found: Vec<_> = store
+            .list(names::SNAPSHOTS)
+            .await?
+            .into_iter()
+            .filter_map(|(name, _)| names::parse_snapshot(name.rsplit('/').next()?))
+            .collect();
+        found.sort_unstable();
+        for (seq, hash) in found.into_iter().rev().take(SNAPSHOT_TRIES) {
+            if let Some(state) = self.try_snapshot(seq, hash).await? {
+                self.adopt(state);
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// A snapshot counts if the entry after it names it and follows its head.
+    async fn try_snapshot(&self, seq: u64, hash: [u8; 32]) -> Result<Option<Snapshot>> {
+        let store = self.stanza.store();
+        let (Some(bytes), Some(entry)) =
+            (store.get_opt(&names::snapshot(seq, &hash)).await?, store.get_opt(&names::log_context(seq + 1)).await?)
+        else {
+            return Ok(None);
+        };
+        if sha256(&bytes) != hash {
+            return Ok(None);
+        }
+        let what = format!("log snapshot {seq}");
+        let state: Snapshot =
+            object::open_message(self.stanza.keys_for(&bytes, &what)?, self.stanza.scope(), ObjectKind::Snapshot, &bytes, "", &what)?;
+        let mut signers = Signers::default();
+        for epoch in &state.key_epochs {
+            signers.add(epoch);
+        }
+        let Ok(head) = <[u8; 32]>::try_from(state.head.as_slice()) else { return Ok(None) };
+        let keys = self.stanza.keys_for(&entry, "log entry")?;
+        match open_entry(keys, self.stanza.scope(), &entry, seq + 1, &head, &signers) {
+            Ok(entry) if entry.snapshot == hash && state.seq == seq => Ok(Some(state)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Reads what was appended since.
+    pub async fn refresh(&mut self) -> Result<()> {
+        let store = self.stanza.store().clone();
+        loop {
+            let from = self.state.seq + 1;
+            // One probe tells whether there is anything; only then more are asked for at once.
+            let Some(first) = store.get_opt(&names::log_context(from)).await? else { return Ok(()) };
+            self.apply(&first)?;
+            let batch = (from + 1..from + BATCH).map(|seq| {
+                let store = store.clone();
+                async move { store.get_opt(&names::log_context(seq)).await }
+            });
+            // Small batches first: the usual tail is short.
+            let ahead = if from % limits::SNAPSHOT_INTERVAL < 8 { 8 } else { BATCH as usize };
+            for bytes in futures::future::join_all(batch.take(ahead)).await {
+                match bytes? {
+                    Some(bytes) => self.apply(&bytes)?,
+                    None => return Ok(()),
+                }
+            }
+        }
+    }
+
+    fn apply(&mut self, bytes: &[u8]) -> Result<()> {
+        let seq = self.state.seq + 1;
+        let previous: [u8; 32] = self.state.head.as_slice().try_into().unwrap_or([0; 32]);
+        let keys = self.stanza.keys_for(bytes, "log entry")?;
+        let entry = open_entry(keys, self.stanza.scope(), bytes, seq, &previous, &self.signers)?;
+        if let Some(Entry::Genesis(genesis)) = &entry.kind
+            && let Some(epoch) = &genesis.key_epoch
+        {
+            self.signers.add(epoch);
+        }
+        if let Some(Entry::KeyEpoch(epoch)) = &entry.kind {
+            self.signers.add(epoch);
+        }
+        state::apply(&mut self.state, &entry, keys.epoch)?;
+        self.state.seq = seq;
+        self.state.head = sha256(bytes).to_vec();
+        Ok(())
+    }
+
+    /// The log must be of the repository and stanza that the keys are of, and encrypted if a key is used.
+    fn check_pins(&self) -> Result<()> {
+        let genesis = self.state.genesis.clone().unwrap_or_default();
+        let scope = self.stanza.scope();
+        if genesis.repository_id != scope.repository || genesis.stanza_id != scope.stanza {
+            return Err(Error::damaged(format!("the log of {} is of another repository or stanza", self.stanza.shown())));
+        }
+        if self.stanza.has_secret() && !genesis.encrypted {
+            return Err(Error::refused(format!("a key is configured, and {} is not encrypted", self.stanza.shown()))
+                .remedy("remove the key from the configuration if that is meant, or create an encrypted stanza"));
+        }
+        Ok(())
+    }
+
+    async fn check_remembered_head(&self) -> Result<()> {
+        let name = names::log_context(self.state.seq);
+        let there = self.stanza.store().get_opt(&name).await?;
+        match there.map(|bytes| sha256(&bytes)) {
+            Some(hash) if hash[..] == self.state.head => Ok(()),
+            found => Err(Error::damaged(format!(
+                "{}/{name} {}, yet this host saw another entry there: the log was rolled back or replaced",
+                self.stanza.shown(),
+                if found.is_some() { "is different" } else { "is gone" }
+            ))
+            .remedy("if the repository was restored from a copy on purpose, delete this host's memory of it in the cache folder")),
+        }
+    }
+
+    fn remember(&self) {
+        if let Some(memory) = self.stanza.memory() {
+            memory.remember_head(&self.stanza, &self.state);
+        }
+    }
+
+    /// The state that the log amounts to.
+    pub fn state(&self) -> &Snapshot {
+        &self.state
+    }
+
+    /// The stanza.
+    pub fn stanza(&self) -> &Arc<Stanza> {
+        &self.stanza
+    }
+
+    /// Appends an entry. `allowed` is asked before every attempt, with the state that the entry would
+    /// follow: what it refuses is not appended.
+    pub async fn append(&mut self, entry: Entry, allowed: impl Fn(&Snapshot) -> Result<()>) -> Result<u64> {
+        let nonce = env::id(self.stanza.env())?.to_vec();
+        loop {
+            allowed(&self.state)?;
+            let seq = self.state.seq + 1;
+            let mut entry = LogEntry {
+                seq,
+                previous: if seq == 1 { vec![0; 32] } else { self.state.head.clone() },
+                time_us: self.stanza.env().now_us(),
+                fence: self.state.fence,
+                nonce: nonce.clone(),
+                host: self.stanza.host().to_owned(),
+                snapshot: Vec::new(),
+                kind: Some(entry.clone()),
+            };
+            if seq % limits::SNAPSHOT_INTERVAL == 0 {
+                entry.snapshot = self.write_snapshot().await?.to_vec();
+            }
+            let bytes = seal_entry(self.stanza.keys(), self.stanza.scope(), env::salt(self.stanza.env())?, &entry)?;
+            match self.stanza.store().create(&names::log_context(seq), bytes.clone().into()).await? {
+                Created::Won => {
+                    self.apply(&bytes)?;
+                    self.remember();
+                    return Ok(seq);
+                }
+                Created::Lost(other) => {
+                    self.apply(&other)?;
+                    self.refresh().await?;
+                }
+            }
+        }
+    }
+
+    async fn write_snapshot(&self) -> Result<[u8; 32]> {
+        let stanza = &self.stanza;
+        let salt = env::salt(stanza.env())?;
+        let bytes = object::seal_message(stanza.keys(), stanza.scope(), ObjectKind::Snapshot, salt, "", &self.state)?;
+        let hash = sha256(&bytes);
+        stanza.store().put_hashed(&names::snapshot(self.state.seq, &hash), bytes.into()).await?;
+        Ok(hash)
+    }
+
+    /// The backup with this id, or the newest for "latest".
+    pub fn backup(&self, id: &str) -> Result<&fairvault_format::proto::CommittedBackup> {
+        let backups = &self.state.backups;
+        let found = match id {
+            "latest" => backups.last(),
+            id => backups.iter().find(|b| b.info.as_ref().is_some_and(|i| i.id == id)),
+        };
+        found.ok_or_else(|| {
+            let known: Vec<_> = backups.iter().filter_map(|b| b.info.as_ref()).map(|i| i.id.as_str()).collect();
+            Error::new(Kind::NotFound, format!("stanza {} has no backup {id:?}", self.stanza.name())).remedy(match known.len() {
+                0 => "there are no backups yet: run `fairvault backup`".to_owned(),
+                _ => format!("backups: {}", known.join(", ")),
+            })
+        })
+    }
+}

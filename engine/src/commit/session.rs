@@ -1,0 +1,65 @@
+//! A session: what one writer does between `begin` and `commit` or `abort`.
+
+use fairvault_format::proto::{self, Snapshot, log_entry::Kind as Entry};
+
+use super::{Log, state};
+use crate::env;
+use crate::error::{Error, Kind, Result};
+
+/// An open session of this process.
+#[derive(Debug)]
+pub struct Session {
+    id: [u8; 16],
+    /// Index runs that were announced.
+    pub announced: Vec<[u8; 32]>,
+}
+
+impl Session {
+    /// Begins a session for backup `backup`.
+    pub async fn begin(log: &mut Log, what: &str, backup: &str) -> Result<Self> {
+        let id = env::id(log.stanza().env())?;
+        let begin = proto::Begin {
+            session: id.to_vec(),
+            what: what.to_owned(),
+            backup: backup.to_owned(),
+            seen_mark: log.state().newest_mark,
+        };
+        log.append(Entry::Begin(begin), |_| Ok(())).await?;
+        Ok(Self { id, announced: Vec::new() })
+    }
+
+    fn check(&self) -> impl Fn(&Snapshot) -> Result<()> + '_ {
+        |now| match state::is_open(now, &self.id) {
+            true => Ok(()),
+            false => Err(Error::new(Kind::Held, "this session was fenced by another writer; its backup does not count")
+                .remedy("find out who fenced it with `fairvault info`, then start the backup again")),
+        }
+    }
+
+    /// Makes index runs known to whoever comes after, also if this session dies.
+    pub async fn announce(&mut self, log: &mut Log, run: [u8; 32]) -> Result<()> {
+        let entry = proto::Announce { session: self.id.to_vec(), index_runs: vec![run.to_vec()] };
+        log.append(Entry::Announce(entry), self.check()).await?;
+        self.announced.push(run);
+        Ok(())
+    }
+
+    /// Commits the backup: from here on it counts.
+    pub async fn commit(self, log: &mut Log, root: [u8; 32], info: proto::BackupInfo) -> Result<()> {
+        let entry = proto::Commit {
+            session: self.id.to_vec(),
+            root: root.to_vec(),
+            index_runs: self.announced.iter().map(|run| run.to_vec()).collect(),
+            info: Some(info),
+        };
+        log.append(Entry::Commit(entry), self.check()).await?;
+        Ok(())
+    }
+
+    /// Ends the session without a backup.
+    pub async fn abort(self, log: &mut Log, reason: &str) -> Result<()> {
+        let reason = reason.chars().take(500).collect();
+        log.append(Entry::Abort(proto::Abort { session: self.id.to_vec(), reason }), |_| Ok(())).await?;
+        Ok(())
+    }
+}

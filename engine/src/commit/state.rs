@@ -1,0 +1,117 @@
+//! What the entries of a log amount to: a fold over them.
+
+use fairvault_format::proto::{CommittedBackup, LogEntry, OpenSession, Snapshot, log_entry::Kind as Entry};
+
+use crate::error::{Error, Result};
+
+/// Applies one entry that was opened and checked. `key_epoch` is the epoch that it is sealed with.
+pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<()> {
+    let damaged = |why: &str| Error::damaged(format!("log entry {}: {why}", entry.seq));
+    let kind = entry.kind.as_ref().ok_or_else(|| damaged("it says nothing"))?;
+    if entry.fence < state.fence {
+        // Written by somebody who had not seen the fence: void.
+        return Ok(());
+    }
+    match kind {
+        Entry::Genesis(genesis) => {
+            state.key_epochs.extend(genesis.key_epoch.clone());
+            state.incarnations.extend(genesis.incarnation);
+            state.genesis = Some(genesis.clone());
+        }
+        Entry::Begin(begin) => state.open_sessions.push(OpenSession {
+            begin: Some(begin.clone()),
+            seq: entry.seq,
+            time_us: entry.time_us,
+            fence: entry.fence,
+            host: entry.host.clone(),
+            index_runs: Vec::new(),
+        }),
+        Entry::Announce(announce) => {
+            if let Some(session) = find(state, &announce.session) {
+                session.index_runs.extend(announce.index_runs.iter().cloned());
+            }
+            add_runs(state, &announce.index_runs);
+        }
+        Entry::Commit(commit) => {
+            if find(state, &commit.session).is_none() {
+                // The session was fenced or has ended: the commit does not count.
+                return Ok(());
+            }
+            state.open_sessions.retain(|s| session_id(s) != commit.session);
+            add_runs(state, &commit.index_runs);
+            let id = commit.info.as_ref().map(|i| i.id.clone()).unwrap_or_default();
+            if state.backups.iter().any(|b| b.info.as_ref().is_some_and(|i| i.id == id)) {
+                return Err(damaged("it commits a backup id for the second time"));
+            }
+            state.backups.push(CommittedBackup {
+                seq: entry.seq,
+                root: commit.root.clone(),
+                info: commit.info.clone(),
+                key_epoch,
+            });
+        }
+        Entry::Abort(abort) => state.open_sessions.retain(|s| session_id(s) != abort.session),
+        Entry::SetFence(fence) => {
+            if fence.fence > state.fence {
+                state.fence = fence.fence;
+                state.open_sessions.retain(|s| !fence.sessions.iter().any(|f| f == session_id(s)));
+            }
+        }
+        Entry::ArchiveEpoch(epoch) => state.archive_epochs.push(*epoch),
+        Entry::Expired(expired) => {
+            state.backups.retain(|b| b.info.as_ref().is_none_or(|i| i.id != expired.backup));
+        }
+        Entry::Hold(hold) => {
+            state.holds.retain(|h| h.backup != hold.backup);
+            if !hold.released {
+                state.holds.push(hold.clone());
+            }
+        }
+        Entry::GcMark(mark) => {
+            state.open_marks.push(mark.clone());
+            state.newest_mark = entry.seq;
+        }
+        Entry::GcSwept(swept) => {
+            state.open_marks.clear();
+            state.index_runs.retain(|run| !swept.index_runs.contains(run));
+        }
+        Entry::KeyEpoch(epoch) => state.key_epochs.push(epoch.clone()),
+        Entry::Policy(policy) => state.policy = Some(policy.clone()),
+        Entry::Incarnation(incarnation) => state.incarnations.push(*incarnation),
+        Entry::DistrustParser(parser) => state.distrusted.push(parser.clone()),
+        Entry::Erasure(_) => {}
+    }
+    Ok(())
+}
+
+fn session_id(session: &OpenSession) -> &[u8] {
+    session.begin.as_ref().map_or(&[], |b| b.session.as_slice())
+}
+
+fn find<'a>(state: &'a mut Snapshot, session: &[u8]) -> Option<&'a mut OpenSession> {
+    state.open_sessions.iter_mut().find(|s| session_id(s) == session)
+}
+
+fn add_runs(state: &mut Snapshot, runs: &[Vec<u8>]) {
+    for run in runs {
+        if !state.index_runs.contains(run) {
+            state.index_runs.push(run.clone());
+        }
+    }
+}
+
+/// Whether `session` is open, that is, neither committed, aborted nor fenced.
+pub fn is_open(state: &Snapshot, session: &[u8]) -> bool {
+    state.open_sessions.iter().any(|s| session_id(s) == session)
+}
+
+/// The archive epoch that rules at a position.
+pub fn archive_epoch(state: &Snapshot, system_identifier: u64, timeline: u32, lsn: u64) -> u32 {
+    state
+        .archive_epochs
+        .iter()
+        .filter(|e| e.system_identifier == system_identifier && (e.timeline, e.lsn) <= (timeline, lsn))
+        .map(|e| e.epoch)
+        .max()
+        .unwrap_or(1)
+}

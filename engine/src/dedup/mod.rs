@@ -1,0 +1,192 @@
+//! Which chunks the repository already holds.
+//!
+//! The index of all live runs is a sorted array of 48 bytes a chunk. What this session meets, new or not,
+//! gets a *handle*: a number that is known at once, while its place in a pack may come later.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use fairvault_format::index::{self, IndexEntry, PackRef};
+use fairvault_format::proto::Snapshot;
+use fairvault_format::{names, sha256};
+
+use crate::error::{Context, Error, Result};
+use crate::stanza::Stanza;
+
+/// Runs fetched at once.
+const FETCH: usize = 8;
+
+/// All chunks that committed or announced packs hold.
+#[derive(Debug, Default)]
+pub struct Index {
+    packs: Vec<PackRef>,
+    entries: Vec<IndexEntry>,
+}
+
+impl Index {
+    /// Loads every live run of the stanza. Entries of other key epochs can never match and are left out.
+    pub async fn load(stanza: &Stanza, state: &Snapshot) -> Result<Self> {
+        let mut this = Self::default();
+        let marked: std::collections::HashSet<&[u8]> =
+            state.open_marks.iter().flat_map(|m| m.packs.iter().map(Vec::as_slice)).collect();
+        for batch in state.index_runs.chunks(FETCH) {
+            let fetched = futures::future::join_all(batch.iter().map(|hash| async move {
+                let hash: [u8; 32] =
+                    hash.as_slice().try_into().map_err(|_| Error::damaged("the log names an index run without a hash"))?;
+                let name = names::index_run(&hash);
+                let bytes = stanza.store().get(&name).await?;
+                if sha256(&bytes) != hash {
+                    return Err(Error::damaged(format!("{}/{name} does not match its name", stanza.shown())));
+                }
+                Ok::<_, Error>(index::open_run(stanza.keys_for(&bytes, &name)?, stanza.scope(), &bytes, &name)?)
+            }))
+            .await;
+            for run in fetched {
+                this.add(run.context(|| "loading the index")?, stanza.keys().epoch, &marked);
+            }
+        }
+        this.entries.sort_unstable_by_key(|e| e.id);
+        this.entries.dedup_by_key(|e| e.id);
+        Ok(this)
+    }
+
+    fn add(&mut self, run: index::IndexRun, epoch: u32, marked: &std::collections::HashSet<&[u8]>) {
+        let base = self.packs.len() as u32;
+        let usable = |p: &PackRef| p.header.epoch == epoch && !marked.contains(&p.name[..]);
+        self.entries.extend(
+            run.entries
+                .iter()
+                .filter(|e| usable(&run.packs[e.pack as usize]))
+                .map(|e| IndexEntry { pack: base + e.pack, ..*e }),
+        );
+        self.packs.extend(run.packs);
+    }
+
+    /// Where a chunk is.
+    pub fn find(&self, id: &[u8; 32]) -> Option<(&PackRef, &IndexEntry)> {
+        let at = self.entries.binary_search_by_key(id, |e| e.id).ok()?;
+        let entry = &self.entries[at];
+        Some((&self.packs[entry.pack as usize], entry))
+    }
+
+    /// Chunks known.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether no chunk is known.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
+
+/// A chunk's place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Position in the session's pack table.
+    pub pack: u32,
+    /// Position of the frame in the pack.
+    pub ordinal: u32,
+    /// Offset of the frame, bytes.
+    pub offset: u32,
+    /// Length as stored, bytes.
+    pub stored_len: u32,
+}
+
+/// A chunk that this session met.
+#[derive(Debug, Clone, Copy)]
+pub struct Known {
+    /// Its id.
+    pub id: [u8; 32],
+    /// Length of its plaintext.
+    pub plain_len: u32,
+    /// Its place; `None` while a worker is still packing it.
+    pub place: Option<Place>,
+}
+
+/// What to do with a chunk.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// It is, or will be, stored: use this handle.
+    Present(u32),
+    /// The caller must store it and then say where.
+    New(u32),
+}
+
+#[derive(Debug, Default)]
+struct Tables {
+    handles: HashMap<[u8; 32], u32>,
+    chunks: Vec<Known>,
+    packs: Vec<Option<PackRef>>,
+    pack_numbers: HashMap<[u8; 32], u32>,
+}
+
+/// The chunks and packs of one session.
+#[derive(Debug)]
+pub struct SessionChunks {
+    index: Index,
+    tables: Mutex<Tables>,
+}
+
+impl SessionChunks {
+    /// A session over an index.
+    pub fn new(index: Index) -> Self {
+        Self { index, tables: Mutex::default() }
+    }
+
+    fn tables(&self) -> std::sync::MutexGuard<'_, Tables> {
+        // A panicking worker aborts the backup; its tables are only read for the error report.
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds a chunk or claims the right to store it.
+    pub fn claim(&self, id: [u8; 32], plain_len: u32) -> Claim {
+        let mut t = self.tables();
+        if let Some(&handle) = t.handles.get(&id) {
+            return Claim::Present(handle);
+        }
+        let handle = t.chunks.len() as u32;
+        t.handles.insert(id, handle);
+        let known = self.index.find(&id).map(|(pack, entry)| {
+            let number = match t.pack_numbers.get(&pack.name) {
+                Some(&number) => number,
+                None => {
+                    let number = t.packs.len() as u32;
+                    t.packs.push(Some(*pack));
+                    t.pack_numbers.insert(pack.name, number);
+                    number
+                }
+            };
+            Place { pack: number, ordinal: entry.ordinal, offset: entry.offset, stored_len: entry.stored_len }
+        });
+        t.chunks.push(Known { id, plain_len, place: known });
+        if known.is_some() { Claim::Present(handle) } else { Claim::New(handle) }
+    }
+
+    /// Says where a claimed chunk was put.
+    pub fn stored(&self, handle: u32, place: Place) {
+        self.tables().chunks[handle as usize].place = Some(place);
+    }
+
+    /// A number for a pack that is being filled.
+    pub fn new_pack(&self) -> u32 {
+        let mut t = self.tables();
+        t.packs.push(None);
+        t.packs.len() as u32 - 1
+    }
+
+    /// The pack got its name.
+    pub fn pack_named(&self, number: u32, pack: PackRef) {
+        self.tables().packs[number as usize] = Some(pack);
+    }
+
+    /// All chunks and packs, once every worker and upload is done.
+    pub fn finish(&self) -> Result<(Vec<Known>, Vec<PackRef>)> {
+        let t = self.tables();
+        let packs = t.packs.iter().map(|p| p.ok_or_else(|| Error::failed("a pack was not finished"))).collect::<Result<_>>()?;
+        if t.chunks.iter().any(|c| c.place.is_none()) {
+            return Err(Error::failed("a chunk was not stored"));
+        }
+        Ok((t.chunks.clone(), packs))
+    }
+}

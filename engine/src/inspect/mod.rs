@@ -1,0 +1,242 @@
+//! What a stanza has: backups, WAL with its gaps, and the windows that can be restored.
+
+use serde::Serialize;
+
+use crate::commit::Log;
+use crate::error::Result;
+use crate::postgres::lsn::Lsn;
+use crate::postgres::segment::Segment;
+use crate::restore::target::{format_time, info};
+use crate::wal::archive::Archive;
+use crate::wal::coverage::Coverage;
+
+/// A backup.
+#[derive(Debug, Serialize)]
+pub struct BackupLine {
+    /// Id.
+    pub id: String,
+    /// full, diff, incr.
+    pub r#type: String,
+    /// Server version as in server_version_num.
+    pub server_version: u32,
+    /// Times, RFC 3339 in UTC.
+    pub started: String,
+    /// When it ended.
+    pub stopped: String,
+    /// Start LSN.
+    pub start_lsn: String,
+    /// Stop LSN.
+    pub stop_lsn: String,
+    /// Timeline.
+    pub timeline: u32,
+    /// Bytes of the cluster.
+    pub plain_bytes: u64,
+    /// Bytes that it added to the repository.
+    pub new_stored_bytes: u64,
+    /// Files.
+    pub files: u64,
+    /// Damaged pages of the source.
+    pub damaged_pages: u32,
+    /// From a standby.
+    pub from_standby: bool,
+    /// archive or stream.
+    pub wal_method: String,
+    /// Its own WAL is complete.
+    pub restorable: bool,
+    /// Notes.
+    pub annotations: std::collections::BTreeMap<String, String>,
+}
+
+/// A continuous range of WAL segments.
+#[derive(Debug, Serialize)]
+pub struct WalRange {
+    /// First segment.
+    pub first: String,
+    /// Last segment.
+    pub last: String,
+    /// Number.
+    pub segments: u64,
+}
+
+/// WAL of a timeline.
+#[derive(Debug, Serialize)]
+pub struct TimelineLine {
+    /// Timeline.
+    pub timeline: u32,
+    /// Where it began, if it is not the first.
+    pub began: Option<String>,
+    /// Ranges; more than one means gaps.
+    pub ranges: Vec<WalRange>,
+    /// Stored bytes.
+    pub stored_bytes: u64,
+}
+
+/// From where to where recovery can go.
+#[derive(Debug, Serialize)]
+pub struct Window {
+    /// Timeline that is followed.
+    pub timeline: u32,
+    /// Oldest backup of the window.
+    pub backup: String,
+    /// First consistent position.
+    pub from_lsn: String,
+    /// End of continuous WAL.
+    pub to_lsn: String,
+    /// When the oldest backup ended.
+    pub from: String,
+    /// Newest commit that is known, if any.
+    pub to: Option<String>,
+    /// The segment that is missing, if later ones are there.
+    pub hole: Option<String>,
+}
+
+/// A session that has not ended.
+#[derive(Debug, Serialize)]
+pub struct SessionLine {
+    /// What it does.
+    pub what: String,
+    /// Where.
+    pub host: String,
+    /// Since when.
+    pub since: String,
+}
+
+/// Everything about a stanza.
+#[derive(Debug, Serialize)]
+pub struct Info {
+    /// Name.
+    pub stanza: String,
+    /// Repository.
+    pub repository: String,
+    /// Encrypted.
+    pub encrypted: bool,
+    /// System identifiers, newest last.
+    pub system_identifiers: Vec<String>,
+    /// Backups, oldest first.
+    pub backups: Vec<BackupLine>,
+    /// WAL of the newest incarnation.
+    pub wal: Vec<TimelineLine>,
+    /// Restorable windows.
+    pub windows: Vec<Window>,
+    /// Unfinished sessions.
+    pub sessions: Vec<SessionLine>,
+}
+
+fn rfc3339(us: i64) -> String {
+    jiff::Timestamp::from_microsecond(us).map(|t| t.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()).unwrap_or_default()
+}
+
+/// Collects it.
+pub async fn info_of(log: &Log) -> Result<Info> {
+    let state = log.state();
+    let genesis = state.genesis.clone().unwrap_or_default();
+    let archive = Archive::open(log, None, 3)?;
+    let coverage = Coverage::read(&archive).await?;
+    let mut out = Info {
+        stanza: log.stanza().name().to_owned(),
+        repository: log.stanza().shown().to_owned(),
+        encrypted: genesis.encrypted,
+        system_identifiers: state.incarnations.iter().map(|i| i.system_identifier.to_string()).collect(),
+        backups: Vec::new(),
+        wal: timelines(&coverage),
+        windows: Vec::new(),
+        sessions: state
+            .open_sessions
+            .iter()
+            .map(|s| SessionLine {
+                what: s.begin.as_ref().map(|b| format!("{} {}", b.what, b.backup)).unwrap_or_default(),
+                host: s.host.clone(),
+                since: rfc3339(s.time_us),
+            })
+            .collect(),
+    };
+    for backup in &state.backups {
+        let i = info(backup);
+        let leads = |h: &crate::postgres::segment::History| match h.end_of(i.stop_timeline) {
+            Ok(None) => true,
+            Ok(Some(end)) => end.0 >= i.stop_lsn,
+            Err(_) => false,
+        };
+        let mut restorable = false;
+        if i.system_identifier == archive.system_identifier {
+            for wal in coverage.timelines.values().filter(|t| leads(&t.history)) {
+                let reach = coverage.reach(&wal.history, Lsn(i.start_lsn));
+                if reach.end.0 < i.stop_lsn {
+                    continue;
+                }
+                restorable = true;
+                add_window(&mut out.windows, &archive, &wal.history, &i, &reach).await?;
+            }
+        }
+        out.backups.push(BackupLine {
+            id: i.id.clone(),
+            r#type: i.r#type.clone(),
+            server_version: i.server_version,
+            started: rfc3339(i.started_us),
+            stopped: rfc3339(i.stopped_us),
+            start_lsn: Lsn(i.start_lsn).to_string(),
+            stop_lsn: Lsn(i.stop_lsn).to_string(),
+            timeline: i.stop_timeline,
+            plain_bytes: i.plain_bytes,
+            new_stored_bytes: i.new_stored_bytes,
+            files: i.files,
+            damaged_pages: i.damaged_pages,
+            from_standby: i.from_standby,
+            wal_method: i.wal_method.clone(),
+            restorable,
+            annotations: i.annotations.into_iter().collect(),
+        });
+    }
+    Ok(out)
+}
+
+fn timelines(coverage: &Coverage) -> Vec<TimelineLine> {
+    let name = |timeline, number| Segment { timeline, number }.name(coverage.segment_size);
+    coverage
+        .timelines
+        .iter()
+        .map(|(&timeline, wal)| TimelineLine {
+            timeline,
+            began: wal.history.ancestors.last().map(|a| a.end.to_string()),
+            ranges: wal
+                .ranges()
+                .into_iter()
+                .map(|(first, last)| WalRange { first: name(timeline, first), last: name(timeline, last), segments: last - first + 1 })
+                .collect(),
+            stored_bytes: wal.stored_bytes,
+        })
+        .collect()
+}
+
+/// A backup inside a window that is already known adds nothing.
+async fn add_window(
+    windows: &mut Vec<Window>,
+    archive: &Archive,
+    history: &crate::postgres::segment::History,
+    info: &fairvault_format::proto::BackupInfo,
+    reach: &crate::wal::coverage::Reach,
+) -> Result<()> {
+    let to_lsn = reach.end.to_string();
+    if windows.iter().any(|w| w.timeline == history.timeline && w.to_lsn == to_lsn) {
+        return Ok(());
+    }
+    // The newest commit: of the last segments that have one.
+    let mut newest = 0;
+    let from = Lsn(info.start_lsn);
+    for segment in history.segments(from, reach.end, archive.segment_size).into_iter().rev().take(8) {
+        newest = archive.segment_header(segment).await?.and_then(|h| h.summary).map_or(0, |s| s.max_time_us);
+        if newest != 0 {
+            break;
+        }
+    }
+    windows.push(Window {
+        timeline: history.timeline,
+        backup: info.id.clone(),
+        from_lsn: Lsn(info.stop_lsn).to_string(),
+        to_lsn,
+        from: rfc3339(info.stopped_us),
+        to: (newest != 0).then(|| format_time(newest)),
+        hole: reach.is_hole.then(|| reach.missing.name(archive.segment_size)),
+    });
+    Ok(())
+}

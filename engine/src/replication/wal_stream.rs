@@ -1,0 +1,142 @@
+//! START_REPLICATION PHYSICAL: WAL as the server writes it.
+//!
+//! The caller reports what is durable; nothing is reported on its own. Keepalives that ask for an answer
+//! are answered with the last report.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use postgres_protocol::message::backend::Message as M;
+use postgres_protocol::message::frontend;
+
+use super::codec::{Message, broken, server_error};
+use super::connection::{Connection, GOODBYE, detach, quote_name};
+use crate::error::{Error, Result};
+use crate::postgres::EPOCH_2000_US;
+use crate::postgres::lsn::Lsn;
+
+/// WAL or the end of it.
+#[derive(Debug)]
+pub enum WalItem {
+    /// Bytes from `start` on.
+    Data {
+        /// Position of the first byte.
+        start: Lsn,
+        /// WAL.
+        bytes: Bytes,
+    },
+    /// The server has nothing new; its current end of WAL.
+    Idle {
+        /// End of WAL on the server.
+        end: Lsn,
+    },
+    /// The timeline ended: the next one and where it begins.
+    TimelineEnd {
+        /// Next timeline and its start, if the server told.
+        next: Option<(u32, Lsn)>,
+    },
+}
+
+/// A stream of WAL.
+pub struct WalStream {
+    connection: Connection,
+    durable: Lsn,
+}
+
+impl WalStream {
+    /// Starts streaming at `from` on `timeline`, through `slot` if there is one.
+    pub async fn start(mut connection: Connection, slot: Option<&str>, from: Lsn, timeline: u32) -> Result<Self> {
+        let slot = slot.map(|s| format!("SLOT {} ", quote_name(s))).unwrap_or_default();
+        connection.send_query(&format!("START_REPLICATION {slot}PHYSICAL {from} TIMELINE {timeline}")).await?;
+        loop {
+            match connection.wire.receive().await? {
+                Message::CopyBoth => return Ok(Self { connection, durable: Lsn(0) }),
+                Message::Other(M::ErrorResponse(body)) => {
+                    let error = server_error(body.fields());
+                    return Err(match error.to_string().contains("has already been removed") {
+                        true => error.remedy("the server no longer has this WAL; use a replication slot, or take a new full backup"),
+                        false => error,
+                    });
+                }
+                Message::Other(M::ReadyForQuery(_)) => return Err(broken("no stream after START_REPLICATION")),
+                _ => {}
+            }
+        }
+    }
+
+    /// The next item. Cancelling it loses nothing.
+    pub async fn next(&mut self) -> Result<WalItem> {
+        loop {
+            match self.connection.wire.receive().await? {
+                Message::CopyData(mut data) => match data.first() {
+                    Some(b'w') if data.len() >= 25 => {
+                        data.advance(1);
+                        let start = Lsn(data.get_u64());
+                        data.advance(16);
+                        return Ok(WalItem::Data { start, bytes: detach(&data) });
+                    }
+                    Some(b'k') if data.len() >= 18 => {
+                        data.advance(1);
+                        let end = Lsn(data.get_u64());
+                        data.advance(8);
+                        if data.get_u8() == 1 {
+                            self.send_status().await?;
+                        }
+                        return Ok(WalItem::Idle { end });
+                    }
+                    _ => return Err(broken("a strange message in a WAL stream")),
+                },
+                Message::CopyDone => return self.timeline_end().await,
+                Message::Other(M::ErrorResponse(body)) => return Err(server_error(body.fields())),
+                _ => {}
+            }
+        }
+    }
+
+    async fn timeline_end(&mut self) -> Result<WalItem> {
+        let mut out = BytesMut::new();
+        frontend::copy_done(&mut out);
+        self.connection.wire.send(&out).await?;
+        let mut next = None;
+        loop {
+            match self.connection.wire.receive().await? {
+                Message::Other(M::DataRow(body)) => {
+                    let row = super::codec::row(&body)?;
+                    let field = |i: usize| row.get(i).and_then(Option::as_deref);
+                    if let (Some(Ok(timeline)), Some(Ok(start))) = (field(0).map(str::parse), field(1).map(str::parse)) {
+                        next = Some((timeline, start));
+                    }
+                }
+                Message::Other(M::ReadyForQuery(_)) => return Ok(WalItem::TimelineEnd { next }),
+                Message::Other(M::ErrorResponse(body)) => return Err(server_error(body.fields())),
+                _ => {}
+            }
+        }
+    }
+
+    /// Tells the server that everything below `lsn` is durable here.
+    pub async fn report(&mut self, lsn: Lsn) -> Result<()> {
+        self.durable = self.durable.max(lsn);
+        self.send_status().await
+    }
+
+    async fn send_status(&mut self) -> Result<()> {
+        let mut body = BytesMut::with_capacity(34);
+        body.put_u8(b'r');
+        for _ in 0..2 {
+            body.put_u64(self.durable.0);
+        }
+        body.put_u64(0);
+        body.put_i64(jiff::Timestamp::now().as_microsecond() - EPOCH_2000_US);
+        body.put_u8(0);
+        let mut out = BytesMut::new();
+        frontend::CopyData::new(body.freeze()).map_err(|e| Error::failed("a status message").caused_by(e))?.write(&mut out);
+        self.connection.wire.send(&out).await
+    }
+
+    /// Ends the stream politely.
+    pub async fn stop(mut self) {
+        let mut out = BytesMut::new();
+        frontend::copy_done(&mut out);
+        frontend::terminate(&mut out);
+        let _ = tokio::time::timeout(GOODBYE, self.connection.wire.send(&out)).await;
+    }
+}

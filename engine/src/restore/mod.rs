@@ -1,0 +1,122 @@
+//! The way back: plan → fetch → open → decode → write → recovery settings.
+//!
+//! What always holds: before a byte is written, the WAL from the backup to the target is proved complete;
+//! a directory that is not empty is never touched unless it is an interrupted restore of our own or the
+//! caller says so; `pg_control` is written last; success is reported only after everything was synced.
+
+pub mod data;
+pub mod layout;
+pub mod pgmanifest;
+pub mod plan;
+pub mod settings;
+pub mod target;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::commit::Log;
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::wal::push::RESTORED_MARKER;
+use plan::Plan;
+use target::{Action, Target, TimelineChoice};
+
+/// The file that marks an unfinished restore.
+pub const UNFINISHED_MARKER: &str = "fairvault.restoring";
+/// pg_control, written when everything else is there.
+pub const CONTROL_FILE: &str = "global/pg_control";
+
+/// What to do.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where to.
+    pub directory: PathBuf,
+    /// Backup id; `None` to choose for the target.
+    pub backup: Option<String>,
+    /// How far.
+    pub target: Target,
+    /// Stop before the target instead of after it.
+    pub exclusive: bool,
+    /// What to do there.
+    pub action: Action,
+    /// Which timeline.
+    pub timeline: TimelineChoice,
+    /// Leave the archive settings as they are.
+    pub keep_archiving: bool,
+    /// Stay a standby.
+    pub standby: bool,
+    /// Reuse files that are there.
+    pub delta: bool,
+    /// Empty the directory first.
+    pub force: bool,
+    /// Old to new absolute tablespace paths; `all` puts each below the folder.
+    pub tablespace_map: Vec<(String, String)>,
+    /// Write tablespaces at their original absolute paths.
+    pub keep_tablespaces: bool,
+    /// The words before `wal get` in restore_command: binary and configuration.
+    pub command: String,
+}
+
+/// What a restore came to.
+#[derive(Debug)]
+pub struct Report {
+    /// What was done.
+    pub plan: Plan,
+    /// Files written.
+    pub files: u64,
+    /// Bytes written.
+    pub bytes: u64,
+    /// Files that were there and right (`delta`).
+    pub kept_files: u64,
+}
+
+/// Restores.
+pub async fn run(log: &Log, options: &Options, progress: Arc<Progress>, cancelled: impl Future<Output = ()>) -> Result<Report> {
+    progress.phase("planning");
+    let plan = Plan::make(log, options).await?;
+    let work = async {
+        progress.phase("preparing the directory");
+        let layout = layout::prepare(&plan, options)?;
+        progress.total_bytes.set(plan.files.iter().map(|f| f.size).sum());
+        progress.phase("copying");
+        let written = data::write_all(log.stanza().clone(), &plan, &layout, options.delta, progress.clone()).await?;
+        progress.phase("writing recovery settings");
+        let changed = settings::write(&plan, &layout, options, log.stanza())?;
+        pgmanifest::write(&plan, &layout, &changed)?;
+        progress.phase("syncing");
+        finish(&plan, &layout)?;
+        Ok::<_, Error>(written)
+    };
+    let written = tokio::select! {
+        written = work => written?,
+        () = cancelled => return Err(Error::new(crate::error::Kind::Interrupted, "interrupted; the directory is not usable, run the same restore again")),
+    };
+    Ok(Report { files: written.files, bytes: written.bytes, kept_files: written.kept, plan })
+}
+
+/// pg_control into its place, folders synced, the marker of an unfinished restore away.
+fn finish(plan: &Plan, layout: &layout::Layout) -> Result<()> {
+    for folder in layout.folders(plan) {
+        sync_directory(&folder)?;
+    }
+    let from = layout.directory.join(format!("{CONTROL_FILE}.fairvault"));
+    let to = layout.directory.join(CONTROL_FILE);
+    std::fs::rename(&from, &to).map_err(|e| Error::io(format_args!("putting {} into place", to.display()), e))?;
+    sync_directory(&layout.directory.join("global"))?;
+    let marker = layout.directory.join(UNFINISHED_MARKER);
+    std::fs::remove_file(&marker).map_err(|e| Error::io(format_args!("removing {}", marker.display()), e))?;
+    sync_directory(&layout.directory)?;
+    Ok(())
+}
+
+/// Syncs a folder.
+pub fn sync_directory(path: &Path) -> Result<()> {
+    std::fs::File::open(path)
+        .and_then(|folder| folder.sync_all())
+        .map_err(|e| Error::io(format_args!("syncing {}", path.display()), e))
+}
+
+/// Whether a file in the data directory is fairvault's own.
+pub fn is_own_marker(name: &str) -> bool {
+    name == UNFINISHED_MARKER || name == RESTORED_MARKER
+}

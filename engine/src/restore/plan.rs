@@ -1,0 +1,335 @@
+//! What a restore will do, decided and proved before anything is written.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use fairvault_format::header::Kind as ObjectKind;
+use fairvault_format::index::{PackRef, decode_pack_table};
+use fairvault_format::keys::KeyRole;
+use fairvault_format::object::ObjectReader;
+use fairvault_format::proto::{self, FileEntry, ManifestSegment, Root, Usage};
+use fairvault_format::{limits, names, sha256};
+use prost::Message;
+
+use super::Options;
+use super::target::{Choice, Reachable, Reader, info};
+use crate::commit::Log;
+use crate::error::{Context, Error, Result};
+use crate::postgres::lsn::Lsn;
+use crate::postgres::walker::{Event, What, rmgr};
+use crate::stanza::Stanza;
+use crate::wal::archive::Archive;
+use crate::wal::coverage::Coverage;
+
+/// A frame to fetch.
+#[derive(Debug, Clone, Copy)]
+pub struct FrameRef {
+    /// Chunk id.
+    pub id: [u8; 32],
+    /// Position in [`Manifest::packs`].
+    pub pack: u32,
+    /// Ordinal, offset and stored length in the pack.
+    pub ordinal: u32,
+    /// Offset, bytes.
+    pub offset: u32,
+    /// Stored length, bytes.
+    pub stored_len: u32,
+    /// Length of the chunk, bytes.
+    pub plain_len: u32,
+}
+
+/// A part of a file, in a frame.
+#[derive(Debug, Clone, Copy)]
+pub struct Placement {
+    /// Number of the file.
+    pub file: u32,
+    /// Offset in the file, bytes.
+    pub file_offset: u64,
+    /// Length, bytes.
+    pub len: u32,
+    /// Number of the frame.
+    pub frame: u32,
+    /// Offset in the chunk, bytes.
+    pub frame_offset: u32,
+}
+
+/// A backup's manifest, checked.
+#[derive(Debug)]
+pub struct Manifest {
+    /// Root.
+    pub root: Root,
+    /// Usage list.
+    pub usage: Usage,
+    /// Packs.
+    pub packs: Vec<PackRef>,
+    /// Files in path order; their extents are in `placements`.
+    pub files: Vec<FileEntry>,
+    /// Distinct frames.
+    pub frames: Vec<FrameRef>,
+    /// Where their content goes.
+    pub placements: Vec<Placement>,
+}
+
+/// What a restore will do.
+#[derive(Debug)]
+pub struct Plan {
+    /// Target and backup.
+    pub reachable: Reachable,
+    /// Facts of the backup.
+    pub info: proto::BackupInfo,
+    /// Files.
+    pub files: Vec<FileEntry>,
+    /// Packs.
+    pub packs: Vec<PackRef>,
+    /// Frames.
+    pub frames: Vec<FrameRef>,
+    /// Placements.
+    pub placements: Vec<Placement>,
+    /// Tablespaces: oid and where their content goes; `None` for in place.
+    pub tablespaces: Vec<(u32, Option<String>)>,
+}
+
+fn damaged(what: &str, why: impl std::fmt::Display) -> Error {
+    Error::damaged(format!("{what} is damaged: {why}"))
+}
+
+/// Whether a path stays inside the directory that it is relative to.
+fn safe_path(path: &str) -> bool {
+    path.len() <= limits::PATH_BYTES && !path.contains('\0') && path.split('/').all(|part| !matches!(part, "" | "." | ".."))
+}
+
+impl Manifest {
+    /// Reads and checks the manifest of a backup.
+    pub async fn read(stanza: &Stanza, root_hash: &[u8]) -> Result<Self> {
+        let hash: [u8; 32] = root_hash.try_into().map_err(|_| Error::damaged("the log names a root without a hash"))?;
+        let name = names::root(&hash);
+        let what = format!("{}/{name}", stanza.shown());
+        let bytes = stanza.store().get(&name).await.context(|| "reading the manifest")?;
+        if sha256(&bytes) != hash {
+            return Err(damaged(&what, "its content does not match its name"));
+        }
+        let keys = stanza.keys_for(&bytes, &what)?;
+        let mut reader = ObjectReader::new(keys, stanza.scope(), ObjectKind::Root, &bytes, "", &what)?;
+        let usage: Usage = reader.message(KeyRole::Meta)?;
+        let root: Root = reader.message(KeyRole::Data)?;
+        reader.end()?;
+        let table = root.packs.clone().unwrap_or_default();
+        let packs = decode_pack_table(&table.names, &table.headers, &what)?;
+        let by_name: HashMap<[u8; 32], u32> = packs.iter().enumerate().map(|(i, p)| (p.name, i as u32)).collect();
+        let root_frames = frames(&root.frames.clone().unwrap_or_default(), |pack| (pack as usize).lt(&packs.len()).then_some(pack), &what)?;
+        let mut this = Self { root, usage, packs, files: Vec::new(), frames: Vec::new(), placements: Vec::new() };
+        let mut frame_numbers: HashMap<(u32, u32), u32> = HashMap::new();
+        for segment in this.root.segments.clone() {
+            let from = segment.frame_from as usize;
+            let list = root_frames.get(from..from.saturating_add(segment.frame_count as usize));
+            let list = list.ok_or_else(|| damaged(&what, "a segment lies outside its frame table"))?;
+            let decoded = this.read_segment(stanza, list, &what).await?;
+            this.add_segment(decoded, &by_name, &mut frame_numbers, &what)?;
+        }
+        Ok(this)
+    }
+
+    async fn read_segment(&self, stanza: &Stanza, list: &[FrameRef], what: &str) -> Result<ManifestSegment> {
+        let total: u64 = list.iter().map(|f| u64::from(f.plain_len)).sum();
+        fairvault_format::error::check_limit(what, total, limits::MANIFEST_SEGMENT_BYTES)?;
+        let mut bytes = Vec::new();
+        for frame in list {
+            let pack = &self.packs[frame.pack as usize];
+            bytes.extend(super::data::read_frame(stanza, pack, frame).await?);
+        }
+        ManifestSegment::decode(bytes.as_slice()).map_err(|e| damaged(what, e))
+    }
+
+    fn add_segment(
+        &mut self,
+        segment: ManifestSegment,
+        by_name: &HashMap<[u8; 32], u32>,
+        numbers: &mut HashMap<(u32, u32), u32>,
+        what: &str,
+    ) -> Result<()> {
+        let local: Vec<Option<u32>> = segment
+            .pack_names
+            .iter()
+            .map(|name| <[u8; 32]>::try_from(name.as_slice()).ok().and_then(|n| by_name.get(&n).copied()))
+            .collect();
+        let table = frames(&segment.frames.unwrap_or_default(), |pack| local.get(pack as usize).copied().flatten(), what)?;
+        for mut file in segment.files {
+            if !file.path_bytes.is_empty() || !safe_path(&file.path) {
+                return Err(damaged(what, format_args!("it lists the path {:?}", file.path)));
+            }
+            if self.files.last().is_some_and(|last| last.path.as_bytes() >= file.path.as_bytes()) {
+                return Err(damaged(what, format_args!("{:?} is out of order", file.path)));
+            }
+            let number = self.files.len() as u32;
+            let e = file.extents.take().unwrap_or_default();
+            let count = e.file_offset.len();
+            if e.len.len() != count || e.frame.len() != count || e.frame_offset.len() != count {
+                return Err(damaged(what, format_args!("the extents of {:?}", file.path)));
+            }
+            let mut covered = 0u64;
+            for i in 0..count {
+                let frame = table.get(e.frame[i] as usize);
+                let inside = frame.is_some_and(|f| u64::from(e.frame_offset[i]) + u64::from(e.len[i]) <= u64::from(f.plain_len));
+                let end = e.file_offset[i].checked_add(e.len[i].into()).filter(|&end| end <= file.size);
+                let (Some(frame), true, Some(end)) = (frame, inside && e.file_offset[i] >= covered, end) else {
+                    return Err(damaged(what, format_args!("the extents of {:?}", file.path)));
+                };
+                covered = end;
+                let next = self.frames.len() as u32;
+                let frame_number = *numbers.entry((frame.pack, frame.ordinal)).or_insert_with(|| {
+                    self.frames.push(*frame);
+                    next
+                });
+                self.placements.push(Placement {
+                    file: number,
+                    file_offset: e.file_offset[i],
+                    len: e.len[i],
+                    frame: frame_number,
+                    frame_offset: e.frame_offset[i],
+                });
+            }
+            self.files.push(file);
+        }
+        Ok(())
+    }
+}
+
+fn frames(table: &proto::FrameTable, pack: impl Fn(u32) -> Option<u32>, what: &str) -> Result<Vec<FrameRef>> {
+    let count = table.pack.len();
+    let columns = [table.ordinal.len(), table.offset.len(), table.stored_len.len(), table.plain_len.len()];
+    if table.ids.len() != count * 32 || columns.iter().any(|&n| n != count) {
+        return Err(damaged(what, "the columns of its frame table differ in length"));
+    }
+    (0..count)
+        .map(|i| {
+            let mut id = [0u8; 32];
+            id.copy_from_slice(&table.ids[i * 32..i * 32 + 32]);
+            fairvault_format::error::check_limit(what, table.plain_len[i].into(), limits::MANIFEST_CHUNK_BYTES.into())?;
+            fairvault_format::error::check_limit(what, u64::from(table.offset[i]) + u64::from(table.stored_len[i]), limits::PACK_BYTES)?;
+            Ok(FrameRef {
+                id,
+                pack: pack(table.pack[i]).ok_or_else(|| damaged(what, "a frame is in a pack that its table does not have"))?,
+                ordinal: table.ordinal[i],
+                offset: table.offset[i],
+                stored_len: table.stored_len[i],
+                plain_len: table.plain_len[i],
+            })
+        })
+        .collect()
+}
+
+impl Plan {
+    /// Decides, and proves that it can be done.
+    pub async fn make(log: &Log, options: &Options) -> Result<Self> {
+        let system_identifier = match &options.backup {
+            Some(id) => Some(info(log.backup(id)?).system_identifier),
+            None => None,
+        };
+        let archive = Archive::open(log, system_identifier, 3)?;
+        let coverage = Coverage::read(&archive).await?;
+        let choice = Choice::new(log, &archive, &coverage);
+        let reachable = choice.resolve(options.backup.as_deref(), &options.target, options.timeline, options.exclusive).await?;
+        let info = info(&reachable.backup);
+        check_replay(&archive, &reachable, &info, options).await?;
+        let manifest = Manifest::read(log.stanza(), &reachable.backup.root).await?;
+        if manifest.root.info.as_ref() != Some(&info) {
+            return Err(damaged("the manifest root", "its facts are not those in the log"));
+        }
+        let tablespaces = tablespaces(&info, options)?;
+        Ok(Self {
+            reachable,
+            info,
+            files: manifest.files,
+            packs: manifest.packs,
+            frames: manifest.frames,
+            placements: manifest.placements,
+            tablespaces,
+        })
+    }
+}
+
+fn tablespaces(info: &proto::BackupInfo, options: &Options) -> Result<Vec<(u32, Option<String>)>> {
+    for (old, _) in &options.tablespace_map {
+        if old != "all" && !info.tablespaces.iter().any(|t| &t.location == old || t.oid.to_string() == *old) {
+            let known: Vec<_> = info.tablespaces.iter().map(|t| t.location.as_str()).collect();
+            return Err(Error::usage(format!("--tablespace-map {old}=…: the backup has no such tablespace")).remedy(format!("tablespaces: {}", known.join(", "))));
+        }
+    }
+    info.tablespaces
+        .iter()
+        .map(|t| {
+            if t.in_place {
+                return Ok((t.oid, None));
+            }
+            let mapped = options.tablespace_map.iter().find(|(old, _)| old == &t.location || *old == t.oid.to_string());
+            let all = options.tablespace_map.iter().find(|(old, _)| old == "all");
+            let location = match (mapped, all) {
+                (Some((_, new)), _) => new.clone(),
+                (None, Some((_, new))) => format!("{}/{}", new.trim_end_matches('/'), t.oid),
+                (None, None) if options.keep_tablespaces => t.location.clone(),
+                (None, None) => {
+                    return Err(Error::refused(format!("tablespace {} is at {} and was not mapped", t.oid, t.location)).remedy(format!(
+                        "say where it goes: --tablespace-map {}=/new/folder, or all=/new/folder for every one; --keep-tablespaces writes to the original places",
+                        t.location
+                    )));
+                }
+            };
+            if !location.starts_with('/') || location.contains('\n') {
+                return Err(Error::usage(format!("tablespace folder {location:?} is not an absolute path")));
+            }
+            Ok((t.oid, Some(location)))
+        })
+        .collect()
+}
+
+/// Refuses WAL that must not, or cannot, be replayed.
+async fn check_replay(archive: &Archive, reachable: &Reachable, info: &proto::BackupInfo, options: &Options) -> Result<()> {
+    let reader = Reader::new(archive, &reachable.history);
+    let (from, to) = (Lsn(info.start_lsn), reachable.through.max(Lsn(info.stop_lsn)));
+    let mut events: Vec<Event> = Vec::new();
+    let segments = reader.segments(from, to);
+    for (i, &segment) in segments.iter().enumerate() {
+        let summary = archive.segment_header(segment).await?.and_then(|h| h.summary);
+        let crossing = |s: &proto::WalSummary| {
+            s.unfinished && [0, u32::from(rmgr::XLOG) + 1, u32::from(rmgr::TBLSPC) + 1].contains(&s.unfinished_rmgr)
+        };
+        match summary {
+            Some(s) if s.stopped_at == 0 && !crossing(&s) => {
+                events.extend(s.tablespaces.iter().map(|t| Event {
+                    lsn: Lsn(t.lsn),
+                    end: Lsn(t.lsn),
+                    what: What::TablespaceCreate { oid: t.oid, location: t.location.clone() },
+                }));
+                events.extend(s.parameter_changes.iter().map(|p| Event {
+                    lsn: Lsn(p.lsn),
+                    end: Lsn(p.lsn),
+                    what: What::ParameterChange { wal_level: p.wal_level },
+                }));
+            }
+            _ => {
+                let end = segments.get(i + 1).copied().unwrap_or(segment).end(archive.segment_size);
+                reader.walk(segment.start(archive.segment_size), end, |event| events.push(event.clone())).await?;
+            }
+        }
+    }
+    for event in events.iter().filter(|e| e.lsn >= from && e.lsn < to) {
+        match &event.what {
+            What::ParameterChange { wal_level: 0 } => {
+                return Err(Error::not_found(format!("the server ran with wal_level = minimal from {}: PostgreSQL refuses to recover across that", event.lsn))
+                    .remedy("choose a target before it, or a backup taken after it"));
+            }
+            What::TablespaceCreate { oid, location } if !location.is_empty() && !info.tablespaces.iter().any(|t| t.oid == *oid) => {
+                let inside = Path::new(location).starts_with(&options.directory);
+                if !inside && Path::new(location).exists() {
+                    return Err(Error::refused(format!(
+                        "recovery would replay CREATE TABLESPACE {oid} at {} and write into {location}, which exists on this host",
+                        event.lsn
+                    ))
+                    .remedy("this could destroy a live server's data: restore on another host, or take a backup that includes the tablespace and map it"));
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,167 @@
+//! What the restored copy is told: recovery target, restore_command, no archiving, its tablespaces.
+//!
+//! Everything goes into a block at the end of postgresql.auto.conf, which PostgreSQL reads last. Leftovers
+//! of earlier recoveries are blanked *before* the new target, because PostgreSQL refuses two targets.
+
+use std::io::Write;
+use std::os::unix::fs::{OpenOptionsExt, symlink};
+use std::path::Path;
+
+use fairvault_format::proto::FileKind;
+
+use super::layout::Layout;
+use super::plan::Plan;
+use super::target::Action;
+use super::{Options, sync_directory};
+use crate::error::{Error, Result};
+use crate::stanza::Stanza;
+use crate::wal::push::RESTORED_MARKER;
+
+const AUTO_CONF: &str = "postgresql.auto.conf";
+/// Settings that describe a recovery target: exactly one may be set.
+const TARGETS: [&str; 5] =
+    ["recovery_target", "recovery_target_name", "recovery_target_time", "recovery_target_xid", "recovery_target_lsn"];
+
+/// A value for postgresql.conf.
+fn quote(value: &str) -> String {
+    format!("'{}'", value.replace('\\', "\\\\").replace('\'', "''"))
+}
+
+/// An argument for the shell that runs restore_command.
+fn shell(word: &str) -> String {
+    let plain = !word.is_empty() && word.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-=:,+".contains(&b));
+    if plain { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+}
+
+fn write_file(path: &Path, content: &[u8]) -> Result<()> {
+    let what = || format!("writing {}", path.display());
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|e| Error::io(what(), e))?;
+    file.write_all(content).and_then(|()| file.sync_all()).map_err(|e| Error::io(what(), e))
+}
+
+fn restore_command(plan: &Plan, options: &Options, stanza: &Stanza) -> String {
+    // `%` is special in restore_command.
+    let command = options.command.replace('%', "%%");
+    format!(
+        "{command} wal get {} %f \"%p\" --through {} --timeline {}",
+        shell(stanza.name()),
+        plan.reachable.through,
+        plan.reachable.history.timeline
+    )
+}
+
+fn block(plan: &Plan, options: &Options, stanza: &Stanza) -> String {
+    let mut out = String::from("\n# Written by fairvault restore.\n");
+    let mut set = |name: &str, value: &str| out.push_str(&format!("{name} = {}\n", quote(value)));
+    for name in ["recovery_end_command", "archive_cleanup_command", "primary_conninfo", "primary_slot_name", "external_pid_file"] {
+        if !(options.standby && name.starts_with("primary")) {
+            set(name, "");
+        }
+    }
+    set("recovery_min_apply_delay", "0");
+    for name in TARGETS {
+        set(name, "");
+    }
+    set("restore_command", &restore_command(plan, options, stanza));
+    set("recovery_target_timeline", &plan.reachable.history.timeline.to_string());
+    set("recovery_target_inclusive", if options.exclusive { "off" } else { "on" });
+    if let Some((name, value)) = &plan.reachable.setting {
+        set(name, value);
+    }
+    let action = match options.action {
+        Action::Pause => "pause",
+        Action::Promote => "promote",
+        Action::Shutdown => "shutdown",
+    };
+    set("recovery_target_action", action);
+    if options.action == Action::Pause {
+        // Without it, PostgreSQL would shut down instead of pausing.
+        set("hot_standby", "on");
+    }
+    if !options.keep_archiving {
+        set("archive_mode", "off");
+    }
+    out
+}
+
+/// The auto.conf of the backup without settings that a recovery must not inherit.
+fn without_leftovers(text: &str) -> String {
+    let dropped = |line: &str| {
+        let name = line.split(['=', ' ', '\t']).next().unwrap_or_default();
+        TARGETS.contains(&name) || matches!(name, "recovery_target_timeline" | "recovery_target_action" | "recovery_target_inclusive" | "restore_command")
+    };
+    text.lines().filter(|line| !dropped(line.trim_start())).map(|line| format!("{line}\n")).collect()
+}
+
+/// Writes everything. Returns the paths of manifest files that are no longer what the backup held.
+pub fn write(plan: &Plan, layout: &Layout, options: &Options, stanza: &Stanza) -> Result<Vec<String>> {
+    let directory = &layout.directory;
+    let mut changed = vec![AUTO_CONF.to_owned()];
+    let path = directory.join(AUTO_CONF);
+    let before = match std::fs::read(&path) {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+        Err(e) => return Err(Error::io(format_args!("reading {}", path.display()), e)),
+    };
+    write_file(&path, format!("{}{}", without_leftovers(&before), block(plan, options, stanza)).as_bytes())?;
+    for leftover in ["standby.signal", "recovery.signal", "backup_label.old", "tablespace_map.old"] {
+        let path = directory.join(leftover);
+        match std::fs::remove_file(&path) {
+            Ok(()) => changed.push(leftover.to_owned()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io(format_args!("removing {}", path.display()), e)),
+        }
+    }
+    let label = directory.join("backup_label");
+    let text = std::fs::read_to_string(&label).map_err(|e| Error::io(format_args!("reading {}", label.display()), e))?;
+    if text.contains("INCREMENTAL FROM") {
+        return Err(Error::refused("backup_label says that this is a native incremental backup; PostgreSQL would refuse to start on it"));
+    }
+    if write_tablespace_map(plan, directory)? {
+        changed.push("tablespace_map".to_owned());
+    }
+    write_links(plan, directory)?;
+    if !options.keep_archiving {
+        let text = "This data directory was restored by fairvault. `fairvault wal push` refuses to archive from it.\n\
+                    If it replaces the original for good: delete this file and remove archive_mode from postgresql.auto.conf.\n";
+        write_file(&directory.join(RESTORED_MARKER), text.as_bytes())?;
+    }
+    let signal = if options.standby { "standby.signal" } else { "recovery.signal" };
+    write_file(&directory.join(signal), b"")?;
+    sync_directory(directory)?;
+    Ok(changed)
+}
+
+/// PostgreSQL makes the links of tablespaces from tablespace_map at its first start: it must say what this
+/// restore decided, not where the tablespaces were.
+fn write_tablespace_map(plan: &Plan, directory: &Path) -> Result<bool> {
+    let path = directory.join("tablespace_map");
+    if !path.exists() {
+        return Ok(false);
+    }
+    let mut text = String::new();
+    for (oid, location) in plan.tablespaces.iter().filter_map(|(oid, l)| Some((oid, l.as_ref()?))) {
+        // As do_pg_backup_start writes it: a line feed or backslash in a path is escaped.
+        let escaped: String = location.chars().flat_map(|c| matches!(c, '\\' | '\n' | '\r').then_some('\\').into_iter().chain([c])).collect();
+        text.push_str(&format!("{oid} {escaped}\n"));
+    }
+    write_file(&path, text.as_bytes())?;
+    Ok(true)
+}
+
+fn write_links(plan: &Plan, directory: &Path) -> Result<()> {
+    for file in plan.files.iter().filter(|f| f.kind() == FileKind::FileSymlink) {
+        let path = directory.join(&file.path);
+        match symlink(&file.link_target, &path) {
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+            other => other.map_err(|e| Error::io(format_args!("linking {}", path.display()), e))?,
+        }
+    }
+    Ok(())
+}

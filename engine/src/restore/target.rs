@@ -1,0 +1,412 @@
+//! Which moment: targets as the user says them, and the proof that the repository can reach them.
+
+use fairvault_format::proto::{self, BackupInfo};
+
+use crate::commit::Log;
+use crate::error::{Error, Result};
+use crate::postgres::lsn::Lsn;
+use crate::postgres::segment::{History, Segment};
+use crate::postgres::walker::{Event, Walker, What};
+use crate::wal::archive::Archive;
+use crate::wal::coverage::{Coverage, Reach};
+
+/// Where recovery ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// The end of all WAL.
+    Latest,
+    /// As soon as the backup is consistent.
+    Immediate,
+    /// A time, microseconds since 1970.
+    Time(i64),
+    /// A position.
+    Lsn(Lsn),
+    /// A transaction.
+    Xid(u32),
+    /// A restore point.
+    Name(String),
+}
+
+/// What to do at the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Wait for a person.
+    Pause,
+    /// Become a primary.
+    Promote,
+    /// Stop the server.
+    Shutdown,
+}
+
+/// Which timeline to follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TimelineChoice {
+    /// The newest that the backup is on the way to.
+    Latest,
+    /// The backup's own.
+    Current,
+    /// This one.
+    Number(u32),
+}
+
+/// A target that can be reached.
+#[derive(Debug, Clone)]
+pub struct Reachable {
+    /// The backup to start from.
+    pub backup: proto::CommittedBackup,
+    /// The timeline to follow.
+    pub history: History,
+    /// Recovery must get at least here.
+    pub through: Lsn,
+    /// Continuous WAL ends here.
+    pub wal_end: Lsn,
+    /// The target as PostgreSQL is to be told; `None` for the end of WAL.
+    pub setting: Option<(&'static str, String)>,
+    /// Things that the user should know.
+    pub notes: Vec<String>,
+}
+
+/// The backup's facts.
+pub fn info(backup: &proto::CommittedBackup) -> BackupInfo {
+    backup.info.clone().unwrap_or_default()
+}
+
+/// A time as PostgreSQL's settings take it.
+pub fn format_time(us: i64) -> String {
+    match jiff::Timestamp::from_microsecond(us) {
+        Ok(time) => time.strftime("%Y-%m-%d %H:%M:%S.%6f+00").to_string(),
+        Err(_) => us.to_string(),
+    }
+}
+
+/// Reads WAL summaries and content along a history.
+pub struct Reader<'a> {
+    archive: &'a Archive,
+    history: &'a History,
+}
+
+impl<'a> Reader<'a> {
+    /// A reader along `history`.
+    pub fn new(archive: &'a Archive, history: &'a History) -> Self {
+        Self { archive, history }
+    }
+
+    /// The segments that hold the bytes from `from` to `to`.
+    pub fn segments(&self, from: Lsn, to: Lsn) -> Vec<Segment> {
+        self.history.segments(from, to, self.archive.segment_size)
+    }
+
+    /// Content of a segment, from whichever timeline has it, and possibly cut short.
+    pub async fn content(&self, segment: Segment) -> Result<Option<Vec<u8>>> {
+        let size = self.archive.segment_size;
+        let mut timelines = vec![segment.timeline];
+        timelines.extend(self.history.ancestors.iter().rev().filter(|a| a.end > segment.start(size) && a.timeline < segment.timeline).map(|a| a.timeline));
+        for timeline in timelines {
+            if let Some(mut content) = self.archive.segment_or_parts(Segment { timeline, ..segment }).await? {
+                if let Ok(Some(end)) = self.history.end_of(timeline)
+                    && end < segment.end(size)
+                {
+                    content.truncate(end.0.saturating_sub(segment.start(size).0) as usize);
+                }
+                return Ok(Some(content));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Walks the WAL from the segment of `from` to `to` and reports events. Returns where records end.
+    pub async fn walk(&self, from: Lsn, to: Lsn, mut on_event: impl FnMut(&Event)) -> Result<Lsn> {
+        let size = self.archive.segment_size;
+        let mut walker: Option<Walker> = None;
+        for segment in self.segments(from, to) {
+            let Some(content) = self.content(segment).await? else { break };
+            let walker = walker.get_or_insert_with(|| Walker::new(segment.start(size), size));
+            let full = content.len() as u64 == size;
+            walker.feed(&content, |record| {
+                if let Some(event) = record.event() {
+                    on_event(&event);
+                }
+            });
+            if walker.stopped().is_some() || !full {
+                break;
+            }
+        }
+        Ok(walker.map_or(from, |w| w.stopped().map_or(w.next_record(), |s| s.at)))
+    }
+
+    /// The newest commit or abort that ends at or before `to`, looking at the segments from `from` on.
+    async fn newest_commit(&self, from: Lsn, to: Lsn) -> Result<Option<i64>> {
+        let mut newest = None;
+        self.walk(from, to, |event| {
+            if let What::TransactionEnd { time_us, .. } = event.what
+                && event.end <= to
+            {
+                newest = newest.max(Some(time_us));
+            }
+        })
+        .await?;
+        Ok(newest)
+    }
+
+    /// The first commit or abort after `time_us`, from `from` to `to`: its position.
+    async fn first_commit_after(&self, time_us: i64, from: Lsn, to: Lsn) -> Result<Option<Lsn>> {
+        let size = self.archive.segment_size;
+        for segment in self.segments(from, to) {
+            let header = self.archive.segment_header(segment).await?;
+            let summary = header.and_then(|h| h.summary);
+            let look = match &summary {
+                // A record that crosses into the next segment is in neither summary.
+                Some(s) => s.max_time_us > time_us || s.unfinished && s.unfinished_rmgr <= 2 || s.stopped_at != 0,
+                None => true,
+            };
+            if !look {
+                continue;
+            }
+            let end = segment.next().end(size).min(Lsn(to.0.max(segment.end(size).0)));
+            let mut found = None;
+            self.walk(segment.start(size).max(from), end, |event| {
+                if let What::TransactionEnd { time_us: at, .. } = event.what
+                    && at > time_us
+                    && event.lsn >= from
+                    && found.is_none()
+                {
+                    found = Some(event.end);
+                }
+            })
+            .await?;
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The choice among backups and timelines for a target.
+pub struct Choice<'a> {
+    log: &'a Log,
+    archive: &'a Archive,
+    coverage: &'a Coverage,
+}
+
+impl<'a> Choice<'a> {
+    /// Over what the repository has.
+    pub fn new(log: &'a Log, archive: &'a Archive, coverage: &'a Coverage) -> Self {
+        Self { log, archive, coverage }
+    }
+
+    /// The history to follow from a backup.
+    fn history(&self, backup: &BackupInfo, choice: TimelineChoice) -> Result<History> {
+        let own = || History { timeline: backup.stop_timeline, ..self.coverage.timelines.get(&backup.stop_timeline).map(|t| t.history.clone()).unwrap_or_default() };
+        let leads = |history: &History| match history.end_of(backup.stop_timeline) {
+            Ok(None) => true,
+            Ok(Some(end)) => end.0 >= backup.stop_lsn,
+            Err(_) => false,
+        };
+        match choice {
+            TimelineChoice::Current => Ok(own()),
+            TimelineChoice::Latest => Ok(self
+                .coverage
+                .timelines
+                .values()
+                .rev()
+                .map(|t| &t.history)
+                .find(|h| h.timeline >= backup.stop_timeline && leads(h))
+                .cloned()
+                .unwrap_or_else(own)),
+            TimelineChoice::Number(number) => {
+                let known = self.coverage.timelines.get(&number).map(|t| t.history.clone());
+                let history = known.ok_or_else(|| {
+                    let known: Vec<_> = self.coverage.timelines.keys().map(u32::to_string).collect();
+                    Error::not_found(format!("there is no WAL of timeline {number}")).remedy(format!("timelines: {}", known.join(", ")))
+                })?;
+                match leads(&history) {
+                    true => Ok(history),
+                    false => Err(Error::not_found(format!(
+                        "backup {} (timeline {}, up to {}) is not on the way to timeline {number}",
+                        backup.id, backup.stop_timeline, Lsn(backup.stop_lsn)
+                    ))),
+                }
+            }
+        }
+    }
+
+    /// Finds the newest backup from which `target` can be reached, or says what is in the way.
+    pub async fn resolve(&self, wanted: Option<&str>, target: &Target, timeline: TimelineChoice, exclusive: bool) -> Result<Reachable> {
+        let candidates: Vec<_> = match wanted {
+            Some(id) => vec![self.log.backup(id)?.clone()],
+            None => self.log.state().backups.iter().rev().filter(|b| info(b).system_identifier == self.archive.system_identifier).cloned().collect(),
+        };
+        if candidates.is_empty() {
+            self.log.backup("latest")?;
+            return Err(Error::not_found("there is no backup of this cluster"));
+        }
+        let mut first_failure = None;
+        for backup in candidates {
+            match self.from_backup(&backup, target, timeline, exclusive).await {
+                Ok(reachable) => return Ok(reachable),
+                Err(error) if error.kind() == crate::error::Kind::NotFound => {
+                    first_failure.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(first_failure.unwrap_or_else(|| Error::not_found("no backup reaches the target")))
+    }
+
+    async fn from_backup(&self, backup: &proto::CommittedBackup, target: &Target, choice: TimelineChoice, exclusive: bool) -> Result<Reachable> {
+        let info = info(backup);
+        let history = self.history(&info, choice)?;
+        let (start, stop) = (Lsn(info.start_lsn), Lsn(info.stop_lsn));
+        let reach = self.coverage.reach(&history, start);
+        let reader = Reader::new(self.archive, &history);
+        let mut end = reach.end;
+        if reach.end > start {
+            // The last segment may be there in part only.
+            let last = Lsn(reach.end.0 - 1);
+            let content = match reader.segments(last, reach.end).first() {
+                Some(&segment) => reader.content(segment).await?.map_or(0, |c| c.len() as u64),
+                None => 0,
+            };
+            end = Lsn(last.0 / self.archive.segment_size * self.archive.segment_size + content);
+        }
+        if end < stop {
+            return Err(self.incomplete(&info, &reach, "the backup itself needs WAL up to", stop));
+        }
+        let mut found = Reachable {
+            backup: backup.clone(),
+            history: history.clone(),
+            through: stop,
+            wal_end: end,
+            setting: None,
+            notes: Vec::new(),
+        };
+        match target {
+            Target::Latest => {
+                if reach.is_hole {
+                    found.notes.push(self.hole_note(&reach));
+                }
+                found.through = end;
+            }
+            Target::Immediate => found.setting = Some(("recovery_target", "immediate".to_owned())),
+            Target::Time(time_us) => self.time(&reader, &info, *time_us, &reach, &mut found).await?,
+            Target::Lsn(lsn) => self.lsn(&reader, &info, *lsn, &reach, &mut found).await?,
+            Target::Xid(_) | Target::Name(_) => self.search(&reader, &info, target, exclusive, &reach, &mut found).await?,
+        }
+        Ok(found)
+    }
+
+    async fn time(&self, reader: &Reader<'_>, info: &BackupInfo, time_us: i64, reach: &Reach, found: &mut Reachable) -> Result<()> {
+        let (start, stop) = (Lsn(info.start_lsn), Lsn(info.stop_lsn));
+        if let Some(newest) = reader.newest_commit(start, stop).await?
+            && newest > time_us
+        {
+            return Err(Error::not_found(format!(
+                "backup {} ended with a commit of {}, after the target {}",
+                info.id, format_time(newest), format_time(time_us)
+            ))
+            .remedy("choose a later target; see `fairvault info` for the restorable window"));
+        }
+        match reader.first_commit_after(time_us, stop, found.wal_end).await? {
+            Some(at) => {
+                found.through = found.through.max(at);
+                found.setting = Some(("recovery_target_time", format_time(time_us)));
+                Ok(())
+            }
+            None if reach.is_hole => Err(self.incomplete(info, reach, "no commit later than the target comes before a hole in the WAL; the target is", stop)),
+            None => {
+                found.through = found.wal_end;
+                found.notes.push(format!(
+                    "no commit after {} is in the repository: recovery goes to the end of the WAL ({})",
+                    format_time(time_us), found.wal_end
+                ));
+                Ok(())
+            }
+        }
+    }
+
+    async fn lsn(&self, reader: &Reader<'_>, info: &BackupInfo, lsn: Lsn, reach: &Reach, found: &mut Reachable) -> Result<()> {
+        let stop = Lsn(info.stop_lsn);
+        if lsn < stop {
+            return Err(Error::not_found(format!("backup {} is consistent at {stop}, after the target {lsn}", info.id)));
+        }
+        if lsn >= found.wal_end {
+            return Err(self.incomplete(info, reach, "the target needs WAL up to", lsn));
+        }
+        let segment_start = Lsn(lsn.0 / self.archive.segment_size * self.archive.segment_size);
+        let records_end = reader.walk(segment_start.max(Lsn(info.start_lsn)), found.wal_end, |_| {}).await?;
+        if lsn >= records_end {
+            return Err(Error::not_found(format!("the last record in the repository ends at {records_end}: {lsn} is never reached"))
+                .remedy("use --target latest, or an earlier position"));
+        }
+        found.through = lsn.max(stop);
+        found.setting = Some(("recovery_target_lsn", lsn.to_string()));
+        Ok(())
+    }
+
+    async fn search(
+        &self,
+        reader: &Reader<'_>,
+        info: &BackupInfo,
+        target: &Target,
+        exclusive: bool,
+        reach: &Reach,
+        found: &mut Reachable,
+    ) -> Result<()> {
+        let stop = Lsn(info.stop_lsn);
+        let mut hit = None;
+        reader
+            .walk(Lsn(info.start_lsn), found.wal_end, |event| {
+                let matches = match (&event.what, target) {
+                    (What::TransactionEnd { xid, .. }, Target::Xid(wanted)) => xid == wanted,
+                    (What::RestorePoint { name, .. }, Target::Name(wanted)) => name == wanted,
+                    _ => false,
+                };
+                if matches && hit.is_none() {
+                    hit = Some(event.end);
+                }
+            })
+            .await?;
+        let shown = match target {
+            Target::Xid(xid) => format!("transaction {xid}"),
+            Target::Name(name) => format!("restore point {name:?}"),
+            _ => String::new(),
+        };
+        let Some(at) = hit else {
+            let mut error = Error::not_found(format!("{shown} is not in the WAL from backup {} to {}", info.id, found.wal_end));
+            if reach.is_hole {
+                error = error.remedy(self.hole_note(reach));
+            }
+            return Err(error);
+        };
+        if at <= stop {
+            return Err(Error::not_found(format!("{shown} is at {at}, before backup {} is consistent ({stop})", info.id))
+                .remedy("an older backup is needed for it"));
+        }
+        found.through = at;
+        found.setting = Some(match target {
+            Target::Xid(xid) => ("recovery_target_xid", xid.to_string()),
+            Target::Name(name) => ("recovery_target_name", name.clone()),
+            _ => return Ok(()),
+        });
+        if exclusive && matches!(target, Target::Name(_)) {
+            found.notes.push("a restore point has no effect of its own: exclusive makes no difference".to_owned());
+        }
+        Ok(())
+    }
+
+    fn hole_note(&self, reach: &Reach) -> String {
+        format!(
+            "{} is missing while later WAL is there: what comes after {} cannot be reached from this backup",
+            reach.missing.name(self.archive.segment_size), reach.end
+        )
+    }
+
+    fn incomplete(&self, info: &BackupInfo, reach: &Reach, need: &str, lsn: Lsn) -> Error {
+        Error::not_found(format!(
+            "backup {}: {need} {lsn}, and {} is not in the repository",
+            info.id, reach.missing.name(self.archive.segment_size)
+        ))
+        .remedy(format!("continuous WAL from this backup ends at {}; see `fairvault info` for every restorable window", reach.end))
+    }
+}

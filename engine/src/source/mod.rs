@@ -1,0 +1,79 @@
+//! Bytes out of a cluster. Every source feeds the same pipeline: entries of the file tree, and chunks of
+//! file content that begin at multiples of the chunk size.
+
+pub mod stream;
+pub mod tar;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use fairvault_format::proto::FileKind;
+use tokio::sync::mpsc;
+
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+
+/// A file, folder or link, without its content.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Relative to the data directory; tablespaces below `pg_tblspc/<oid>`.
+    pub path: String,
+    /// What it is.
+    pub kind: FileKind,
+    /// Length, bytes.
+    pub size: u64,
+    /// Permission bits.
+    pub mode: u32,
+    /// Modification time, microseconds since 1970.
+    pub mtime_us: i64,
+    /// Target of a link.
+    pub link_target: String,
+}
+
+/// A chunk of file content.
+#[derive(Debug)]
+pub struct Chunk {
+    /// Number of the entry.
+    pub file: u32,
+    /// The entry's path, for messages and to know whether it has checksummed pages.
+    pub path: Arc<str>,
+    /// Offset in the file, bytes.
+    pub offset: u64,
+    /// Content.
+    pub bytes: Bytes,
+}
+
+/// What a source says when the stage behind it is gone; the cause is that stage's.
+pub const PIPELINE_GONE: &str = "the pipeline has ended early";
+
+/// Where a source puts what it reads.
+pub struct Feed {
+    entries: Vec<Entry>,
+    chunks: mpsc::Sender<Chunk>,
+    progress: Arc<Progress>,
+}
+
+impl Feed {
+    /// A feed into a bounded channel.
+    pub fn new(chunks: mpsc::Sender<Chunk>, progress: Arc<Progress>) -> Self {
+        Self { entries: Vec::new(), chunks, progress }
+    }
+
+    /// Adds an entry; its number goes with its chunks.
+    pub fn entry(&mut self, entry: Entry) -> u32 {
+        self.entries.push(entry);
+        self.progress.files.add(1);
+        self.entries.len() as u32 - 1
+    }
+
+    /// Hands a chunk on; waits while the pipeline is full.
+    pub async fn chunk(&self, chunk: Chunk) -> Result<()> {
+        self.progress.read_bytes.add(chunk.bytes.len() as u64);
+        self.chunks.send(chunk).await.map_err(|_| Error::failed(PIPELINE_GONE))
+    }
+
+    /// The entries, in the order of their numbers. Closes the feed.
+    pub fn finish(self) -> Vec<Entry> {
+        self.entries
+    }
+}

@@ -1,0 +1,128 @@
+//! Making a stanza: repository description, keys, first log entry, in an order that can be repeated after
+//! a crash at any point.
+
+use std::sync::Arc;
+
+use fairvault_format::keys::{self, EpochKeys, Scope};
+use fairvault_format::proto::{self, log_entry::Kind as Entry};
+use fairvault_format::{names, repository::Repository};
+
+use super::{Access, Stanza, read_repository};
+use crate::commit::Log;
+use crate::env::{self, Env};
+use crate::error::{Error, Kind, Result};
+use crate::store::{Created, Store, probe};
+
+/// The cluster that the stanza is for.
+#[derive(Debug, Clone, Copy)]
+pub struct Cluster {
+    /// System identifier.
+    pub system_identifier: u64,
+    /// Major version.
+    pub major: u32,
+    /// wal_segment_size, bytes.
+    pub wal_segment_size: u64,
+}
+
+/// Creates the stanza, or, if it exists and is of the same cluster, opens it.
+pub async fn create(access: &Access, cluster: Cluster, slot: &str) -> Result<Log> {
+    names::check_name("stanza name", &access.stanza)?;
+    names::check_name("slot name", slot)?;
+    let env = &*access.env;
+    if access.repository.settings().single_writer {
+        tracing::warn!("{}: single_writer = true: nothing protects it against a second writer", access.repository.shown());
+    } else {
+        probe::probe(&access.repository, env).await?;
+    }
+    let repository = ensure_repository(&access.repository, env).await?;
+    let store = access.repository.folder(&access.stanza);
+    if store.list(names::KEYS).await?.is_empty() {
+        let scope = Scope { repository: repository.id()?, stanza: env::id(env)? };
+        let keys = new_keys(env, 1)?;
+        let sealed = keys::seal_slot(
+            &scope,
+            &keys,
+            slot,
+            access.secret.as_ref(),
+            keys::default_argon2(),
+            env::salt(env)?,
+            env.now_us(),
+        )?;
+        if let Created::Lost(_) = store.create(&names::slot(1, slot), sealed.into()).await? {
+            return Err(Error::new(Kind::Held, format!("somebody else is creating stanza {} just now", access.stanza)));
+        }
+    }
+    let stanza = Stanza::open(access).await?;
+    let log = match Log::open(stanza.clone()).await {
+        Err(error) if error.kind() == Kind::NotFound => begin_log(stanza, access, cluster, slot).await?,
+        other => other?,
+    };
+    check_cluster(&log, &cluster)?;
+    Ok(log)
+}
+
+async fn ensure_repository(store: &Store, env: &dyn Env) -> Result<Repository> {
+    if store.get_opt(names::REPOSITORY).await?.is_none() {
+        let created = Repository::new(env::id(env)?);
+        store.create(names::REPOSITORY, created.encode().into()).await?;
+    }
+    read_repository(store).await
+}
+
+/// Fresh secrets.
+pub fn new_keys(env: &dyn Env, epoch: u32) -> Result<EpochKeys> {
+    Ok(EpochKeys {
+        epoch,
+        data_key: Some(env::salt(env)?),
+        id_key: env::salt(env)?,
+        meta_key: env::salt(env)?,
+        writer_seed: Some(env::salt(env)?),
+        operator_seed: Some(env::salt(env)?),
+    })
+}
+
+async fn begin_log(stanza: Arc<Stanza>, access: &Access, cluster: Cluster, slot: &str) -> Result<Log> {
+    let bundle = stanza.keys().to_bundle();
+    let genesis = proto::Genesis {
+        repository_id: stanza.scope().repository.to_vec(),
+        stanza_id: stanza.scope().stanza.to_vec(),
+        stanza: access.stanza.clone(),
+        encrypted: access.secret.is_some(),
+        key_epoch: Some(proto::KeyEpoch {
+            epoch: stanza.keys().epoch,
+            writer_public_key: bundle.writer_public_key.clone(),
+            operator_public_key: bundle.operator_public_key.clone(),
+            data_public_key: Vec::new(),
+            slots: vec![slot.to_owned()],
+        }),
+        incarnation: Some(proto::Incarnation {
+            system_identifier: cluster.system_identifier,
+            server_major: cluster.major,
+            wal_segment_size: cluster.wal_segment_size,
+        }),
+        single_writer: access.repository.settings().single_writer,
+    };
+    let mut log = Log::empty(stanza.clone());
+    log.append(Entry::Genesis(genesis), |state| match state.seq {
+        0 => Ok(()),
+        _ => Err(Error::new(Kind::Held, "somebody else created the stanza just now")),
+    })
+    .await?;
+    Log::open(stanza).await
+}
+
+/// Fails if the log is of another cluster.
+pub fn check_cluster(log: &Log, cluster: &Cluster) -> Result<()> {
+    let known = &log.state().incarnations;
+    if known.iter().any(|i| i.system_identifier == cluster.system_identifier) {
+        return Ok(());
+    }
+    let ids: Vec<_> = known.iter().map(|i| i.system_identifier.to_string()).collect();
+    Err(Error::refused(format!(
+        "stanza {} is of the cluster with system identifier {}; this server's is {}",
+        log.stanza().name(),
+        ids.join(", "),
+        cluster.system_identifier
+    ))
+    .remedy("is the conninfo of another server? A different cluster needs a stanza of its own"))
+}

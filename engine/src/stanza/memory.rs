@@ -1,0 +1,132 @@
+//! What a host remembers of a stanza: slots, the unwrapped key of a passphrase, the log as it last saw it.
+//!
+//! It makes archiving cheap (no key derivation, one request to see that the log did not grow) and lets a
+//! host notice that a repository was rolled back. Losing it costs time and that notice, nothing else.
+//! Files have mode 0600 in a folder of mode 0700; keys are kept only for stanzas opened by a passphrase.
+
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use fairvault_format::header::Kind as ObjectKind;
+use fairvault_format::keys::{EpochKeys, Scope, Secret};
+use fairvault_format::{keys, object, proto, sha256};
+use prost::Message;
+use zeroize::Zeroizing;
+
+use super::{Access, Stanza};
+use crate::env;
+
+/// A folder of memories.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    root: PathBuf,
+}
+
+/// Longest file that is read back.
+const MAX_BYTES: u64 = 64 << 20;
+
+impl Memory {
+    /// A memory below `root`, which is made when first needed.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    fn folder(&self, shown: &str) -> PathBuf {
+        self.root.join(hex::encode(&sha256(shown.as_bytes())[..12]))
+    }
+
+    fn access_folder(&self, access: &Access) -> PathBuf {
+        self.folder(&format!("{}/{}", access.repository.shown(), access.stanza))
+    }
+
+    fn write(&self, folder: &Path, file: &str, bytes: &[u8]) {
+        let attempt = || -> std::io::Result<()> {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+            let temporary = folder.join(format!("{file}.{}", std::process::id()));
+            let mut out = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+            out.write_all(bytes)?;
+            std::fs::rename(&temporary, folder.join(file))
+        };
+        if let Err(error) = attempt() {
+            tracing::debug!("nothing is remembered in {}: {error}", folder.display());
+        }
+    }
+
+    fn read(folder: &Path, file: &str) -> Option<Zeroizing<Vec<u8>>> {
+        let path = folder.join(file);
+        let meta = std::fs::metadata(&path).ok()?;
+        // Only a file that is ours and that nobody else can touch is believed.
+        let ours = std::fs::metadata("/proc/self").is_ok_and(|me| me.uid() == meta.uid());
+        (ours && meta.permissions().mode() & 0o077 == 0 && meta.len() <= MAX_BYTES).then_some(())?;
+        std::fs::read(path).ok().map(Zeroizing::new)
+    }
+
+    /// The slots of a stanza.
+    pub fn slots(&self, access: &Access) -> Option<Vec<proto::Slot>> {
+        let bytes = Self::read(&self.access_folder(access), "slots")?;
+        let snapshot = proto::Snapshot::decode(bytes.as_slice()).ok()?;
+        let slots: Vec<_> = snapshot.slots.iter().filter_map(|s| keys::decode_slot(s, "slot").ok()).collect();
+        // A secret that none of them takes may belong to a slot that was added since.
+        let fits = slots.iter().any(|slot| match &access.secret {
+            Some(secret) => keys::open_slot_cheaply(slot, secret),
+            None => slot.kind() == proto::SlotKind::SlotUnsealed,
+        });
+        fits.then_some(slots)
+    }
+
+    /// Remembers slots.
+    pub fn remember_slots(&self, access: &Access, slots: &[proto::Slot]) {
+        let snapshot = proto::Snapshot { slots: slots.iter().map(Message::encode_to_vec).collect(), ..Default::default() };
+        self.write(&self.access_folder(access), "slots", &snapshot.encode_to_vec());
+    }
+
+    /// Unwrapped keys of a stanza that is opened by this very passphrase.
+    pub fn keys(&self, access: &Access) -> Option<(Scope, Vec<EpochKeys>)> {
+        let Some(Secret::Passphrase(passphrase)) = &access.secret else { return None };
+        let bytes = Self::read(&self.access_folder(access), "keys")?;
+        let stored = proto::Snapshot::decode(bytes.as_slice()).ok()?;
+        let scope = stored.genesis.as_ref()?;
+        let scope = Scope {
+            repository: scope.repository_id.as_slice().try_into().ok()?,
+            stanza: scope.stanza_id.as_slice().try_into().ok()?,
+        };
+        let epochs: Vec<_> = stored.slots.iter().filter_map(|b| EpochKeys::decode(b, "cached key").ok()).collect();
+        let newest = epochs.last()?;
+        // Bound to the passphrase by a keyed hash, so that a changed passphrase is not passed over.
+        (newest.chunk_id(passphrase)[..] == stored.head).then_some((scope, epochs))
+    }
+
+    /// Remembers unwrapped keys, if a passphrase opened them.
+    pub fn remember_keys(&self, access: &Access, scope: &Scope, epochs: &[EpochKeys]) {
+        let (Some(Secret::Passphrase(passphrase)), Some(newest)) = (&access.secret, epochs.last()) else { return };
+        let stored = proto::Snapshot {
+            genesis: Some(proto::Genesis {
+                repository_id: scope.repository.to_vec(),
+                stanza_id: scope.stanza.to_vec(),
+                ..Default::default()
+            }),
+            head: newest.chunk_id(passphrase).to_vec(),
+            slots: epochs.iter().map(|k| k.encode().to_vec()).collect(),
+            ..Default::default()
+        };
+        self.write(&self.access_folder(access), "keys", &Zeroizing::new(stored.encode_to_vec()));
+    }
+
+    /// The log's state as it was last seen.
+    pub fn head(&self, stanza: &Stanza) -> Option<proto::Snapshot> {
+        let bytes = Self::read(&self.folder(stanza.shown()), "head")?;
+        let keys = stanza.keys_for(&bytes, "cached head").ok()?;
+        object::open_message(keys, stanza.scope(), ObjectKind::Snapshot, &bytes, "head", "cached head").ok()
+    }
+
+    /// Remembers the log's state.
+    pub fn remember_head(&self, stanza: &Stanza, state: &proto::Snapshot) {
+        let sealed = env::salt(stanza.env()).ok().and_then(|salt| {
+            object::seal_message(stanza.keys(), stanza.scope(), ObjectKind::Snapshot, salt, "head", state).ok()
+        });
+        if let Some(bytes) = sealed {
+            self.write(&self.folder(stanza.shown()), "head", &bytes);
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! A stanza: one PostgreSQL cluster's part of a repository, opened with its keys.
+//!
+//! What always holds: a configured key is used or the stanza is refused; the keys' ids are the ids that
+//! the log pins.
+
+pub mod create;
+pub mod memory;
+
+use std::sync::Arc;
+
+use fairvault_format::header::ObjectHeader;
+use fairvault_format::keys::{self, EpochKeys, Scope, Secret};
+use fairvault_format::{FormatError, names, proto, repository::Repository};
+
+use crate::env::{Env, SharedEnv};
+use crate::error::{Error, Kind, Result};
+use crate::store::Store;
+use memory::Memory;
+
+/// How a stanza is to be opened.
+#[derive(Clone)]
+pub struct Access {
+    /// Repository.
+    pub repository: Store,
+    /// Stanza name.
+    pub stanza: String,
+    /// The configured secret; `None` means that the stanza must be unencrypted.
+    pub secret: Option<Secret>,
+    /// What this host remembers; `None` for nothing.
+    pub memory: Option<Memory>,
+    /// Whether a passphrase may be stretched now; `wal push` and `wal get` may not.
+    pub may_stretch: bool,
+    /// Clock and randomness.
+    pub env: SharedEnv,
+}
+
+/// An opened stanza.
+pub struct Stanza {
+    store: Store,
+    name: String,
+    scope: Scope,
+    epochs: Vec<EpochKeys>,
+    has_secret: bool,
+    memory: Option<Memory>,
+    env: SharedEnv,
+    host: String,
+}
+
+impl std::fmt::Debug for Stanza {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Stanza({})", self.store.shown())
+    }
+}
+
+/// The repository's description.
+pub async fn read_repository(store: &Store) -> Result<Repository> {
+    let bytes = store.get_opt(names::REPOSITORY).await?.ok_or_else(|| {
+        Error::not_found(format!("{} is not a fairvault repository: it has no {}", store.shown(), names::REPOSITORY))
+            .remedy("check the URL, or make the repository with `fairvault stanza create`")
+    })?;
+    Ok(Repository::decode(&bytes)?)
+}
+
+impl Stanza {
+    /// Opens a stanza: finds a slot that the secret opens, or what this host remembers.
+    pub async fn open(access: &Access) -> Result<Arc<Self>> {
+        names::check_name("stanza name", &access.stanza)?;
+        let store = access.repository.folder(&access.stanza);
+        if let Some((scope, epochs)) = access.memory.as_ref().and_then(|m| m.keys(access)) {
+            return Ok(Arc::new(Self::new(store, access, scope, epochs)));
+        }
+        let slots = match access.memory.as_ref().and_then(|m| m.slots(access)) {
+            Some(slots) => slots,
+            None => {
+                let repository = read_repository(&access.repository).await?;
+                let slots = read_slots(&store, &access.stanza, &repository).await?;
+                if let Some(memory) = &access.memory {
+                    memory.remember_slots(access, &slots);
+                }
+                slots
+            }
+        };
+        let (scope, epochs) = open_slots(&slots, access)?;
+        if let Some(memory) = &access.memory {
+            memory.remember_keys(access, &scope, &epochs);
+        }
+        Ok(Arc::new(Self::new(store, access, scope, epochs)))
+    }
+
+    fn new(store: Store, access: &Access, scope: Scope, epochs: Vec<EpochKeys>) -> Self {
+        Self {
+            store,
+            name: access.stanza.clone(),
+            scope,
+            epochs,
+            has_secret: access.secret.is_some(),
+            memory: access.memory.clone(),
+            env: access.env.clone(),
+            host: host_name(),
+        }
+    }
+
+    /// Its folder.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How it is called in messages.
+    pub fn shown(&self) -> &str {
+        self.store.shown()
+    }
+
+    /// Its ids.
+    pub fn scope(&self) -> &Scope {
+        &self.scope
+    }
+
+    /// Clock and randomness.
+    pub fn env(&self) -> &dyn Env {
+        &*self.env
+    }
+
+    /// This host's name, for the log.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// Whether a key is configured.
+    pub fn has_secret(&self) -> bool {
+        self.has_secret
+    }
+
+    /// What this host remembers.
+    pub fn memory(&self) -> Option<&Memory> {
+        self.memory.as_ref()
+    }
+
+    /// Keys of the newest epoch: for writing.
+    pub fn keys(&self) -> &EpochKeys {
+        // `open_slots` fails on an empty list, and nothing removes from it.
+        &self.epochs[self.epochs.len() - 1]
+    }
+
+    /// Keys of an epoch: for reading.
+    pub fn keys_of(&self, epoch: u32) -> Result<&EpochKeys> {
+        self.epochs.iter().find(|k| k.epoch == epoch).ok_or_else(|| {
+            Error::refused(format!("{} has objects of key epoch {epoch}, which the given key does not open", self.shown()))
+        })
+    }
+
+    /// Keys for the object that begins with `bytes`.
+    pub fn keys_for(&self, bytes: &[u8], what: &str) -> Result<&EpochKeys> {
+        self.keys_of(ObjectHeader::decode(bytes, what)?.epoch)
+    }
+}
+
+type Slots = Vec<proto::Slot>;
+
+async fn read_slots(store: &Store, stanza: &str, repository: &Repository) -> Result<Slots> {
+    let mut slots = Slots::new();
+    for (name, _) in store.list(names::KEYS).await? {
+        let slot = keys::decode_slot(&store.get(&name).await?, &format!("{}/{name}", store.shown()))?;
+        if slot.repository_id != repository.id()? {
+            return Err(Error::damaged(format!("{}/{name} is a key of another repository", store.shown())));
+        }
+        slots.push(slot);
+    }
+    if slots.is_empty() {
+        return Err(Error::not_found(format!("there is no stanza {stanza:?} in {}", store.shown()))
+            .remedy(format!("create it with `fairvault stanza create {stanza}`, or see `fairvault stanza list`")));
+    }
+    Ok(slots)
+}
+
+fn open_slots(slots: &[proto::Slot], access: &Access) -> Result<(Scope, Vec<EpochKeys>)> {
+    let stanza = &access.stanza;
+    let scope = keys::slot_scope(&slots[0]);
+    if slots.iter().any(|slot| keys::slot_scope(slot) != scope) {
+        return Err(Error::damaged(format!("the key slots of stanza {stanza} are of different stanzas")));
+    }
+    let unsealed = |slot: &proto::Slot| slot.kind() == proto::SlotKind::SlotUnsealed;
+    let mut epochs: Vec<EpochKeys> = Vec::new();
+    let mut wrong = 0;
+    for slot in slots {
+        let usable = match &access.secret {
+            Some(secret) => keys::slot_takes(slot, secret),
+            None => unsealed(slot),
+        };
+        if !usable || epochs.iter().any(|k| k.epoch == slot.epoch) {
+            continue;
+        }
+        if slot.kind() == proto::SlotKind::SlotPassphrase && !access.may_stretch {
+            return Err(Error::refused(format!("stanza {stanza} is opened by a passphrase, and this host has no cached key"))
+                .remedy("run `fairvault check` once as this user, or use a key file: archiving never pays for the passphrase"));
+        }
+        match keys::open_slot(slot, access.secret.as_ref(), &format!("key slot {:?}", slot.name)) {
+            Ok(keys) => epochs.push(keys),
+            Err(FormatError::DoesNotOpen { .. }) => wrong += 1,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    epochs.sort_by_key(|k| k.epoch);
+    if !epochs.is_empty() {
+        return Ok((scope, epochs));
+    }
+    let kinds: Vec<_> = slots.iter().map(|s| s.kind().as_str_name().trim_start_matches("SLOT_").to_lowercase()).collect();
+    Err(match (&access.secret, wrong) {
+        (Some(_), 0) if slots.iter().all(unsealed) => {
+            Error::refused(format!("a key is configured, and stanza {stanza} is not encrypted"))
+                .remedy("remove the key from the configuration if that is meant, or create an encrypted stanza")
+        }
+        (Some(_), 0) => Error::new(Kind::Refused, format!("the configured key is of a kind that no slot of stanza {stanza} takes"))
+            .remedy(format!("its slots: {}", kinds.join(", "))),
+        (Some(_), _) => Error::new(Kind::Refused, format!("wrong key for stanza {stanza}: it opens none of its slots"))
+            .remedy("nothing was read or written; check the key file, passphrase or command of this stanza"),
+        (None, _) => Error::new(Kind::Refused, format!("stanza {stanza} is encrypted and no key is configured"))
+            .remedy("set `key` for the stanza, or give --key-file or --passphrase-file"),
+    })
+}
+
+/// This machine's name.
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map(|s| s.trim().to_owned()).unwrap_or_else(|_| "unknown".to_owned())
+}

@@ -1,0 +1,285 @@
+//! The object store: names, create-only writes, retries, probing.
+//!
+//! What always holds (see SPEC.md, section 1): nothing is overwritten; the outcome of a conditional create
+//! is known before it is reported; LIST is never a proof of absence.
+
+pub mod probe;
+pub mod url;
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use object_store::path::Path;
+use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
+
+use crate::error::{Error, Kind, Result};
+
+/// How a conditional create ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Created {
+    /// The name holds our bytes.
+    Won,
+    /// The name holds something else; these bytes.
+    Lost(Bytes),
+}
+
+/// What may be tuned.
+#[derive(Debug, Clone)]
+pub struct StoreSettings {
+    /// How long the store may stay away before an operation fails.
+    pub retry_timeout: Duration,
+    /// The store has no conditional create, and only one writer is promised.
+    pub single_writer: bool,
+    /// Storage class of packs, where the store has such a thing.
+    pub storage_class: Option<String>,
+}
+
+impl Default for StoreSettings {
+    fn default() -> Self {
+        Self { retry_timeout: Duration::from_secs(180), single_writer: false, storage_class: None }
+    }
+}
+
+/// A folder of an object store: a repository, or a stanza in it.
+#[derive(Debug, Clone)]
+pub struct Store {
+    inner: Arc<dyn ObjectStore>,
+    prefix: String,
+    shown: String,
+    settings: StoreSettings,
+}
+
+impl Store {
+    /// A store below `prefix`; `shown` is how it is called in messages.
+    pub fn new(inner: Arc<dyn ObjectStore>, prefix: &str, shown: &str, settings: StoreSettings) -> Self {
+        Self { inner, prefix: prefix.trim_matches('/').to_owned(), shown: shown.trim_end_matches('/').to_owned(), settings }
+    }
+
+    /// The same store, one folder deeper.
+    #[must_use]
+    pub fn folder(&self, name: &str) -> Self {
+        Self { prefix: self.key(name), shown: format!("{}/{name}", self.shown), ..self.clone() }
+    }
+
+    /// How it is called in messages.
+    pub fn shown(&self) -> &str {
+        &self.shown
+    }
+
+    /// Its settings.
+    pub fn settings(&self) -> &StoreSettings {
+        &self.settings
+    }
+
+    fn key(&self, name: &str) -> String {
+        if self.prefix.is_empty() { name.to_owned() } else { format!("{}/{name}", self.prefix) }
+    }
+
+    fn path(&self, name: &str) -> Result<Path> {
+        Path::parse(self.key(name)).map_err(|e| Error::usage(format!("{name:?} is no object name")).caused_by(e))
+    }
+
+    fn error(&self, doing: &str, name: &str, error: object_store::Error) -> Error {
+        use object_store::Error as E;
+        let what = format!("{doing} {}/{name}", self.shown);
+        match &error {
+            E::NotFound { .. } => Error::not_found(format!("{what}: there is no such object")).caused_by(error),
+            E::PermissionDenied { .. } | E::Unauthenticated { .. } => {
+                Error::new(Kind::Failed, format!("{what}: the store refused the credentials"))
+                    .remedy("check access key, secret, region and the bucket's policy")
+                    .caused_by(error)
+            }
+            E::Generic { .. } if is_permission_io(&error) => {
+                Error::new(Kind::Failed, what).remedy("check who owns the repository folder and its permissions").caused_by(error)
+            }
+            E::Generic { .. } | E::JoinError { .. } => Error::temporary(what).caused_by(error),
+            _ => Error::failed(what).caused_by(error),
+        }
+    }
+
+    /// Runs an operation again while the store throttles in a way that the client below does not know
+    /// (HTTP 400 with RequestRateLimitExceeded or SlowDown).
+    async fn throttled<T, F, Fut>(&self, mut operation: F) -> object_store::Result<T>
+    where
+        F: FnMut() -> Fut,
+        Fut: Future<Output = object_store::Result<T>>,
+    {
+        let mut wait = Duration::from_millis(200);
+        let deadline = tokio::time::Instant::now() + self.settings.retry_timeout;
+        loop {
+            match operation().await {
+                Err(error) if is_throttle(&error) && tokio::time::Instant::now() + wait < deadline => {
+                    tokio::time::sleep(wait).await;
+                    wait = (wait * 2).min(Duration::from_secs(10));
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Writes an object that is named by its hash; the same bytes may be there already.
+    pub async fn put_hashed(&self, name: &str, payload: PutPayload) -> Result<()> {
+        let path = self.path(name)?;
+        let mut attributes = object_store::Attributes::new();
+        if let Some(class) = &self.settings.storage_class {
+            attributes.insert(object_store::Attribute::StorageClass, class.clone().into());
+        }
+        let options = PutOptions { attributes, ..Default::default() };
+        self.throttled(|| self.inner.put_opts(&path, payload.clone(), options.clone()))
+            .await
+            .map_err(|e| self.error("writing", name, e))?;
+        Ok(())
+    }
+
+    /// Creates an object if its name is free. The outcome is certain: an unclear answer is followed by the
+    /// same bytes again until the name is occupied, and then by a comparison.
+    pub async fn create(&self, name: &str, bytes: Bytes) -> Result<Created> {
+        let path = self.path(name)?;
+        if self.settings.single_writer {
+            return self.create_single_writer(name, bytes).await;
+        }
+        let deadline = tokio::time::Instant::now() + self.settings.retry_timeout;
+        let mut wait = Duration::from_millis(100);
+        loop {
+            let options = PutOptions { mode: PutMode::Create, ..Default::default() };
+            let unclear = match self.inner.put_opts(&path, bytes.clone().into(), options).await {
+                Ok(_) => return Ok(Created::Won),
+                Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                    match self.get_opt(name).await? {
+                        Some(there) if there == bytes => return Ok(Created::Won),
+                        Some(there) => return Ok(Created::Lost(there)),
+                        // A transient conflict, or somebody deleted it: the name is free, try again.
+                        None => Error::temporary(format!("creating {}/{name}: the store answers \"exists\" for a free name", self.shown)),
+                    }
+                }
+                Err(error @ object_store::Error::Generic { .. }) if is_permission_io(&error) => {
+                    return Err(self.error("creating", name, error));
+                }
+                Err(error @ (object_store::Error::Generic { .. } | object_store::Error::JoinError { .. })) => {
+                    self.error("creating", name, error)
+                }
+                Err(error) => return Err(self.error("creating", name, error)),
+            };
+            if tokio::time::Instant::now() + wait > deadline {
+                return Err(unclear);
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(Duration::from_secs(10));
+        }
+    }
+
+    /// For stores without conditional create, where configuration promises one writer: look, write, read back.
+    async fn create_single_writer(&self, name: &str, bytes: Bytes) -> Result<Created> {
+        let compare = |there: Bytes| if there == bytes { Created::Won } else { Created::Lost(there) };
+        if let Some(there) = self.get_opt(name).await? {
+            return Ok(compare(there));
+        }
+        self.put_hashed(name, bytes.clone().into()).await?;
+        match self.get_opt(name).await? {
+            Some(there) => Ok(compare(there)),
+            None => Err(Error::temporary(format!("{}/{name} is not there after it was written", self.shown))),
+        }
+    }
+
+    /// A whole object.
+    pub async fn get(&self, name: &str) -> Result<Bytes> {
+        let path = self.path(name)?;
+        let fetch = || async { self.inner.get(&path).await?.bytes().await };
+        self.throttled(fetch).await.map_err(|e| self.error("reading", name, e))
+    }
+
+    /// A whole object, `None` if there is none.
+    pub async fn get_opt(&self, name: &str) -> Result<Option<Bytes>> {
+        match self.get(name).await {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == Kind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A part of an object. Shorter than asked for means that the object ends there.
+    pub async fn get_range(&self, name: &str, range: Range<u64>) -> Result<Bytes> {
+        let path = self.path(name)?;
+        let fetch = || {
+            let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..Default::default() };
+            async { self.inner.get_opts(&path, options).await?.bytes().await }
+        };
+        self.throttled(fetch).await.map_err(|e| self.error("reading", name, e))
+    }
+
+    /// Length of an object, bytes; `None` if there is none.
+    pub async fn len(&self, name: &str) -> Result<Option<u64>> {
+        let path = self.path(name)?;
+        match self.throttled(|| self.inner.head(&path)).await {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(self.error("looking at", name, error)),
+        }
+    }
+
+    /// Everything below `folder`: names relative to this store, with lengths, sorted. A hint, no proof.
+    pub async fn list(&self, folder: &str) -> Result<Vec<(String, u64)>> {
+        let path = self.path(folder)?;
+        let skip = if self.prefix.is_empty() { 0 } else { self.prefix.len() + 1 };
+        let mut found: Vec<(String, u64)> = self
+            .inner
+            .list(Some(&path))
+            .map_ok(|meta| (meta.location.as_ref()[skip..].to_owned(), meta.size))
+            .try_collect()
+            .await
+            .map_err(|e| self.error("listing", folder, e))?;
+        found.sort();
+        Ok(found)
+    }
+
+    /// Names of the folders directly below this store.
+    pub async fn folders(&self) -> Result<Vec<String>> {
+        let prefix = (!self.prefix.is_empty()).then(|| Path::from(self.prefix.as_str()));
+        let result = self
+            .inner
+            .list_with_delimiter(prefix.as_ref())
+            .await
+            .map_err(|e| self.error("listing", "", e))?;
+        let mut names: Vec<String> =
+            result.common_prefixes.iter().filter_map(|p| p.filename().map(str::to_owned)).collect();
+        names.sort();
+        Ok(names)
+    }
+
+    /// Deletes objects; what is not there counts as deleted.
+    pub async fn delete(&self, names: &[String]) -> Result<()> {
+        let paths: Vec<_> = names.iter().map(|n| self.path(n)).collect::<Result<_>>()?;
+        let mut results = self.inner.delete_stream(futures::stream::iter(paths.into_iter().map(Ok)).boxed());
+        while let Some(result) = results.next().await {
+            match result {
+                Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
+                Err(error) => return Err(self.error("deleting from", "", error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_throttle(error: &object_store::Error) -> bool {
+    matches!(error, object_store::Error::Generic { .. }) && {
+        let text = error.to_string();
+        text.contains("RequestRateLimitExceeded") || text.contains("<Code>SlowDown</Code>")
+    }
+}
+
+fn is_permission_io(error: &object_store::Error) -> bool {
+    let mut source: Option<&dyn std::error::Error> = Some(error);
+    while let Some(cause) = source {
+        if let Some(io) = cause.downcast_ref::<std::io::Error>() {
+            return matches!(
+                io.kind(),
+                std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem | std::io::ErrorKind::NotADirectory
+            );
+        }
+        source = cause.source();
+    }
+    false
+}

@@ -1,0 +1,196 @@
+//! Repository URLs: `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…`, `memory://` for tests.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, Checksum};
+use object_store::azure::MicrosoftAzureBuilder;
+use object_store::gcp::GoogleCloudStorageBuilder;
+use object_store::local::LocalFileSystem;
+use object_store::{BackoffConfig, Certificate, ClientOptions, ObjectStore, RetryConfig};
+
+use super::{Store, StoreSettings};
+use crate::error::{Error, Result};
+
+/// Where a repository is and how to reach it. Secrets come from files or the environment.
+#[derive(Debug, Clone, Default)]
+pub struct RepositoryUrl {
+    /// The URL.
+    pub url: String,
+    /// S3: endpoint of a store that is not AWS.
+    pub endpoint: Option<String>,
+    /// S3: region.
+    pub region: Option<String>,
+    /// S3: bucket as a host name instead of the first path component.
+    pub virtual_host: bool,
+    /// PEM file with more root certificates.
+    pub ca_file: Option<String>,
+    /// S3, GCS, Azure: storage class of packs.
+    pub storage_class: Option<String>,
+    /// S3: server-side encryption, `AES256` or `aws:kms`.
+    pub server_side_encryption: Option<String>,
+    /// S3: KMS key id.
+    pub kms_key: Option<String>,
+    /// S3: send a SHA-256 checksum header (needed by buckets with object lock).
+    pub checksum: bool,
+    /// Access key id.
+    pub access_key: Option<String>,
+    /// Secret access key.
+    pub secret_key: Option<String>,
+    /// No conditional create; one writer is promised.
+    pub single_writer: bool,
+    /// How long one request may stand still.
+    pub request_timeout: Option<Duration>,
+    /// How long the store may stay away.
+    pub retry_timeout: Option<Duration>,
+}
+
+impl RepositoryUrl {
+    /// Opens the store. `create` makes the folder of a directory repository.
+    pub fn open(&self, create: bool) -> Result<Store> {
+        let settings = StoreSettings {
+            retry_timeout: self.retry_timeout.unwrap_or(Duration::from_secs(180)),
+            single_writer: self.single_writer,
+            storage_class: self.storage_class.clone(),
+        };
+        let (scheme, rest) = self.url.split_once("://").ok_or_else(|| self.bad("it has no scheme"))?;
+        let (inner, prefix): (Arc<dyn ObjectStore>, &str) = match scheme {
+            "file" => return self.open_directory(rest, create, settings),
+            "memory" => (Arc::new(object_store::memory::InMemory::new()), rest),
+            "s3" | "gs" | "az" => {
+                let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+                if bucket.is_empty() {
+                    return Err(self.bad("it names no bucket"));
+                }
+                // Required once per process before the first HTTPS client; a second call is harmless.
+                let _ = rustls::crypto::ring::default_provider().install_default();
+                let store: Arc<dyn ObjectStore> = match scheme {
+                    "s3" => Arc::new(self.s3(bucket)?),
+                    "gs" => Arc::new(self.gcs(bucket)?),
+                    _ => Arc::new(self.azure(bucket)?),
+                };
+                (store, prefix)
+            }
+            _ => return Err(self.bad("its scheme is not known")),
+        };
+        Ok(Store::new(inner, prefix, &self.url, settings))
+    }
+
+    fn bad(&self, why: &str) -> Error {
+        Error::usage(format!("repository URL {:?}: {why}", self.url))
+            .remedy("use file:///folder, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix")
+    }
+
+    fn open_directory(&self, path: &str, create: bool, mut settings: StoreSettings) -> Result<Store> {
+        if !path.starts_with('/') {
+            return Err(self.bad("a folder must be absolute: file:///folder"));
+        }
+        if self.storage_class.is_some() {
+            return Err(Error::usage(format!("storage_class has no meaning for {}", self.url)));
+        }
+        if create {
+            std::fs::create_dir_all(path).map_err(|e| Error::io(format_args!("creating the repository folder {path}"), e))?;
+        } else if !std::path::Path::new(path).is_dir() {
+            return Err(Error::new(crate::error::Kind::Temporary, format!("the repository folder {path} is not there"))
+                .remedy("mount or create it; `fairvault stanza create` creates it for a new repository"));
+        }
+        let store = LocalFileSystem::new_with_prefix(path)
+            .map_err(|e| Error::failed(format!("opening the repository folder {path}")).caused_by(e))?
+            .with_fsync(true);
+        settings.retry_timeout = self.retry_timeout.unwrap_or(Duration::from_secs(5));
+        Ok(Store::new(Arc::new(store), "", &self.url, settings))
+    }
+
+    fn client(&self, allow_http: bool) -> Result<ClientOptions> {
+        // The whole-request limit covers the body: a 64 MiB pack over a slow line must fit.
+        let mut options = ClientOptions::new()
+            .with_timeout(Duration::from_secs(600))
+            .with_connect_timeout(Duration::from_secs(10))
+            .with_read_timeout(self.request_timeout.unwrap_or(Duration::from_secs(60)))
+            .with_allow_http(allow_http);
+        if let Some(file) = &self.ca_file {
+            let pem = std::fs::read(file).map_err(|e| Error::io(format_args!("reading the CA file {file}"), e))?;
+            let certificates = Certificate::from_pem_bundle(&pem)
+                .map_err(|e| Error::usage(format!("{file} is no PEM file of certificates")).caused_by(e))?;
+            for certificate in certificates {
+                options = options.with_root_certificate(certificate);
+            }
+        }
+        Ok(options)
+    }
+
+    fn retry(&self) -> RetryConfig {
+        RetryConfig {
+            backoff: BackoffConfig { init_backoff: Duration::from_millis(100), max_backoff: Duration::from_secs(15), base: 2.0 },
+            max_retries: 20,
+            // Requests are signed once: stay well inside a signature's life.
+            retry_timeout: self.retry_timeout.unwrap_or(Duration::from_secs(180)).min(Duration::from_secs(240)),
+        }
+    }
+
+    fn s3(&self, bucket: &str) -> Result<impl ObjectStore> {
+        let plain = self.endpoint.as_deref().is_some_and(|e| e.starts_with("http://"));
+        let mut builder = AmazonS3Builder::from_env()
+            .with_client_options(self.client(plain)?)
+            .with_retry(self.retry())
+            .with_bucket_name(bucket)
+            .with_virtual_hosted_style_request(self.virtual_host)
+            .with_disable_bulk_delete(true)
+            .with_disable_tagging(true);
+        if let Some(region) = &self.region {
+            builder = builder.with_region(region);
+        }
+        if let Some(endpoint) = &self.endpoint {
+            builder = builder.with_endpoint(endpoint).with_allow_http(plain);
+        }
+        if let (Some(key), Some(secret)) = (&self.access_key, &self.secret_key) {
+            builder = builder.with_access_key_id(key).with_secret_access_key(secret);
+        }
+        if self.checksum {
+            builder = builder.with_checksum_algorithm(Checksum::SHA256);
+        }
+        match self.server_side_encryption.as_deref() {
+            None => {}
+            Some("aws:kms") => match &self.kms_key {
+                Some(key) => builder = builder.with_sse_kms_encryption(key),
+                None => return Err(Error::usage("server_side_encryption = \"aws:kms\" needs kms_key")),
+            },
+            Some("AES256") => {
+                let key = "aws_server_side_encryption"
+                    .parse::<AmazonS3ConfigKey>()
+                    .map_err(|e| Error::failed("the S3 client does not know server-side encryption").caused_by(e))?;
+                builder = builder.with_config(key, "AES256");
+            }
+            Some(other) => {
+                return Err(Error::usage(format!("server_side_encryption = {other:?} is not known: AES256 or aws:kms")));
+            }
+        }
+        builder.build().map_err(|e| self.bad("the S3 client cannot be made").caused_by(e))
+    }
+
+    fn gcs(&self, bucket: &str) -> Result<impl ObjectStore> {
+        let mut builder = GoogleCloudStorageBuilder::from_env()
+            .with_client_options(self.client(self.endpoint.as_deref().is_some_and(|e| e.starts_with("http://")))?)
+            .with_retry(self.retry())
+            .with_bucket_name(bucket);
+        if let Some(endpoint) = &self.endpoint {
+            builder = builder.with_base_url(endpoint);
+        }
+        builder.build().map_err(|e| self.bad("the GCS client cannot be made").caused_by(e))
+    }
+
+    fn azure(&self, container: &str) -> Result<impl ObjectStore> {
+        let plain = self.endpoint.as_deref().is_some_and(|e| e.starts_with("http://"));
+        let mut builder = MicrosoftAzureBuilder::from_env()
+            .with_client_options(self.client(plain)?)
+            .with_retry(self.retry())
+            .with_container_name(container);
+        if let Some(endpoint) = &self.endpoint {
+            builder = builder.with_endpoint(endpoint.clone()).with_allow_http(plain);
+        }
+        if let (Some(account), Some(key)) = (&self.access_key, &self.secret_key) {
+            builder = builder.with_account(account).with_access_key(key);
+        }
+        builder.build().map_err(|e| self.bad("the Azure client cannot be made").caused_by(e))
+    }
+}

@@ -1,0 +1,192 @@
+//! Storing WAL: create-only, the same again is success, anything else under a taken name is an error.
+
+use std::sync::Arc;
+
+use fairvault_format::header::{Kind as ObjectKind, ObjectHeader};
+use fairvault_format::{names, proto, wal};
+
+use super::summary;
+use crate::commit::state;
+use crate::env;
+use crate::error::{Context, Error, Kind, Result};
+use crate::postgres::lsn::Lsn;
+use crate::postgres::segment::{Segment, WalFile};
+use crate::stanza::Stanza;
+use crate::store::Created;
+
+/// What happened to a file that was to be stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stored {
+    /// It is new.
+    New,
+    /// The same content was there.
+    Same,
+    /// Another partial file of this segment was there; both are kept.
+    Beside,
+}
+
+/// The archive of one incarnation.
+#[derive(Clone)]
+pub struct Archive {
+    /// Stanza.
+    pub stanza: Arc<Stanza>,
+    /// Incarnation.
+    pub system_identifier: u64,
+    /// wal_segment_size, bytes.
+    pub segment_size: u64,
+    /// zstd level.
+    pub level: i32,
+    /// Archive epochs.
+    pub epochs: Vec<proto::ArchiveEpoch>,
+}
+
+impl Archive {
+    /// The archive of the stanza's newest incarnation, or of the one with `system_identifier`.
+    pub fn open(log: &crate::commit::Log, system_identifier: Option<u64>, level: i32) -> Result<Self> {
+        let incarnations = &log.state().incarnations;
+        let incarnation = match system_identifier {
+            None => incarnations.last(),
+            Some(id) => incarnations.iter().find(|i| i.system_identifier == id),
+        };
+        let incarnation = incarnation.ok_or_else(|| {
+            Error::refused(format!(
+                "stanza {} is not of the cluster with system identifier {}",
+                log.stanza().name(),
+                system_identifier.unwrap_or_default()
+            ))
+            .remedy("a different cluster needs a stanza of its own")
+        })?;
+        Ok(Self {
+            stanza: log.stanza().clone(),
+            system_identifier: incarnation.system_identifier,
+            segment_size: incarnation.wal_segment_size,
+            level,
+            epochs: log.state().archive_epochs.clone(),
+        })
+    }
+
+    fn epoch(&self, timeline: u32, lsn: Lsn) -> u32 {
+        let snapshot = proto::Snapshot { archive_epochs: self.epochs.clone(), ..Default::default() };
+        state::archive_epoch(&snapshot, self.system_identifier, timeline, lsn.0)
+    }
+
+    /// The object name of an archived file under the epoch that rules there.
+    pub fn object_name(&self, file: &WalFile, name: &str) -> String {
+        let lsn = match file {
+            WalFile::Segment(s) | WalFile::Partial(s) | WalFile::BackupHistory(s) => s.start(self.segment_size),
+            WalFile::History(_) => Lsn(0),
+        };
+        names::wal_file(self.system_identifier, file.timeline(), name, self.epoch(file.timeline(), lsn))
+    }
+
+    /// Which kind of object holds a file.
+    pub fn object_kind(file: &WalFile) -> ObjectKind {
+        match file {
+            WalFile::Segment(_) => ObjectKind::WalSegment,
+            _ => ObjectKind::WalSide,
+        }
+    }
+
+    fn header(&self, file: &WalFile, name: &str, content: &[u8]) -> proto::WalHeader {
+        let mut header = proto::WalHeader {
+            name: name.to_owned(),
+            system_identifier: self.system_identifier,
+            timeline: file.timeline(),
+            segment_size: self.segment_size,
+            ..Default::default()
+        };
+        if let WalFile::Segment(segment) | WalFile::Partial(segment) = file {
+            let start = segment.start(self.segment_size);
+            header.start_lsn = start.0;
+            header.end_lsn = start.0 + content.len() as u64;
+            header.summary = Some(summary::summarize(content, start, self.segment_size));
+        }
+        header
+    }
+
+    /// Stores a file.
+    pub async fn put(&self, file: WalFile, name: &str, content: Vec<u8>) -> Result<Stored> {
+        let object = self.object_name(&file, name);
+        let kind = Self::object_kind(&file);
+        let id = self.stanza.keys().chunk_id(&content);
+        let sealed = self.seal(kind, object.clone(), self.header(&file, name, &content), content).await?;
+        match self.stanza.store().create(&object, sealed.0.into()).await? {
+            Created::Won => return Ok(Stored::New),
+            Created::Lost(there) if self.content_id(kind, &there, &object)? == id => return Ok(Stored::Same),
+            Created::Lost(_) if matches!(file, WalFile::Partial(_)) => {}
+            Created::Lost(_) => {
+                return Err(Error::refused(format!(
+                    "{}/{object} exists with other content; nothing was overwritten",
+                    self.stanza.shown()
+                ))
+                .remedy(
+                    "two clusters or two histories archive under one name: a restored copy, an old primary that came \
+                     back, or a stanza used twice. Find the other one before you archive again",
+                ));
+            }
+        }
+        let beside = format!("{name}-{}", hex::encode(&id[..4]));
+        let object = self.object_name(&file, &beside);
+        let sealed = self.seal(kind, object.clone(), self.header(&file, name, &sealed.1), sealed.1).await?;
+        match self.stanza.store().create(&object, sealed.0.into()).await? {
+            Created::Won => Ok(Stored::Beside),
+            Created::Lost(there) if self.content_id(kind, &there, &object)? == id => Ok(Stored::Same),
+            Created::Lost(_) => Err(Error::refused(format!("{object} exists with other content; nothing was overwritten"))),
+        }
+    }
+
+    /// Stores the bytes of a segment from its start up to where WAL was written, as a piece.
+    pub async fn put_piece(&self, segment: Segment, content: Vec<u8>) -> Result<Stored> {
+        let start = segment.start(self.segment_size);
+        let end = Lsn(start.0 + content.len() as u64);
+        let name = segment.name(self.segment_size);
+        let epoch = self.epoch(segment.timeline, start);
+        let object = names::wal_piece(self.system_identifier, segment.timeline, &name, start.0, end.0, epoch);
+        let id = self.stanza.keys().chunk_id(&content);
+        let header = self.header(&WalFile::Segment(segment), &name, &content);
+        let sealed = self.seal(ObjectKind::WalPiece, object.clone(), header, content).await?;
+        match self.stanza.store().create(&object, sealed.0.into()).await? {
+            Created::Won => Ok(Stored::New),
+            Created::Lost(there) if self.content_id(ObjectKind::WalPiece, &there, &object)? == id => Ok(Stored::Same),
+            Created::Lost(_) => Err(Error::refused(format!("{object} exists with other content; nothing was overwritten"))),
+        }
+    }
+
+    /// Seals away from the async threads; returns the object and the content.
+    async fn seal(&self, kind: ObjectKind, object: String, header: proto::WalHeader, content: Vec<u8>) -> Result<(Vec<u8>, Vec<u8>)> {
+        let (stanza, level) = (self.stanza.clone(), self.level);
+        let salt = env::salt(stanza.env())?;
+        let work = move || {
+            wal::seal_wal(stanza.keys(), stanza.scope(), kind, salt, &object, header, &content, level).map(|sealed| (sealed, content))
+        };
+        match tokio::task::spawn_blocking(work).await {
+            Ok(result) => Ok(result?),
+            Err(error) => Err(Error::failed("sealing WAL").caused_by(error)),
+        }
+    }
+
+    /// The content id of what is stored, comparable with ours only within one key epoch.
+    fn content_id(&self, kind: ObjectKind, bytes: &[u8], object: &str) -> Result<[u8; 32]> {
+        let epoch = ObjectHeader::decode(bytes, object)?.epoch;
+        let keys = self.stanza.keys_of(epoch)?;
+        let result = if epoch == self.stanza.keys().epoch {
+            let header = wal::open_header(keys, self.stanza.scope(), kind, bytes, object)?;
+            header.content_id.as_slice().try_into().map_err(|_| Error::damaged(format!("{object} has no content id")))
+        } else {
+            let (_, content) = wal::open_wal(keys, self.stanza.scope(), kind, bytes, object)?;
+            Ok(self.stanza.keys().chunk_id(&content))
+        };
+        result.context(|| format!("comparing with {}/{object}", self.stanza.shown()))
+    }
+
+    /// Fails if the stanza was fenced since `fence` was read.
+    pub async fn check_fence(&self, log: &mut crate::commit::Log) -> Result<()> {
+        let before = log.state().fence;
+        log.refresh().await?;
+        match log.state().fence == before {
+            true => Ok(()),
+            false => Err(Error::new(Kind::Held, "the stanza was fenced while this was written; it may not count")
+                .remedy("see `fairvault info` for who fenced it")),
+        }
+    }
+}

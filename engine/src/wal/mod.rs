@@ -1,0 +1,12 @@
+//! WAL in and out of the repository.
+//!
+//! [`archive`] stores, [`push`] is `archive_command`, [`fetch`] reads, [`get`] is `restore_command`,
+//! [`coverage`] knows what is there, [`stream`] takes WAL from the server during a backup.
+
+pub mod archive;
+pub mod coverage;
+pub mod fetch;
+pub mod get;
+pub mod push;
+pub mod stream;
+pub mod summary;

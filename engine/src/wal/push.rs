@@ -1,0 +1,142 @@
+//! `archive_command`: a file of pg_wal into the repository, with every doubt a refusal.
+//!
+//! Exit 0 of `wal push` lets PostgreSQL delete the segment: it is given only once the object is durable.
+
+use std::path::Path;
+
+use super::archive::{Archive, Stored};
+use crate::commit::Log;
+use crate::error::{Context, Error, Result};
+use crate::postgres::lsn::Lsn;
+use crate::postgres::segment::{NotAnAncestor, Segment, WalFile, valid_segment_size};
+use crate::postgres::walker::{LongHeader, PageHeader, Walker};
+
+/// The file in a restored data directory that forbids archiving until it is adopted.
+pub const RESTORED_MARKER: &str = "fairvault.restored";
+
+/// Reads what is to be archived, bounded by the largest possible segment.
+pub fn read_file(path: &Path) -> Result<Vec<u8>> {
+    let what = || format!("reading {}", path.display());
+    let meta = std::fs::metadata(path).map_err(|e| Error::io(what(), e))?;
+    if !meta.is_file() || meta.len() > 1 << 30 {
+        return Err(Error::refused(format!("{} is no WAL file: it has {} bytes", path.display(), meta.len())));
+    }
+    std::fs::read(path).map_err(|e| Error::io(what(), e))
+}
+
+/// Refuses to archive from a restored copy that was not told to.
+pub fn check_adopted(path: &Path) -> Result<()> {
+    let data_directory = path.parent().and_then(Path::parent).map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p });
+    let folders = [Some(Path::new(".")), data_directory];
+    match folders.into_iter().flatten().find(|folder| folder.join(RESTORED_MARKER).exists()) {
+        None => Ok(()),
+        Some(folder) => Err(Error::refused(format!(
+            "{} is a restored copy: it does not archive, so that it cannot poison the archive of its original",
+            folder.display()
+        ))
+        .remedy(format!(
+            "if this copy replaces the original, delete {}/{RESTORED_MARKER}; otherwise set archive_mode = off",
+            folder.display()
+        ))),
+    }
+}
+
+fn refuse(name: &str, why: impl std::fmt::Display) -> Error {
+    Error::refused(format!("{name} is not archived: {why}"))
+}
+
+/// Checks and stores a file.
+pub async fn push(log: &mut Log, name: &str, content: Vec<u8>, level: i32) -> Result<Stored> {
+    let long = first_page(name, &content)?;
+    let archive = Archive::open(log, long.map(|l| l.1.system_identifier), level).context(|| format!("{name} is not archived"))?;
+    let file = WalFile::parse(name, archive.segment_size)?;
+    match (&file, long) {
+        (WalFile::Segment(segment) | WalFile::Partial(segment), Some((page, long))) => {
+            check_segment(&archive, name, *segment, &content, &page, &long).await?;
+            if matches!(file, WalFile::Segment(_)) {
+                check_filled(name, *segment, &content, archive.segment_size)?;
+            }
+        }
+        (WalFile::Segment(_) | WalFile::Partial(_), None) => return Err(refuse(name, "it does not begin with a WAL page")),
+        (WalFile::History(timeline), _) => {
+            crate::postgres::segment::History::parse(*timeline, &content)?;
+        }
+        (WalFile::BackupHistory(_), _) => {}
+    }
+    let stored = archive.put(file, name, content).await?;
+    if stored == Stored::Beside {
+        tracing::warn!("{name}: another partial segment of this name was archived before; both are kept");
+    }
+    archive.check_fence(log).await?;
+    Ok(stored)
+}
+
+/// The first page's header, for files that have one.
+fn first_page(name: &str, content: &[u8]) -> Result<Option<(PageHeader, LongHeader)>> {
+    if name.ends_with(".history") || name.ends_with(".backup") {
+        return Ok(None);
+    }
+    let page = PageHeader::parse(content).map_err(|why| refuse(name, why))?;
+    let long = page.long.ok_or_else(|| refuse(name, "its first page has no long header"))?;
+    if !valid_segment_size(long.segment_size.into()) {
+        return Err(refuse(name, format_args!("it says that segments have {} bytes", long.segment_size)));
+    }
+    Ok(Some((page, long)))
+}
+
+async fn check_segment(
+    archive: &Archive,
+    name: &str,
+    segment: Segment,
+    content: &[u8],
+    page: &PageHeader,
+    long: &LongHeader,
+) -> Result<()> {
+    let size = archive.segment_size;
+    if u64::from(long.segment_size) != size {
+        return Err(refuse(name, format_args!("its segments have {} bytes, those of the stanza {size}", long.segment_size)));
+    }
+    if content.len() as u64 != size {
+        return Err(refuse(name, format_args!("it has {} bytes; a segment has {size}", content.len())));
+    }
+    let start = segment.start(size);
+    if page.address != start {
+        return Err(refuse(name, format_args!("its first page is of {}, its name says {start}", page.address)));
+    }
+    if page.timeline == segment.timeline {
+        return Ok(());
+    }
+    if page.timeline > segment.timeline {
+        return Err(refuse(name, format_args!("its first page is of timeline {}", page.timeline)));
+    }
+    // The first segment after a promotion begins with a copy of the old timeline's.
+    let history = archive.history(segment.timeline).await?.ok_or_else(|| {
+        refuse(name, format_args!("the history of timeline {} is not archived yet", segment.timeline))
+            .remedy("PostgreSQL archives the history first; if it is lost, copy it into pg_wal of the server")
+    })?;
+    match history.end_of(page.timeline) {
+        Ok(Some(end)) if end >= start && end.0 < start.0 + size => Ok(()),
+        Ok(end) => Err(refuse(
+            name,
+            format_args!("it begins with timeline {}, which ended at {}", page.timeline, end.unwrap_or(Lsn(0))),
+        )),
+        Err(NotAnAncestor) => {
+            Err(refuse(name, format_args!("it begins with timeline {}, which is not in the history of {}", page.timeline, segment.timeline)))
+        }
+    }
+}
+
+/// A complete segment is full of records or ends with a switch. One that ends in zeros is a copy that was
+/// padded for a recovery, and must never take the place of the real one.
+fn check_filled(name: &str, segment: Segment, content: &[u8], size: u64) -> Result<()> {
+    let mut walker = Walker::new(segment.start(size), size);
+    let mut switched = false;
+    walker.feed(content, |record| switched |= record.is_switch());
+    let Some(stop) = walker.stopped() else { return Ok(()) };
+    let from = stop.at.0.saturating_sub(segment.start(size).0) as usize;
+    let zeros = content.get(from..).is_some_and(|rest| rest.iter().all(|&b| b == 0));
+    if zeros && !switched {
+        return Err(refuse(name, format_args!("it is empty from {} on, without a switch record: a padded copy, not a complete segment", stop.at)));
+    }
+    Ok(())
+}

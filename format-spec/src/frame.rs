@@ -1,0 +1,65 @@
+//! Frames: sealed chunks inside a pack (SPEC.md, section 4).
+
+use crate::error::{FormatError, Result, check_limit};
+use crate::header::{HEADER_LEN, ObjectHeader};
+use crate::keys::{EpochKeys, KeyRole, ObjectKey, Scope, TAG_LEN};
+use crate::limits;
+use crate::object::{codec, decompress};
+
+/// Length of the sealed frame header, bytes.
+pub const FRAME_HEADER_LEN: usize = 8;
+/// What sealing adds to the codec's output, bytes.
+pub const FRAME_OVERHEAD: usize = FRAME_HEADER_LEN + TAG_LEN;
+
+/// Seals and opens the frames of one pack.
+pub struct FrameKey {
+    key: ObjectKey,
+    header: [u8; HEADER_LEN],
+}
+
+impl FrameKey {
+    /// The frame key of the pack with this header.
+    pub fn new(keys: &EpochKeys, scope: &Scope, header: &ObjectHeader) -> Result<Self> {
+        Ok(Self { key: keys.object_key(scope, header, KeyRole::Data)?, header: header.encode() })
+    }
+
+    fn aad(&self, ordinal: u32) -> [u8; HEADER_LEN + 4] {
+        let mut aad = [0u8; HEADER_LEN + 4];
+        aad[..HEADER_LEN].copy_from_slice(&self.header);
+        aad[HEADER_LEN..].copy_from_slice(&ordinal.to_le_bytes());
+        aad
+    }
+
+    /// Seals a chunk that a codec has encoded. `buffer` holds [`FRAME_HEADER_LEN`] bytes of room and then
+    /// the codec's output; it becomes the frame as stored.
+    pub fn seal(&self, ordinal: u32, codec: u8, plain_len: u32, buffer: &mut Vec<u8>) {
+        buffer[..FRAME_HEADER_LEN].fill(0);
+        buffer[0] = codec;
+        buffer[4..8].copy_from_slice(&plain_len.to_le_bytes());
+        self.key.seal(ordinal.into(), &self.aad(ordinal), buffer, 0);
+    }
+
+    /// Opens a frame and decodes its chunk. The caller checks the chunk's id.
+    pub fn open(&self, ordinal: u32, stored: &[u8], what: &str) -> Result<Vec<u8>> {
+        let mut buffer = stored.to_vec();
+        self.key.open(ordinal.into(), &self.aad(ordinal), &mut buffer, what)?;
+        decode_chunk(buffer, what)
+    }
+}
+
+/// Decodes an opened frame: frame header and codec output.
+pub fn decode_chunk(mut frame: Vec<u8>, what: &str) -> Result<Vec<u8>> {
+    let Some(header) = frame.first_chunk::<FRAME_HEADER_LEN>().copied() else {
+        return Err(FormatError::damaged(what, "it is shorter than a frame header"));
+    };
+    if header[0] > codec::ZSTD {
+        return Err(FormatError::unsupported(what, format!("codec {}", header[0])));
+    }
+    if header[1] != 0 || header[2..4] != [0; 2] {
+        return Err(FormatError::unsupported(what, format!("frame flags {:?}", &header[1..4])));
+    }
+    let plain_len = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
+    check_limit(what, plain_len.into(), limits::MANIFEST_CHUNK_BYTES.into())?;
+    frame.drain(..FRAME_HEADER_LEN);
+    decompress(header[0], frame, plain_len as usize, what)
+}

@@ -1,0 +1,126 @@
+//! Log entries: signed, chained, sealed (SPEC.md, section 7).
+
+use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
+use prost::Message;
+
+use crate::error::{FormatError, Result, check_limit};
+use crate::header::Kind;
+use crate::keys::{EpochKeys, Scope};
+use crate::object::{open_message, seal_message};
+use crate::proto::{LogEntry, Role, SignedEntry, log_entry::Kind as Entry};
+use crate::{limits, names};
+
+const SIGNED_PREFIX: &[u8] = b"fairvault/1 log entry";
+
+/// The public keys that may sign in a stanza: those of every key epoch seen so far.
+#[derive(Debug, Clone, Default)]
+pub struct Signers {
+    writers: Vec<[u8; 32]>,
+    operators: Vec<[u8; 32]>,
+}
+
+impl Signers {
+    /// Adds the role keys of an epoch.
+    pub fn add(&mut self, epoch: &crate::proto::KeyEpoch) {
+        if let Ok(key) = epoch.writer_public_key.as_slice().try_into() {
+            self.writers.push(key);
+        }
+        if let Ok(key) = epoch.operator_public_key.as_slice().try_into() {
+            self.operators.push(key);
+        }
+    }
+}
+
+/// Who must sign an entry; `None` for a kind that this version does not know.
+pub fn required_role(entry: &LogEntry) -> Option<Role> {
+    Some(match entry.kind.as_ref()? {
+        Entry::Begin(_)
+        | Entry::Announce(_)
+        | Entry::Commit(_)
+        | Entry::Abort(_)
+        | Entry::ArchiveEpoch(_)
+        | Entry::Incarnation(_) => Role::Writer,
+        Entry::Genesis(_)
+        | Entry::SetFence(_)
+        | Entry::Expired(_)
+        | Entry::Hold(_)
+        | Entry::GcMark(_)
+        | Entry::GcSwept(_)
+        | Entry::KeyEpoch(_)
+        | Entry::Policy(_)
+        | Entry::DistrustParser(_)
+        | Entry::Erasure(_) => Role::Operator,
+    })
+}
+
+/// Signs and seals an entry for its place in the log.
+pub fn seal_entry(keys: &EpochKeys, scope: &Scope, salt: [u8; 32], entry: &LogEntry) -> Result<Vec<u8>> {
+    let missing = |secret| FormatError::MissingSecret { what: format!("log entry {}", entry.seq), secret };
+    let (seed, role) = match required_role(entry) {
+        Some(Role::Writer) => match (&keys.writer_seed, &keys.operator_seed) {
+            (Some(seed), _) => (seed, Role::Writer),
+            (None, Some(seed)) => (seed, Role::Operator),
+            (None, None) => return Err(missing("a writer key")),
+        },
+        _ => (keys.operator_seed.as_ref().ok_or_else(|| missing("the operator key"))?, Role::Operator),
+    };
+    let body = entry.encode_to_vec();
+    let signature = SigningKey::from_bytes(seed).sign(&[SIGNED_PREFIX, &body].concat());
+    let signed = SignedEntry { body, signature: signature.to_bytes().to_vec(), role: role as i32 };
+    seal_message(keys, scope, Kind::LogEntry, salt, &names::log_context(entry.seq), &signed)
+}
+
+/// Opens entry `seq`, checks its signature and its place. `previous` is the SHA-256 of the entry before.
+/// For entry 1 the signers come from the entry itself, and the caller compares them with its own keys.
+pub fn open_entry(
+    keys: &EpochKeys,
+    scope: &Scope,
+    bytes: &[u8],
+    seq: u64,
+    previous: &[u8; 32],
+    signers: &Signers,
+) -> Result<LogEntry> {
+    let what = format!("log entry {seq}");
+    check_limit(&what, bytes.len() as u64, limits::LOG_ENTRY_BYTES)?;
+    let signed: SignedEntry = open_message(keys, scope, Kind::LogEntry, bytes, &names::log_context(seq), &what)?;
+    let entry = LogEntry::decode(signed.body.as_slice()).map_err(|e| FormatError::damaged(&what, e.to_string()))?;
+    if entry.seq != seq {
+        return Err(FormatError::damaged(what, format!("it says that it is entry {}", entry.seq)));
+    }
+    if entry.previous != previous {
+        return Err(FormatError::damaged(what, "it does not follow the entry before it (the hash chain is broken)"));
+    }
+    let Some(required) = required_role(&entry) else {
+        return Err(FormatError::unsupported(what, "an entry of unknown kind"));
+    };
+    let genesis_signers = match &entry.kind {
+        Some(Entry::Genesis(genesis)) if seq == 1 => {
+            let mut own = Signers::default();
+            if let Some(epoch) = &genesis.key_epoch {
+                own.add(epoch);
+            }
+            Some(own)
+        }
+        Some(Entry::Genesis(_)) => return Err(FormatError::damaged(what, "a genesis entry that is not the first")),
+        _ => None,
+    };
+    let signers = genesis_signers.as_ref().unwrap_or(signers);
+    let allowed = match (signed.role(), required) {
+        (Role::Operator, _) => &signers.operators,
+        (Role::Writer, Role::Writer) => &signers.writers,
+        (role, required) => {
+            return Err(FormatError::damaged(what, format!("it is signed as {role:?} and needs {required:?}")));
+        }
+    };
+    let message = [SIGNED_PREFIX, signed.body.as_slice()].concat();
+    let good = Signature::from_slice(&signed.signature).is_ok_and(|signature| {
+        allowed
+            .iter()
+            .filter_map(|key| VerifyingKey::from_bytes(key).ok())
+            .any(|key| key.verify_strict(&message, &signature).is_ok())
+    });
+    if !good {
+        return Err(FormatError::damaged(what, "its signature is not of a key that may say this"));
+    }
+    Ok(entry)
+}

@@ -1,0 +1,354 @@
+//! Objects made of sections: everything binary but packs (SPEC.md, section 3).
+//!
+//! A section is sealed with the object's data or metadata key; its position is its nonce and is
+//! authenticated together with the object header and the object's name, where that is not its hash.
+
+use prost::Message;
+
+use crate::error::{FormatError, Result, check_limit};
+use crate::header::{HEADER_LEN, Kind, ObjectHeader};
+use crate::keys::{EpochKeys, KeyRole, ObjectKey, Scope, TAG_LEN};
+use crate::limits;
+
+/// Length of a section header, bytes.
+pub const SECTION_HEADER_LEN: usize = 16;
+
+/// Codec byte of sections and frames.
+pub mod codec {
+    /// Stored as it is.
+    pub const RAW: u8 = 0;
+    /// Zstandard.
+    pub const ZSTD: u8 = 1;
+}
+
+/// zstd level of structured objects: they are small, and written once.
+const STRUCTURE_LEVEL: i32 = 3;
+
+/// Compresses `plain` if that makes it smaller. Returns codec and output.
+pub fn compress(plain: &[u8], level: i32) -> (u8, Vec<u8>) {
+    if plain.len() >= 64
+        && let Ok(packed) = zstd::bulk::compress(plain, level)
+        && packed.len() < plain.len()
+    {
+        return (codec::ZSTD, packed);
+    }
+    (codec::RAW, plain.to_vec())
+}
+
+/// Decodes `bytes` to exactly `plain_len` bytes; never allocates more than that.
+pub fn decompress(codec_byte: u8, bytes: Vec<u8>, plain_len: usize, what: &str) -> Result<Vec<u8>> {
+    let plain = match codec_byte {
+        codec::RAW => bytes,
+        codec::ZSTD => zstd::bulk::decompress(&bytes, plain_len)
+            .map_err(|e| FormatError::damaged(what, format!("zstd: {e}")))?,
+        other => return Err(FormatError::unsupported(what, format!("codec {other}"))),
+    };
+    if plain.len() != plain_len {
+        return Err(FormatError::damaged(what, format!("decoded to {} bytes instead of {plain_len}", plain.len())));
+    }
+    Ok(plain)
+}
+
+struct SectionHeader {
+    role: KeyRole,
+    codec: u8,
+    sealed_len: u32,
+    plain_len: u32,
+    ordinal: u32,
+}
+
+impl SectionHeader {
+    fn encode(&self) -> [u8; SECTION_HEADER_LEN] {
+        let mut out = [0u8; SECTION_HEADER_LEN];
+        out[0] = self.role as u8;
+        out[1] = self.codec;
+        out[4..8].copy_from_slice(&self.sealed_len.to_le_bytes());
+        out[8..12].copy_from_slice(&self.plain_len.to_le_bytes());
+        out[12..16].copy_from_slice(&self.ordinal.to_le_bytes());
+        out
+    }
+
+    fn decode(bytes: &[u8], what: &str) -> Result<Self> {
+        let Some(b) = bytes.first_chunk::<SECTION_HEADER_LEN>() else {
+            return Err(FormatError::damaged(what, "it ends inside a section header"));
+        };
+        let word = |at: usize| u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
+        let role = match b[0] {
+            0 => KeyRole::Data,
+            1 => KeyRole::Meta,
+            other => return Err(FormatError::unsupported(what, format!("section role {other}"))),
+        };
+        if b[1] > codec::ZSTD {
+            return Err(FormatError::unsupported(what, format!("codec {}", b[1])));
+        }
+        if b[2..4] != [0; 2] {
+            return Err(FormatError::unsupported(what, "section flags"));
+        }
+        let header = Self { role, codec: b[1], sealed_len: word(4), plain_len: word(8), ordinal: word(12) };
+        check_limit(what, header.sealed_len.into(), limits::SECTION_BYTES)?;
+        check_limit(what, header.plain_len.into(), limits::SECTION_BYTES)?;
+        if (header.sealed_len as usize) < TAG_LEN {
+            return Err(FormatError::damaged(what, "a section is shorter than its tag"));
+        }
+        Ok(header)
+    }
+}
+
+fn aad(header: &[u8; HEADER_LEN], section: &[u8; SECTION_HEADER_LEN], context: &str) -> Vec<u8> {
+    let mut aad = Vec::with_capacity(HEADER_LEN + SECTION_HEADER_LEN + context.len());
+    aad.extend_from_slice(header);
+    aad.extend_from_slice(section);
+    aad.extend_from_slice(context.as_bytes());
+    aad
+}
+
+/// Keys of one object, derived when first needed.
+struct ObjectKeys<'a> {
+    keys: &'a EpochKeys,
+    scope: &'a Scope,
+    header: ObjectHeader,
+    data: Option<ObjectKey>,
+    meta: Option<ObjectKey>,
+}
+
+impl<'a> ObjectKeys<'a> {
+    fn new(keys: &'a EpochKeys, scope: &'a Scope, header: ObjectHeader) -> Self {
+        Self { keys, scope, header, data: None, meta: None }
+    }
+
+    fn get(&mut self, role: KeyRole) -> Result<&ObjectKey> {
+        let slot = match role {
+            KeyRole::Data => &mut self.data,
+            KeyRole::Meta => &mut self.meta,
+        };
+        match slot {
+            Some(key) => Ok(key),
+            empty => Ok(empty.insert(self.keys.object_key(self.scope, &self.header, role)?)),
+        }
+    }
+}
+
+/// Builds an object section by section.
+pub struct ObjectWriter<'a> {
+    keys: ObjectKeys<'a>,
+    header: [u8; HEADER_LEN],
+    context: String,
+    out: Vec<u8>,
+    sections: u32,
+}
+
+impl<'a> ObjectWriter<'a> {
+    /// Begins an object. `context` is its name below the stanza, empty if it is named by its hash; `salt`
+    /// must be fresh and random.
+    pub fn new(keys: &'a EpochKeys, scope: &'a Scope, kind: Kind, salt: [u8; 32], context: &str) -> Self {
+        let header = ObjectHeader::new(kind, keys.epoch, salt);
+        let bytes = header.encode();
+        Self {
+            keys: ObjectKeys::new(keys, scope, header),
+            header: bytes,
+            context: context.to_owned(),
+            out: bytes.to_vec(),
+            sections: 0,
+        }
+    }
+
+    /// Adds a section; `level` is the zstd level to try.
+    pub fn section(&mut self, role: KeyRole, plain: &[u8], level: i32) -> Result<()> {
+        check_limit("a section", plain.len() as u64, limits::SECTION_BYTES)?;
+        let (codec, packed) = compress(plain, level);
+        self.encoded_section(role, codec, &packed, plain.len())
+    }
+
+    /// Adds a section whose body is already encoded with `codec`.
+    pub fn encoded_section(&mut self, role: KeyRole, codec: u8, packed: &[u8], plain_len: usize) -> Result<()> {
+        check_limit("sections of an object", u64::from(self.sections) + 1, limits::SECTIONS.into())?;
+        check_limit("a section", plain_len.max(packed.len() + TAG_LEN) as u64, limits::SECTION_BYTES)?;
+        let section = SectionHeader {
+            role,
+            codec,
+            sealed_len: (packed.len() + TAG_LEN) as u32,
+            plain_len: plain_len as u32,
+            ordinal: self.sections,
+        }
+        .encode();
+        let aad = aad(&self.header, &section, &self.context);
+        self.out.reserve(SECTION_HEADER_LEN + packed.len() + TAG_LEN);
+        self.out.extend_from_slice(&section);
+        let from = self.out.len();
+        self.out.extend_from_slice(packed);
+        let ordinal = self.sections.into();
+        self.keys.get(role)?.seal(ordinal, &aad, &mut self.out, from);
+        self.sections += 1;
+        Ok(())
+    }
+
+    /// Adds a message as a metadata or data section.
+    pub fn message(&mut self, role: KeyRole, message: &impl Message) -> Result<()> {
+        self.section(role, &message.encode_to_vec(), STRUCTURE_LEVEL)
+    }
+
+    /// The object's bytes.
+    pub fn finish(self) -> Vec<u8> {
+        self.out
+    }
+}
+
+/// Opens an object section by section, from its bytes or from their beginning.
+pub struct ObjectReader<'a> {
+    keys: ObjectKeys<'a>,
+    header: [u8; HEADER_LEN],
+    context: String,
+    what: String,
+    bytes: &'a [u8],
+    at: usize,
+    sections: u32,
+}
+
+impl<'a> ObjectReader<'a> {
+    /// Reads the header. `what` names the object in errors, `context` as in [`ObjectWriter::new`].
+    pub fn new(
+        keys: &'a EpochKeys,
+        scope: &'a Scope,
+        kind: Kind,
+        bytes: &'a [u8],
+        context: &str,
+        what: &str,
+    ) -> Result<Self> {
+        let header = ObjectHeader::decode_kind(bytes, kind, what)?;
+        Ok(Self {
+            keys: ObjectKeys::new(keys, scope, header),
+            header: header.encode(),
+            context: context.to_owned(),
+            what: what.to_owned(),
+            bytes,
+            at: HEADER_LEN,
+            sections: 0,
+        })
+    }
+
+    /// Bytes from the beginning of the object that must be at hand to read the next section; beyond the
+    /// section header it is a guess until that is there.
+    pub fn next_section_end(&self) -> Result<usize> {
+        let Some(rest) = self.bytes.get(self.at..).filter(|r| r.len() >= SECTION_HEADER_LEN) else {
+            return Ok(self.at + SECTION_HEADER_LEN);
+        };
+        Ok(self.at + SECTION_HEADER_LEN + SectionHeader::decode(rest, &self.what)?.sealed_len as usize)
+    }
+
+    /// The next section's plaintext, `None` at the end. Its role must be `role`.
+    pub fn section(&mut self, role: KeyRole) -> Result<Option<Vec<u8>>> {
+        let rest = &self.bytes[self.at..];
+        if rest.is_empty() {
+            return Ok(None);
+        }
+        let what = format!("{}, section {}", self.what, self.sections);
+        check_limit(&self.what, u64::from(self.sections) + 1, limits::SECTIONS.into())?;
+        let section = SectionHeader::decode(rest, &what)?;
+        if section.role != role {
+            return Err(FormatError::damaged(what, format!("it is sealed as {:?}, expected {role:?}", section.role)));
+        }
+        if section.ordinal != self.sections {
+            return Err(FormatError::damaged(what, format!("it says that it is section {}", section.ordinal)));
+        }
+        let from = SECTION_HEADER_LEN;
+        let Some(sealed) = rest.get(from..from + section.sealed_len as usize) else {
+            return Err(FormatError::damaged(
+                what,
+                format!("it needs {} bytes and {} are left", section.sealed_len, rest.len() - from),
+            ));
+        };
+        let aad = aad(&self.header, &section.encode(), &self.context);
+        let mut body = sealed.to_vec();
+        self.keys.get(role)?.open(section.ordinal.into(), &aad, &mut body, &what)?;
+        let plain = decompress(section.codec, body, section.plain_len as usize, &what)?;
+        self.at += from + section.sealed_len as usize;
+        self.sections += 1;
+        Ok(Some(plain))
+    }
+
+    /// The next section as a message.
+    pub fn message<M: Message + Default>(&mut self, role: KeyRole) -> Result<M> {
+        let what = self.what.clone();
+        let plain = self.section(role)?.ok_or_else(|| FormatError::damaged(&what, "a section is missing"))?;
+        M::decode(plain.as_slice()).map_err(|e| FormatError::damaged(what, e.to_string()))
+    }
+
+    /// Fails if anything is left.
+    pub fn end(&self) -> Result<()> {
+        match self.bytes.len() - self.at {
+            0 => Ok(()),
+            n => Err(FormatError::damaged(&self.what, format!("{n} bytes after its last section"))),
+        }
+    }
+}
+
+/// Seals one metadata message as a whole object.
+pub fn seal_message(
+    keys: &EpochKeys,
+    scope: &Scope,
+    kind: Kind,
+    salt: [u8; 32],
+    context: &str,
+    message: &impl Message,
+) -> Result<Vec<u8>> {
+    let mut writer = ObjectWriter::new(keys, scope, kind, salt, context);
+    writer.message(KeyRole::Meta, message)?;
+    Ok(writer.finish())
+}
+
+/// Opens an object that is one metadata message.
+pub fn open_message<M: Message + Default>(
+    keys: &EpochKeys,
+    scope: &Scope,
+    kind: Kind,
+    bytes: &[u8],
+    context: &str,
+    what: &str,
+) -> Result<M> {
+    let mut reader = ObjectReader::new(keys, scope, kind, bytes, context, what)?;
+    let message = reader.message(KeyRole::Meta)?;
+    reader.end()?;
+    Ok(message)
+}
+
+/// Seals a lone section at ordinal 0 with an empty context: the directory of a pack.
+pub fn seal_section(
+    keys: &EpochKeys,
+    scope: &Scope,
+    header: &ObjectHeader,
+    role: KeyRole,
+    plain: &[u8],
+) -> Result<Vec<u8>> {
+    let mut writer = ObjectWriter {
+        keys: ObjectKeys::new(keys, scope, *header),
+        header: header.encode(),
+        context: String::new(),
+        out: Vec::new(),
+        sections: 0,
+    };
+    writer.section(role, plain, STRUCTURE_LEVEL)?;
+    Ok(writer.finish())
+}
+
+/// Opens what [`seal_section`] made.
+pub fn open_section(
+    keys: &EpochKeys,
+    scope: &Scope,
+    header: &ObjectHeader,
+    role: KeyRole,
+    bytes: &[u8],
+    what: &str,
+) -> Result<Vec<u8>> {
+    let mut reader = ObjectReader {
+        keys: ObjectKeys::new(keys, scope, *header),
+        header: header.encode(),
+        context: String::new(),
+        what: what.to_owned(),
+        bytes,
+        at: 0,
+        sections: 0,
+    };
+    let plain = reader.section(role)?.ok_or_else(|| FormatError::damaged(what, "it has no directory"))?;
+    reader.end()?;
+    Ok(plain)
+}
