@@ -106,7 +106,7 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
             output::bytes(info.plain_bytes),
             info.files,
             output::bytes(info.new_stored_bytes),
-            if known > 0 { format!(", {} already known", output::bytes(known)) } else { String::new() },
+            if known > 0 { format!(", {} deduplicated", output::bytes(known)) } else { String::new() },
             output::seconds(started.elapsed()),
             output::bytes((info.plain_bytes as f64 / started.elapsed().as_secs_f64().max(0.001)) as u64),
         ));

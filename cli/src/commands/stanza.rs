@@ -55,7 +55,7 @@ pub async fn create(context: &Context, args: StanzaCreateArgs) -> Result<Outcome
                 "stanza {} is ready in {} ({}, PostgreSQL {}, system identifier {})",
                 args.stanza,
                 log.stanza().shown(),
-                if encrypted { "encrypted; keep a copy of the key elsewhere: without it nothing can be restored" } else { "NOT encrypted" },
+                if encrypted { "encrypted" } else { "NOT encrypted" },
                 cluster.major,
                 cluster.system_identifier
             )),

@@ -5,7 +5,7 @@
 use std::os::unix::fs::OpenOptionsExt;
 use std::io::Write;
 
-use fairvault_format::proto::FileKind;
+use fairvault_format::proto::{FileEntry, FileKind};
 use serde::Serialize;
 use sha2::Digest;
 
@@ -42,7 +42,14 @@ pub fn write(plan: &Plan, layout: &Layout, changed: &[String]) -> Result<()> {
     }
     text.push_str("\"Files\": [");
     let mut first = true;
-    for file in plan.files.iter().filter(|f| f.kind() == FileKind::FileRegular) {
+    // What the restore added is listed too: pg_verifybackup tolerates no strangers.
+    let added = changed.iter().filter(|path| !plan.files.iter().any(|f| &f.path == *path)).map(|path| FileEntry {
+        path: path.clone(),
+        mtime_us: plan.info.stopped_us,
+        ..FileEntry::default()
+    });
+    let added: Vec<FileEntry> = added.collect();
+    for file in plan.files.iter().filter(|f| f.kind() == FileKind::FileRegular).chain(&added) {
         let (mut size, mut crc) = (file.size, file.crc32c);
         if changed.iter().any(|c| c == &file.path) {
             let path = layout.directory.join(&file.path);

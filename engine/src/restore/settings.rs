@@ -56,13 +56,17 @@ fn restore_command(plan: &Plan, options: &Options, stanza: &Stanza) -> String {
     )
 }
 
-fn block(plan: &Plan, options: &Options, stanza: &Stanza) -> String {
+fn block(plan: &Plan, options: &Options, stanza: &Stanza, has_pid_file: bool) -> String {
     let mut out = String::from("\n# Written by fairvault restore.\n");
     let mut set = |name: &str, value: &str| out.push_str(&format!("{name} = {}\n", quote(value)));
-    for name in ["recovery_end_command", "archive_cleanup_command", "primary_conninfo", "primary_slot_name", "external_pid_file"] {
+    for name in ["recovery_end_command", "archive_cleanup_command", "primary_conninfo", "primary_slot_name"] {
         if !(options.standby && name.starts_with("primary")) {
             set(name, "");
         }
+    }
+    if has_pid_file {
+        // Elsewhere it would overwrite the original server's.
+        set("external_pid_file", "postmaster.external.pid");
     }
     set("recovery_min_apply_delay", "0");
     for name in TARGETS {
@@ -99,6 +103,12 @@ fn without_leftovers(text: &str) -> String {
     text.lines().filter(|line| !dropped(line.trim_start())).map(|line| format!("{line}\n")).collect()
 }
 
+/// Whether the restored configuration names an external_pid_file.
+fn names_pid_file(directory: &Path, auto_conf: &str) -> bool {
+    let main = std::fs::read_to_string(directory.join("postgresql.conf")).unwrap_or_default();
+    main.lines().chain(auto_conf.lines()).any(|line| line.trim_start().starts_with("external_pid_file"))
+}
+
 /// Writes everything. Returns the paths of manifest files that are no longer what the backup held.
 pub fn write(plan: &Plan, layout: &Layout, options: &Options, stanza: &Stanza) -> Result<Vec<String>> {
     let directory = &layout.directory;
@@ -109,7 +119,7 @@ pub fn write(plan: &Plan, layout: &Layout, options: &Options, stanza: &Stanza) -
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
         Err(e) => return Err(Error::io(format_args!("reading {}", path.display()), e)),
     };
-    write_file(&path, format!("{}{}", without_leftovers(&before), block(plan, options, stanza)).as_bytes())?;
+    write_file(&path, format!("{}{}", without_leftovers(&before), block(plan, options, stanza, names_pid_file(directory, &before))).as_bytes())?;
     for leftover in ["standby.signal", "recovery.signal", "backup_label.old", "tablespace_map.old"] {
         let path = directory.join(leftover);
         match std::fs::remove_file(&path) {
@@ -131,6 +141,7 @@ pub fn write(plan: &Plan, layout: &Layout, options: &Options, stanza: &Stanza) -
         let text = "This data directory was restored by fairvault. `fairvault wal push` refuses to archive from it.\n\
                     If it replaces the original for good: delete this file and remove archive_mode from postgresql.auto.conf.\n";
         write_file(&directory.join(RESTORED_MARKER), text.as_bytes())?;
+        changed.push(RESTORED_MARKER.to_owned());
     }
     let signal = if options.standby { "standby.signal" } else { "recovery.signal" };
     write_file(&directory.join(signal), b"")?;

