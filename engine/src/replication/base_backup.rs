@@ -67,14 +67,16 @@ fn command(options: &Options, major: u32) -> String {
     if major >= 15 {
         let checkpoint = if options.fast { "fast" } else { "spread" };
         let rate = options.max_rate_kib.map(|r| format!(", MAX_RATE {r}")).unwrap_or_default();
+        // Up to 15, asking for the map leaves out in-place tablespaces; the links are sent instead.
+        let map = major >= 16;
         format!(
-            "BASE_BACKUP (LABEL {label}, PROGRESS, CHECKPOINT '{checkpoint}', WAIT 'false', TABLESPACE_MAP 'true', \
+            "BASE_BACKUP (LABEL {label}, PROGRESS, CHECKPOINT '{checkpoint}', WAIT 'false', TABLESPACE_MAP '{map}', \
              VERIFY_CHECKSUMS 'false', MANIFEST 'no'{rate})"
         )
     } else {
         let fast = if options.fast { " FAST" } else { "" };
         let rate = options.max_rate_kib.map(|r| format!(" MAX_RATE {r}")).unwrap_or_default();
-        format!("BASE_BACKUP LABEL {label} PROGRESS{fast} NOWAIT{rate} TABLESPACE_MAP NOVERIFY_CHECKSUMS MANIFEST 'no'")
+        format!("BASE_BACKUP LABEL {label} PROGRESS{fast} NOWAIT{rate} NOVERIFY_CHECKSUMS MANIFEST 'no'")
     }
 }
 
