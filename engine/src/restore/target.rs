@@ -79,6 +79,9 @@ pub fn format_time(us: i64) -> String {
     }
 }
 
+/// Segments before a backup that are asked for the newest commit.
+const LOOK_BACK: usize = 16;
+
 /// Reads WAL summaries and content along a history.
 pub struct Reader<'a> {
     archive: &'a Archive,
@@ -146,6 +149,23 @@ impl<'a> Reader<'a> {
         })
         .await?;
         Ok(newest)
+    }
+
+    /// The newest commit or abort in the archived segments before that of `lsn`, if one of the last few has any.
+    async fn newest_commit_before(&self, lsn: Lsn) -> Result<Option<i64>> {
+        let size = self.archive.segment_size;
+        let mut number = lsn.0 / size;
+        for _ in 0..LOOK_BACK {
+            let Some(earlier) = number.checked_sub(1) else { return Ok(None) };
+            number = earlier;
+            let timeline = self.history.timeline_at(Lsn(number * size + size - 1));
+            match self.archive.segment_header(Segment { timeline, number }).await?.and_then(|h| h.summary) {
+                None => return Ok(None),
+                Some(summary) if summary.max_time_us != 0 => return Ok(Some(summary.max_time_us)),
+                Some(_) => {}
+            }
+        }
+        Ok(None)
     }
 
     /// The first commit or abort after `time_us`, from `from` to `to`: its position.
@@ -298,14 +318,17 @@ impl<'a> Choice<'a> {
 
     async fn time(&self, reader: &Reader<'_>, info: &BackupInfo, time_us: i64, reach: &Reach, found: &mut Reachable) -> Result<()> {
         let (start, stop) = (Lsn(info.start_lsn), Lsn(info.stop_lsn));
-        if let Some(newest) = reader.newest_commit(start, stop).await?
-            && newest > time_us
-        {
+        let before = match reader.newest_commit(start, stop).await? {
+            Some(newest) => newest,
+            // Without a commit that is known, only the clock of the host that took the backup is left.
+            None => reader.newest_commit_before(start).await?.unwrap_or(info.started_us),
+        };
+        if before > time_us {
             return Err(Error::not_found(format!(
-                "backup {} ended with a commit of {}, after the target {}",
-                info.id, format_time(newest), format_time(time_us)
+                "backup {} holds what was committed up to {}, after the target {}",
+                info.id, format_time(before), format_time(time_us)
             ))
-            .remedy("choose a later target; see `fairvault info` for the restorable window"));
+            .remedy("an older backup is needed for it, or a later target; see `fairvault info` for the restorable window"));
         }
         match reader.first_commit_after(time_us, stop, found.wal_end).await? {
             Some(at) => {

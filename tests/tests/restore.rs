@@ -1,0 +1,272 @@
+//! Restores that must be refused, repeated, mapped or followed across timelines.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use fairvault_tests::{Scratch, Server, code, run};
+
+struct Setup {
+    scratch: Scratch,
+    server: Server,
+    config: String,
+}
+
+impl Setup {
+    fn new(name: &str, archive: bool) -> Result<Self> {
+        let scratch = Scratch::new(name)?;
+        let dir = scratch.path().display().to_string();
+        run(&mut scratch.fairvault(&["key", "generate", &format!("{dir}/key")]))?;
+        let text = format!(
+            "[repo.main]\nurl = \"file://{dir}/vault\"\n[stanza.acme]\nconninfo = \"host={dir} port=5432 user=postgres\"\nkey = {{ file = \"{dir}/key\" }}\n"
+        );
+        let config = scratch.write("fairvault.toml", text.as_bytes())?.display().to_string();
+        let push = format!("{dir}/fairvault --config {config} wal push acme %p");
+        let settings = if archive { format!("archive_mode = on\narchive_command = '{push}'\n") } else { String::new() };
+        let server = Server::create(&scratch, 15, 5432, &settings)?;
+        let this = Self { scratch, server, config };
+        this.ok(&["stanza", "create", "acme"])?;
+        Ok(this)
+    }
+
+    fn fairvault(&self, arguments: &[&str]) -> (i32, String) {
+        let mut all = vec!["--config", self.config.as_str()];
+        all.extend(arguments);
+        code(&mut self.scratch.fairvault(&all))
+    }
+
+    fn ok(&self, arguments: &[&str]) -> Result<String> {
+        let (exit, text) = self.fairvault(arguments);
+        ensure!(exit == 0, "fairvault {arguments:?} ended with {exit}:\n{text}");
+        Ok(text)
+    }
+
+    fn backup(&self) -> Result<()> {
+        self.ok(&["backup", "acme", "--fast", "--progress", "none"]).map(drop)
+    }
+
+    fn sql(&self, sql: &str) -> Result<String> {
+        self.server.sql(&self.scratch, sql)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.scratch.join(name).display().to_string()
+    }
+
+    fn restore(&self, name: &str, more: &[&str]) -> (i32, String) {
+        let to = self.path(name);
+        let mut all = vec!["restore", "acme", "--to", &to, "--progress", "none"];
+        all.extend(more);
+        self.fairvault(&all)
+    }
+
+    fn flush_archive(&self, server: &Server) -> Result<()> {
+        let segment = server.sql(&self.scratch, "select pg_walfile_name(pg_current_wal_lsn())")?;
+        server.sql(&self.scratch, "create table if not exists fill (x int); insert into fill values (1); select pg_switch_wal()")?;
+        server.wait_for(&self.scratch, &format!("select last_archived_wal >= '{segment}' from pg_stat_archiver"), "t")
+    }
+
+    fn start(&self, name: &str, port: u16) -> Result<Server> {
+        let server = Server::existing(&self.scratch, 15, self.path(name), port);
+        server.start(&self.scratch)?;
+        server.wait_for(&self.scratch, "select pg_is_in_recovery()", "f")?;
+        Ok(server)
+    }
+}
+
+fn refused((exit, text): (i32, String), expected: i32, word: &str) -> Result<()> {
+    ensure!(exit == expected && text.contains(word), "expected {expected} and {word:?}, got {exit}: {text}");
+    Ok(())
+}
+
+#[test]
+fn directories_that_are_not_ours_are_left_alone() -> Result<()> {
+    let s = Setup::new("dirs", false)?;
+    s.sql("create table t as select generate_series(1, 1000) as x")?;
+    s.backup()?;
+    run(s.scratch.command("mkdir").arg(s.path("busy")))?;
+    s.scratch.write("busy/precious", b"do not touch")?;
+    refused(s.restore("busy", &[]), 1, "not empty")?;
+    refused(s.restore("busy", &["--force"]), 1, "PG_VERSION")?;
+    refused(s.restore("busy", &["--delta"]), 1, "PG_VERSION")?;
+    ensure!(std::fs::read(s.path("busy/precious"))? == b"do not touch");
+    refused(s.restore("data5432", &["--force"]), 1, "runs on")?;
+
+    let (exit, plan) = s.restore("new", &["--dry-run"]);
+    ensure!(exit == 0 && plan.contains("WAL       complete") && !Path::new(&s.path("new")).exists(), "{plan}");
+    ensure!(s.restore("new", &[]).0 == 0);
+    let copy = s.start("new", 5450)?;
+    copy.stop(&s.scratch, "fast")?;
+
+    // Delta puts back what was changed, removes what came later, and keeps the rest.
+    std::fs::write(s.path("new/base/stranger"), b"x")?;
+    let victim = format!("new/{}", s.sql("select pg_relation_filepath('t')")?);
+    let before = std::fs::read(s.path(&victim))?;
+    std::fs::write(s.path(&victim), b"garbage")?;
+    let (exit, text) = s.restore("new", &["--delta", "--output", "json"]);
+    ensure!(exit == 0 && !text.contains("\"kept_files\":0"), "{text}");
+    ensure!(!Path::new(&s.path("new/base/stranger")).exists());
+    ensure!(std::fs::read(s.path(&victim))?.len() == before.len());
+    let copy = s.start("new", 5450)?;
+    ensure!(copy.sql(&s.scratch, "select count(*) from t")? == "1000");
+    copy.stop(&s.scratch, "fast")?;
+
+    // What a killed restore leaves never starts, is recognised, and can be run again.
+    std::fs::remove_file(s.path("new/global/pg_control"))?;
+    s.scratch.write("new/fairvault.restoring", b"")?;
+    let dead = Server::existing(&s.scratch, 15, s.path("new"), 5451);
+    ensure!(dead.start(&s.scratch).is_err());
+    let (exit, text) = s.restore("new", &[]);
+    ensure!(exit == 0, "{text}");
+    s.start("new", 5450)?.stop(&s.scratch, "fast")?;
+    ensure!(s.restore("new", &["--force"]).0 == 0);
+    s.start("new", 5450)?;
+    Ok(())
+}
+
+#[test]
+fn targets_that_cannot_be_reached_say_why() -> Result<()> {
+    let s = Setup::new("targets", true)?;
+    let long_ago = s.sql("select now()")?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    s.sql("insert into t values (1)")?;
+    s.flush_archive(&s.server)?;
+    refused(s.restore("r", &["--target-time", &long_ago]), 3, "after the target")?;
+    refused(s.restore("r", &["--target-name", "nowhere"]), 3, "not in the WAL")?;
+    refused(s.restore("r", &["--target-xid", "4000000000"]), 3, "not in the WAL")?;
+    refused(s.restore("r", &["--target-lsn", "F/0"]), 3, "needs WAL up to")?;
+    refused(s.restore("r", &["--target-lsn", "0/100"]), 3, "consistent at")?;
+    refused(s.restore("r", &["--target-timeline", "7"]), 3, "timeline 7")?;
+    refused(s.restore("r", &["--backup", "nope"]), 3, "has no backup")?;
+    refused(s.restore("r", &["--target-time", "soonish"]), 2, "not a time")?;
+    refused(s.restore("r", &["--tablespace-map", "/nowhere=/x"]), 2, "no such tablespace")?;
+    // A time after the last commit: PostgreSQL would refuse to start, so recovery goes to the end, and says so.
+    let (exit, text) = s.restore("end", &["--target-time", "2099-01-01T00:00:00Z"]);
+    ensure!(exit == 0 && text.contains("no commit after"), "{text}");
+    let copy = s.start("end", 5450)?;
+    ensure!(copy.sql(&s.scratch, "select count(*) from t")? == "1");
+    drop(copy);
+
+    // A hole: what lies behind it is out of reach, and the segment is named.
+    s.sql("insert into t values (2)")?;
+    let middle = s.sql("select pg_walfile_name(pg_current_wal_lsn())")?;
+    s.flush_archive(&s.server)?;
+    s.sql("insert into t values (3)")?;
+    let late = s.sql("select pg_current_wal_insert_lsn()")?;
+    s.flush_archive(&s.server)?;
+    let folder = walk(Path::new(&s.path("vault/acme/wal")));
+    let hole = folder.iter().find(|p| p.contains(&middle)).context("the middle segment")?;
+    std::fs::remove_file(hole)?;
+    refused(s.restore("r", &["--target-lsn", &late]), 3, &middle)?;
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(info.contains("MISSING") && info.contains("after a gap"), "{info}");
+    // A recovery that was told to follow the archive stops at the hole instead of promoting.
+    ensure!(s.restore("stopped", &[]).0 == 0);
+    let text = std::fs::read_to_string(s.path("stopped/postgresql.auto.conf"))?;
+    ensure!(text.contains("--through"));
+    Ok(())
+}
+
+fn walk(folder: &Path) -> Vec<String> {
+    let mut out = Vec::new();
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            out.extend(walk(&entry.path()));
+        } else {
+            out.push(entry.path().display().to_string());
+        }
+    }
+    out
+}
+
+#[test]
+fn tablespaces_are_never_written_where_the_original_lives() -> Result<()> {
+    let s = Setup::new("spaces", true)?;
+    run(s.scratch.command("mkdir").args([s.path("ts"), s.path("later")]))?;
+    s.sql(&format!("create tablespace ts location '{}'", s.path("ts")))?;
+    s.sql("create table t tablespace ts as select generate_series(1, 1000) as x")?;
+    s.backup()?;
+    refused(s.restore("r", &[]), 1, "was not mapped")?;
+    refused(s.restore("r", &["--keep-tablespaces"]), 1, "not empty")?;
+    let map = format!("{}={}", s.path("ts"), s.path("r-ts"));
+    ensure!(s.restore("r", &["--tablespace-map", &map]).0 == 0);
+    let copy = s.start("r", 5450)?;
+    ensure!(copy.sql(&s.scratch, "select count(*) from t")? == "1000");
+    ensure!(std::fs::read_link(s.scratch.join("r/pg_tblspc").join(copy.sql(&s.scratch, "select oid from pg_tablespace where spcname = 'ts'")?))? == Path::new(&s.path("r-ts")));
+    drop(copy);
+    // A tablespace made after the backup: replay would write into the original's folder.
+    s.sql(&format!("create tablespace later location '{}'", s.path("later")))?;
+    s.sql("create table l tablespace later as select 1 as x")?;
+    s.flush_archive(&s.server)?;
+    let map = format!("{}={}", s.path("ts"), s.path("r2-ts"));
+    refused(s.restore("r2", &["--tablespace-map", &map]), 1, "CREATE TABLESPACE")?;
+    ensure!(!Path::new(&s.path("r2")).exists(), "refused before anything was written");
+    Ok(())
+}
+
+#[test]
+fn recovery_crosses_timelines() -> Result<()> {
+    let s = Setup::new("timelines", true)?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    s.sql("insert into t values (1)")?;
+    let fork = s.sql("select pg_current_wal_insert_lsn()")?;
+    s.sql("insert into t values (-1)")?;
+    s.flush_archive(&s.server)?;
+    // A copy that replaces the original: it archives as timeline 2.
+    ensure!(s.restore("second", &["--target-lsn", &fork, "--target-exclusive", "--archiving", "keep"]).0 == 0);
+    s.server.stop(&s.scratch, "fast")?;
+    let second = s.start("second", 5460)?;
+    ensure!(second.sql(&s.scratch, "select string_agg(x::text, ',') from t")? == "1");
+    second.sql(&s.scratch, "insert into t values (2)")?;
+    s.flush_archive(&second)?;
+    let lsn = second.sql(&s.scratch, "select pg_current_wal_insert_lsn()")?;
+    second.sql(&s.scratch, "insert into t values (3)")?;
+    s.flush_archive(&second)?;
+    // latest follows the new timeline from the old backup; current stays on the old one.
+    for (name, port, more, expected) in [
+        ("latest", 5461, vec![], "1,2,3"),
+        ("number", 5462, vec!["--target-timeline", "2", "--target-lsn", &lsn], "1,2"),
+        ("current", 5463, vec!["--target-timeline", "current"], "1,-1"),
+    ] {
+        let (exit, text) = s.restore(name, &more);
+        ensure!(exit == 0, "{name}: {text}");
+        let copy = s.start(name, port)?;
+        let rows = copy.sql(&s.scratch, "select string_agg(x::text, ',') from t")?;
+        ensure!(rows == expected, "{name}: {rows}, expected {expected}\n{}", copy.log_text());
+    }
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(info.contains("restorable on timeline 1") && info.contains("restorable on timeline 2"), "{info}");
+    Ok(())
+}
+
+#[test]
+fn a_standby_is_backed_up_and_a_restored_standby_follows() -> Result<()> {
+    let s = Setup::new("standby", true)?;
+    s.sql("create table t as select generate_series(1, 1000) as x")?;
+    s.backup()?;
+    s.flush_archive(&s.server)?;
+    // A restored standby follows the archive.
+    ensure!(s.restore("follower", &["--standby"]).0 == 0);
+    let follower = Server::existing(&s.scratch, 15, s.path("follower"), 5470);
+    follower.start(&s.scratch)?;
+    s.sql("insert into t values (1001)")?;
+    s.flush_archive(&s.server)?;
+    follower.wait_for(&s.scratch, "select count(*) from t", "1001")?;
+    // Stream to it, and back the standby up over the replication protocol.
+    follower.stop(&s.scratch, "fast")?;
+    let conf = s.path("follower/postgresql.auto.conf");
+    let text = std::fs::read_to_string(&conf)? + &format!("primary_conninfo = '{}'\nfull_page_writes = on\n", s.server.conninfo());
+    std::fs::write(&conf, text)?;
+    follower.start(&s.scratch)?;
+    s.sql("insert into t values (1002)")?;
+    follower.wait_for(&s.scratch, "select count(*) from t", "1002")?;
+    let out = s.ok(&["--conninfo", &follower.conninfo(), "backup", "acme", "--fast", "--progress", "none", "--output", "json"])?;
+    ensure!(out.contains("\"wal_method\":\"stream\""), "{out}");
+    let id = out.split("\"id\":\"").nth(1).and_then(|r| r.split('"').next()).context("id")?.to_owned();
+    let (exit, text) = s.restore("from-standby", &["--backup", &id, "--target", "immediate"]);
+    ensure!(exit == 0, "{text}");
+    let copy = s.start("from-standby", 5471)?;
+    ensure!(copy.sql(&s.scratch, "select count(*) from t")? == "1002");
+    Ok(())
+}
