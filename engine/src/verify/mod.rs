@@ -95,13 +95,17 @@ pub async fn run(log: &Log, level: Level, progress: Arc<Progress>) -> Result<Rep
     let mut report = Report::default();
     progress.phase("verifying the log and the index");
     check_log(log, &mut report).await?;
-    check_runs(log, &mut report).await?;
+    let indexed = check_runs(log, &mut report).await?;
     progress.phase("verifying packs");
     let mut manifests: Vec<(String, Result<Manifest>)> = Vec::new();
     for backup in &log.state().backups {
         manifests.push((info(backup).id, Manifest::read(&stanza, &backup.root).await));
     }
-    let wanted = wanted_frames(&manifests);
+    let mut wanted = wanted_frames(&manifests);
+    for pack in indexed {
+        // Later backups may rely on it, even if no committed one does.
+        wanted.packs.entry(pack).or_default();
+    }
     progress.total_bytes.set(manifests.iter().filter_map(|(_, m)| m.as_ref().ok()).flat_map(|m| &m.usage.live_bytes).sum());
     let bad = check_packs(&stanza, &wanted, level, &mut report, &progress).await?;
     progress.phase("verifying WAL");
@@ -147,7 +151,9 @@ async fn check_log(log: &Log, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-async fn check_runs(log: &Log, report: &mut Report) -> Result<()> {
+/// Checks index runs; returns the packs that they name.
+async fn check_runs(log: &Log, report: &mut Report) -> Result<BTreeSet<[u8; 32]>> {
+    let mut packs = BTreeSet::new();
     for run in &log.state().index_runs {
         let Ok(hash) = <[u8; 32]>::try_from(run.as_slice()) else { continue };
         let name = names::index_run(&hash);
@@ -159,14 +165,15 @@ async fn check_runs(log: &Log, report: &mut Report) -> Result<()> {
                 let opened = stanza
                     .keys_for(&bytes, &name)
                     .and_then(|keys| Ok(fairvault_format::index::open_run(keys, stanza.scope(), &bytes, &name)?));
-                if let Err(error) = opened {
-                    report.add(&name, error);
+                match opened {
+                    Ok(run) => packs.extend(run.packs.iter().map(|p| p.name)),
+                    Err(error) => report.add(&name, error),
                 }
             }
             Err(problem) => report.add(&name, format_args!("{problem}; it only speeds up backups and can be rebuilt from packs")),
         }
     }
-    Ok(())
+    Ok(packs)
 }
 
 /// A hash-named object: its bytes, or what is wrong with it.
@@ -199,6 +206,9 @@ fn wanted_frames(manifests: &[(String, Result<Manifest>)]) -> Wanted {
     for manifest in manifests.iter().filter_map(|(_, m)| m.as_ref().ok()) {
         let root_info = manifest.root.info.clone().unwrap_or_default();
         let damaged: BTreeSet<(&str, u32)> = manifest.root.page_failures.iter().map(|f| (f.path.as_str(), f.block)).collect();
+        for pack in &manifest.packs {
+            wanted.packs.entry(pack.name).or_default();
+        }
         let mut first_blocks: HashMap<u32, Option<u32>> = HashMap::new();
         for p in &manifest.placements {
             let path = &manifest.files[p.file as usize].path;
