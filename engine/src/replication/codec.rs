@@ -74,9 +74,8 @@ pub fn server_error(fields: ErrorFields<'_>) -> Error {
             _ => {}
         }
     }
-    let kind = match &code[..code.len().min(2)] {
+    let kind = match code.get(..2).unwrap_or_default() {
         "08" | "53" | "57" => Kind::Temporary,
-        "28" => Kind::Failed,
         _ => Kind::Failed,
     };
     let mut text = format!("PostgreSQL: {message} (SQLSTATE {code})");
@@ -108,6 +107,17 @@ pub fn row(body: &backend::DataRowBody) -> Result<Row> {
         row.push(value);
     }
     Ok(row)
+}
+
+/// Reads every field of a message that the client ever reads; for fuzzing.
+pub fn touch(message: &Message) {
+    match message {
+        Message::Other(backend::Message::DataRow(body)) => _ = row(body),
+        Message::Other(backend::Message::ErrorResponse(body)) => _ = server_error(body.fields()),
+        Message::Other(backend::Message::ParameterStatus(body)) => _ = (body.name(), body.value()),
+        Message::Other(backend::Message::AuthenticationSasl(body)) => _ = body.mechanisms().count(),
+        _ => {}
+    }
 }
 
 #[cfg(test)]

@@ -115,29 +115,29 @@ impl Manifest {
         reader.end()?;
         let table = root.packs.clone().unwrap_or_default();
         let packs = decode_pack_table(&table.names, &table.headers, &what)?;
-        let by_name: HashMap<[u8; 32], u32> = packs.iter().enumerate().map(|(i, p)| (p.name, i as u32)).collect();
-        let root_frames = frames(&root.frames.clone().unwrap_or_default(), |pack| (pack as usize).lt(&packs.len()).then_some(pack), &what)?;
-        let mut this = Self { root, usage, packs, files: Vec::new(), frames: Vec::new(), placements: Vec::new() };
-        let mut frame_numbers: HashMap<(u32, u32), u32> = HashMap::new();
-        for segment in this.root.segments.clone() {
+        let in_root = |pack: u32| ((pack as usize) < packs.len()).then_some(pack);
+        let root_frames = frames(&root.frames.clone().unwrap_or_default(), in_root, &what)?;
+        let mut segments = Vec::with_capacity(root.segments.len());
+        for segment in &root.segments {
             let from = segment.frame_from as usize;
             let list = root_frames.get(from..from.saturating_add(segment.frame_count as usize));
             let list = list.ok_or_else(|| damaged(&what, "a segment lies outside its frame table"))?;
-            let decoded = this.read_segment(stanza, list, &what).await?;
-            this.add_segment(decoded, &by_name, &mut frame_numbers, &what)?;
+            segments.push(read_segment(stanza, &packs, list, &what).await?);
         }
-        Ok(this)
+        Self::from_messages(root, usage, segments, &what)
     }
 
-    async fn read_segment(&self, stanza: &Stanza, list: &[FrameRef], what: &str) -> Result<ManifestSegment> {
-        let total: u64 = list.iter().map(|f| u64::from(f.plain_len)).sum();
-        fairvault_format::error::check_limit(what, total, limits::MANIFEST_SEGMENT_BYTES)?;
-        let mut bytes = Vec::new();
-        for frame in list {
-            let pack = &self.packs[frame.pack as usize];
-            bytes.extend(super::data::read_frame(stanza, pack, frame).await?);
+    /// Checks decoded messages and puts them together. `what` names the root in errors.
+    pub fn from_messages(root: Root, usage: Usage, segments: Vec<ManifestSegment>, what: &str) -> Result<Self> {
+        let table = root.packs.clone().unwrap_or_default();
+        let packs = decode_pack_table(&table.names, &table.headers, what)?;
+        let by_name: HashMap<[u8; 32], u32> = packs.iter().enumerate().map(|(i, p)| (p.name, i as u32)).collect();
+        let mut this = Self { root, usage, packs, files: Vec::new(), frames: Vec::new(), placements: Vec::new() };
+        let mut frame_numbers: HashMap<(u32, u32), u32> = HashMap::new();
+        for segment in segments {
+            this.add_segment(segment, &by_name, &mut frame_numbers, what)?;
         }
-        ManifestSegment::decode(bytes.as_slice()).map_err(|e| damaged(what, e))
+        Ok(this)
     }
 
     fn add_segment(
@@ -192,6 +192,16 @@ impl Manifest {
         }
         Ok(())
     }
+}
+
+async fn read_segment(stanza: &Stanza, packs: &[PackRef], list: &[FrameRef], what: &str) -> Result<ManifestSegment> {
+    let total: u64 = list.iter().map(|f| u64::from(f.plain_len)).sum();
+    fairvault_format::error::check_limit(what, total, limits::MANIFEST_SEGMENT_BYTES)?;
+    let mut bytes = Vec::new();
+    for frame in list {
+        bytes.extend(super::data::read_frame(stanza, &packs[frame.pack as usize], frame).await?);
+    }
+    ManifestSegment::decode(bytes.as_slice()).map_err(|e| damaged(what, e))
 }
 
 fn frames(table: &proto::FrameTable, pack: impl Fn(u32) -> Option<u32>, what: &str) -> Result<Vec<FrameRef>> {
