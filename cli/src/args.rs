@@ -6,7 +6,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// PostgreSQL backup, WAL archive and point-in-time recovery into an encrypted, deduplicating repository.
 #[derive(Debug, Parser)]
-#[command(name = "fairvault", version, propagate_version = true, disable_help_subcommand = false)]
+#[command(
+    name = "fairvault",
+    version,
+    propagate_version = true,
+    disable_help_subcommand = false
+)]
 pub struct Cli {
     /// Options of every command.
     #[command(flatten)]
@@ -32,7 +37,13 @@ pub struct Global {
     #[arg(long, global = true, value_name = "CONNINFO")]
     pub conninfo: Option<String>,
     /// File with the stanza's key
-    #[arg(long, global = true, env = "FAIRVAULT_KEY_FILE", value_name = "FILE", conflicts_with = "passphrase_file")]
+    #[arg(
+        long,
+        global = true,
+        env = "FAIRVAULT_KEY_FILE",
+        value_name = "FILE",
+        conflicts_with = "passphrase_file"
+    )]
     pub key_file: Option<PathBuf>,
     /// File with the stanza's passphrase
     #[arg(long, global = true, env = "FAIRVAULT_PASSPHRASE_FILE", value_name = "FILE")]
@@ -41,7 +52,13 @@ pub struct Global {
     #[arg(long, global = true, env = "FAIRVAULT_CACHE", value_name = "FOLDER")]
     pub cache: Option<PathBuf>,
     /// error, warn, info, debug or trace
-    #[arg(long, global = true, env = "FAIRVAULT_LOG_LEVEL", default_value = "info", value_name = "LEVEL")]
+    #[arg(
+        long,
+        global = true,
+        env = "FAIRVAULT_LOG_LEVEL",
+        default_value = "info",
+        value_name = "LEVEL"
+    )]
     pub log_level: String,
     /// How log lines look
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]

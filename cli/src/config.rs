@@ -142,18 +142,22 @@ impl Config {
     }
 
     fn parse(text: &str, shown: &str, variables: impl Iterator<Item = (String, String)>) -> Result<Self> {
-        let mut table: toml::Table =
-            text.parse().map_err(|e: toml::de::Error| Error::usage(format!("{shown}{}: {}", line_of(text, &e), e.message())))?;
+        let mut table: toml::Table = text
+            .parse()
+            .map_err(|e: toml::de::Error| Error::usage(format!("{shown}{}: {}", line_of(text, &e), e.message())))?;
         for (name, value) in variables {
             if let Some(path) = name.strip_prefix(VARIABLE_PREFIX) {
                 let keys: Vec<String> = path.split("__").map(str::to_lowercase).collect();
-                set(&mut table, &keys, &value).ok_or_else(|| Error::usage(format!("variable {name}: it names no place in the configuration")))?;
+                set(&mut table, &keys, &value)
+                    .ok_or_else(|| Error::usage(format!("variable {name}: it names no place in the configuration")))?;
             }
         }
         // Once more from the text where there is no variable, because only then an error knows its line.
         let parsed = match toml::from_str::<Self>(text) {
             Err(e) => Err((line_of(text, &e), e.message().to_owned())),
-            Ok(_) => table.try_into::<Self>().map_err(|e| (String::new(), e.message().to_owned())),
+            Ok(_) => table
+                .try_into::<Self>()
+                .map_err(|e| (String::new(), e.message().to_owned())),
         };
         parsed.map_err(|(line, message)| {
             let error = Error::usage(format!("{shown}{line}: {message}"));
@@ -166,7 +170,10 @@ impl Config {
 }
 
 fn line_of(text: &str, error: &toml::de::Error) -> String {
-    error.span().map(|span| format!(" line {}", text[..span.start.min(text.len())].matches('\n').count() + 1)).unwrap_or_default()
+    error
+        .span()
+        .map(|span| format!(" line {}", text[..span.start.min(text.len())].matches('\n').count() + 1))
+        .unwrap_or_default()
 }
 
 /// serde's message names the unknown key and the known ones in backticks.
@@ -184,10 +191,19 @@ fn set(table: &mut toml::Table, keys: &[String], value: &str) -> Option<()> {
     let (last, folders) = keys.split_last()?;
     let mut table = table;
     for folder in folders {
-        table = table.entry(folder.clone()).or_insert_with(|| toml::Value::Table(toml::Table::new())).as_table_mut()?;
+        table = table
+            .entry(folder.clone())
+            .or_insert_with(|| toml::Value::Table(toml::Table::new()))
+            .as_table_mut()?;
     }
-    let parsed = format!("v = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("v"));
-    table.insert(last.clone(), parsed.unwrap_or_else(|| toml::Value::String(value.to_owned())));
+    let parsed = format!("v = {value}")
+        .parse::<toml::Table>()
+        .ok()
+        .and_then(|mut t| t.remove("v"));
+    table.insert(
+        last.clone(),
+        parsed.unwrap_or_else(|| toml::Value::String(value.to_owned())),
+    );
     Some(())
 }
 
@@ -196,7 +212,9 @@ pub fn duration(key: &str, text: &str) -> Result<Duration> {
     text.parse::<jiff::SignedDuration>()
         .ok()
         .and_then(|d| Duration::try_from(d).ok())
-        .ok_or_else(|| Error::usage(format!("{key} = {text:?} is no duration")).remedy("write it as \"30s\", \"5m\" or \"2h\""))
+        .ok_or_else(|| {
+            Error::usage(format!("{key} = {text:?} is no duration")).remedy("write it as \"30s\", \"5m\" or \"2h\"")
+        })
 }
 
 #[cfg(test)]
@@ -205,16 +223,29 @@ mod tests {
 
     #[test]
     fn unknown_keys_name_their_line_and_the_nearest_known_key() {
-        let error = Config::parse("[repo.a]\nurl = \"file:///x\"\nreigon = \"eu\"\n", "f.toml", std::iter::empty()).unwrap_err();
+        let error = Config::parse(
+            "[repo.a]\nurl = \"file:///x\"\nreigon = \"eu\"\n",
+            "f.toml",
+            std::iter::empty(),
+        )
+        .unwrap_err();
         assert!(error.to_string().contains("f.toml line 3"), "{error}");
         assert_eq!(error.advice(), Some("did you mean \"region\"?"));
     }
 
     #[test]
     fn variables_override_the_file() {
-        let variables = [("FAIRVAULT__STANZA__A__CONNINFO", "host=b"), ("FAIRVAULT__REPO__R__SINGLE_WRITER", "true")];
+        let variables = [
+            ("FAIRVAULT__STANZA__A__CONNINFO", "host=b"),
+            ("FAIRVAULT__REPO__R__SINGLE_WRITER", "true"),
+        ];
         let variables = variables.map(|(a, b)| (a.to_owned(), b.to_owned())).into_iter();
-        let config = Config::parse("[stanza.a]\nconninfo = \"host=a\"\n[repo.r]\nurl=\"memory://\"\n", "f", variables).unwrap();
+        let config = Config::parse(
+            "[stanza.a]\nconninfo = \"host=a\"\n[repo.r]\nurl=\"memory://\"\n",
+            "f",
+            variables,
+        )
+        .unwrap();
         assert_eq!(config.stanza["a"].conninfo.as_deref(), Some("host=b"));
         assert!(config.repo["r"].single_writer);
     }

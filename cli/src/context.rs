@@ -42,7 +42,7 @@ impl Context {
     }
 
     /// Whether the repository was given by an option rather than by configuration.
-    pub fn from_flags(&self) -> bool {
+    pub fn is_from_flags(&self) -> bool {
         self.global.repo_url.is_some()
     }
 
@@ -54,26 +54,38 @@ impl Context {
         if let Some(name) = &self.global.repo {
             return Ok(vec![name.clone()]);
         }
-        let own = stanza.and_then(|s| self.stanza(s)).map(|s| s.repos.clone()).filter(|r| !r.is_empty());
+        let own = stanza
+            .and_then(|s| self.stanza(s))
+            .map(|s| s.repos.clone())
+            .filter(|r| !r.is_empty());
         let names = own.unwrap_or_else(|| self.config.defaults.repos.clone());
         match (names.is_empty(), self.config.repo.len()) {
             (false, _) => Ok(names),
             (true, 1) => Ok(self.config.repo.keys().cloned().collect()),
             (true, 0) => Err(Error::usage("no repository is configured")
                 .remedy("write a [repo.NAME] section with a url, or give --repo-url file:///folder")),
-            (true, _) => Err(Error::usage("several repositories are configured, and `repos` does not say which to use")
-                .remedy("set repos under [defaults] or the stanza, or give --repo")),
+            (true, _) => Err(Error::usage(
+                "several repositories are configured, and `repos` does not say which to use",
+            )
+            .remedy("set repos under [defaults] or the stanza, or give --repo")),
         }
     }
 
     /// Opens a repository's store.
     pub fn open_repository(&self, name: &str, create: bool) -> Result<Store> {
-        if name == FLAG_REPO && let Some(url) = &self.global.repo_url {
-            return RepositoryUrl { url: url.clone(), ..from_environment() }.open(create);
+        if name == FLAG_REPO
+            && let Some(url) = &self.global.repo_url
+        {
+            return RepositoryUrl {
+                url: url.clone(),
+                ..from_environment()
+            }
+            .open(create);
         }
         let repo = self.config.repo.get(name).ok_or_else(|| {
             let known: Vec<_> = self.config.repo.keys().map(String::as_str).collect();
-            Error::usage(format!("there is no [repo.{name}] in the configuration")).remedy(format!("repositories: {}", known.join(", ")))
+            Error::usage(format!("there is no [repo.{name}] in the configuration"))
+                .remedy(format!("repositories: {}", known.join(", ")))
         })?;
         repository_url(repo).context(|| format!("[repo.{name}]"))?.open(create)
     }
@@ -91,7 +103,9 @@ impl Context {
         }
         match self.stanza(stanza).and_then(|s| s.key.as_ref()) {
             None => Ok(None),
-            Some(source) => read_secret(source).context(|| format!("the key of stanza {stanza}")).map(Some),
+            Some(source) => read_secret(source)
+                .context(|| format!("the key of stanza {stanza}"))
+                .map(Some),
         }
     }
 
@@ -121,34 +135,60 @@ impl Context {
 
     fn memory(&self) -> Option<Memory> {
         let chosen = self.global.cache.clone().or_else(|| self.config.cache.clone());
-        let home = || std::env::var_os("HOME").filter(|h| !h.is_empty()).map(|h| PathBuf::from(h).join(".cache"));
-        let standard = || std::env::var_os("XDG_CACHE_HOME").filter(|h| !h.is_empty()).map(PathBuf::from).or_else(home);
-        chosen.or_else(|| standard().map(|cache| cache.join("fairvault"))).map(Memory::new)
+        let home = || {
+            std::env::var_os("HOME")
+                .filter(|h| !h.is_empty())
+                .map(|h| PathBuf::from(h).join(".cache"))
+        };
+        let standard = || {
+            std::env::var_os("XDG_CACHE_HOME")
+                .filter(|h| !h.is_empty())
+                .map(PathBuf::from)
+                .or_else(home)
+        };
+        chosen
+            .or_else(|| standard().map(|cache| cache.join("fairvault")))
+            .map(Memory::new)
     }
 
     /// How to connect to a stanza's server.
     pub fn conninfo(&self, stanza: &str) -> Result<ConnInfo> {
-        let text = self.global.conninfo.clone().or_else(|| self.stanza(stanza).and_then(|s| s.conninfo.clone()));
+        let text = self
+            .global
+            .conninfo
+            .clone()
+            .or_else(|| self.stanza(stanza).and_then(|s| s.conninfo.clone()));
         ConnInfo::parse(&text.unwrap_or_default())
     }
 
     /// zstd level.
     pub fn level(&self, stanza: &str, flag: Option<i32>) -> Result<i32> {
-        let compression = self.stanza(stanza).and_then(|s| s.compression.as_ref()).or(self.config.defaults.compression.as_ref());
+        let compression =
+            self.stanza(stanza)
+                .and_then(|s| s.compression.as_ref())
+                .or(self.config.defaults.compression.as_ref());
         if let Some(other) = compression.map(|c| c.codec.as_str()).filter(|&c| c != "zstd") {
             return Err(Error::usage(format!("compression codec {other:?} is not known")).remedy("use \"zstd\""));
         }
         let level = flag.or_else(|| compression.map(|c| c.level)).unwrap_or(DEFAULT_LEVEL);
         match (-7..=22).contains(&level) {
             true => Ok(level),
-            false => Err(Error::usage(format!("compression level {level} is not possible: -7 to 22"))),
+            false => Err(Error::usage(format!(
+                "compression level {level} is not possible: -7 to 22"
+            ))),
         }
     }
 
     /// How long archived WAL of a backup may take to arrive.
     pub fn archive_timeout(&self, stanza: &str) -> Result<Duration> {
-        let text = self.stanza(stanza).and_then(|s| s.archive_timeout.as_ref()).or(self.config.defaults.archive_timeout.as_ref());
-        text.map_or(Ok(Duration::from_secs(300)), |text| config::duration("archive_timeout", text))
+        let text = self.stanza(stanza).and_then(|s| s.archive_timeout.as_ref()).or(self
+            .config
+            .defaults
+            .archive_timeout
+            .as_ref());
+        text.map_or(Ok(Duration::from_secs(300)), |text| {
+            config::duration("archive_timeout", text)
+        })
     }
 
     /// The words before `wal get` in a restore_command that uses the same repository and key.
@@ -157,13 +197,18 @@ impl Context {
         let mut words = vec![binary];
         let mut option = |name: &str, value: Option<&PathBuf>| -> Result<()> {
             if let Some(value) = value {
-                let absolute = std::path::absolute(value).map_err(|e| Error::io(format_args!("{}", value.display()), e))?;
+                let absolute =
+                    std::path::absolute(value).map_err(|e| Error::io(format_args!("{}", value.display()), e))?;
                 words.push(name.into());
                 words.push(absolute);
             }
             Ok(())
         };
-        let config = self.global.config.clone().or_else(|| config::PATHS.iter().map(PathBuf::from).find(|p| p.is_file()));
+        let config = self
+            .global
+            .config
+            .clone()
+            .or_else(|| config::PATHS.iter().map(PathBuf::from).find(|p| p.is_file()));
         option("--config", config.as_ref())?;
         option("--key-file", self.global.key_file.as_ref())?;
         option("--passphrase-file", self.global.passphrase_file.as_ref())?;
@@ -174,19 +219,34 @@ impl Context {
         if let Some(repo) = &self.global.repo {
             words.extend(["--repo".into(), PathBuf::from(repo)]);
         }
-        Ok(words.iter().map(|word| shell_word(&word.to_string_lossy())).collect::<Vec<_>>().join(" "))
+        Ok(words
+            .iter()
+            .map(|word| shell_word(&word.to_string_lossy()))
+            .collect::<Vec<_>>()
+            .join(" "))
     }
 }
 
 fn shell_word(word: &str) -> String {
-    let plain = !word.is_empty() && word.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-=:,+".contains(&b));
-    if plain { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+    let plain = !word.is_empty()
+        && word
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"/._-=:,+".contains(&b));
+    if plain {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
 }
 
 /// Settings of a store that is given by URL alone.
 fn from_environment() -> RepositoryUrl {
     let variable = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
-    RepositoryUrl { endpoint: variable("AWS_ENDPOINT_URL"), region: variable("AWS_REGION"), ..RepositoryUrl::default() }
+    RepositoryUrl {
+        endpoint: variable("AWS_ENDPOINT_URL"),
+        region: variable("AWS_REGION"),
+        ..RepositoryUrl::default()
+    }
 }
 
 fn repository_url(repo: &Repo) -> Result<RepositoryUrl> {
@@ -194,7 +254,10 @@ fn repository_url(repo: &Repo) -> Result<RepositoryUrl> {
     let secret_key = match &repo.secret_key_file {
         None => None,
         Some(path) => Some(
-            std::fs::read_to_string(path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?.trim_end().to_owned(),
+            std::fs::read_to_string(path)
+                .map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?
+                .trim_end()
+                .to_owned(),
         ),
     };
     Ok(RepositoryUrl {
@@ -221,17 +284,29 @@ pub fn secret_from_file(path: &Path) -> Result<Secret> {
     let what = || format!("reading the key file {}", path.display());
     let meta = std::fs::metadata(path).map_err(|e| {
         let error = Error::usage(what()).caused_by(e);
-        error.remedy(format!("make a new key with `fairvault key generate {}`", path.display()))
+        error.remedy(format!(
+            "make a new key with `fairvault key generate {}`",
+            path.display()
+        ))
     })?;
     if meta.permissions().mode() & 0o007 != 0 {
-        return Err(Error::usage(format!("the key file {} can be used by everybody on this machine", path.display()))
-            .remedy(format!("chmod 0600 {}", path.display())));
+        return Err(Error::usage(format!(
+            "the key file {} can be used by everybody on this machine",
+            path.display()
+        ))
+        .remedy(format!("chmod 0600 {}", path.display())));
     }
     if meta.len() > 64 << 10 {
-        return Err(Error::usage(format!("{} has {} bytes: that is no key file", path.display(), meta.len())));
+        return Err(Error::usage(format!(
+            "{} has {} bytes: that is no key file",
+            path.display(),
+            meta.len()
+        )));
     }
     let text = Zeroizing::new(std::fs::read(path).map_err(|e| Error::usage(what()).caused_by(e))?);
-    Ok(Secret::from_text(&text).map_err(Error::from).context(|| path.display().to_string())?)
+    Secret::from_text(&text)
+        .map_err(Error::from)
+        .context(|| path.display().to_string())
 }
 
 fn read_secret(source: &KeySource) -> Result<Secret> {
@@ -243,11 +318,14 @@ fn read_secret(source: &KeySource) -> Result<Secret> {
         },
         (None, Some(path), None, None) => secret_from_file(path),
         (None, None, Some(name), None) => {
-            let text = std::env::var(name).map_err(|_| Error::usage(format!("the variable {name} for the key is not set")))?;
+            let text =
+                std::env::var(name).map_err(|_| Error::usage(format!("the variable {name} for the key is not set")))?;
             Ok(Secret::from_text(Zeroizing::new(text).as_bytes())?)
         }
         (None, None, None, Some(command)) => {
-            let (program, arguments) = command.split_first().ok_or_else(|| Error::usage("the command for the key is empty"))?;
+            let (program, arguments) = command
+                .split_first()
+                .ok_or_else(|| Error::usage("the command for the key is empty"))?;
             let output = std::process::Command::new(program)
                 .args(arguments)
                 .stdin(std::process::Stdio::null())
@@ -255,10 +333,15 @@ fn read_secret(source: &KeySource) -> Result<Secret> {
                 .output()
                 .map_err(|e| Error::usage(format!("running {program} for the key")).caused_by(e))?;
             if !output.status.success() {
-                return Err(Error::temporary(format!("{program}, which gives the key, ended with {}", output.status)));
+                return Err(Error::temporary(format!(
+                    "{program}, which gives the key, ended with {}",
+                    output.status
+                )));
             }
             Ok(Secret::from_text(&Zeroizing::new(output.stdout))?)
         }
-        _ => Err(Error::usage("key needs exactly one of file, passphrase_file, env and command")),
+        _ => Err(Error::usage(
+            "key needs exactly one of file, passphrase_file, env and command",
+        )),
     }
 }

@@ -37,8 +37,17 @@ const INTERRUPTED: u8 = 130;
 
 /// The table by the raw arguments: it must be known before they are understood.
 fn table(arguments: &[String]) -> Table {
-    let words: Vec<&str> = arguments.iter().map(String::as_str).filter(|a| !a.starts_with('-')).collect();
-    let after_wal = |verb: &str| words.iter().position(|w| *w == "wal").is_some_and(|at| words[at..].contains(&verb));
+    let words: Vec<&str> = arguments
+        .iter()
+        .map(String::as_str)
+        .filter(|a| !a.starts_with('-'))
+        .collect();
+    let after_wal = |verb: &str| {
+        words
+            .iter()
+            .position(|w| *w == "wal")
+            .is_some_and(|at| words[at..].contains(&verb))
+    };
     if after_wal("get") || words.contains(&"archive-get") {
         Table::WalGet
     } else if after_wal("push") || words.contains(&"archive-push") {
@@ -67,7 +76,11 @@ fn exit_code(table: Table, error: &Error) -> u8 {
 
 /// A standby would be shut down by a code above 125: there, doubt is "try again later".
 fn wal_get_failure() -> u8 {
-    if std::path::Path::new("standby.signal").exists() { TEMPORARY } else { STOP_RECOVERY }
+    if std::path::Path::new("standby.signal").exists() {
+        TEMPORARY
+    } else {
+        STOP_RECOVERY
+    }
 }
 
 fn failure_code(table: Table, ordinary: u8) -> u8 {
@@ -97,7 +110,11 @@ fn main() -> ExitCode {
     };
     start_log(&cli.global);
     let output = cli.global.output;
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(worker_threads(table)).build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .worker_threads(worker_threads(table))
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("fairvault: starting: {error}");
@@ -127,11 +144,21 @@ fn worker_threads(table: Table) -> usize {
 
 fn start_log(global: &Global) {
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_new(format!("{},object_store=warn,hyper=warn,reqwest=warn,rustls=warn", global.log_level))
-        .unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let filter = EnvFilter::try_new(format!(
+        "{},object_store=warn,hyper=warn,reqwest=warn,rustls=warn",
+        global.log_level
+    ))
+    .unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     let _ = match global.log_format {
-        LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).with_span_list(false).try_init(),
+        LogFormat::Json => builder
+            .json()
+            .flatten_event(true)
+            .with_current_span(false)
+            .with_span_list(false)
+            .try_init(),
         LogFormat::Text => builder.without_time().with_target(false).with_ansi(false).try_init(),
     };
 }
@@ -139,7 +166,9 @@ fn start_log(global: &Global) {
 async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
     let context = context::Context::load(cli.global)?;
     match cli.command {
-        Command::Stanza(args::StanzaCommand::Create(args)) | Command::StanzaCreate(args) => commands::stanza::create(&context, args).await,
+        Command::Stanza(args::StanzaCommand::Create(args)) | Command::StanzaCreate(args) => {
+            commands::stanza::create(&context, args).await
+        }
         Command::Stanza(args::StanzaCommand::List) => commands::stanza::list(&context).await,
         Command::Check { stanza } => commands::check::run(&context, &stanza).await,
         Command::Backup(args) => commands::backup::run(&context, args).await,
@@ -147,7 +176,11 @@ async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
         Command::Wal(WalCommand::Push(args)) | Command::ArchivePush(args) => commands::wal::push(&context, args).await,
         Command::Wal(WalCommand::Get(args)) | Command::ArchiveGet(args) => commands::wal::get(&context, args).await,
         Command::Info { stanza } => commands::info::run(&context, stanza).await,
-        Command::Verify { stanza, level, progress } => commands::verify::run(&context, &stanza, level, progress).await,
+        Command::Verify {
+            stanza,
+            level,
+            progress,
+        } => commands::verify::run(&context, &stanza, level, progress).await,
         Command::Key(command) => commands::key::run(&context, command).await,
     }
 }

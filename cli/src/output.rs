@@ -18,7 +18,11 @@ pub fn bytes(n: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+    if unit == 0 {
+        format!("{n} B")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
 }
 
 /// Seconds for people.
@@ -73,9 +77,18 @@ impl Display {
     pub fn start(mode: ProgressMode, progress: Arc<Progress>, stored_word: &'static str) -> Self {
         let terminal = mode == ProgressMode::Auto && std::io::stderr().is_terminal();
         if mode == ProgressMode::None {
-            return Self { stop: None, terminal: false };
+            return Self {
+                stop: None,
+                terminal: false,
+            };
         }
-        let every = Duration::from_millis(if terminal { 250 } else if mode == ProgressMode::Json { 1000 } else { 10_000 });
+        let every = Duration::from_millis(if terminal {
+            250
+        } else if mode == ProgressMode::Json {
+            1000
+        } else {
+            10_000
+        });
         let started = Instant::now();
         let task = tokio::spawn(async move {
             let mut shown = "";
@@ -100,7 +113,10 @@ impl Display {
                 shown = phase;
             }
         });
-        Self { stop: Some(task), terminal }
+        Self {
+            stop: Some(task),
+            terminal,
+        }
     }
 }
 
@@ -124,19 +140,33 @@ fn status(progress: &Progress, elapsed: Duration, stored_word: &str) -> String {
     let rate = read as f64 / elapsed.as_secs_f64().max(0.001);
     let mut out = format!("{phase}  {}", bytes(read));
     if total > 0 {
-        out += &format!(" of {} ({:.0} %)", bytes(total), (read as f64 / total as f64 * 100.0).min(100.0));
+        out += &format!(
+            " of {} ({:.0} %)",
+            bytes(total),
+            (read as f64 / total as f64 * 100.0).min(100.0)
+        );
     }
-    out += &format!("  {}/s  {} {stored_word}", bytes(rate as u64), bytes(progress.stored_bytes.get()));
+    out += &format!(
+        "  {}/s  {} {stored_word}",
+        bytes(rate as u64),
+        bytes(progress.stored_bytes.get())
+    );
     let new = read.saturating_sub(progress.deduplicated_bytes.get());
     let stored = progress.stored_bytes.get();
     if stored > 0 && new > 0 {
         out += &format!("  ratio {:.1}", new as f64 / stored as f64);
     }
     if progress.deduplicated_bytes.get() > 0 {
-        out += &format!("  {:.0} % known", progress.deduplicated_bytes.get() as f64 / read as f64 * 100.0);
+        out += &format!(
+            "  {:.0} % known",
+            progress.deduplicated_bytes.get() as f64 / read as f64 * 100.0
+        );
     }
     if total > read {
-        out += &format!("  {} left", seconds(Duration::from_secs_f64((total - read) as f64 / rate.max(1.0))));
+        out += &format!(
+            "  {} left",
+            seconds(Duration::from_secs_f64((total - read) as f64 / rate.max(1.0)))
+        );
     }
     out
 }

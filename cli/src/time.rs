@@ -12,8 +12,11 @@ use jiff::{Span, Timestamp, Zoned};
 pub fn zone(name: Option<&str>) -> Result<TimeZone> {
     match name {
         None => Ok(TimeZone::system()),
-        Some(name) => TimeZone::get(name)
-            .map_err(|e| Error::usage(format!("{name:?} is no time zone")).caused_by(e).remedy("use a name such as Europe/Berlin or UTC")),
+        Some(name) => TimeZone::get(name).map_err(|e| {
+            Error::usage(format!("{name:?} is no time zone"))
+                .caused_by(e)
+                .remedy("use a name such as Europe/Berlin or UTC")
+        }),
     }
 }
 
@@ -40,13 +43,22 @@ fn exact(text: &str, now: &Zoned) -> Option<Zoned> {
         return civil(time).and_then(|t| zone.to_ambiguous_zoned(t).compatible().ok());
     }
     // PostgreSQL's short offsets: +01, -0330, +05:30.
-    let at = text.char_indices().skip(11).find(|(_, c)| matches!(c, '+' | '-')).map(|(i, _)| i);
+    let at = text
+        .char_indices()
+        .skip(11)
+        .find(|(_, c)| matches!(c, '+' | '-'))
+        .map(|(i, _)| i);
     if let Some(at) = at {
         let offset = offset(&text[at..])?;
-        return civil(text[..at].trim_end()).and_then(|t| TimeZone::fixed(offset).to_ambiguous_zoned(t).compatible().ok());
+        return civil(text[..at].trim_end())
+            .and_then(|t| TimeZone::fixed(offset).to_ambiguous_zoned(t).compatible().ok());
     }
     let local = civil(text)?;
-    now.time_zone().to_ambiguous_zoned(local).unambiguous().or_else(|_| now.time_zone().to_ambiguous_zoned(local).compatible()).ok()
+    now.time_zone()
+        .to_ambiguous_zoned(local)
+        .unambiguous()
+        .or_else(|_| now.time_zone().to_ambiguous_zoned(local).compatible())
+        .ok()
 }
 
 fn offset(text: &str) -> Option<jiff::tz::Offset> {
@@ -127,14 +139,28 @@ fn phrase(text: &str, now: &Zoned) -> Option<Zoned> {
                 "sun" => Weekday::Sunday,
                 _ => return None,
             };
-            if !["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"].iter().any(|name| *name == day || &name[..3] == day) {
+            if ![
+                "monday",
+                "tuesday",
+                "wednesday",
+                "thursday",
+                "friday",
+                "saturday",
+                "sunday",
+            ]
+            .iter()
+            .any(|name| *name == day || &name[..3] == day)
+            {
                 return None;
             }
             now.date().nth_weekday(-1, weekday).ok()?
         }
     };
     let rest = rest.strip_prefix("at ").unwrap_or(rest);
-    now.time_zone().to_ambiguous_zoned(date.to_datetime(time_of_day(rest)?)).compatible().ok()
+    now.time_zone()
+        .to_ambiguous_zoned(date.to_datetime(time_of_day(rest)?))
+        .compatible()
+        .ok()
 }
 
 #[cfg(test)]
@@ -163,7 +189,16 @@ mod tests {
         ] {
             assert_eq!(at(text).as_deref(), Some(expected), "{text}");
         }
-        for text in ["", "tomorrowish", "25:00", "yesterday 25:00", "yesterday 13 pm", "moonday 1:00", "é", "+"] {
+        for text in [
+            "",
+            "tomorrowish",
+            "25:00",
+            "yesterday 25:00",
+            "yesterday 13 pm",
+            "moonday 1:00",
+            "é",
+            "+",
+        ] {
             assert_eq!(at(text), None, "{text}");
         }
     }

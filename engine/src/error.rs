@@ -69,7 +69,12 @@ struct Inner {
 impl Error {
     /// A new error.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self(Box::new(Inner { kind, message: message.into(), remedy: None, source: None }))
+        Self(Box::new(Inner {
+            kind,
+            message: message.into(),
+            remedy: None,
+            source: None,
+        }))
     }
 
     /// The same with what to do about it.
@@ -129,7 +134,10 @@ impl Error {
     }
     /// Stopped by a signal.
     pub fn interrupted() -> Self {
-        Self::new(Kind::Interrupted, "interrupted; what was announced stays usable by the next run")
+        Self::new(
+            Kind::Interrupted,
+            "interrupted; what was announced stays usable by the next run",
+        )
     }
     /// An I/O error on a local path.
     pub fn io(what: impl fmt::Display, source: std::io::Error) -> Self {

@@ -65,24 +65,37 @@ pub enum FormatError {
 impl FormatError {
     /// Shorthand for [`FormatError::Damaged`].
     pub fn damaged(what: impl Into<String>, why: impl Into<String>) -> Self {
-        Self::Damaged { what: what.into(), why: why.into() }
+        Self::Damaged {
+            what: what.into(),
+            why: why.into(),
+        }
     }
 
     /// Shorthand for [`FormatError::Unsupported`].
     pub fn unsupported(what: impl Into<String>, why: impl Into<String>) -> Self {
-        Self::Unsupported { what: what.into(), why: why.into() }
+        Self::Unsupported {
+            what: what.into(),
+            why: why.into(),
+        }
     }
 
     /// Whether the bytes themselves are at fault (damaged, too large, or not opening).
     pub fn is_damage(&self) -> bool {
-        matches!(self, Self::Damaged { .. } | Self::TooLarge { .. } | Self::DoesNotOpen { .. })
+        matches!(
+            self,
+            Self::Damaged { .. } | Self::TooLarge { .. } | Self::DoesNotOpen { .. }
+        )
     }
 }
 
 /// Fails with `TooLarge` if `found` is above `limit`.
 pub fn check_limit(what: &str, found: u64, limit: u64) -> Result<()> {
     if found > limit {
-        return Err(FormatError::TooLarge { what: what.to_owned(), found, limit });
+        return Err(FormatError::TooLarge {
+            what: what.to_owned(),
+            found,
+            limit,
+        });
     }
     Ok(())
 }

@@ -20,7 +20,10 @@ pub struct FrameKey {
 impl FrameKey {
     /// The frame key of the pack with this header.
     pub fn new(keys: &EpochKeys, scope: &Scope, header: &ObjectHeader) -> Result<Self> {
-        Ok(Self { key: keys.object_key(scope, header, KeyRole::Data)?, header: header.encode() })
+        Ok(Self {
+            key: keys.object_key(scope, header, KeyRole::Data)?,
+            header: header.encode(),
+        })
     }
 
     fn aad(&self, ordinal: u32) -> [u8; HEADER_LEN + 4] {
@@ -56,7 +59,10 @@ pub fn decode_chunk(mut frame: Vec<u8>, what: &str) -> Result<Vec<u8>> {
         return Err(FormatError::unsupported(what, format!("codec {}", header[0])));
     }
     if header[1] != 0 || header[2..4] != [0; 2] {
-        return Err(FormatError::unsupported(what, format!("frame flags {:?}", &header[1..4])));
+        return Err(FormatError::unsupported(
+            what,
+            format!("frame flags {:?}", &header[1..4]),
+        ));
     }
     let plain_len = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
     check_limit(what, plain_len.into(), limits::MANIFEST_CHUNK_BYTES.into())?;

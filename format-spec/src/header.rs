@@ -81,7 +81,12 @@ pub struct ObjectHeader {
 impl ObjectHeader {
     /// A header in symmetric mode.
     pub fn new(kind: Kind, epoch: u32, salt: [u8; 32]) -> Self {
-        Self { kind, epoch, key_mode: KeyMode::Symmetric, salt }
+        Self {
+            kind,
+            epoch,
+            key_mode: KeyMode::Symmetric,
+            salt,
+        }
     }
 
     /// The 80 bytes as stored.
@@ -102,7 +107,10 @@ impl ObjectHeader {
     /// Reads a header from the beginning of `bytes`; `what` names the object in errors.
     pub fn decode(bytes: &[u8], what: &str) -> Result<Self> {
         let Some(bytes) = bytes.first_chunk::<HEADER_LEN>() else {
-            return Err(FormatError::damaged(what, format!("{} bytes are no object header ({HEADER_LEN} bytes)", bytes.len())));
+            return Err(FormatError::damaged(
+                what,
+                format!("{} bytes are no object header ({HEADER_LEN} bytes)", bytes.len()),
+            ));
         };
         if &bytes[..4] != MAGIC {
             return Err(FormatError::damaged(what, "it does not begin with FVLT"));
@@ -114,7 +122,10 @@ impl ObjectHeader {
             .ok_or_else(|| FormatError::unsupported(what, format!("object kind {}", bytes[5])))?;
         let features = u16::from_le_bytes([bytes[6], bytes[7]]);
         if features & !KNOWN_FEATURES != 0 {
-            return Err(FormatError::unsupported(what, format!("feature bits {:#06x}", features & !KNOWN_FEATURES)));
+            return Err(FormatError::unsupported(
+                what,
+                format!("feature bits {:#06x}", features & !KNOWN_FEATURES),
+            ));
         }
         let mut salt = [0u8; 32];
         salt.copy_from_slice(&bytes[16..48]);
@@ -130,14 +141,22 @@ impl ObjectHeader {
             return Err(FormatError::damaged(what, "reserved header bytes are not zero"));
         }
         let epoch = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
-        Ok(Self { kind, epoch, key_mode, salt })
+        Ok(Self {
+            kind,
+            epoch,
+            key_mode,
+            salt,
+        })
     }
 
     /// Like [`ObjectHeader::decode`], and the kind must be `kind`.
     pub fn decode_kind(bytes: &[u8], kind: Kind, what: &str) -> Result<Self> {
         let header = Self::decode(bytes, what)?;
         if header.kind != kind {
-            return Err(FormatError::damaged(what, format!("it is a {:?}, expected a {kind:?}", header.kind)));
+            return Err(FormatError::damaged(
+                what,
+                format!("it is a {:?}, expected a {kind:?}", header.kind),
+            ));
         }
         Ok(header)
     }

@@ -44,7 +44,10 @@ pub struct IndexRun {
 
 /// Encodes a pack table: names and headers.
 pub fn encode_pack_table(packs: &[PackRef]) -> (Vec<u8>, Vec<u8>) {
-    (packs.iter().flat_map(|p| p.name).collect(), packs.iter().flat_map(|p| p.header.encode()).collect())
+    (
+        packs.iter().flat_map(|p| p.name).collect(),
+        packs.iter().flat_map(|p| p.header.encode()).collect(),
+    )
 }
 
 /// Decodes a pack table.
@@ -57,7 +60,12 @@ pub fn decode_pack_table(names: &[u8], headers: &[u8], what: &str) -> Result<Vec
     names
         .iter()
         .zip(headers)
-        .map(|(&name, header)| Ok(PackRef { name, header: ObjectHeader::decode_kind(header, Kind::Pack, what)? }))
+        .map(|(&name, header)| {
+            Ok(PackRef {
+                name,
+                header: ObjectHeader::decode_kind(header, Kind::Pack, what)?,
+            })
+        })
         .collect()
 }
 
@@ -73,7 +81,18 @@ pub fn seal_run(keys: &EpochKeys, scope: &Scope, salt: [u8; 32], mut run: IndexR
             entries.extend_from_slice(&word.to_le_bytes());
         }
     }
-    seal_message(keys, scope, Kind::IndexRun, salt, "", &proto::IndexRun { packs, headers, entries })
+    seal_message(
+        keys,
+        scope,
+        Kind::IndexRun,
+        salt,
+        "",
+        &proto::IndexRun {
+            packs,
+            headers,
+            entries,
+        },
+    )
 }
 
 /// Opens a run.
@@ -89,7 +108,13 @@ pub fn open_run(keys: &EpochKeys, scope: &Scope, bytes: &[u8], what: &str) -> Re
         let word = |at: usize| u32::from_le_bytes([chunk[at], chunk[at + 1], chunk[at + 2], chunk[at + 3]]);
         let mut id = [0u8; 32];
         id.copy_from_slice(&chunk[..32]);
-        let entry = IndexEntry { id, pack: word(32), ordinal: word(36), offset: word(40), stored_len: word(44) };
+        let entry = IndexEntry {
+            id,
+            pack: word(32),
+            ordinal: word(36),
+            offset: word(40),
+            stored_len: word(44),
+        };
         if entry.pack as usize >= packs.len() {
             return Err(FormatError::damaged(what, "an entry points outside its pack table"));
         }

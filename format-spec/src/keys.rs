@@ -64,7 +64,12 @@ impl EpochKeys {
     pub fn to_bundle(&self) -> proto::KeyBundle {
         let public = |seed: &Option<[u8; 32]>| {
             seed.as_ref()
-                .map(|s| ed25519_dalek::SigningKey::from_bytes(s).verifying_key().to_bytes().to_vec())
+                .map(|s| {
+                    ed25519_dalek::SigningKey::from_bytes(s)
+                        .verifying_key()
+                        .to_bytes()
+                        .to_vec()
+                })
                 .unwrap_or_default()
         };
         let list = |key: &Option<[u8; 32]>| key.map(|k| k.to_vec()).unwrap_or_default();
@@ -91,9 +96,13 @@ impl EpochKeys {
         let mut bundle = proto::KeyBundle::decode(bytes)
             .map_err(|e| FormatError::damaged(what, format!("it holds no key bundle: {e}")))?;
         let keys = Self::from_bundle(&bundle, what);
-        for secret in
-            [&mut bundle.data_key, &mut bundle.id_key, &mut bundle.meta_key, &mut bundle.writer_seed, &mut bundle.operator_seed]
-        {
+        for secret in [
+            &mut bundle.data_key,
+            &mut bundle.id_key,
+            &mut bundle.meta_key,
+            &mut bundle.writer_seed,
+            &mut bundle.operator_seed,
+        ] {
             secret.zeroize();
         }
         keys
@@ -104,7 +113,10 @@ impl EpochKeys {
             match bytes.len() {
                 0 => Ok(None),
                 32 => Ok(bytes.try_into().ok()),
-                n => Err(FormatError::damaged(what, format!("{name} has {n} bytes instead of 32"))),
+                n => Err(FormatError::damaged(
+                    what,
+                    format!("{name} has {n} bytes instead of 32"),
+                )),
             }
         };
         let required = |bytes: &[u8], name: &str| -> Result<[u8; 32]> {
@@ -140,7 +152,10 @@ impl EpochKeys {
                 secret: "the data key",
             })?,
             (KeyRole::Data, KeyMode::PublicKey(_)) => {
-                return Err(FormatError::unsupported("an object sealed to a public key", "key mode 1"));
+                return Err(FormatError::unsupported(
+                    "an object sealed to a public key",
+                    "key mode 1",
+                ));
             }
         };
         let ikm = Zeroizing::new(ikm);
@@ -150,7 +165,9 @@ impl EpochKeys {
         info[27..43].copy_from_slice(&scope.stanza);
         info[43] = header.kind as u8;
         info[44] = role as u8;
-        Ok(ObjectKey { cipher: Aes256Gcm::new(&derive(&ikm, &header.salt, &info).into()) })
+        Ok(ObjectKey {
+            cipher: Aes256Gcm::new(&derive(&ikm, &header.salt, &info).into()),
+        })
     }
 }
 
@@ -192,7 +209,12 @@ impl ObjectKey {
         tag.copy_from_slice(&buffer[len..]);
         buffer.truncate(len);
         self.cipher
-            .decrypt_inout_detached(&Nonce::from(nonce(ordinal)), aad, buffer.as_mut_slice().into(), &tag.into())
+            .decrypt_inout_detached(
+                &Nonce::from(nonce(ordinal)),
+                aad,
+                buffer.as_mut_slice().into(),
+                &tag.into(),
+            )
             .map_err(|_| FormatError::DoesNotOpen { what: what.to_owned() })
     }
 }
@@ -215,7 +237,11 @@ impl Secret {
         let text = text.strip_suffix(b"\n").unwrap_or(text);
         let text = text.strip_suffix(b"\r").unwrap_or(text);
         if text.is_empty() {
-            return Err(FormatError::Invalid { what: "key", value: String::new(), expected: "it is empty" });
+            return Err(FormatError::Invalid {
+                what: "key",
+                value: String::new(),
+                expected: "it is empty",
+            });
         }
         match text.strip_prefix(KEY_PREFIX.as_bytes()) {
             None => Ok(Self::Passphrase(text.to_vec())),
@@ -246,7 +272,11 @@ impl Secret {
 
 /// Argon2id's default cost: 256 MiB, 3 passes, 1 lane.
 pub fn default_argon2() -> proto::Argon2Params {
-    proto::Argon2Params { memory_kib: 256 << 10, passes: 3, lanes: 1 }
+    proto::Argon2Params {
+        memory_kib: 256 << 10,
+        passes: 3,
+        lanes: 1,
+    }
 }
 
 fn kek(secret: &Secret, slot: &proto::Slot, salt: &[u8; 32]) -> Result<Zeroizing<[u8; 32]>> {
@@ -254,8 +284,16 @@ fn kek(secret: &Secret, slot: &proto::Slot, salt: &[u8; 32]) -> Result<Zeroizing
         Secret::Key(key) => Ok(Zeroizing::new(*key)),
         Secret::Passphrase(passphrase) => {
             let p = slot.argon2.unwrap_or_default();
-            check_limit("the slot's Argon2 memory (KiB)", p.memory_kib.into(), limits::ARGON2_MEMORY_KIB.into())?;
-            check_limit("the slot's Argon2 passes", p.passes.into(), limits::ARGON2_PASSES.into())?;
+            check_limit(
+                "the slot's Argon2 memory (KiB)",
+                p.memory_kib.into(),
+                limits::ARGON2_MEMORY_KIB.into(),
+            )?;
+            check_limit(
+                "the slot's Argon2 passes",
+                p.passes.into(),
+                limits::ARGON2_PASSES.into(),
+            )?;
             check_limit("the slot's Argon2 lanes", p.lanes.into(), limits::ARGON2_LANES.into())?;
             let params = argon2::Params::new(p.memory_kib, p.passes, p.lanes, Some(32))
                 .map_err(|e| FormatError::damaged("the slot's Argon2 parameters", e.to_string()))?;
@@ -274,7 +312,9 @@ fn slot_key(kek: &[u8; 32], slot: &proto::Slot, salt: &[u8; 32]) -> ObjectKey {
     info.extend_from_slice(&slot.stanza_id);
     info.extend_from_slice(&slot.epoch.to_le_bytes());
     info.push(slot.kind as u8);
-    ObjectKey { cipher: Aes256Gcm::new(&derive(kek, salt, &info).into()) }
+    ObjectKey {
+        cipher: Aes256Gcm::new(&derive(kek, salt, &info).into()),
+    }
 }
 
 /// Wraps `keys` into a slot. Without a secret the slot is unsealed.
@@ -325,7 +365,10 @@ pub fn decode_slot(bytes: &[u8], what: &str) -> Result<proto::Slot> {
 /// The ids in a slot.
 pub fn slot_scope(slot: &proto::Slot) -> Scope {
     let take = |bytes: &[u8]| bytes.try_into().unwrap_or([0u8; 16]);
-    Scope { repository: take(&slot.repository_id), stanza: take(&slot.stanza_id) }
+    Scope {
+        repository: take(&slot.repository_id),
+        stanza: take(&slot.stanza_id),
+    }
 }
 
 /// Whether `secret` is of the kind that this slot takes.
@@ -335,7 +378,8 @@ pub fn slot_takes(slot: &proto::Slot, secret: &Secret) -> bool {
 
 /// Whether `secret` opens this slot, as far as can be told without stretching a passphrase.
 pub fn open_slot_cheaply(slot: &proto::Slot, secret: &Secret) -> bool {
-    slot_takes(slot, secret) && (matches!(secret, Secret::Passphrase(_)) || open_slot(slot, Some(secret), "slot").is_ok())
+    slot_takes(slot, secret)
+        && (matches!(secret, Secret::Passphrase(_)) || open_slot(slot, Some(secret), "slot").is_ok())
 }
 
 /// Opens a slot. An unsealed slot needs no secret.
@@ -343,18 +387,30 @@ pub fn open_slot(slot: &proto::Slot, secret: Option<&Secret>, what: &str) -> Res
     let keys = match (slot.kind(), secret) {
         (proto::SlotKind::SlotUnsealed, _) => EpochKeys::decode(&slot.sealed_bundle, what)?,
         (proto::SlotKind::SlotPassphrase | proto::SlotKind::SlotKey, Some(secret)) => {
-            let salt: [u8; 32] =
-                slot.salt.as_slice().try_into().map_err(|_| FormatError::damaged(what, "its salt is not 32 bytes"))?;
+            let salt: [u8; 32] = slot
+                .salt
+                .as_slice()
+                .try_into()
+                .map_err(|_| FormatError::damaged(what, "its salt is not 32 bytes"))?;
             let key = slot_key(&*kek(secret, slot, &salt)?, slot, &salt);
             let mut bundle = Zeroizing::new(slot.sealed_bundle.clone());
-            let aad = proto::Slot { sealed_bundle: Vec::new(), ..slot.clone() }.encode_to_vec();
+            let aad = proto::Slot {
+                sealed_bundle: Vec::new(),
+                ..slot.clone()
+            }
+            .encode_to_vec();
             key.open(0, &aad, &mut bundle, what)?;
             EpochKeys::decode(&bundle, what)?
         }
         (proto::SlotKind::SlotPublicKey, _) => {
             return Err(FormatError::unsupported(what, "a slot sealed to a public key"));
         }
-        (_, None) => return Err(FormatError::MissingSecret { what: what.to_owned(), secret: "a key or a passphrase" }),
+        (_, None) => {
+            return Err(FormatError::MissingSecret {
+                what: what.to_owned(),
+                secret: "a key or a passphrase",
+            });
+        }
         (proto::SlotKind::SlotUnspecified, _) => return Err(FormatError::unsupported(what, "unknown slot kind")),
     };
     if keys.epoch != slot.epoch {
@@ -362,4 +418,3 @@ pub fn open_slot(slot: &proto::Slot, secret: Option<&Secret>, what: &str) -> Res
     }
     Ok(keys)
 }
-

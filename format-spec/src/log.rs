@@ -55,19 +55,36 @@ pub fn required_role(entry: &LogEntry) -> Option<Role> {
 
 /// Signs and seals an entry for its place in the log.
 pub fn seal_entry(keys: &EpochKeys, scope: &Scope, salt: [u8; 32], entry: &LogEntry) -> Result<Vec<u8>> {
-    let missing = |secret| FormatError::MissingSecret { what: format!("log entry {}", entry.seq), secret };
+    let missing = |secret| FormatError::MissingSecret {
+        what: format!("log entry {}", entry.seq),
+        secret,
+    };
     let (seed, role) = match required_role(entry) {
         Some(Role::Writer) => match (&keys.writer_seed, &keys.operator_seed) {
             (Some(seed), _) => (seed, Role::Writer),
             (None, Some(seed)) => (seed, Role::Operator),
             (None, None) => return Err(missing("a writer key")),
         },
-        _ => (keys.operator_seed.as_ref().ok_or_else(|| missing("the operator key"))?, Role::Operator),
+        _ => (
+            keys.operator_seed.as_ref().ok_or_else(|| missing("the operator key"))?,
+            Role::Operator,
+        ),
     };
     let body = entry.encode_to_vec();
     let signature = SigningKey::from_bytes(seed).sign(&[SIGNED_PREFIX, &body].concat());
-    let signed = SignedEntry { body, signature: signature.to_bytes().to_vec(), role: role as i32 };
-    seal_message(keys, scope, Kind::LogEntry, salt, &names::log_context(entry.seq), &signed)
+    let signed = SignedEntry {
+        body,
+        signature: signature.to_bytes().to_vec(),
+        role: role as i32,
+    };
+    seal_message(
+        keys,
+        scope,
+        Kind::LogEntry,
+        salt,
+        &names::log_context(entry.seq),
+        &signed,
+    )
 }
 
 /// Opens entry `seq`, checks its signature and its place. `previous` is the SHA-256 of the entry before.
@@ -85,10 +102,16 @@ pub fn open_entry(
     let signed: SignedEntry = open_message(keys, scope, Kind::LogEntry, bytes, &names::log_context(seq), &what)?;
     let entry = LogEntry::decode(signed.body.as_slice()).map_err(|e| FormatError::damaged(&what, e.to_string()))?;
     if entry.seq != seq {
-        return Err(FormatError::damaged(what, format!("it says that it is entry {}", entry.seq)));
+        return Err(FormatError::damaged(
+            what,
+            format!("it says that it is entry {}", entry.seq),
+        ));
     }
     if entry.previous != previous {
-        return Err(FormatError::damaged(what, "it does not follow the entry before it (the hash chain is broken)"));
+        return Err(FormatError::damaged(
+            what,
+            "it does not follow the entry before it (the hash chain is broken)",
+        ));
     }
     let Some(required) = required_role(&entry) else {
         return Err(FormatError::unsupported(what, "an entry of unknown kind"));
@@ -109,7 +132,10 @@ pub fn open_entry(
         (Role::Operator, _) => &signers.operators,
         (Role::Writer, Role::Writer) => &signers.writers,
         (role, required) => {
-            return Err(FormatError::damaged(what, format!("it is signed as {role:?} and needs {required:?}")));
+            return Err(FormatError::damaged(
+                what,
+                format!("it is signed as {role:?} and needs {required:?}"),
+            ));
         }
     };
     let message = [SIGNED_PREFIX, signed.body.as_slice()].concat();
@@ -120,7 +146,10 @@ pub fn open_entry(
             .any(|key| key.verify_strict(&message, &signature).is_ok())
     });
     if !good {
-        return Err(FormatError::damaged(what, "its signature is not of a key that may say this"));
+        return Err(FormatError::damaged(
+            what,
+            "its signature is not of a key that may say this",
+        ));
     }
     Ok(entry)
 }

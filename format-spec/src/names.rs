@@ -54,7 +54,10 @@ pub fn parse_snapshot(file: &str) -> Option<(u64, [u8; 32])> {
     let (seq, hash) = file.split_once('-')?;
     let mut out = [0u8; 32];
     hex::decode_to_slice(hash, &mut out).ok()?;
-    (seq.len() == 20).then(|| seq.parse().ok()).flatten().map(|seq| (seq, out))
+    (seq.len() == 20)
+        .then(|| seq.parse().ok())
+        .flatten()
+        .map(|seq| (seq, out))
 }
 
 /// `packs/<2 hex>/<sha-256>`
@@ -84,8 +87,18 @@ pub fn wal_file(system_identifier: u64, timeline: u32, file: &str, archive_epoch
 }
 
 /// A piece of a segment.
-pub fn wal_piece(system_identifier: u64, timeline: u32, segment: &str, start: u64, end: u64, archive_epoch: u32) -> String {
-    format!("{}/{segment}.d/{start:016X}-{end:016X}.{archive_epoch:04}", wal_folder(system_identifier, timeline))
+pub fn wal_piece(
+    system_identifier: u64,
+    timeline: u32,
+    segment: &str,
+    start: u64,
+    end: u64,
+    archive_epoch: u32,
+) -> String {
+    format!(
+        "{}/{segment}.d/{start:016X}-{end:016X}.{archive_epoch:04}",
+        wal_folder(system_identifier, timeline)
+    )
 }
 
 /// Start, end and archive epoch in the file name of a piece.
@@ -99,5 +112,8 @@ pub fn parse_piece(file: &str) -> Option<(u64, u64, u32)> {
 /// File name and archive epoch in the last component of a WAL object's name.
 pub fn parse_wal_file(file: &str) -> Option<(&str, u32)> {
     let (name, epoch) = file.rsplit_once('.')?;
-    (epoch.len() >= 4 && epoch.bytes().all(|b| b.is_ascii_digit())).then(|| epoch.parse().ok()).flatten().map(|e| (name, e))
+    (epoch.len() >= 4 && epoch.bytes().all(|b| b.is_ascii_digit()))
+        .then(|| epoch.parse().ok())
+        .flatten()
+        .map(|e| (name, e))
 }

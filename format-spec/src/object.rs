@@ -39,12 +39,16 @@ pub fn compress(plain: &[u8], level: i32) -> (u8, Vec<u8>) {
 pub fn decompress(codec_byte: u8, bytes: Vec<u8>, plain_len: usize, what: &str) -> Result<Vec<u8>> {
     let plain = match codec_byte {
         codec::RAW => bytes,
-        codec::ZSTD => zstd::bulk::decompress(&bytes, plain_len)
-            .map_err(|e| FormatError::damaged(what, format!("zstd: {e}")))?,
+        codec::ZSTD => {
+            zstd::bulk::decompress(&bytes, plain_len).map_err(|e| FormatError::damaged(what, format!("zstd: {e}")))?
+        }
         other => return Err(FormatError::unsupported(what, format!("codec {other}"))),
     };
     if plain.len() != plain_len {
-        return Err(FormatError::damaged(what, format!("decoded to {} bytes instead of {plain_len}", plain.len())));
+        return Err(FormatError::damaged(
+            what,
+            format!("decoded to {} bytes instead of {plain_len}", plain.len()),
+        ));
     }
     Ok(plain)
 }
@@ -84,7 +88,13 @@ impl SectionHeader {
         if b[2..4] != [0; 2] {
             return Err(FormatError::unsupported(what, "section flags"));
         }
-        let header = Self { role, codec: b[1], sealed_len: word(4), plain_len: word(8), ordinal: word(12) };
+        let header = Self {
+            role,
+            codec: b[1],
+            sealed_len: word(4),
+            plain_len: word(8),
+            ordinal: word(12),
+        };
         check_limit(what, header.sealed_len.into(), limits::SECTION_BYTES)?;
         check_limit(what, header.plain_len.into(), limits::SECTION_BYTES)?;
         if (header.sealed_len as usize) < TAG_LEN {
@@ -113,7 +123,13 @@ struct ObjectKeys<'a> {
 
 impl<'a> ObjectKeys<'a> {
     fn new(keys: &'a EpochKeys, scope: &'a Scope, header: ObjectHeader) -> Self {
-        Self { keys, scope, header, data: None, meta: None }
+        Self {
+            keys,
+            scope,
+            header,
+            data: None,
+            meta: None,
+        }
     }
 
     fn get(&mut self, role: KeyRole) -> Result<&ObjectKey> {
@@ -161,8 +177,16 @@ impl<'a> ObjectWriter<'a> {
 
     /// Adds a section whose body is already encoded with `codec`.
     pub fn encoded_section(&mut self, role: KeyRole, codec: u8, packed: &[u8], plain_len: usize) -> Result<()> {
-        check_limit("sections of an object", u64::from(self.sections) + 1, limits::SECTIONS.into())?;
-        check_limit("a section", plain_len.max(packed.len() + TAG_LEN) as u64, limits::SECTION_BYTES)?;
+        check_limit(
+            "sections of an object",
+            u64::from(self.sections) + 1,
+            limits::SECTIONS.into(),
+        )?;
+        check_limit(
+            "a section",
+            plain_len.max(packed.len() + TAG_LEN) as u64,
+            limits::SECTION_BYTES,
+        )?;
         let section = SectionHeader {
             role,
             codec,
@@ -245,21 +269,33 @@ impl<'a> ObjectReader<'a> {
         check_limit(&self.what, u64::from(self.sections) + 1, limits::SECTIONS.into())?;
         let section = SectionHeader::decode(rest, &what)?;
         if section.role != role {
-            return Err(FormatError::damaged(what, format!("it is sealed as {:?}, expected {role:?}", section.role)));
+            return Err(FormatError::damaged(
+                what,
+                format!("it is sealed as {:?}, expected {role:?}", section.role),
+            ));
         }
         if section.ordinal != self.sections {
-            return Err(FormatError::damaged(what, format!("it says that it is section {}", section.ordinal)));
+            return Err(FormatError::damaged(
+                what,
+                format!("it says that it is section {}", section.ordinal),
+            ));
         }
         let from = SECTION_HEADER_LEN;
         let Some(sealed) = rest.get(from..from + section.sealed_len as usize) else {
             return Err(FormatError::damaged(
                 what,
-                format!("it needs {} bytes and {} are left", section.sealed_len, rest.len() - from),
+                format!(
+                    "it needs {} bytes and {} are left",
+                    section.sealed_len,
+                    rest.len() - from
+                ),
             ));
         };
         let aad = aad(&self.header, &section.encode(), &self.context);
         let mut body = sealed.to_vec();
-        self.keys.get(role)?.open(section.ordinal.into(), &aad, &mut body, &what)?;
+        self.keys
+            .get(role)?
+            .open(section.ordinal.into(), &aad, &mut body, &what)?;
         let plain = decompress(section.codec, body, section.plain_len as usize, &what)?;
         self.at += from + section.sealed_len as usize;
         self.sections += 1;
@@ -269,7 +305,9 @@ impl<'a> ObjectReader<'a> {
     /// The next section as a message.
     pub fn message<M: Message + Default>(&mut self, role: KeyRole) -> Result<M> {
         let what = self.what.clone();
-        let plain = self.section(role)?.ok_or_else(|| FormatError::damaged(&what, "a section is missing"))?;
+        let plain = self
+            .section(role)?
+            .ok_or_else(|| FormatError::damaged(&what, "a section is missing"))?;
         M::decode(plain.as_slice()).map_err(|e| FormatError::damaged(what, e.to_string()))
     }
 
@@ -277,7 +315,10 @@ impl<'a> ObjectReader<'a> {
     pub fn end(&self) -> Result<()> {
         match self.bytes.len() - self.at {
             0 => Ok(()),
-            n => Err(FormatError::damaged(&self.what, format!("{n} bytes after its last section"))),
+            n => Err(FormatError::damaged(
+                &self.what,
+                format!("{n} bytes after its last section"),
+            )),
         }
     }
 }
@@ -348,7 +389,9 @@ pub fn open_section(
         at: 0,
         sections: 0,
     };
-    let plain = reader.section(role)?.ok_or_else(|| FormatError::damaged(what, "it has no directory"))?;
+    let plain = reader
+        .section(role)?
+        .ok_or_else(|| FormatError::damaged(what, "it has no directory"))?;
     reader.end()?;
     Ok(plain)
 }

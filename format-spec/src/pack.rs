@@ -111,7 +111,10 @@ pub fn open_directory(
     let d = proto::PackDirectory::decode(plain.as_slice()).map_err(|e| FormatError::damaged(what, e.to_string()))?;
     let count = footer.frames as usize;
     if d.ids.len() != count * 32 || d.stored_len.len() != count || d.plain_len.len() != count {
-        return Err(FormatError::damaged(what, "its directory does not list as many frames as its footer says"));
+        return Err(FormatError::damaged(
+            what,
+            "its directory does not list as many frames as its footer says",
+        ));
     }
     let entries: Vec<_> = d
         .ids
@@ -119,17 +122,29 @@ pub fn open_directory(
         .0
         .iter()
         .zip(d.stored_len.iter().zip(&d.plain_len))
-        .map(|(&id, (&stored_len, &plain_len))| DirectoryEntry { id, stored_len, plain_len })
+        .map(|(&id, (&stored_len, &plain_len))| DirectoryEntry {
+            id,
+            stored_len,
+            plain_len,
+        })
         .collect();
     let frames: u64 = entries.iter().map(|e| u64::from(e.stored_len)).sum();
     if HEADER_LEN as u64 + frames != footer.directory_offset {
-        return Err(FormatError::damaged(what, "its frames do not add up to the directory's offset"));
+        return Err(FormatError::damaged(
+            what,
+            "its frames do not add up to the directory's offset",
+        ));
     }
     Ok(entries)
 }
 
 /// Reads header, footer and directory of a whole pack in memory.
-pub fn open_pack(keys: &EpochKeys, scope: &Scope, bytes: &[u8], what: &str) -> Result<(ObjectHeader, Vec<DirectoryEntry>)> {
+pub fn open_pack(
+    keys: &EpochKeys,
+    scope: &Scope,
+    bytes: &[u8],
+    what: &str,
+) -> Result<(ObjectHeader, Vec<DirectoryEntry>)> {
     let footer = Footer::decode(bytes, bytes.len() as u64, what)?;
     let header = ObjectHeader::decode_kind(bytes, Kind::Pack, what)?;
     let from = footer.directory_offset as usize;

@@ -18,7 +18,12 @@ pub struct Repository {
 impl Repository {
     /// A repository of this version.
     pub fn new(id: [u8; 16]) -> Self {
-        Self { format: "fairvault".into(), version: 1, repository: hex::encode(id), features: Vec::new() }
+        Self {
+            format: "fairvault".into(),
+            version: 1,
+            repository: hex::encode(id),
+            features: Vec::new(),
+        }
     }
 
     /// The bytes as stored.

@@ -8,6 +8,7 @@ use crate::object::{ObjectReader, ObjectWriter};
 use crate::proto::WalHeader;
 
 /// Seals a WAL file. `context` is its name below the stanza; `header`'s content id and length are set here.
+#[allow(clippy::too_many_arguments)]
 pub fn seal_wal(
     keys: &EpochKeys,
     scope: &Scope,
@@ -40,7 +41,13 @@ pub fn open_header(keys: &EpochKeys, scope: &Scope, kind: Kind, bytes: &[u8], co
 }
 
 /// Opens a whole WAL object and checks its content's id.
-pub fn open_wal(keys: &EpochKeys, scope: &Scope, kind: Kind, bytes: &[u8], context: &str) -> Result<(WalHeader, Vec<u8>)> {
+pub fn open_wal(
+    keys: &EpochKeys,
+    scope: &Scope,
+    kind: Kind,
+    bytes: &[u8],
+    context: &str,
+) -> Result<(WalHeader, Vec<u8>)> {
     let mut reader = ObjectReader::new(keys, scope, kind, bytes, context, context)?;
     let header: WalHeader = reader.message(KeyRole::Meta)?;
     let capacity = usize::try_from(header.content_len.min(bytes.len() as u64 * 64)).unwrap_or(0);

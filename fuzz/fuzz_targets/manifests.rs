@@ -6,7 +6,9 @@ use libfuzzer_sys::fuzz_target;
 use prost::Message;
 
 fuzz_target!(|data: &[u8]| {
-    let Some((&split, rest)) = data.split_first() else { return };
+    let Some((&split, rest)) = data.split_first() else {
+        return;
+    };
     let (root, segment) = rest.split_at(rest.len() * usize::from(split) / 255);
     if let (Ok(root), Ok(segment)) = (Root::decode(root), ManifestSegment::decode(segment)) {
         let _ = Manifest::from_messages(root, Usage::default(), vec![segment], "root");

@@ -5,8 +5,18 @@ use fairvault_format::{index, pack};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
-    let keys = EpochKeys { epoch: 1, data_key: Some([1; 32]), id_key: [2; 32], meta_key: [3; 32], writer_seed: None, operator_seed: None };
-    let scope = Scope { repository: [4; 16], stanza: [5; 16] };
+    let keys = EpochKeys {
+        epoch: 1,
+        data_key: Some([1; 32]),
+        id_key: [2; 32],
+        meta_key: [3; 32],
+        writer_seed: None,
+        operator_seed: None,
+    };
+    let scope = Scope {
+        repository: [4; 16],
+        stanza: [5; 16],
+    };
     let _ = pack::open_pack(&keys, &scope, data, "pack");
     let _ = index::open_run(&keys, &scope, data, "run");
     let (names, headers) = data.split_at(data.len() * 2 / 7);

@@ -27,12 +27,19 @@ pub fn run(command: &mut Command) -> Result<String> {
 
 /// Runs a command, whatever it says.
 pub fn output(command: &mut Command) -> Result<Output> {
-    command.stdin(std::process::Stdio::null()).output().with_context(|| format!("starting {command:?}"))
+    command
+        .stdin(std::process::Stdio::null())
+        .output()
+        .with_context(|| format!("starting {command:?}"))
 }
 
 /// Everything that a command printed.
 pub fn text(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
 }
 
 /// Exit code and everything printed.

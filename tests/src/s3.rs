@@ -39,7 +39,10 @@ impl S3 {
         let deadline = Instant::now() + Duration::from_secs(30);
         while run(Command::new("curl").args(["-fs", &format!("{}/_ministack/health", this.endpoint())])).is_err() {
             if Instant::now() > deadline {
-                bail!("the S3 server did not start: {}", std::fs::read_to_string(scratch.join("s3.log"))?);
+                bail!(
+                    "the S3 server did not start: {}",
+                    std::fs::read_to_string(scratch.join("s3.log"))?
+                );
             }
             std::thread::sleep(Duration::from_millis(100));
         }

@@ -53,7 +53,9 @@ impl Scratch {
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = if tools::is_root() {
             let mut command = Command::new("setpriv");
-            command.args(["--reuid=postgres", "--regid=postgres", "--init-groups", "--reset-env"]).arg(program);
+            command
+                .args(["--reuid=postgres", "--regid=postgres", "--init-groups", "--reset-env"])
+                .arg(program);
             // setpriv --reset-env sets HOME; the environment of the test does not reach the program.
             command
         } else {
@@ -66,7 +68,10 @@ impl Scratch {
     /// `fairvault` with arguments, as the servers' user.
     pub fn fairvault(&self, arguments: &[&str]) -> Command {
         let mut command = self.command("env");
-        command.arg(format!("HOME={}", self.path.display())).arg(self.join("fairvault")).args(arguments);
+        command
+            .arg(format!("HOME={}", self.path.display()))
+            .arg(self.join("fairvault"))
+            .args(arguments);
         command
     }
 

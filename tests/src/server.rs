@@ -22,7 +22,12 @@ pub struct Server {
 impl Server {
     /// A server on an existing data directory.
     pub fn existing(scratch: &Scratch, major: u32, data: impl Into<PathBuf>, port: u16) -> Self {
-        Self { major, scratch: scratch.path().to_owned(), data: data.into(), port }
+        Self {
+            major,
+            scratch: scratch.path().to_owned(),
+            data: data.into(),
+            port,
+        }
     }
 
     /// A new, running server with `settings` appended to postgresql.conf.
@@ -34,7 +39,11 @@ impl Server {
     pub fn create_with(scratch: &Scratch, major: u32, port: u16, settings: &str, initdb: &[&str]) -> Result<Self> {
         let this = Self::existing(scratch, major, scratch.join(&format!("data{port}")), port);
         let mut command = this.program(scratch, "initdb");
-        command.arg("-D").arg(&this.data).args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]).args(initdb);
+        command
+            .arg("-D")
+            .arg(&this.data)
+            .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"])
+            .args(initdb);
         run(&mut command)?;
         let conf = this.data.join("postgresql.conf");
         let text = format!(
@@ -80,9 +89,20 @@ impl Server {
     pub fn try_start(&self, scratch: &Scratch, wait: bool) -> Result<()> {
         let options = format!("-p {} -k {} -c listen_addresses=", self.port, self.scratch.display());
         let mut command = self.program(scratch, "pg_ctl");
-        command.arg("-D").arg(&self.data).arg(if wait { "-w" } else { "-W" }).arg("-l").arg(self.log()).arg("-o").arg(options).arg("start");
+        command
+            .arg("-D")
+            .arg(&self.data)
+            .arg(if wait { "-w" } else { "-W" })
+            .arg("-l")
+            .arg(self.log())
+            .arg("-o")
+            .arg(options)
+            .arg("start");
         // pg_ctl's child keeps the pipes open: the output must not be waited for.
-        command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        command
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null());
         let status = command.status()?;
         if !status.success() {
             bail!("pg_ctl start ended with {status}");
@@ -92,7 +112,11 @@ impl Server {
 
     /// Stops it; `mode` is fast or immediate.
     pub fn stop(&self, scratch: &Scratch, mode: &str) -> Result<()> {
-        run(self.program(scratch, "pg_ctl").arg("-D").arg(&self.data).args(["-w", "-m", mode, "stop"]))?;
+        run(self
+            .program(scratch, "pg_ctl")
+            .arg("-D")
+            .arg(&self.data)
+            .args(["-w", "-m", mode, "stop"]))?;
         Ok(())
     }
 
@@ -104,14 +128,27 @@ impl Server {
     /// Runs SQL in a database.
     pub fn sql_in(&self, scratch: &Scratch, database: &str, sql: &str) -> Result<String> {
         let mut command = scratch.command(tools::bin(15).join("psql"));
-        command.args(["-X", "-At", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-h"]).arg(&self.scratch);
-        Ok(run(command.arg("-p").arg(self.port.to_string()).args(["-d", database, "-c", sql]))?.trim().to_owned())
+        command
+            .args(["-X", "-At", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-h"])
+            .arg(&self.scratch);
+        Ok(run(command
+            .arg("-p")
+            .arg(self.port.to_string())
+            .args(["-d", database, "-c", sql]))?
+        .trim()
+        .to_owned())
     }
 
     /// pgbench with arguments.
     pub fn pgbench(&self, scratch: &Scratch, arguments: &[&str]) -> Command {
         let mut command = scratch.command(tools::bin(15).join("pgbench"));
-        command.args(["-U", "postgres", "-h"]).arg(&self.scratch).arg("-p").arg(self.port.to_string()).args(arguments).arg("postgres");
+        command
+            .args(["-U", "postgres", "-h"])
+            .arg(&self.scratch)
+            .arg("-p")
+            .arg(self.port.to_string())
+            .args(arguments)
+            .arg("postgres");
         command
     }
 
@@ -147,7 +184,9 @@ impl Server {
 pub fn sid_program(major: u32, name: &str) -> Command {
     let mut command = Command::new("chroot");
     command.arg("--userspec=postgres:postgres").arg(tools::sid());
-    command.args(["env", "-i", "PATH=/usr/bin:/bin", "LANG=C.UTF-8"]).arg(format!("/usr/lib/postgresql/{major}/bin/{name}"));
+    command
+        .args(["env", "-i", "PATH=/usr/bin:/bin", "LANG=C.UTF-8"])
+        .arg(format!("/usr/lib/postgresql/{major}/bin/{name}"));
     command
 }
 

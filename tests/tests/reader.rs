@@ -11,9 +11,15 @@ use fairvault_tests::{Scratch, Server, run, tools};
 fn reader(arguments: &[&str]) -> Result<String> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../format-spec/reader");
     let requirements = std::fs::read_to_string(folder.join("requirements.txt"))?;
-    let packages: Vec<&str> = requirements.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')).collect();
+    let packages: Vec<&str> = requirements
+        .lines()
+        .map(str::trim)
+        .filter(|l| !l.is_empty() && !l.starts_with('#'))
+        .collect();
     let python = tools::python("reader", &packages)?.join("python");
-    run(Command::new(python).arg(folder.join("fairvault_reader.py")).args(arguments))
+    run(Command::new(python)
+        .arg(folder.join("fairvault_reader.py"))
+        .args(arguments))
 }
 
 /// Path → mode and content, of files.
@@ -39,11 +45,21 @@ fn engine_and_independent_reader_agree() -> Result<()> {
     let server = Server::create(&scratch, 15, 5432, "")?;
     run(scratch.command("mkdir").arg(scratch.join("ts")))?;
     server.sql(&scratch, &format!("create tablespace ts location '{dir}/ts'"))?;
-    server.sql(&scratch, "create table t tablespace ts as select i, md5(i::text) from generate_series(1, 50000) i")?;
-    server.sql(&scratch, "create table big as select i, repeat(md5(i::text), 10) from generate_series(1, 20000) i")?;
+    server.sql(
+        &scratch,
+        "create table t tablespace ts as select i, md5(i::text) from generate_series(1, 50000) i",
+    )?;
+    server.sql(
+        &scratch,
+        "create table big as select i, repeat(md5(i::text), 10) from generate_series(1, 20000) i",
+    )?;
     for secret in ["key", "pass"] {
         scratch.write("pass", b"a passphrase\n")?;
-        let option = if secret == "key" { "--key-file" } else { "--passphrase-file" };
+        let option = if secret == "key" {
+            "--key-file"
+        } else {
+            "--passphrase-file"
+        };
         let (repo, file) = (format!("{dir}/vault-{secret}"), format!("{dir}/{secret}"));
         let url = format!("file://{repo}");
         let with = |more: &[&str]| {
@@ -58,19 +74,49 @@ fn engine_and_independent_reader_agree() -> Result<()> {
         let list = reader(&[&repo, "list", "acme", option, &file])?;
         ensure!(list.lines().count() == 2, "{list}");
         let by_engine = scratch.join(&format!("engine-{secret}"));
-        with(&["restore", "acme", "--to", &by_engine.display().to_string(), "--tablespace-map", &format!("all={dir}/spaces-{secret}"), "--progress", "none"])?;
+        with(&[
+            "restore",
+            "acme",
+            "--to",
+            &by_engine.display().to_string(),
+            "--tablespace-map",
+            &format!("all={dir}/spaces-{secret}"),
+            "--progress",
+            "none",
+        ])?;
         let by_reader = scratch.join(&format!("python-{secret}"));
-        reader(&[&repo, "restore", "acme", "latest", &by_reader.display().to_string(), option, &file])?;
+        reader(&[
+            &repo,
+            "restore",
+            "acme",
+            "latest",
+            &by_reader.display().to_string(),
+            option,
+            &file,
+        ])?;
         let (mut a, mut b) = (BTreeMap::new(), BTreeMap::new());
         tree(&by_engine, &by_engine, &mut a)?;
         tree(&by_reader, &by_reader, &mut b)?;
         // What the engine adds for recovery.
-        for name in ["postgresql.auto.conf", "recovery.signal", "backup_manifest", "fairvault.restored", "tablespace_map"] {
+        for name in [
+            "postgresql.auto.conf",
+            "recovery.signal",
+            "backup_manifest",
+            "fairvault.restored",
+            "tablespace_map",
+        ] {
             a.remove(name);
             b.remove(name);
         }
         ensure!(a.len() > 900, "{} files", a.len());
-        ensure!(a.keys().eq(b.keys()), "{:?}", a.keys().filter(|k| !b.contains_key(*k)).chain(b.keys().filter(|k| !a.contains_key(*k))).collect::<Vec<_>>());
+        ensure!(
+            a.keys().eq(b.keys()),
+            "{:?}",
+            a.keys()
+                .filter(|k| !b.contains_key(*k))
+                .chain(b.keys().filter(|k| !a.contains_key(*k)))
+                .collect::<Vec<_>>()
+        );
         for (name, content) in &a {
             ensure!(b.get(name) == Some(content), "{name} differs");
         }
@@ -78,8 +124,21 @@ fn engine_and_independent_reader_agree() -> Result<()> {
         let wal = std::fs::read_dir(scratch.join(&format!("vault-{secret}/acme/wal")))?.next();
         ensure!(wal.is_some());
         let name = with(&["info", "acme", "--output", "json"])?;
-        let segment = name.split("\"first\":\"").nth(1).and_then(|r| r.get(..24)).unwrap_or_default().to_owned();
-        reader(&[&repo, "wal", "acme", &segment, &format!("{dir}/wal-python"), option, &file])?;
+        let segment = name
+            .split("\"first\":\"")
+            .nth(1)
+            .and_then(|r| r.get(..24))
+            .unwrap_or_default()
+            .to_owned();
+        reader(&[
+            &repo,
+            "wal",
+            "acme",
+            &segment,
+            &format!("{dir}/wal-python"),
+            option,
+            &file,
+        ])?;
         with(&["wal", "get", "acme", &segment, &format!("{dir}/wal-engine")])?;
         ensure!(std::fs::read(scratch.join("wal-python"))? == std::fs::read(scratch.join("wal-engine"))?);
     }

@@ -22,14 +22,25 @@ use fairvault_tests::s3::S3;
 use futures::stream::BoxStream;
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode, PutMultipartOptions, PutOptions,
-    PutPayload, PutResult,
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult,
 };
 
-const CLUSTER: Cluster = Cluster { system_identifier: 7, major: 17, wal_segment_size: 16 << 20 };
+const CLUSTER: Cluster = Cluster {
+    system_identifier: 7,
+    major: 17,
+    wal_segment_size: 16 << 20,
+};
 
 fn access(store: &Store, secret: Option<Secret>) -> Access {
-    Access { repository: store.clone(), stanza: "acme".into(), secret, memory: None, may_stretch: true, env: Arc::new(SystemEnv) }
+    Access {
+        repository: store.clone(),
+        stanza: "acme".into(),
+        secret,
+        memory: None,
+        may_stretch: true,
+        env: Arc::new(SystemEnv),
+    }
 }
 
 fn key(byte: u8) -> Option<Secret> {
@@ -37,7 +48,12 @@ fn key(byte: u8) -> Option<Secret> {
 }
 
 fn memory() -> Store {
-    Store::new(Arc::new(object_store::memory::InMemory::new()), "", "memory://", StoreSettings::default())
+    Store::new(
+        Arc::new(object_store::memory::InMemory::new()),
+        "",
+        "memory://",
+        StoreSettings::default(),
+    )
 }
 
 /// The rules that every store has to carry.
@@ -45,11 +61,18 @@ async fn conformance(store: &Store) -> Result<()> {
     probe(store, &SystemEnv).await?;
     // Create-only, with the outcome known.
     ensure!(store.create("a/b", Bytes::from_static(b"1")).await? == Created::Won);
-    ensure!(store.create("a/b", Bytes::from_static(b"1")).await? == Created::Won, "our own bytes are a win");
+    ensure!(
+        store.create("a/b", Bytes::from_static(b"1")).await? == Created::Won,
+        "our own bytes are a win"
+    );
     ensure!(store.create("a/b", Bytes::from_static(b"2")).await? == Created::Lost(Bytes::from_static(b"1")));
     ensure!(store.get_opt("a/none").await?.is_none() && store.len("a/none").await?.is_none());
-    store.put_hashed("a/c", Bytes::from_static(b"0123456789").into()).await?;
-    store.put_hashed("a/c", Bytes::from_static(b"0123456789").into()).await?;
+    store
+        .put_hashed("a/c", Bytes::from_static(b"0123456789").into())
+        .await?;
+    store
+        .put_hashed("a/c", Bytes::from_static(b"0123456789").into())
+        .await?;
     ensure!(store.get_range("a/c", 2..5).await? == "234" && store.get_range("a/c", 8..100).await? == "89");
     ensure!(store.list("a").await? == [("a/b".to_owned(), 1), ("a/c".to_owned(), 10)]);
     store.delete(&["a/c".to_owned(), "a/none".to_owned()]).await?;
@@ -59,12 +82,26 @@ async fn conformance(store: &Store) -> Result<()> {
     let log = create(&access(store, key(1)), CLUSTER, "main").await?;
     ensure!(log.state().seq == 1);
     ensure!(create(&access(store, key(1)), CLUSTER, "main").await?.state().seq == 1);
-    let other = Cluster { system_identifier: 8, ..CLUSTER };
-    ensure!(create(&access(store, key(1)), other, "main").await.is_err_and(|e| e.to_string().contains("system identifier")));
-    for (secret, word) in [(key(2), "wrong key"), (None, "is encrypted"), (Some(Secret::Passphrase(b"x".to_vec())), "of a kind")] {
+    let other = Cluster {
+        system_identifier: 8,
+        ..CLUSTER
+    };
+    ensure!(
+        create(&access(store, key(1)), other, "main")
+            .await
+            .is_err_and(|e| e.to_string().contains("system identifier"))
+    );
+    for (secret, word) in [
+        (key(2), "wrong key"),
+        (None, "is encrypted"),
+        (Some(Secret::Passphrase(b"x".to_vec())), "of a kind"),
+    ] {
         match Stanza::open(&access(store, secret)).await {
             Ok(_) => bail!("{word}: it opened"),
-            Err(error) => ensure!(error.to_string().contains(word) && error.kind() == Kind::Refused, "{error}"),
+            Err(error) => ensure!(
+                error.to_string().contains(word) && error.kind() == Kind::Refused,
+                "{error}"
+            ),
         }
     }
     // Writers at once: every entry has its own place.
@@ -80,7 +117,11 @@ async fn conformance(store: &Store) -> Result<()> {
         result?;
     }
     let log = Log::open(Stanza::open(&access(store, key(1))).await?).await?;
-    ensure!(log.state().seq == 13 && log.state().open_sessions.is_empty(), "{}", log.state().seq);
+    ensure!(
+        log.state().seq == 13 && log.state().open_sessions.is_empty(),
+        "{}",
+        log.state().seq
+    );
     Ok(())
 }
 
@@ -92,8 +133,14 @@ async fn conformance_in_memory() -> Result<()> {
 #[tokio::test]
 async fn conformance_in_a_directory() -> Result<()> {
     let scratch = Scratch::new("dir")?;
-    let url = RepositoryUrl { url: format!("file://{}/repo", scratch.path().display()), ..Default::default() };
-    ensure!(url.open(false).is_err_and(|e| e.kind() == Kind::Temporary), "a missing folder is never made in passing");
+    let url = RepositoryUrl {
+        url: format!("file://{}/repo", scratch.path().display()),
+        ..Default::default()
+    };
+    ensure!(
+        url.open(false).is_err_and(|e| e.kind() == Kind::Temporary),
+        "a missing folder is never made in passing"
+    );
     conformance(&url.open(true)?).await
 }
 
@@ -117,7 +164,11 @@ async fn an_unencrypted_stanza_must_be_meant() -> Result<()> {
     let store = memory();
     create(&access(&store, None), CLUSTER, "main").await?;
     Stanza::open(&access(&store, None)).await?;
-    let error = Stanza::open(&access(&store, key(1))).await.err().map(|e| e.to_string()).unwrap_or_default();
+    let error = Stanza::open(&access(&store, key(1)))
+        .await
+        .err()
+        .map(|e| e.to_string())
+        .unwrap_or_default();
     ensure!(error.contains("not encrypted"), "{error}");
     Ok(())
 }
@@ -136,13 +187,20 @@ async fn a_dead_creator_leaves_nothing_in_the_way() -> Result<()> {
 async fn a_log_that_was_rolled_back_is_refused() -> Result<()> {
     let scratch = Scratch::new("memory")?;
     let store = memory();
-    let with_memory = Access { memory: Some(Memory::new(scratch.join("cache"))), ..access(&store, key(1)) };
+    let with_memory = Access {
+        memory: Some(Memory::new(scratch.join("cache"))),
+        ..access(&store, key(1))
+    };
     let mut log = create(&with_memory, CLUSTER, "main").await?;
     for _ in 0..3 {
         Session::begin(&mut log, "test", "x").await?.abort(&mut log, "").await?;
     }
     store.delete(&[format!("acme/log/{:020}", log.state().seq)]).await?;
-    let error = Log::open(Stanza::open(&with_memory).await?).await.err().map(|e| e.to_string()).unwrap_or_default();
+    let error = Log::open(Stanza::open(&with_memory).await?)
+        .await
+        .err()
+        .map(|e| e.to_string())
+        .unwrap_or_default();
     ensure!(error.contains("rolled back"), "{error}");
     // A host without a memory cannot know.
     Log::open(Stanza::open(&access(&store, key(1))).await?).await?;
@@ -157,9 +215,16 @@ async fn a_fenced_session_cannot_commit() -> Result<()> {
     let session = Session::begin(&mut log, "backup", "b").await?;
     other.refresh().await?;
     let begun = other.state().open_sessions[0].begin.clone().unwrap_or_default();
-    let fence = proto::Fence { fence: 1, sessions: vec![begun.session], reason: "test".into() };
+    let fence = proto::Fence {
+        fence: 1,
+        sessions: vec![begun.session],
+        reason: "test".into(),
+    };
     other.append(Entry::SetFence(fence), |_| Ok(())).await?;
-    let error = session.commit(&mut log, [0; 32], proto::BackupInfo::default()).await.err();
+    let error = session
+        .commit(&mut log, [0; 32], proto::BackupInfo::default())
+        .await
+        .err();
     ensure!(error.is_some_and(|e| e.kind() == Kind::Held));
     ensure!(log.state().backups.is_empty());
     Ok(())
@@ -174,7 +239,11 @@ async fn tampering_with_the_log_is_found() -> Result<()> {
         let name = |n: u64| format!("acme/log/{n:020}");
         let (there, other) = (store.get(&name(seq)).await?, store.get(&name(from)).await?);
         store.put_hashed(&name(seq), other.into()).await?;
-        let error = Log::open(Stanza::open(&access(&store, key(1))).await?).await.err().map(|e| e.to_string()).unwrap_or_default();
+        let error = Log::open(Stanza::open(&access(&store, key(1))).await?)
+            .await
+            .err()
+            .map(|e| e.to_string())
+            .unwrap_or_default();
         ensure!(error.contains("does not open"), "an entry in another's place: {error}");
         let mut flipped = there.to_vec();
         flipped[100] ^= 1;
@@ -184,7 +253,10 @@ async fn tampering_with_the_log_is_found() -> Result<()> {
         newer[4] = 2;
         store.put_hashed(&name(seq), Bytes::from(newer).into()).await?;
         let error = Log::open(Stanza::open(&access(&store, key(1))).await?).await.err();
-        ensure!(error.is_some_and(|e| e.kind() == Kind::Unsupported), "a newer version is unsupported, not damaged");
+        ensure!(
+            error.is_some_and(|e| e.kind() == Kind::Unsupported),
+            "a newer version is unsupported, not damaged"
+        );
         store.put_hashed(&name(seq), there.into()).await?;
     }
     Log::open(Stanza::open(&access(&store, key(1))).await?).await?;
@@ -218,7 +290,11 @@ impl std::fmt::Display for Faulty {
 
 impl Faulty {
     fn new(fault: Fault) -> Arc<Self> {
-        Arc::new(Self { inner: object_store::memory::InMemory::new(), requests: AtomicU64::new(0), fault })
+        Arc::new(Self {
+            inner: object_store::memory::InMemory::new(),
+            requests: AtomicU64::new(0),
+            fault,
+        })
     }
 
     fn store(self: &Arc<Self>) -> Store {
@@ -242,7 +318,10 @@ impl ObjectStore for Faulty {
         }
         let result = self.inner.put_opts(l, p, o).await;
         if creating && self.fault == Fault::LostAnswers && number.is_multiple_of(3) {
-            return Err(object_store::Error::Generic { store: "faulty", source: "the answer was lost".into() });
+            return Err(object_store::Error::Generic {
+                store: "faulty",
+                source: "the answer was lost".into(),
+            });
         }
         result
     }
@@ -284,7 +363,10 @@ async fn opening_stays_cheap_after_ten_thousand_entries() -> Result<()> {
     ensure!(cost <= 24, "a host without a memory needed {cost} requests");
     // A host with a memory.
     let scratch = Scratch::new("cheap")?;
-    let with_memory = Access { memory: Some(Memory::new(scratch.join("cache"))), ..access(&store, key(1)) };
+    let with_memory = Access {
+        memory: Some(Memory::new(scratch.join("cache"))),
+        ..access(&store, key(1))
+    };
     Log::open(Stanza::open(&with_memory).await?).await?;
     let before = faulty.requests.load(Ordering::Relaxed);
     Log::open(Stanza::open(&with_memory).await?).await?;
@@ -299,10 +381,20 @@ async fn lost_answers_are_resolved() -> Result<()> {
     let store = faulty.store();
     for i in 0..30 {
         let name = format!("x/{i}");
-        ensure!(store.create(&name, Bytes::from_static(b"mine")).await? == Created::Won, "{i}");
+        ensure!(
+            store.create(&name, Bytes::from_static(b"mine")).await? == Created::Won,
+            "{i}"
+        );
         ensure!(store.create(&name, Bytes::from_static(b"other")).await? == Created::Lost(Bytes::from_static(b"mine")));
     }
-    let mut log = create(&Access { ..access(&Faulty::new(Fault::None).store(), key(1)) }, CLUSTER, "main").await?;
+    let mut log = create(
+        &Access {
+            ..access(&Faulty::new(Fault::None).store(), key(1))
+        },
+        CLUSTER,
+        "main",
+    )
+    .await?;
     Session::begin(&mut log, "test", "x").await?.abort(&mut log, "").await?;
     Ok(())
 }
@@ -312,9 +404,18 @@ async fn a_store_that_overwrites_is_refused() -> Result<()> {
     let faulty = Faulty::new(Fault::NoConditionalCreate);
     let error = create(&access(&faulty.store(), key(1)), CLUSTER, "main").await.err();
     let error = error.map(|e| (e.to_string(), e.advice().map(str::to_owned)));
-    ensure!(error.as_ref().is_some_and(|(text, advice)| text.contains("conditionally") && advice.as_ref().is_some_and(|a| a.contains("single_writer"))), "{error:?}");
+    ensure!(
+        error
+            .as_ref()
+            .is_some_and(|(text, advice)| text.contains("conditionally")
+                && advice.as_ref().is_some_and(|a| a.contains("single_writer"))),
+        "{error:?}"
+    );
     // Said explicitly, it works.
-    let settings = StoreSettings { single_writer: true, ..Default::default() };
+    let settings = StoreSettings {
+        single_writer: true,
+        ..Default::default()
+    };
     let store = Store::new(Faulty::new(Fault::NoConditionalCreate), "", "faulty://", settings);
     create(&access(&store, key(1)), CLUSTER, "main").await?;
     Ok(())

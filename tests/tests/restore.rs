@@ -21,9 +21,17 @@ impl Setup {
         );
         let config = scratch.write("fairvault.toml", text.as_bytes())?.display().to_string();
         let push = format!("{dir}/fairvault --config {config} wal push acme %p");
-        let settings = if archive { format!("archive_mode = on\narchive_command = '{push}'\n") } else { String::new() };
+        let settings = if archive {
+            format!("archive_mode = on\narchive_command = '{push}'\n")
+        } else {
+            String::new()
+        };
         let server = Server::create(&scratch, 15, 5432, &settings)?;
-        let this = Self { scratch, server, config };
+        let this = Self {
+            scratch,
+            server,
+            config,
+        };
         this.ok(&["stanza", "create", "acme"])?;
         Ok(this)
     }
@@ -61,8 +69,15 @@ impl Setup {
 
     fn flush_archive(&self, server: &Server) -> Result<()> {
         let segment = server.sql(&self.scratch, "select pg_walfile_name(pg_current_wal_lsn())")?;
-        server.sql(&self.scratch, "create table if not exists fill (x int); insert into fill values (1); select pg_switch_wal()")?;
-        server.wait_for(&self.scratch, &format!("select last_archived_wal >= '{segment}' from pg_stat_archiver"), "t")
+        server.sql(
+            &self.scratch,
+            "create table if not exists fill (x int); insert into fill values (1); select pg_switch_wal()",
+        )?;
+        server.wait_for(
+            &self.scratch,
+            &format!("select last_archived_wal >= '{segment}' from pg_stat_archiver"),
+            "t",
+        )
     }
 
     fn start(&self, name: &str, port: u16) -> Result<Server> {
@@ -74,7 +89,10 @@ impl Setup {
 }
 
 fn refused((exit, text): (i32, String), expected: i32, word: &str) -> Result<()> {
-    ensure!(exit == expected && text.contains(word), "expected {expected} and {word:?}, got {exit}: {text}");
+    ensure!(
+        exit == expected && text.contains(word),
+        "expected {expected} and {word:?}, got {exit}: {text}"
+    );
     Ok(())
 }
 
@@ -92,7 +110,10 @@ fn directories_that_are_not_ours_are_left_alone() -> Result<()> {
     refused(s.restore("data5432", &["--force"]), 1, "runs on")?;
 
     let (exit, plan) = s.restore("new", &["--dry-run"]);
-    ensure!(exit == 0 && plan.contains("WAL       complete") && !Path::new(&s.path("new")).exists(), "{plan}");
+    ensure!(
+        exit == 0 && plan.contains("WAL       complete") && !Path::new(&s.path("new")).exists(),
+        "{plan}"
+    );
     ensure!(s.restore("new", &[]).0 == 0);
     let copy = s.start("new", 5450)?;
     copy.stop(&s.scratch, "fast")?;
@@ -139,7 +160,11 @@ fn targets_that_cannot_be_reached_say_why() -> Result<()> {
     refused(s.restore("r", &["--target-timeline", "7"]), 3, "timeline 7")?;
     refused(s.restore("r", &["--backup", "nope"]), 3, "has no backup")?;
     refused(s.restore("r", &["--target-time", "soonish"]), 2, "not a time")?;
-    refused(s.restore("r", &["--tablespace-map", "/nowhere=/x"]), 2, "no such tablespace")?;
+    refused(
+        s.restore("r", &["--tablespace-map", "/nowhere=/x"]),
+        2,
+        "no such tablespace",
+    )?;
     // A time after the last commit: PostgreSQL would refuse to start, so recovery goes to the end, and says so.
     let (exit, text) = s.restore("end", &["--target-time", "2099-01-01T00:00:00Z"]);
     ensure!(exit == 0 && text.contains("no commit after"), "{text}");
@@ -155,7 +180,10 @@ fn targets_that_cannot_be_reached_say_why() -> Result<()> {
     let late = s.sql("select pg_current_wal_insert_lsn()")?;
     s.flush_archive(&s.server)?;
     let folder = walk(Path::new(&s.path("vault/acme/wal")));
-    let hole = folder.iter().find(|p| p.contains(&middle)).context("the middle segment")?;
+    let hole = folder
+        .iter()
+        .find(|p| p.contains(&middle))
+        .context("the middle segment")?;
     std::fs::remove_file(hole)?;
     refused(s.restore("r", &["--target-lsn", &late]), 3, &middle)?;
     let info = s.ok(&["info", "acme"])?;
@@ -192,7 +220,13 @@ fn tablespaces_are_never_written_where_the_original_lives() -> Result<()> {
     ensure!(s.restore("r", &["--tablespace-map", &map]).0 == 0);
     let copy = s.start("r", 5450)?;
     ensure!(copy.sql(&s.scratch, "select count(*) from t")? == "1000");
-    ensure!(std::fs::read_link(s.scratch.join("r/pg_tblspc").join(copy.sql(&s.scratch, "select oid from pg_tablespace where spcname = 'ts'")?))? == Path::new(&s.path("r-ts")));
+    ensure!(
+        std::fs::read_link(
+            s.scratch
+                .join("r/pg_tblspc")
+                .join(copy.sql(&s.scratch, "select oid from pg_tablespace where spcname = 'ts'")?)
+        )? == Path::new(&s.path("r-ts"))
+    );
     drop(copy);
     // A tablespace made after the backup: replay would write into the original's folder.
     s.sql(&format!("create tablespace later location '{}'", s.path("later")))?;
@@ -200,7 +234,10 @@ fn tablespaces_are_never_written_where_the_original_lives() -> Result<()> {
     s.flush_archive(&s.server)?;
     let map = format!("{}={}", s.path("ts"), s.path("r2-ts"));
     refused(s.restore("r2", &["--tablespace-map", &map]), 1, "CREATE TABLESPACE")?;
-    ensure!(!Path::new(&s.path("r2")).exists(), "refused before anything was written");
+    ensure!(
+        !Path::new(&s.path("r2")).exists(),
+        "refused before anything was written"
+    );
     Ok(())
 }
 
@@ -214,7 +251,13 @@ fn recovery_crosses_timelines() -> Result<()> {
     s.sql("insert into t values (-1)")?;
     s.flush_archive(&s.server)?;
     // A copy that replaces the original: it archives as timeline 2.
-    ensure!(s.restore("second", &["--target-lsn", &fork, "--target-exclusive", "--archiving", "keep"]).0 == 0);
+    ensure!(
+        s.restore(
+            "second",
+            &["--target-lsn", &fork, "--target-exclusive", "--archiving", "keep"]
+        )
+        .0 == 0
+    );
     s.server.stop(&s.scratch, "fast")?;
     let second = s.start("second", 5460)?;
     ensure!(second.sql(&s.scratch, "select string_agg(x::text, ',') from t")? == "1");
@@ -226,17 +269,29 @@ fn recovery_crosses_timelines() -> Result<()> {
     // latest follows the new timeline from the old backup; current stays on the old one.
     for (name, port, more, expected) in [
         ("latest", 5461, vec![], "1,2,3"),
-        ("number", 5462, vec!["--target-timeline", "2", "--target-lsn", &lsn], "1,2"),
+        (
+            "number",
+            5462,
+            vec!["--target-timeline", "2", "--target-lsn", &lsn],
+            "1,2",
+        ),
         ("current", 5463, vec!["--target-timeline", "current"], "1,-1"),
     ] {
         let (exit, text) = s.restore(name, &more);
         ensure!(exit == 0, "{name}: {text}");
         let copy = s.start(name, port)?;
         let rows = copy.sql(&s.scratch, "select string_agg(x::text, ',') from t")?;
-        ensure!(rows == expected, "{name}: {rows}, expected {expected}\n{}", copy.log_text());
+        ensure!(
+            rows == expected,
+            "{name}: {rows}, expected {expected}\n{}",
+            copy.log_text()
+        );
     }
     let info = s.ok(&["info", "acme"])?;
-    ensure!(info.contains("restorable on timeline 1") && info.contains("restorable on timeline 2"), "{info}");
+    ensure!(
+        info.contains("restorable on timeline 1") && info.contains("restorable on timeline 2"),
+        "{info}"
+    );
     Ok(())
 }
 
@@ -256,14 +311,30 @@ fn a_standby_is_backed_up_and_a_restored_standby_follows() -> Result<()> {
     // Stream to it, and back the standby up over the replication protocol.
     follower.stop(&s.scratch, "fast")?;
     let conf = s.path("follower/postgresql.auto.conf");
-    let text = std::fs::read_to_string(&conf)? + &format!("primary_conninfo = '{}'\nfull_page_writes = on\n", s.server.conninfo());
+    let text = std::fs::read_to_string(&conf)?
+        + &format!("primary_conninfo = '{}'\nfull_page_writes = on\n", s.server.conninfo());
     std::fs::write(&conf, text)?;
     follower.start(&s.scratch)?;
     s.sql("insert into t values (1002)")?;
     follower.wait_for(&s.scratch, "select count(*) from t", "1002")?;
-    let out = s.ok(&["--conninfo", &follower.conninfo(), "backup", "acme", "--fast", "--progress", "none", "--output", "json"])?;
+    let out = s.ok(&[
+        "--conninfo",
+        &follower.conninfo(),
+        "backup",
+        "acme",
+        "--fast",
+        "--progress",
+        "none",
+        "--output",
+        "json",
+    ])?;
     ensure!(out.contains("\"wal_method\":\"stream\""), "{out}");
-    let id = out.split("\"id\":\"").nth(1).and_then(|r| r.split('"').next()).context("id")?.to_owned();
+    let id = out
+        .split("\"id\":\"")
+        .nth(1)
+        .and_then(|r| r.split('"').next())
+        .context("id")?
+        .to_owned();
     let (exit, text) = s.restore("from-standby", &["--backup", &id, "--target", "immediate"]);
     ensure!(exit == 0, "{text}");
     let copy = s.start("from-standby", 5471)?;

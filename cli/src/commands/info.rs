@@ -44,7 +44,10 @@ fn print(info: &Info) {
         if info.encrypted { "encrypted" } else { "NOT encrypted" }
     ));
     for session in &info.sessions {
-        output::line(format_args!("  unfinished: {} on {} since {}", session.what, session.host, session.since));
+        output::line(format_args!(
+            "  unfinished: {} on {} since {}",
+            session.what, session.host, session.since
+        ));
     }
     if info.backups.is_empty() {
         output::line("  no backups");
@@ -58,14 +61,25 @@ fn print(info: &Info) {
             output::bytes(b.plain_bytes),
             output::bytes(b.new_stored_bytes),
             b.server_version / 10_000,
-            if b.damaged_pages > 0 { format!("  {} DAMAGED PAGES", b.damaged_pages) } else { String::new() },
-            if b.restorable { "" } else { "  NOT RESTORABLE: its WAL is not complete" },
+            if b.damaged_pages > 0 {
+                format!("  {} DAMAGED PAGES", b.damaged_pages)
+            } else {
+                String::new()
+            },
+            if b.restorable {
+                ""
+            } else {
+                "  NOT RESTORABLE: its WAL is not complete"
+            },
         ));
     }
     for timeline in &info.wal {
         for (i, range) in timeline.ranges.iter().enumerate() {
             let gap = if i > 0 { "  (after a gap)" } else { "" };
-            output::line(format_args!("  WAL timeline {}: {} to {}, {} segments{gap}", timeline.timeline, range.first, range.last, range.segments));
+            output::line(format_args!(
+                "  WAL timeline {}: {} to {}, {} segments{gap}",
+                timeline.timeline, range.first, range.last, range.segments
+            ));
         }
     }
     for w in &info.windows {
@@ -76,7 +90,10 @@ fn print(info: &Info) {
             w.from_lsn,
             w.to.as_deref().unwrap_or("no commit known"),
             w.to_lsn,
-            w.hole.as_ref().map(|h| format!("; then {h} is MISSING")).unwrap_or_default()
+            w.hole
+                .as_ref()
+                .map(|h| format!("; then {h} is MISSING"))
+                .unwrap_or_default()
         ));
     }
 }

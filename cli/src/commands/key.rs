@@ -20,7 +20,11 @@ pub async fn run(context: &Context, command: KeyCommand) -> Result<Outcome> {
     match command {
         KeyCommand::Generate { file } => generate(&file),
         KeyCommand::List { stanza } => list(context, &stanza).await,
-        KeyCommand::AddSlot { stanza, name, secret_file } => add_slot(context, &stanza, &name, &secret_file).await,
+        KeyCommand::AddSlot {
+            stanza,
+            name,
+            secret_file,
+        } => add_slot(context, &stanza, &name, &secret_file).await,
     }
 }
 
@@ -33,7 +37,9 @@ fn generate(path: &std::path::Path) -> Result<Outcome> {
         .mode(0o600)
         .open(path)
         .map_err(|e| Error::io(what(), e).remedy("an existing key is never overwritten: choose another name"))?;
-    writeln!(file, "{}", text.as_str()).and_then(|()| file.sync_all()).map_err(|e| Error::io(what(), e))?;
+    writeln!(file, "{}", text.as_str())
+        .and_then(|()| file.sync_all())
+        .map_err(|e| Error::io(what(), e))?;
     output::line(format_args!(
         "{} is made (mode 0600). Keep a copy away from this machine and away from the repository: without it nothing can be restored.",
         path.display()
@@ -48,11 +54,21 @@ async fn list(context: &Context, stanza: &str) -> Result<Outcome> {
         let opened = Stanza::open(&access).await?;
         for (name, _) in opened.store().list(names::KEYS).await? {
             let slot = keys::decode_slot(&opened.store().get(&name).await?, &name)?;
-            let kind = slot.kind().as_str_name().trim_start_matches("SLOT_").to_lowercase().replace('_', "-");
+            let kind = slot
+                .kind()
+                .as_str_name()
+                .trim_start_matches("SLOT_")
+                .to_lowercase()
+                .replace('_', "-");
             if context.global.output == Output::Text {
-                output::line(format_args!("{repository}: epoch {} slot {} ({kind})", slot.epoch, slot.name));
+                output::line(format_args!(
+                    "{repository}: epoch {} slot {} ({kind})",
+                    slot.epoch, slot.name
+                ));
             }
-            all.push(serde_json::json!({ "repository": repository, "epoch": slot.epoch, "slot": slot.name, "kind": kind }));
+            all.push(
+                serde_json::json!({ "repository": repository, "epoch": slot.epoch, "slot": slot.name, "kind": kind }),
+            );
         }
     }
     if context.global.output == Output::Json {
@@ -68,13 +84,28 @@ async fn add_slot(context: &Context, stanza: &str, name: &str, secret_file: &std
         let access = context.access(&repository, stanza, false, true)?;
         let opened = Stanza::open(&access).await?;
         if !opened.has_secret() {
-            return Err(Error::refused(format!("stanza {stanza} is not encrypted: a slot would protect nothing")));
+            return Err(Error::refused(format!(
+                "stanza {stanza} is not encrypted: a slot would protect nothing"
+            )));
         }
         let keys = opened.keys();
-        let sealed =
-            keys::seal_slot(opened.scope(), keys, name, Some(&secret), keys::default_argon2(), env::salt(&SystemEnv)?, SystemEnv.now_us())?;
-        if let Created::Lost(_) = opened.store().create(&names::slot(keys.epoch, name), sealed.into()).await? {
-            return Err(Error::refused(format!("stanza {stanza} already has a slot {name:?}")).remedy("choose another name"));
+        let sealed = keys::seal_slot(
+            opened.scope(),
+            keys,
+            name,
+            Some(&secret),
+            keys::default_argon2(),
+            env::salt(&SystemEnv)?,
+            SystemEnv.now_us(),
+        )?;
+        if let Created::Lost(_) = opened
+            .store()
+            .create(&names::slot(keys.epoch, name), sealed.into())
+            .await?
+        {
+            return Err(
+                Error::refused(format!("stanza {stanza} already has a slot {name:?}")).remedy("choose another name")
+            );
         }
         output::line(format_args!("{repository}: slot {name} opens stanza {stanza} now"));
     }

@@ -18,8 +18,14 @@ fn target(args: &RestoreArgs) -> Result<Target> {
     if let Some(text) = &args.target_time {
         let zone = time::zone(args.timezone.as_deref())?;
         let moment = time::parse(text, &jiff::Timestamp::now().to_zoned(zone))?;
-        let zone_name = moment.time_zone().iana_name().map_or_else(|| moment.offset().to_string(), str::to_owned);
-        tracing::info!("target time: {} ({zone_name})", moment.strftime("%Y-%m-%dT%H:%M:%S%.f%:z"));
+        let zone_name = moment
+            .time_zone()
+            .iana_name()
+            .map_or_else(|| moment.offset().to_string(), str::to_owned);
+        tracing::info!(
+            "target time: {} ({zone_name})",
+            moment.strftime("%Y-%m-%dT%H:%M:%S%.f%:z")
+        );
         return Ok(Target::Time(moment.timestamp().as_microsecond()));
     }
     if let Some(text) = &args.target_lsn {
@@ -37,14 +43,17 @@ fn options(context: &Context, args: &RestoreArgs) -> Result<Options> {
     let target = target(args)?;
     let mut map = Vec::new();
     for pair in &args.tablespace_map {
-        let (old, new) = pair.split_once('=').ok_or_else(|| Error::usage(format!("--tablespace-map {pair:?} is not OLD=NEW")))?;
+        let (old, new) = pair
+            .split_once('=')
+            .ok_or_else(|| Error::usage(format!("--tablespace-map {pair:?} is not OLD=NEW")))?;
         map.push((old.to_owned(), new.to_owned()));
     }
     let timeline = match args.target_timeline.as_str() {
         "latest" => TimelineChoice::Latest,
         "current" => TimelineChoice::Current,
         number => TimelineChoice::Number(number.parse().map_err(|_| {
-            Error::usage(format!("--target-timeline {number:?} is not a timeline")).remedy("give a number, latest or current")
+            Error::usage(format!("--target-timeline {number:?} is not a timeline"))
+                .remedy("give a number, latest or current")
         })?),
     };
     let action = match args.target_action {
@@ -80,7 +89,11 @@ fn print_plan(plan: &Plan, options: &Options, json: bool) {
     let bytes: u64 = plan.files.iter().map(|f| f.size).sum();
     let stored: u64 = plan.frames.iter().map(|f| u64::from(f.stored_len)).sum();
     if json {
-        let spaces: Vec<_> = plan.tablespaces.iter().map(|(oid, l)| serde_json::json!({ "oid": oid, "location": l })).collect();
+        let spaces: Vec<_> = plan
+            .tablespaces
+            .iter()
+            .map(|(oid, l)| serde_json::json!({ "oid": oid, "location": l }))
+            .collect();
         output::json(
             "restore-plan",
             &serde_json::json!({
@@ -91,13 +104,38 @@ fn print_plan(plan: &Plan, options: &Options, json: bool) {
         );
         return;
     }
-    output::line(format_args!("backup    {} (PostgreSQL {}, consistent at {})", plan.info.id, plan.info.server_version / 10_000, Lsn(plan.info.stop_lsn)));
-    output::line(format_args!("target    {} on timeline {}", describe(plan), plan.reachable.history.timeline));
-    output::line(format_args!("WAL       complete from {} through {}", Lsn(plan.info.start_lsn), plan.reachable.through));
-    output::line(format_args!("write     {} in {} files to {}", output::bytes(bytes), plan.files.len(), options.directory.display()));
-    output::line(format_args!("fetch     {} from {} packs", output::bytes(stored), plan.packs.len()));
+    output::line(format_args!(
+        "backup    {} (PostgreSQL {}, consistent at {})",
+        plan.info.id,
+        plan.info.server_version / 10_000,
+        Lsn(plan.info.stop_lsn)
+    ));
+    output::line(format_args!(
+        "target    {} on timeline {}",
+        describe(plan),
+        plan.reachable.history.timeline
+    ));
+    output::line(format_args!(
+        "WAL       complete from {} through {}",
+        Lsn(plan.info.start_lsn),
+        plan.reachable.through
+    ));
+    output::line(format_args!(
+        "write     {} in {} files to {}",
+        output::bytes(bytes),
+        plan.files.len(),
+        options.directory.display()
+    ));
+    output::line(format_args!(
+        "fetch     {} from {} packs",
+        output::bytes(stored),
+        plan.packs.len()
+    ));
     for (oid, location) in &plan.tablespaces {
-        output::line(format_args!("tablespace {oid} → {}", location.as_deref().unwrap_or("in place")));
+        output::line(format_args!(
+            "tablespace {oid} → {}",
+            location.as_deref().unwrap_or("in place")
+        ));
     }
     for note in &plan.reachable.notes {
         output::line(format_args!("note      {note}"));
@@ -137,15 +175,24 @@ pub async fn run(context: &Context, args: RestoreArgs) -> Result<Outcome> {
         options.directory.display(),
         output::bytes(report.bytes),
         report.files,
-        if report.kept_files > 0 { format!(" ({} were right already)", report.kept_files) } else { String::new() },
+        if report.kept_files > 0 {
+            format!(" ({} were right already)", report.kept_files)
+        } else {
+            String::new()
+        },
         output::seconds(started.elapsed())
     ));
-    output::line(format_args!("start the server: it will recover to {}", describe(&report.plan)));
+    output::line(format_args!(
+        "start the server: it will recover to {}",
+        describe(&report.plan)
+    ));
     for note in &report.plan.reachable.notes {
         output::line(format_args!("note: {note}"));
     }
     if !options.keep_archiving {
-        output::line("note: this copy does not archive WAL; see docs/restore.md for how to let it replace the original");
+        output::line(
+            "note: this copy does not archive WAL; see docs/restore.md for how to let it replace the original",
+        );
     }
     if !options.directory.join("postgresql.conf").exists() {
         output::line(

@@ -25,7 +25,13 @@ pub async fn cluster(context: &Context, stanza: &str) -> Result<Cluster> {
 }
 
 /// Creates a stanza in a repository, for a cluster.
-pub async fn create_in(context: &Context, repository: &str, stanza: &str, cluster: Cluster, no_encryption: bool) -> Result<Log> {
+pub async fn create_in(
+    context: &Context,
+    repository: &str,
+    stanza: &str,
+    cluster: Cluster,
+    no_encryption: bool,
+) -> Result<Log> {
     let access = context.access(repository, stanza, true, true)?;
     match (&access.secret, no_encryption) {
         (None, false) => {
@@ -33,10 +39,16 @@ pub async fn create_in(context: &Context, repository: &str, stanza: &str, cluste
                 "make a key with `fairvault key generate FILE` and give --key-file FILE (or `key` in the configuration); --no-encryption stores everything readable",
             ));
         }
-        (Some(_), true) => return Err(Error::usage("a key is configured, and --no-encryption was given: which one is meant?")),
+        (Some(_), true) => {
+            return Err(Error::usage(
+                "a key is configured, and --no-encryption was given: which one is meant?",
+            ));
+        }
         _ => {}
     }
-    create_stanza(&access, cluster, FIRST_SLOT).await.context(|| format!("creating stanza {stanza}"))
+    create_stanza(&access, cluster, FIRST_SLOT)
+        .await
+        .context(|| format!("creating stanza {stanza}"))
 }
 
 /// `stanza create`
@@ -71,7 +83,12 @@ const NO_STANZAS: [&str; 1] = ["probe"];
 pub async fn names(context: &Context, repository: &str) -> Result<Vec<String>> {
     let store = context.open_repository(repository, false)?;
     fairvault_engine::stanza::read_repository(&store).await?;
-    Ok(store.folders().await?.into_iter().filter(|n| !NO_STANZAS.contains(&n.as_str())).collect())
+    Ok(store
+        .folders()
+        .await?
+        .into_iter()
+        .filter(|n| !NO_STANZAS.contains(&n.as_str()))
+        .collect())
 }
 
 /// `stanza list`

@@ -27,7 +27,10 @@ pub async fn run(context: &Context, stanza: &str, level: VerifyLevel, mode: Prog
         let report = result?;
         good &= report.is_good();
         if context.global.output == Output::Json {
-            output::json("verify", &serde_json::json!({ "stanza": stanza, "repository": log.stanza().shown(), "good": report.is_good(), "report": report }));
+            output::json(
+                "verify",
+                &serde_json::json!({ "stanza": stanza, "repository": log.stanza().shown(), "good": report.is_good(), "report": report }),
+            );
             continue;
         }
         for finding in &report.findings {
@@ -55,7 +58,11 @@ pub async fn run(context: &Context, stanza: &str, level: VerifyLevel, mode: Prog
             log.stanza().shown(),
             report.objects,
             output::bytes(report.bytes),
-            if report.is_good() { "all good".to_owned() } else { format!("{} problems", report.findings.len()) }
+            if report.is_good() {
+                "all good".to_owned()
+            } else {
+                format!("{} problems", report.findings.len())
+            }
         ));
     }
     Ok(if good { Outcome::Done } else { Outcome::DamageFound })

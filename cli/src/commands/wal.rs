@@ -46,7 +46,11 @@ pub async fn push(context: &Context, args: PushArgs) -> Result<Outcome> {
     let mut worst: Option<Error> = None;
     for (result, repository) in futures::future::join_all(pushes).await.into_iter().zip(&repositories) {
         if let Err(error) = result {
-            let error = if repositories.len() > 1 { error.context(format_args!("repository {repository}")) } else { error };
+            let error = if repositories.len() > 1 {
+                error.context(format_args!("repository {repository}"))
+            } else {
+                error
+            };
             if worst.as_ref().is_none_or(|w| w.kind() == Kind::Temporary) {
                 worst = Some(error);
             }
@@ -60,8 +64,15 @@ pub async fn push(context: &Context, args: PushArgs) -> Result<Outcome> {
 
 /// `wal get`: delivered, proven absent, or an error that stops recovery.
 pub async fn get(context: &Context, args: GetArgs) -> Result<Outcome> {
-    let through = args.through.as_deref().map(|text| text.parse().map_err(Error::usage)).transpose()?;
-    let needs = Needs { through, timeline: args.timeline };
+    let through = args
+        .through
+        .as_deref()
+        .map(|text| text.parse().map_err(Error::usage))
+        .transpose()?;
+    let needs = Needs {
+        through,
+        timeline: args.timeline,
+    };
     let is_standby = std::path::Path::new("standby.signal").exists();
     let mut attempt = 0;
     loop {

@@ -31,17 +31,27 @@ pub async fn judge(
         return Ok(Vec::new());
     }
     let key = |page: &BadPage| -> Block {
-        let block = page.file.segment.wrapping_mul(blocks_per_segment).wrapping_add(page.block);
+        let block = page
+            .file
+            .segment
+            .wrapping_mul(blocks_per_segment)
+            .wrapping_add(page.block);
         (page.file.tablespace, page.file.database, page.file.relation, block)
     };
     let wanted: HashSet<Block> = bad.iter().filter(|p| p.file.fork == Fork::Main).map(key).collect();
     let mut restored: HashSet<Block> = HashSet::new();
     let mut broken_off = None;
-    let mut walker = Walker::new(Segment::of(timeline, start, archive.segment_size).start(archive.segment_size), archive.segment_size);
+    let mut walker = Walker::new(
+        Segment::of(timeline, start, archive.segment_size).start(archive.segment_size),
+        archive.segment_size,
+    );
     let mut segment = Segment::of(timeline, start, archive.segment_size);
     while segment.start(archive.segment_size) < stop {
         let Some(content) = archive.segment_or_parts(segment).await? else {
-            broken_off = Some(format!("{} is not in the repository", segment.name(archive.segment_size)));
+            broken_off = Some(format!(
+                "{} is not in the repository",
+                segment.name(archive.segment_size)
+            ));
             break;
         };
         walker.feed(&content, |record| {
@@ -64,7 +74,9 @@ pub async fn judge(
     }
     let verdict = |page: &BadPage| match page.file.fork {
         Fork::Fsm | Fork::Vm => "benign: a map that repairs itself".to_owned(),
-        Fork::Main if restored.contains(&key(page)) => "benign: torn while it was read, and the WAL of the backup restores it".to_owned(),
+        Fork::Main if restored.contains(&key(page)) => {
+            "benign: torn while it was read, and the WAL of the backup restores it".to_owned()
+        }
         _ => match &broken_off {
             None => "damaged".to_owned(),
             Some(why) => format!("damaged (not fully judged: {why})"),

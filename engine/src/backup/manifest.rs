@@ -34,7 +34,8 @@ pub fn store_segments(
     done.sort_unstable_by_key(|d| (d.file, d.offset));
     let mut order: Vec<usize> = (0..entries.len()).collect();
     order.sort_by(|&a, &b| entries[a].path.as_bytes().cmp(entries[b].path.as_bytes()));
-    let mut compressor = zstd::bulk::Compressor::new(3).map_err(|e| Error::failed("zstd cannot be set up").caused_by(e))?;
+    let mut compressor =
+        zstd::bulk::Compressor::new(3).map_err(|e| Error::failed("zstd cannot be set up").caused_by(e))?;
     let mut out = Vec::new();
     let mut builder = SegmentBuilder::default();
     for (position, &number) in order.iter().enumerate() {
@@ -51,7 +52,11 @@ pub fn store_segments(
     Ok(out)
 }
 
-fn store(shared: &Shared, compressor: &mut zstd::bulk::Compressor<'_>, segment: &proto::ManifestSegment) -> Result<Vec<u32>> {
+fn store(
+    shared: &Shared,
+    compressor: &mut zstd::bulk::Compressor<'_>,
+    segment: &proto::ManifestSegment,
+) -> Result<Vec<u32>> {
     let bytes = segment.encode_to_vec();
     fairvault_format::error::check_limit("a manifest segment", bytes.len() as u64, limits::MANIFEST_SEGMENT_BYTES)?;
     let mut handles = Vec::new();
@@ -85,7 +90,10 @@ impl SegmentBuilder {
         let (mut crc, mut covered) = (0u32, 0u64);
         for d in done {
             if d.offset != covered {
-                return Err(Error::failed(format!("{}: its chunks do not follow each other", entry.path)));
+                return Err(Error::failed(format!(
+                    "{}: its chunks do not follow each other",
+                    entry.path
+                )));
             }
             covered += u64::from(d.len);
             crc = crc32c::crc32c_combine(crc, d.crc32c, d.len as usize);
@@ -95,7 +103,10 @@ impl SegmentBuilder {
             extents.frame_offset.push(0);
         }
         if covered != entry.size {
-            return Err(Error::failed(format!("{}: {covered} of {} bytes went through the pipeline", entry.path, entry.size)));
+            return Err(Error::failed(format!(
+                "{}: {covered} of {} bytes went through the pipeline",
+                entry.path, entry.size
+            )));
         }
         self.extents += done.len();
         self.segment.files.push(proto::FileEntry {
@@ -161,7 +172,9 @@ pub fn seal_root(
     for (first_path, files, handles) in segments {
         let frame_from = frames.pack.len() as u32;
         for &handle in handles {
-            let place = known[handle as usize].place.ok_or_else(|| Error::failed("a chunk without a place"))?;
+            let place = known[handle as usize]
+                .place
+                .ok_or_else(|| Error::failed("a chunk without a place"))?;
             push_frame(&mut frames, &known[handle as usize], place.pack)?;
         }
         refs.push(proto::SegmentRef {
@@ -178,7 +191,10 @@ pub fn seal_root(
             live[place.pack as usize] += u64::from(place.stored_len);
         }
     }
-    let usage = proto::Usage { packs: names.clone(), live_bytes: live };
+    let usage = proto::Usage {
+        packs: names.clone(),
+        live_bytes: live,
+    };
     let root = proto::Root {
         info: Some(info),
         packs: Some(proto::PackTable { names, headers }),

@@ -88,13 +88,19 @@ struct Server {
 }
 
 /// Takes a full backup. When `cancelled` completes, it stops cleanly and its session is ended.
-pub async fn run(log: &mut Log, options: &Options, progress: Arc<Progress>, cancelled: impl Future<Output = ()>) -> Result<Report> {
+pub async fn run(
+    log: &mut Log,
+    options: &Options,
+    progress: Arc<Progress>,
+    cancelled: impl Future<Output = ()>,
+) -> Result<Report> {
     progress.phase("connecting");
     let server = inspect(options).await?;
     let archive = Archive::open(log, Some(server.system_identifier), options.level)?;
     if archive.segment_size != server.segment_size {
         return Err(Error::refused(format!(
-            "the server's WAL segments have {} bytes, the stanza's {}", server.segment_size, archive.segment_size
+            "the server's WAL segments have {} bytes, the stanza's {}",
+            server.segment_size, archive.segment_size
         )));
     }
     let id = backup_id(log);
@@ -139,19 +145,36 @@ async fn inspect(options: &Options) -> Result<Server> {
     let identity = connection.identify().await?;
     let segment_size = connection.wal_segment_size().await?;
     let checksums = connection.show("data_checksums").await?.as_deref() == Some("on");
-    if connection.show("block_size").await?.is_some_and(|size| size != BLOCK_SIZE.to_string()) {
-        return Err(Error::new(crate::error::Kind::Unsupported, "the server was built with another block size than 8192"));
+    if connection
+        .show("block_size")
+        .await?
+        .is_some_and(|size| size != BLOCK_SIZE.to_string())
+    {
+        return Err(Error::new(
+            crate::error::Kind::Unsupported,
+            "the server was built with another block size than 8192",
+        ));
     }
     let wal = match options.wal {
         WalMethod::Auto => {
             let mode = connection.show("archive_mode").await?.unwrap_or_default();
             let command = connection.show("archive_command").await?.unwrap_or_default();
             let active = mode == "always" || mode == "on" && !connection.in_recovery();
-            if active && command.contains("fairvault") { WalMethod::Archive } else { WalMethod::Stream }
+            if active && command.contains("fairvault") {
+                WalMethod::Archive
+            } else {
+                WalMethod::Stream
+            }
         }
         chosen => chosen,
     };
-    Ok(Server { connection, system_identifier: identity.system_identifier, segment_size, checksums, wal })
+    Ok(Server {
+        connection,
+        system_identifier: identity.system_identifier,
+        segment_size,
+        checksums,
+        wal,
+    })
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -181,7 +204,9 @@ async fn transfer(
                 .create_slot(&slot, true, true)
                 .await
                 .context(|| "making a temporary replication slot for the WAL of this backup")
-                .map_err(|e| e.remedy("raise max_replication_slots and max_wal_senders, or archive with `fairvault wal push`"))?;
+                .map_err(|e| {
+                    e.remedy("raise max_replication_slots and max_wal_senders, or archive with `fairvault wal push`")
+                })?;
             Some(connection)
         }
         _ => None,
@@ -191,19 +216,37 @@ async fn transfer(
     let from_standby = server.connection.in_recovery();
     let server_version = server.connection.server_version();
     let label = format!("fairvault {id}");
-    let request = base_backup::Options { label: label.clone(), fast: options.fast, max_rate_kib: options.max_rate_kib };
+    let request = base_backup::Options {
+        label: label.clone(),
+        fast: options.fast,
+        max_rate_kib: options.max_rate_kib,
+    };
     let mut backup = BaseBackup::start(&mut server.connection, &request).await?;
     let (start, timeline) = (backup.start, backup.timeline);
     let tablespaces = stream::tablespaces(&backup);
-    progress.total_bytes.set(backup.tablespaces.iter().filter_map(|t| t.size_bytes).sum());
+    progress
+        .total_bytes
+        .set(backup.tablespaces.iter().filter_map(|t| t.size_bytes).sum());
     progress.phase("copying");
 
     let (until, until_seen) = watch::channel(None);
     let wal_task = AbortOnDrop(wal_connection.map(|connection| {
-        tokio::spawn(capture(connection, archive.clone(), slot, start, timeline, until_seen, progress.clone()))
+        tokio::spawn(capture(
+            connection,
+            archive.clone(),
+            slot,
+            start,
+            timeline,
+            until_seen,
+            progress.clone(),
+        ))
     }));
 
-    let workers = if options.workers == 0 { std::thread::available_parallelism().map_or(2, usize::from) } else { options.workers };
+    let workers = if options.workers == 0 {
+        std::thread::available_parallelism().map_or(2, usize::from)
+    } else {
+        options.workers
+    };
     let chunks = Arc::new(SessionChunks::new(index));
     let (finished_in, finished_out) = mpsc::channel(1);
     let shared = Arc::new(pipeline::Shared {
@@ -224,12 +267,18 @@ async fn transfer(
     drop(shared);
     let work = tokio::task::spawn_blocking(move || -> Result<Packed> {
         let results = pipeline::run(&worker_shared, workers, chunks_out)?;
-        let entries = entries_out.blocking_recv().map_err(|_| Error::failed("the source has ended early"))?;
+        let entries = entries_out
+            .blocking_recv()
+            .map_err(|_| Error::failed("the source has ended early"))?;
         // Packs of content must have their names before a manifest can point to them.
         let (known, packs) = worker_shared.chunks.finish()?;
         let segments = manifest::store_segments(&worker_shared, &entries, results.done, &known, &packs)?;
         worker_shared.packer.close()?;
-        Ok(Packed { entries, segments, bad_pages: results.bad_pages })
+        Ok(Packed {
+            entries,
+            segments,
+            bad_pages: results.bad_pages,
+        })
     });
     let source = async {
         let ended = stream::read(&mut backup, &mut feed).await;
@@ -239,12 +288,18 @@ async fn transfer(
         Ok::<_, Error>(ended)
     };
     let storing = upload::run(stanza.clone(), finished_out, log, session, &progress);
-    let working = async { work.await.map_err(|e| Error::failed("the pipeline panicked").caused_by(e))? };
+    let working = async {
+        work.await
+            .map_err(|e| Error::failed("the pipeline panicked").caused_by(e))?
+    };
     let (ended, packed, stored) = tokio::join!(source, working, storing);
     let (ended, packed) = first_cause(ended, packed, stored)?;
 
     progress.phase("waiting for WAL");
-    let _ = until.send(Some(Until { stop: ended.stop, whole_segment: !from_standby }));
+    let _ = until.send(Some(Until {
+        stop: ended.stop,
+        whole_segment: !from_standby,
+    }));
     let mut notes = Vec::new();
     match wal_task.join().await? {
         true => notes.push(
@@ -254,8 +309,15 @@ async fn transfer(
         ),
         false => wait_for_archive(&archive, timeline, start, ended.stop, options.archive_timeout).await?,
     }
-    let page_failures =
-        judge::judge(&archive, timeline, start, ended.stop, &packed.bad_pages, BLOCKS_PER_SEGMENT).await?;
+    let page_failures = judge::judge(
+        &archive,
+        timeline,
+        start,
+        ended.stop,
+        &packed.bad_pages,
+        BLOCKS_PER_SEGMENT,
+    )
+    .await?;
 
     let (known, packs) = chunks.finish()?;
     let info = proto::BackupInfo {
@@ -275,7 +337,10 @@ async fn transfer(
         from_standby,
         files: packed.entries.len() as u64,
         plain_bytes: packed.entries.iter().map(|e| e.size).sum(),
-        new_plain_bytes: progress.read_bytes.get().saturating_sub(progress.deduplicated_bytes.get()),
+        new_plain_bytes: progress
+            .read_bytes
+            .get()
+            .saturating_sub(progress.deduplicated_bytes.get()),
         new_stored_bytes: progress.stored_bytes.get(),
         source: "stream".to_owned(),
         label,
@@ -283,15 +348,34 @@ async fn transfer(
         tablespaces,
         failed_pages: page_failures.len() as u32,
         damaged_pages: page_failures.iter().filter(|f| judge::is_damage(f)).count() as u32,
-        wal_method: if server.wal == WalMethod::Stream { "stream" } else { "archive" }.to_owned(),
+        wal_method: if server.wal == WalMethod::Stream {
+            "stream"
+        } else {
+            "archive"
+        }
+        .to_owned(),
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),
         ..Default::default()
     };
-    let root = manifest::seal_root(&stanza, info.clone(), &packed.segments, &known, &packs, page_failures.clone())?;
+    let root = manifest::seal_root(
+        &stanza,
+        info.clone(),
+        &packed.segments,
+        &known,
+        &packs,
+        page_failures.clone(),
+    )?;
     fairvault_format::error::check_limit("the manifest root", root.len() as u64, limits::SECTION_BYTES)?;
     let hash = sha256(&root);
     stanza.store().put_hashed(&names::root(&hash), root.into()).await?;
-    Ok((hash, Report { info, page_failures, notes }))
+    Ok((
+        hash,
+        Report {
+            info,
+            page_failures,
+            notes,
+        },
+    ))
 }
 
 /// When a stage fails, its neighbours only see that it is gone: report the one that knows why.
@@ -300,11 +384,13 @@ fn first_cause<A, B>(source: Result<A>, pipeline: Result<B>, stored: Result<()>)
     match (source, pipeline) {
         (Ok(a), Ok(b)) => Ok((a, b)),
         (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error),
-        (Err(source), Err(pipeline)) => Err(if source.kind() == crate::error::Kind::Failed && source.to_string() == PIPELINE_GONE {
-            pipeline
-        } else {
-            source
-        }),
+        (Err(source), Err(pipeline)) => Err(
+            if source.kind() == crate::error::Kind::Failed && source.to_string() == PIPELINE_GONE {
+                pipeline
+            } else {
+                source
+            },
+        ),
     }
 }
 
@@ -323,7 +409,9 @@ impl AbortOnDrop {
         match self.0.as_mut() {
             None => Ok(false),
             Some(task) => {
-                task.await.map_err(|e| Error::failed("streaming WAL panicked").caused_by(e))?.context(|| "streaming the WAL of this backup")?;
+                task.await
+                    .map_err(|e| Error::failed("streaming WAL panicked").caused_by(e))?
+                    .context(|| "streaming the WAL of this backup")?;
                 Ok(true)
             }
         }
@@ -352,7 +440,9 @@ async fn wait_for_archive(archive: &Archive, timeline: u32, start: Lsn, stop: Ls
                 segment.name(archive.segment_size),
                 timeout.as_secs()
             ))
-            .remedy("look at pg_stat_archiver and the server's log for what archive_command says, or use --wal stream"));
+            .remedy(
+                "look at pg_stat_archiver and the server's log for what archive_command says, or use --wal stream",
+            ));
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
     }

@@ -82,7 +82,11 @@ pub fn run(shared: &Shared, workers: usize, input: mpsc::Receiver<Chunk>) -> Res
         let handles: Vec<_> = (0..workers).map(|_| scope.spawn(|| worker(shared, &input))).collect();
         handles
             .into_iter()
-            .map(|handle| handle.join().unwrap_or_else(|_| Err(Error::failed("a worker of the pipeline panicked"))))
+            .map(|handle| {
+                handle
+                    .join()
+                    .unwrap_or_else(|_| Err(Error::failed("a worker of the pipeline panicked")))
+            })
             .collect()
     });
     let mut all = Results::default();
@@ -97,7 +101,8 @@ pub fn run(shared: &Shared, workers: usize, input: mpsc::Receiver<Chunk>) -> Res
 
 fn worker(shared: &Shared, input: &Mutex<mpsc::Receiver<Chunk>>) -> Result<Results> {
     let mut results = Results::default();
-    let mut compressor = zstd::bulk::Compressor::new(shared.level).map_err(|e| Error::failed("zstd cannot be set up").caused_by(e))?;
+    let mut compressor =
+        zstd::bulk::Compressor::new(shared.level).map_err(|e| Error::failed("zstd cannot be set up").caused_by(e))?;
     loop {
         let next = {
             let mut input = input.lock().unwrap_or_else(PoisonError::into_inner);
@@ -113,7 +118,12 @@ fn worker(shared: &Shared, input: &Mutex<mpsc::Receiver<Chunk>>) -> Result<Resul
     }
 }
 
-fn process(shared: &Shared, compressor: &mut zstd::bulk::Compressor<'_>, chunk: &Chunk, results: &mut Results) -> Result<()> {
+fn process(
+    shared: &Shared,
+    compressor: &mut zstd::bulk::Compressor<'_>,
+    chunk: &Chunk,
+    results: &mut Results,
+) -> Result<()> {
     check_pages(shared, chunk, &mut results.bad_pages);
     let id = shared.stanza.keys().chunk_id(&chunk.bytes);
     let len = chunk.bytes.len() as u32;
@@ -163,7 +173,13 @@ fn check_pages(shared: &Shared, chunk: &Chunk, bad: &mut Vec<BadPage>) {
         let block = first + index as u32;
         let in_relation = file.segment.wrapping_mul(shared.blocks_per_segment).wrapping_add(block);
         if let page::Verdict::Bad { expected, found } = page::verify(page, in_relation) {
-            bad.push(BadPage { path: chunk.path.clone(), file, block, expected, found });
+            bad.push(BadPage {
+                path: chunk.path.clone(),
+                file,
+                block,
+                expected,
+                found,
+            });
         }
     }
 }

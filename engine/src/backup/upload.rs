@@ -60,8 +60,16 @@ async fn announce(stanza: &Stanza, packs: &[UploadedPack], log: &mut Log, sessio
     if packs.is_empty() {
         return Ok(());
     }
-    let sealed = seal_run(stanza.keys(), stanza.scope(), env::salt(stanza.env())?, index_run(packs))?;
+    let sealed = seal_run(
+        stanza.keys(),
+        stanza.scope(),
+        env::salt(stanza.env())?,
+        index_run(packs),
+    )?;
     let hash = sha256(&sealed);
-    stanza.store().put_hashed(&names::index_run(&hash), sealed.into()).await?;
+    stanza
+        .store()
+        .put_hashed(&names::index_run(&hash), sealed.into())
+        .await?;
     session.announce(log, hash).await
 }

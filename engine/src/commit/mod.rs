@@ -35,7 +35,11 @@ pub struct Log {
 impl Log {
     /// A log without entries, for the first one.
     pub fn empty(stanza: Arc<Stanza>) -> Self {
-        Self { stanza, state: Snapshot::default(), signers: Signers::default() }
+        Self {
+            stanza,
+            state: Snapshot::default(),
+            signers: Signers::default(),
+        }
     }
 
     /// Reads the log to its end.
@@ -88,22 +92,31 @@ impl Log {
     /// A snapshot counts if the entry after it names it and follows its head.
     async fn try_snapshot(&self, seq: u64, hash: [u8; 32]) -> Result<Option<Snapshot>> {
         let store = self.stanza.store();
-        let (Some(bytes), Some(entry)) =
-            (store.get_opt(&names::snapshot(seq, &hash)).await?, store.get_opt(&names::log_context(seq + 1)).await?)
-        else {
+        let (Some(bytes), Some(entry)) = (
+            store.get_opt(&names::snapshot(seq, &hash)).await?,
+            store.get_opt(&names::log_context(seq + 1)).await?,
+        ) else {
             return Ok(None);
         };
         if sha256(&bytes) != hash {
             return Ok(None);
         }
         let what = format!("log snapshot {seq}");
-        let state: Snapshot =
-            object::open_message(self.stanza.keys_for(&bytes, &what)?, self.stanza.scope(), ObjectKind::Snapshot, &bytes, "", &what)?;
+        let state: Snapshot = object::open_message(
+            self.stanza.keys_for(&bytes, &what)?,
+            self.stanza.scope(),
+            ObjectKind::Snapshot,
+            &bytes,
+            "",
+            &what,
+        )?;
         let mut signers = Signers::default();
         for epoch in &state.key_epochs {
             signers.add(epoch);
         }
-        let Ok(head) = <[u8; 32]>::try_from(state.head.as_slice()) else { return Ok(None) };
+        let Ok(head) = <[u8; 32]>::try_from(state.head.as_slice()) else {
+            return Ok(None);
+        };
         let keys = self.stanza.keys_for(&entry, "log entry")?;
         match open_entry(keys, self.stanza.scope(), &entry, seq + 1, &head, &signers) {
             Ok(entry) if entry.snapshot == hash && state.seq == seq => Ok(Some(state)),
@@ -117,14 +130,20 @@ impl Log {
         loop {
             let from = self.state.seq + 1;
             // One probe tells whether there is anything; only then more are asked for at once.
-            let Some(first) = store.get_opt(&names::log_context(from)).await? else { return Ok(()) };
+            let Some(first) = store.get_opt(&names::log_context(from)).await? else {
+                return Ok(());
+            };
             self.apply(&first)?;
             let batch = (from + 1..from + BATCH).map(|seq| {
                 let store = store.clone();
                 async move { store.get_opt(&names::log_context(seq)).await }
             });
             // Small batches first: the usual tail is short.
-            let ahead = if from % limits::SNAPSHOT_INTERVAL < 8 { 8 } else { BATCH as usize };
+            let ahead = if from % limits::SNAPSHOT_INTERVAL < 8 {
+                8
+            } else {
+                BATCH as usize
+            };
             for bytes in futures::future::join_all(batch.take(ahead)).await {
                 match bytes? {
                     Some(bytes) => self.apply(&bytes)?,
@@ -158,11 +177,17 @@ impl Log {
         let genesis = self.state.genesis.clone().unwrap_or_default();
         let scope = self.stanza.scope();
         if genesis.repository_id != scope.repository || genesis.stanza_id != scope.stanza {
-            return Err(Error::damaged(format!("the log of {} is of another repository or stanza", self.stanza.shown())));
+            return Err(Error::damaged(format!(
+                "the log of {} is of another repository or stanza",
+                self.stanza.shown()
+            )));
         }
         if self.stanza.has_secret() && !genesis.encrypted {
-            return Err(Error::refused(format!("a key is configured, and {} is not encrypted", self.stanza.shown()))
-                .remedy("remove the key from the configuration if that is meant, or create an encrypted stanza"));
+            return Err(Error::refused(format!(
+                "a key is configured, and {} is not encrypted",
+                self.stanza.shown()
+            ))
+            .remedy("remove the key from the configuration if that is meant, or create an encrypted stanza"));
         }
         Ok(())
     }
@@ -214,11 +239,21 @@ impl Log {
                 snapshot: Vec::new(),
                 kind: Some(entry.clone()),
             };
-            if seq % limits::SNAPSHOT_INTERVAL == 0 {
+            if seq.is_multiple_of(limits::SNAPSHOT_INTERVAL) {
                 entry.snapshot = self.write_snapshot().await?.to_vec();
             }
-            let bytes = seal_entry(self.stanza.keys(), self.stanza.scope(), env::salt(self.stanza.env())?, &entry)?;
-            match self.stanza.store().create(&names::log_context(seq), bytes.clone().into()).await? {
+            let bytes = seal_entry(
+                self.stanza.keys(),
+                self.stanza.scope(),
+                env::salt(self.stanza.env())?,
+                &entry,
+            )?;
+            match self
+                .stanza
+                .store()
+                .create(&names::log_context(seq), bytes.clone().into())
+                .await?
+            {
                 Created::Won => {
                     self.apply(&bytes)?;
                     self.remember();
@@ -235,9 +270,19 @@ impl Log {
     async fn write_snapshot(&self) -> Result<[u8; 32]> {
         let stanza = &self.stanza;
         let salt = env::salt(stanza.env())?;
-        let bytes = object::seal_message(stanza.keys(), stanza.scope(), ObjectKind::Snapshot, salt, "", &self.state)?;
+        let bytes = object::seal_message(
+            stanza.keys(),
+            stanza.scope(),
+            ObjectKind::Snapshot,
+            salt,
+            "",
+            &self.state,
+        )?;
         let hash = sha256(&bytes);
-        stanza.store().put_hashed(&names::snapshot(self.state.seq, &hash), bytes.into()).await?;
+        stanza
+            .store()
+            .put_hashed(&names::snapshot(self.state.seq, &hash), bytes.into())
+            .await?;
         Ok(hash)
     }
 
@@ -249,8 +294,16 @@ impl Log {
             id => backups.iter().find(|b| b.info.as_ref().is_some_and(|i| i.id == id)),
         };
         found.ok_or_else(|| {
-            let known: Vec<_> = backups.iter().filter_map(|b| b.info.as_ref()).map(|i| i.id.as_str()).collect();
-            Error::new(Kind::NotFound, format!("stanza {} has no backup {id:?}", self.stanza.name())).remedy(match known.len() {
+            let known: Vec<_> = backups
+                .iter()
+                .filter_map(|b| b.info.as_ref())
+                .map(|i| i.id.as_str())
+                .collect();
+            Error::new(
+                Kind::NotFound,
+                format!("stanza {} has no backup {id:?}", self.stanza.name()),
+            )
+            .remedy(match known.len() {
                 0 => "there are no backups yet: run `fairvault backup`".to_owned(),
                 _ => format!("backups: {}", known.join(", ")),
             })

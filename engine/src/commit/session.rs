@@ -25,20 +25,29 @@ impl Session {
             seen_mark: log.state().newest_mark,
         };
         log.append(Entry::Begin(begin), |_| Ok(())).await?;
-        Ok(Self { id, announced: Vec::new() })
+        Ok(Self {
+            id,
+            announced: Vec::new(),
+        })
     }
 
     fn check(&self) -> impl Fn(&Snapshot) -> Result<()> + '_ {
         |now| match state::is_open(now, &self.id) {
             true => Ok(()),
-            false => Err(Error::new(Kind::Held, "this session was fenced by another writer; its backup does not count")
-                .remedy("find out who fenced it with `fairvault info`, then start the backup again")),
+            false => Err(Error::new(
+                Kind::Held,
+                "this session was fenced by another writer; its backup does not count",
+            )
+            .remedy("find out who fenced it with `fairvault info`, then start the backup again")),
         }
     }
 
     /// Makes index runs known to whoever comes after, also if this session dies.
     pub async fn announce(&mut self, log: &mut Log, run: [u8; 32]) -> Result<()> {
-        let entry = proto::Announce { session: self.id.to_vec(), index_runs: vec![run.to_vec()] };
+        let entry = proto::Announce {
+            session: self.id.to_vec(),
+            index_runs: vec![run.to_vec()],
+        };
         log.append(Entry::Announce(entry), self.check()).await?;
         self.announced.push(run);
         Ok(())
@@ -59,7 +68,14 @@ impl Session {
     /// Ends the session without a backup.
     pub async fn abort(self, log: &mut Log, reason: &str) -> Result<()> {
         let reason = reason.chars().take(500).collect();
-        log.append(Entry::Abort(proto::Abort { session: self.id.to_vec(), reason }), |_| Ok(())).await?;
+        log.append(
+            Entry::Abort(proto::Abort {
+                session: self.id.to_vec(),
+                reason,
+            }),
+            |_| Ok(()),
+        )
+        .await?;
         Ok(())
     }
 }

@@ -40,7 +40,11 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
             state.open_sessions.retain(|s| session_id(s) != commit.session);
             add_runs(state, &commit.index_runs);
             let id = commit.info.as_ref().map(|i| i.id.clone()).unwrap_or_default();
-            if state.backups.iter().any(|b| b.info.as_ref().is_some_and(|i| i.id == id)) {
+            if state
+                .backups
+                .iter()
+                .any(|b| b.info.as_ref().is_some_and(|i| i.id == id))
+            {
                 return Err(damaged("it commits a backup id for the second time"));
             }
             state.backups.push(CommittedBackup {
@@ -54,12 +58,16 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
         Entry::SetFence(fence) => {
             if fence.fence > state.fence {
                 state.fence = fence.fence;
-                state.open_sessions.retain(|s| !fence.sessions.iter().any(|f| f == session_id(s)));
+                state
+                    .open_sessions
+                    .retain(|s| !fence.sessions.iter().any(|f| f == session_id(s)));
             }
         }
         Entry::ArchiveEpoch(epoch) => state.archive_epochs.push(*epoch),
         Entry::Expired(expired) => {
-            state.backups.retain(|b| b.info.as_ref().is_none_or(|i| i.id != expired.backup));
+            state
+                .backups
+                .retain(|b| b.info.as_ref().is_none_or(|i| i.id != expired.backup));
         }
         Entry::Hold(hold) => {
             state.holds.retain(|h| h.backup != hold.backup);

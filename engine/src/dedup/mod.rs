@@ -27,18 +27,31 @@ impl Index {
     /// Loads every live run of the stanza. Entries of other key epochs can never match and are left out.
     pub async fn load(stanza: &Stanza, state: &Snapshot) -> Result<Self> {
         let mut this = Self::default();
-        let marked: std::collections::HashSet<&[u8]> =
-            state.open_marks.iter().flat_map(|m| m.packs.iter().map(Vec::as_slice)).collect();
+        let marked: std::collections::HashSet<&[u8]> = state
+            .open_marks
+            .iter()
+            .flat_map(|m| m.packs.iter().map(Vec::as_slice))
+            .collect();
         for batch in state.index_runs.chunks(FETCH) {
             let fetched = futures::future::join_all(batch.iter().map(|hash| async move {
-                let hash: [u8; 32] =
-                    hash.as_slice().try_into().map_err(|_| Error::damaged("the log names an index run without a hash"))?;
+                let hash: [u8; 32] = hash
+                    .as_slice()
+                    .try_into()
+                    .map_err(|_| Error::damaged("the log names an index run without a hash"))?;
                 let name = names::index_run(&hash);
                 let bytes = stanza.store().get(&name).await?;
                 if sha256(&bytes) != hash {
-                    return Err(Error::damaged(format!("{}/{name} does not match its name", stanza.shown())));
+                    return Err(Error::damaged(format!(
+                        "{}/{name} does not match its name",
+                        stanza.shown()
+                    )));
                 }
-                Ok::<_, Error>(index::open_run(stanza.keys_for(&bytes, &name)?, stanza.scope(), &bytes, &name)?)
+                Ok::<_, Error>(index::open_run(
+                    stanza.keys_for(&bytes, &name)?,
+                    stanza.scope(),
+                    &bytes,
+                    &name,
+                )?)
             }))
             .await;
             for run in fetched {
@@ -57,7 +70,10 @@ impl Index {
             run.entries
                 .iter()
                 .filter(|e| usable(&run.packs[e.pack as usize]))
-                .map(|e| IndexEntry { pack: base + e.pack, ..*e }),
+                .map(|e| IndexEntry {
+                    pack: base + e.pack,
+                    ..*e
+                }),
         );
         self.packs.extend(run.packs);
     }
@@ -131,7 +147,10 @@ pub struct SessionChunks {
 impl SessionChunks {
     /// A session over an index.
     pub fn new(index: Index) -> Self {
-        Self { index, tables: Mutex::default() }
+        Self {
+            index,
+            tables: Mutex::default(),
+        }
     }
 
     fn tables(&self) -> std::sync::MutexGuard<'_, Tables> {
@@ -157,10 +176,23 @@ impl SessionChunks {
                     number
                 }
             };
-            Place { pack: number, ordinal: entry.ordinal, offset: entry.offset, stored_len: entry.stored_len }
+            Place {
+                pack: number,
+                ordinal: entry.ordinal,
+                offset: entry.offset,
+                stored_len: entry.stored_len,
+            }
         });
-        t.chunks.push(Known { id, plain_len, place: known });
-        if known.is_some() { Claim::Present(handle) } else { Claim::New(handle) }
+        t.chunks.push(Known {
+            id,
+            plain_len,
+            place: known,
+        });
+        if known.is_some() {
+            Claim::Present(handle)
+        } else {
+            Claim::New(handle)
+        }
     }
 
     /// Says where a claimed chunk was put.
@@ -183,7 +215,11 @@ impl SessionChunks {
     /// All chunks and packs, once every worker and upload is done.
     pub fn finish(&self) -> Result<(Vec<Known>, Vec<PackRef>)> {
         let t = self.tables();
-        let packs = t.packs.iter().map(|p| p.ok_or_else(|| Error::failed("a pack was not finished"))).collect::<Result<_>>()?;
+        let packs = t
+            .packs
+            .iter()
+            .map(|p| p.ok_or_else(|| Error::failed("a pack was not finished")))
+            .collect::<Result<_>>()?;
         if t.chunks.iter().any(|c| c.place.is_none()) {
             return Err(Error::failed("a chunk was not stored"));
         }

@@ -123,7 +123,9 @@ pub struct Info {
 }
 
 fn rfc3339(us: i64) -> String {
-    jiff::Timestamp::from_microsecond(us).map(|t| t.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()).unwrap_or_default()
+    jiff::Timestamp::from_microsecond(us)
+        .map(|t| t.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
+        .unwrap_or_default()
 }
 
 /// Collects it.
@@ -136,7 +138,11 @@ pub async fn info_of(log: &Log) -> Result<Info> {
         stanza: log.stanza().name().to_owned(),
         repository: log.stanza().shown().to_owned(),
         encrypted: genesis.encrypted,
-        system_identifiers: state.incarnations.iter().map(|i| i.system_identifier.to_string()).collect(),
+        system_identifiers: state
+            .incarnations
+            .iter()
+            .map(|i| i.system_identifier.to_string())
+            .collect(),
         backups: Vec::new(),
         wal: timelines(&coverage),
         windows: Vec::new(),
@@ -144,7 +150,11 @@ pub async fn info_of(log: &Log) -> Result<Info> {
             .open_sessions
             .iter()
             .map(|s| SessionLine {
-                what: s.begin.as_ref().map(|b| format!("{} {}", b.what, b.backup)).unwrap_or_default(),
+                what: s
+                    .begin
+                    .as_ref()
+                    .map(|b| format!("{} {}", b.what, b.backup))
+                    .unwrap_or_default(),
                 host: s.host.clone(),
                 since: rfc3339(s.time_us),
             })
@@ -201,7 +211,11 @@ fn timelines(coverage: &Coverage) -> Vec<TimelineLine> {
             ranges: wal
                 .ranges()
                 .into_iter()
-                .map(|(first, last)| WalRange { first: name(timeline, first), last: name(timeline, last), segments: last - first + 1 })
+                .map(|(first, last)| WalRange {
+                    first: name(timeline, first),
+                    last: name(timeline, last),
+                    segments: last - first + 1,
+                })
                 .collect(),
             stored_bytes: wal.stored_bytes,
         })
@@ -217,14 +231,26 @@ async fn add_window(
     reach: &crate::wal::coverage::Reach,
 ) -> Result<()> {
     let to_lsn = reach.end.to_string();
-    if windows.iter().any(|w| w.timeline == history.timeline && w.to_lsn == to_lsn) {
+    if windows
+        .iter()
+        .any(|w| w.timeline == history.timeline && w.to_lsn == to_lsn)
+    {
         return Ok(());
     }
     // The newest commit: of the last segments that have one.
     let mut newest = 0;
     let from = Lsn(info.start_lsn);
-    for segment in history.segments(from, reach.end, archive.segment_size).into_iter().rev().take(8) {
-        newest = archive.segment_header(segment).await?.and_then(|h| h.summary).map_or(0, |s| s.max_time_us);
+    for segment in history
+        .segments(from, reach.end, archive.segment_size)
+        .into_iter()
+        .rev()
+        .take(8)
+    {
+        newest = archive
+            .segment_header(segment)
+            .await?
+            .and_then(|h| h.summary)
+            .map_or(0, |s| s.max_time_us);
         if newest != 0 {
             break;
         }

@@ -62,7 +62,12 @@ pub struct Packer {
 impl Packer {
     /// A packer that hands finished packs to `finished`.
     pub fn new(stanza: Arc<Stanza>, chunks: Arc<SessionChunks>, finished: mpsc::Sender<FinishedPack>) -> Self {
-        Self { stanza, chunks, open: Mutex::new(None), finished }
+        Self {
+            stanza,
+            chunks,
+            open: Mutex::new(None),
+            finished,
+        }
     }
 
     /// Stores a chunk that a codec has encoded: `buffer` is [`FRAME_HEADER_LEN`] bytes of room and the
@@ -70,7 +75,11 @@ impl Packer {
     pub fn add(&self, id: [u8; 32], codec: u8, plain_len: u32, mut buffer: Vec<u8>) -> Result<Place> {
         debug_assert!(buffer.len() >= FRAME_HEADER_LEN);
         let stored_len = (buffer.len() + TAG_LEN) as u32;
-        let (pack, place) = self.reserve(DirectoryEntry { id, stored_len, plain_len })?;
+        let (pack, place) = self.reserve(DirectoryEntry {
+            id,
+            stored_len,
+            plain_len,
+        })?;
         pack.key.seal(place.ordinal, codec, plain_len, &mut buffer);
         let complete = {
             let mut contents = pack.contents();
@@ -129,7 +138,10 @@ impl Packer {
     fn finish(&self, pack: &OpenPack) -> Result<()> {
         let (frames, entries) = {
             let mut contents = pack.contents();
-            (std::mem::take(&mut contents.frames), std::mem::take(&mut contents.entries))
+            (
+                std::mem::take(&mut contents.frames),
+                std::mem::take(&mut contents.entries),
+            )
         };
         let tail = seal_tail(self.stanza.keys(), self.stanza.scope(), &pack.header, &entries)?;
         let mut parts = Vec::with_capacity(frames.len() + 2);
@@ -140,10 +152,18 @@ impl Packer {
         for part in &parts {
             hash.update(part);
         }
-        let reference = PackRef { name: hash.finalize().into(), header: pack.header };
+        let reference = PackRef {
+            name: hash.finalize().into(),
+            header: pack.header,
+        };
         self.chunks.pack_named(pack.number, reference);
         self.finished
-            .blocking_send(FinishedPack { number: pack.number, reference, parts, entries })
+            .blocking_send(FinishedPack {
+                number: pack.number,
+                reference,
+                parts,
+                entries,
+            })
             .map_err(|_| Error::failed("the upload of packs has ended early"))
     }
 
@@ -171,8 +191,15 @@ impl FinishedPack {
     /// Stores it. Returns what an index run needs to know of it.
     pub async fn upload(self, stanza: &Stanza) -> Result<UploadedPack> {
         let name = names::pack(&self.reference.name);
-        stanza.store().put_hashed(&name, self.parts.into_iter().collect()).await?;
-        Ok(UploadedPack { number: self.number, reference: self.reference, entries: self.entries })
+        stanza
+            .store()
+            .put_hashed(&name, self.parts.into_iter().collect())
+            .await?;
+        Ok(UploadedPack {
+            number: self.number,
+            reference: self.reference,
+            entries: self.entries,
+        })
     }
 }
 

@@ -31,7 +31,10 @@ impl ControlFile {
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         let bad = |why: String| Error::damaged(format!("global/pg_control is damaged: {why}"));
         if bytes.len() < CONTROL_BYTES {
-            return Err(bad(format!("it has {} bytes, expected at least {CONTROL_BYTES}", bytes.len())));
+            return Err(bad(format!(
+                "it has {} bytes, expected at least {CONTROL_BYTES}",
+                bytes.len()
+            )));
         }
         let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
@@ -44,14 +47,22 @@ impl ControlFile {
             redo: Lsn(u64_at(40)),
             timeline: u32_at(48),
         };
-        if !super::VERSIONS.iter().any(|v| v.control_version == control.control_version) {
+        if !super::VERSIONS
+            .iter()
+            .any(|v| v.control_version == control.control_version)
+        {
             return Err(Error::new(
                 crate::error::Kind::Unsupported,
-                format!("global/pg_control has version {}, which fairvault does not know", control.control_version),
+                format!(
+                    "global/pg_control has version {}, which fairvault does not know",
+                    control.control_version
+                ),
             ));
         }
         // The CRC stands right behind the last field: at the first place where it matches.
-        let matches = (200..CONTROL_BYTES - 4).step_by(4).any(|at| crc32c::crc32c(&bytes[..at]) == u32_at(at));
+        let matches = (200..CONTROL_BYTES - 4)
+            .step_by(4)
+            .any(|at| crc32c::crc32c(&bytes[..at]) == u32_at(at));
         if !matches {
             return Err(bad("its CRC does not match".into()));
         }

@@ -35,7 +35,9 @@ pub fn relation_file(path: &str) -> Option<RelationFile> {
     let (tablespace, database, file) = match parts.as_slice() {
         ["global", file] => (1664, 0, *file),
         ["base", database, file] => (1663, number(database)?, *file),
-        ["pg_tblspc", oid, version, database, file] if version.starts_with("PG_") => (number(oid)?, number(database)?, *file),
+        ["pg_tblspc", oid, version, database, file] if version.starts_with("PG_") => {
+            (number(oid)?, number(database)?, *file)
+        }
         _ => return None,
     };
     let (name, segment) = match file.split_once('.') {
@@ -49,11 +51,19 @@ pub fn relation_file(path: &str) -> Option<RelationFile> {
         Some((relation, "init")) => (relation, Fork::Init),
         Some(_) => return None,
     };
-    Some(RelationFile { tablespace, database, relation: number(relation)?, fork, segment })
+    Some(RelationFile {
+        tablespace,
+        database,
+        relation: number(relation)?,
+        fork,
+        segment,
+    })
 }
 
 fn number(digits: &str) -> Option<u32> {
-    (!digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok()).flatten()
+    (!digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
+        .then(|| digits.parse().ok())
+        .flatten()
 }
 
 #[cfg(test)]
@@ -63,10 +73,23 @@ mod tests {
     #[test]
     fn paths_are_understood() {
         let file = relation_file("base/5/1234_vm.3").unwrap();
-        assert_eq!((file.tablespace, file.database, file.relation, file.fork, file.segment), (1663, 5, 1234, Fork::Vm, 3));
+        assert_eq!(
+            (file.tablespace, file.database, file.relation, file.fork, file.segment),
+            (1663, 5, 1234, Fork::Vm, 3)
+        );
         assert_eq!(relation_file("global/1262").unwrap().tablespace, 1664);
-        assert_eq!(relation_file("pg_tblspc/16400/PG_15_202209061/5/77").unwrap().relation, 77);
-        for path in ["base/5/PG_VERSION", "global/pg_control", "base/5/pg_filenode.map", "base/5/t3_123", "pg_xact/0000", "base/5/12.x"] {
+        assert_eq!(
+            relation_file("pg_tblspc/16400/PG_15_202209061/5/77").unwrap().relation,
+            77
+        );
+        for path in [
+            "base/5/PG_VERSION",
+            "global/pg_control",
+            "base/5/pg_filenode.map",
+            "base/5/t3_123",
+            "pg_xact/0000",
+            "base/5/12.x",
+        ] {
             assert!(relation_file(path).is_none(), "{path}");
         }
     }

@@ -23,12 +23,36 @@ pub struct Version {
 /// The versions that fairvault knows. WAL magics and control versions change while a version is in beta;
 /// 19 is as of its release candidate.
 pub const VERSIONS: &[Version] = &[
-    Version { major: 14, wal_magic: 0xD10D, control_version: 1300 },
-    Version { major: 15, wal_magic: 0xD110, control_version: 1300 },
-    Version { major: 16, wal_magic: 0xD113, control_version: 1300 },
-    Version { major: 17, wal_magic: 0xD116, control_version: 1300 },
-    Version { major: 18, wal_magic: 0xD118, control_version: 1800 },
-    Version { major: 19, wal_magic: 0xD122, control_version: 1905 },
+    Version {
+        major: 14,
+        wal_magic: 0xD10D,
+        control_version: 1300,
+    },
+    Version {
+        major: 15,
+        wal_magic: 0xD110,
+        control_version: 1300,
+    },
+    Version {
+        major: 16,
+        wal_magic: 0xD113,
+        control_version: 1300,
+    },
+    Version {
+        major: 17,
+        wal_magic: 0xD116,
+        control_version: 1300,
+    },
+    Version {
+        major: 18,
+        wal_magic: 0xD118,
+        control_version: 1800,
+    },
+    Version {
+        major: 19,
+        wal_magic: 0xD122,
+        control_version: 1905,
+    },
 ];
 
 /// The version with this major number.

@@ -69,7 +69,11 @@ pub fn verify(page: &[u8], block: u32) -> Verdict {
         return Verdict::Good;
     }
     let expected = checksum(page, block);
-    if expected == found { Verdict::Good } else { Verdict::Bad { expected, found } }
+    if expected == found {
+        Verdict::Good
+    } else {
+        Verdict::Bad { expected, found }
+    }
 }
 
 #[cfg(test)]
@@ -85,7 +89,10 @@ mod tests {
         let sum = checksum(&page, 7);
         page[8..10].copy_from_slice(&sum.to_le_bytes());
         assert_eq!(verify(&page, 7), Verdict::Good);
-        assert!(matches!(verify(&page, 8), Verdict::Bad { .. }), "a page at another place");
+        assert!(
+            matches!(verify(&page, 8), Verdict::Bad { .. }),
+            "a page at another place"
+        );
         page[8000] ^= 1;
         assert!(matches!(verify(&page, 7), Verdict::Bad { .. }));
     }

@@ -22,7 +22,10 @@ pub struct Segment {
 impl Segment {
     /// The segment that holds the byte at `lsn`.
     pub fn of(timeline: u32, lsn: Lsn, segment_size: u64) -> Self {
-        Self { timeline, number: lsn.0 / segment_size }
+        Self {
+            timeline,
+            number: lsn.0 / segment_size,
+        }
     }
 
     /// First byte.
@@ -37,20 +40,30 @@ impl Segment {
 
     /// The next one on the same timeline.
     pub fn next(self) -> Self {
-        Self { number: self.number + 1, ..self }
+        Self {
+            number: self.number + 1,
+            ..self
+        }
     }
 
     /// PostgreSQL's file name; it depends on the segment size.
     pub fn name(self, segment_size: u64) -> String {
         let per_id = 0x1_0000_0000 / segment_size;
-        format!("{:08X}{:08X}{:08X}", self.timeline, self.number / per_id, self.number % per_id)
+        format!(
+            "{:08X}{:08X}{:08X}",
+            self.timeline,
+            self.number / per_id,
+            self.number % per_id
+        )
     }
 
     fn parse(name: &str, segment_size: u64) -> Option<Self> {
         let per_id = 0x1_0000_0000 / segment_size;
         let (high, low) = (hex32(name.get(8..16)?)?, hex32(name.get(16..24)?)?);
-        (name.len() == 24 && u64::from(low) < per_id)
-            .then_some(Self { timeline: hex32(&name[..8])?, number: u64::from(high) * per_id + u64::from(low) })
+        (name.len() == 24 && u64::from(low) < per_id).then_some(Self {
+            timeline: hex32(&name[..8])?,
+            number: u64::from(high) * per_id + u64::from(low),
+        })
     }
 }
 
@@ -132,7 +145,11 @@ impl History {
         let bad = |why: String| Error::damaged(format!("history of timeline {timeline} is damaged: {why}"));
         let text = std::str::from_utf8(content).map_err(|e| bad(e.to_string()))?;
         let mut ancestors: Vec<Ancestor> = Vec::new();
-        for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')) {
+        for line in text
+            .lines()
+            .map(str::trim)
+            .filter(|l| !l.is_empty() && !l.starts_with('#'))
+        {
             let mut fields = line.split_whitespace();
             let number = fields.next().and_then(|t| t.parse().ok());
             let end = fields.next().and_then(|l| l.parse().ok());
@@ -153,12 +170,19 @@ impl History {
         if timeline == self.timeline {
             return Ok(None);
         }
-        self.ancestors.iter().find(|a| a.timeline == timeline).map(|a| Some(a.end)).ok_or(NotAnAncestor)
+        self.ancestors
+            .iter()
+            .find(|a| a.timeline == timeline)
+            .map(|a| Some(a.end))
+            .ok_or(NotAnAncestor)
     }
 
     /// The timeline that owns the byte at `lsn`.
     pub fn timeline_at(&self, lsn: Lsn) -> u32 {
-        self.ancestors.iter().find(|a| lsn < a.end).map_or(self.timeline, |a| a.timeline)
+        self.ancestors
+            .iter()
+            .find(|a| lsn < a.end)
+            .map_or(self.timeline, |a| a.timeline)
     }
 
     /// The segments that recovery along this history needs to get from `from` (on `timeline`) to `to`
@@ -168,7 +192,10 @@ impl History {
         let mut number = from.0 / segment_size;
         while number.saturating_mul(segment_size) < to.0 {
             let last_byte = Lsn(((number + 1).saturating_mul(segment_size)).min(to.0).saturating_sub(1)).max(from);
-            out.push(Segment { timeline: self.timeline_at(last_byte), number });
+            out.push(Segment {
+                timeline: self.timeline_at(last_byte),
+                number,
+            });
             number += 1;
         }
         out
@@ -198,15 +225,28 @@ mod tests {
             for number in [0, 1, 255, 256, 4095, 4096, 70_000] {
                 let segment = Segment { timeline: 3, number };
                 let name = segment.name(size);
-                assert_eq!(WalFile::parse(&name, size).unwrap(), WalFile::Segment(segment), "{name} at {size}");
+                assert_eq!(
+                    WalFile::parse(&name, size).unwrap(),
+                    WalFile::Segment(segment),
+                    "{name} at {size}"
+                );
             }
         }
     }
 
     #[test]
     fn strange_names_are_refused() {
-        for name in ["", "0", "00000001000000000000000G", "000000010000000000000FFF", "../etc/passwd", "0000000é.history",
-            "00000000.history", "000000010000000000000001.backup", "00000001000000000000000a"] {
+        for name in [
+            "",
+            "0",
+            "00000001000000000000000G",
+            "000000010000000000000FFF",
+            "../etc/passwd",
+            "0000000é.history",
+            "00000000.history",
+            "000000010000000000000001.backup",
+            "00000001000000000000000a",
+        ] {
             assert!(WalFile::parse(name, SIZE).is_err(), "{name}");
         }
         assert!(WalFile::parse("000000010000000000000001.00000028.backup", SIZE).is_ok());
@@ -214,11 +254,19 @@ mod tests {
 
     #[test]
     fn histories_choose_the_timeline_of_a_position() {
-        let history = History::parse(3, b"1\t0/3000100\tno recovery target specified\n\n2\t0/5000000\tbefore x\n").unwrap();
+        let history = History::parse(
+            3,
+            b"1\t0/3000100\tno recovery target specified\n\n2\t0/5000000\tbefore x\n",
+        )
+        .unwrap();
         assert_eq!(history.timeline_at(Lsn(0x3000000)), 1);
         assert_eq!(history.timeline_at(Lsn(0x3000100)), 2);
         assert_eq!(history.timeline_at(Lsn(0x5000000)), 3);
-        let names: Vec<_> = history.segments(Lsn(0x2000028), Lsn(0x6000001), SIZE).iter().map(|s| (s.timeline, s.number)).collect();
+        let names: Vec<_> = history
+            .segments(Lsn(0x2000028), Lsn(0x6000001), SIZE)
+            .iter()
+            .map(|s| (s.timeline, s.number))
+            .collect();
         assert_eq!(names, [(1, 2), (2, 3), (2, 4), (3, 5), (3, 6)]);
         assert!(history.end_of(4).is_err());
         assert!(History::parse(2, b"2 0/1 x").is_err());

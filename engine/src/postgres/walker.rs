@@ -80,7 +80,11 @@ impl PageHeader {
                 let Some(b) = page.first_chunk::<LONG_HEADER>() else {
                     return Err("a cut-off long page header".into());
                 };
-                Some(LongHeader { system_identifier: u64_at(b, 24), segment_size: u32_at(b, 32), page_size: u32_at(b, 36) })
+                Some(LongHeader {
+                    system_identifier: u64_at(b, 24),
+                    segment_size: u32_at(b, 32),
+                    page_size: u32_at(b, 36),
+                })
             }
         };
         Ok(Self {
@@ -95,7 +99,8 @@ impl PageHeader {
 }
 
 fn u32_at(b: &[u8], at: usize) -> u32 {
-    b.get(at..at + 4).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+    b.get(at..at + 4)
+        .map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
 }
 
 fn u64_at(b: &[u8], at: usize) -> u64 {
@@ -185,7 +190,11 @@ impl<'a> Record<'a> {
                         let image = take(&mut rest, 5)?;
                         data_len = data_len.checked_add(u16::from_le_bytes([image[0], image[1]]).into())?;
                         let bimg = image[4];
-                        let compressed = if self.major >= 15 { bimg & 0x1C != 0 } else { bimg & 2 != 0 };
+                        let compressed = if self.major >= 15 {
+                            bimg & 0x1C != 0
+                        } else {
+                            bimg & 2 != 0
+                        };
                         if bimg & 1 != 0 && compressed {
                             take(&mut rest, 2)?;
                         }
@@ -211,7 +220,10 @@ impl<'a> Record<'a> {
                 _ => return None,
             }
         }
-        (rest.len() == data_len + main_len).then(|| Decoded { blocks, main: &rest[data_len..] })
+        (rest.len() == data_len + main_len).then(|| Decoded {
+            blocks,
+            main: &rest[data_len..],
+        })
     }
 
     /// Whether this is the record that ends a segment early.
@@ -230,23 +242,36 @@ impl<'a> Record<'a> {
             (rmgr::XLOG, XLOG_RESTORE_POINT) => {
                 let main = self.decode()?.main;
                 let name = main.get(8..)?.split(|&b| b == 0).next()?;
-                What::RestorePoint { time_us: time(main)?, name: String::from_utf8_lossy(name).into_owned() }
+                What::RestorePoint {
+                    time_us: time(main)?,
+                    name: String::from_utf8_lossy(name).into_owned(),
+                }
             }
-            (rmgr::XLOG, XLOG_PARAMETER_CHANGE) => {
-                What::ParameterChange { wal_level: u32_at(self.decode()?.main.get(20..24)?, 0) as i32 }
-            }
+            (rmgr::XLOG, XLOG_PARAMETER_CHANGE) => What::ParameterChange {
+                wal_level: u32_at(self.decode()?.main.get(20..24)?, 0) as i32,
+            },
             (rmgr::XLOG, XLOG_END_OF_RECOVERY) => {
                 let main = self.decode()?.main.get(8..16)?;
-                What::TimelineStart { timeline: u32_at(main, 0), previous: u32_at(main, 4) }
+                What::TimelineStart {
+                    timeline: u32_at(main, 0),
+                    previous: u32_at(main, 4),
+                }
             }
             (rmgr::TBLSPC, 0x00) => {
                 let main = self.decode()?.main;
                 let path = main.get(4..)?.split(|&b| b == 0).next()?;
-                What::TablespaceCreate { oid: u32_at(main, 0), location: String::from_utf8_lossy(path).into_owned() }
+                What::TablespaceCreate {
+                    oid: u32_at(main, 0),
+                    location: String::from_utf8_lossy(path).into_owned(),
+                }
             }
             _ => return None,
         };
-        Some(Event { lsn: self.lsn, end: self.end, what })
+        Some(Event {
+            lsn: self.lsn,
+            end: self.end,
+            what,
+        })
     }
 
     fn transaction_end(&self) -> Option<Event> {
@@ -260,7 +285,15 @@ impl<'a> Record<'a> {
             0x30 | 0x40 => self.prepared_xid(main, commit)?,
             _ => self.xid,
         };
-        Some(Event { lsn: self.lsn, end: self.end, what: What::TransactionEnd { xid, time_us: time(main)?, commit } })
+        Some(Event {
+            lsn: self.lsn,
+            end: self.end,
+            what: What::TransactionEnd {
+                xid,
+                time_us: time(main)?,
+                commit,
+            },
+        })
     }
 
     /// The transaction in the body of COMMIT PREPARED or ROLLBACK PREPARED.
@@ -290,7 +323,9 @@ impl<'a> Record<'a> {
         if commit && xinfo & 8 != 0 {
             skip_list(&mut at, 16)?;
         }
-        (xinfo & 0x10 != 0).then(|| main.get(at..at + 4).map(|b| u32_at(b, 0))).flatten()
+        (xinfo & 0x10 != 0)
+            .then(|| main.get(at..at + 4).map(|b| u32_at(b, 0)))
+            .flatten()
     }
 }
 
@@ -408,7 +443,11 @@ impl Walker {
 
     /// Where the next record begins, or began if it is not complete yet.
     pub fn next_record(&self) -> Lsn {
-        if self.record.is_empty() { Lsn(self.position.0 + self.skip as u64) } else { self.record_at }
+        if self.record.is_empty() {
+            Lsn(self.position.0 + self.skip as u64)
+        } else {
+            self.record_at
+        }
     }
 
     /// The record that began and is not complete: its resource manager, if that much of it is there.
@@ -441,7 +480,7 @@ impl Walker {
     fn page(&mut self, page: &[u8; WAL_PAGE], on_record: &mut impl FnMut(&Record<'_>)) {
         let at = self.position;
         if self.switched {
-            if at.0 % self.segment_size != 0 {
+            if !at.0.is_multiple_of(self.segment_size) {
                 return;
             }
             self.switched = false;
@@ -456,10 +495,20 @@ impl Walker {
         if let Some(long) = header.long
             && (u64::from(long.segment_size) != self.segment_size || long.page_size as usize != WAL_PAGE)
         {
-            return self.halt(at, format!("segment size {} and page size {} are not expected", long.segment_size, long.page_size));
+            return self.halt(
+                at,
+                format!(
+                    "segment size {} and page size {} are not expected",
+                    long.segment_size, long.page_size
+                ),
+            );
         }
         self.timeline = header.timeline;
-        let mut offset = if header.long.is_some() { LONG_HEADER } else { SHORT_HEADER };
+        let mut offset = if header.long.is_some() {
+            LONG_HEADER
+        } else {
+            SHORT_HEADER
+        };
         if header.info & CONTRECORD != 0 {
             let remaining = header.remaining as usize;
             if self.first {
@@ -481,24 +530,46 @@ impl Walker {
             self.skip -= here;
             offset += here.next_multiple_of(8).min(WAL_PAGE - offset);
         }
-        let mut offset = if self.record.is_empty() { offset } else { self.continue_record(page, offset, header.major, on_record) };
+        let mut offset = if self.record.is_empty() {
+            offset
+        } else {
+            self.continue_record(page, offset, header.major, on_record)
+        };
         while offset < WAL_PAGE && self.stop.is_none() && !self.switched && self.skip == 0 {
             offset = self.begin_record(page, offset, header.major, on_record);
         }
     }
 
-    fn continue_record(&mut self, page: &[u8], offset: usize, major: u32, on_record: &mut impl FnMut(&Record<'_>)) -> usize {
+    fn continue_record(
+        &mut self,
+        page: &[u8],
+        offset: usize,
+        major: u32,
+        on_record: &mut impl FnMut(&Record<'_>),
+    ) -> usize {
         let here = (self.record_len - self.record.len()).min(WAL_PAGE - offset);
         self.record.extend_from_slice(&page[offset..offset + here]);
         let end = (offset + here).next_multiple_of(8);
         if self.record.len() == self.record_len {
             let record = std::mem::take(&mut self.record);
-            self.complete(&record, self.record_at, Lsn(self.position.0 + end as u64), major, on_record);
+            self.complete(
+                &record,
+                self.record_at,
+                Lsn(self.position.0 + end as u64),
+                major,
+                on_record,
+            );
         }
         end
     }
 
-    fn begin_record(&mut self, page: &[u8], offset: usize, major: u32, on_record: &mut impl FnMut(&Record<'_>)) -> usize {
+    fn begin_record(
+        &mut self,
+        page: &[u8],
+        offset: usize,
+        major: u32,
+        on_record: &mut impl FnMut(&Record<'_>),
+    ) -> usize {
         let lsn = Lsn(self.position.0 + offset as u64);
         let len = u32_at(page, offset) as usize;
         if len == 0 {
@@ -534,8 +605,16 @@ impl Walker {
             return self.halt(lsn, format!("the record says that {prev} comes before it"));
         }
         self.prev = Some(lsn);
-        let mut record =
-            Record { lsn, end, prev, xid: u32_at(bytes, 4), info: bytes[16], rmgr: bytes[17], major, bytes };
+        let mut record = Record {
+            lsn,
+            end,
+            prev,
+            xid: u32_at(bytes, 4),
+            info: bytes[16],
+            rmgr: bytes[17],
+            major,
+            bytes,
+        };
         if record.is_switch() {
             self.switched = true;
             record.end = Lsn(lsn.0 / self.segment_size * self.segment_size + self.segment_size);

@@ -66,7 +66,10 @@ fn command(options: &Options, major: u32) -> String {
     let label = quote_text(&options.label);
     if major >= 15 {
         let checkpoint = if options.fast { "fast" } else { "spread" };
-        let rate = options.max_rate_kib.map(|r| format!(", MAX_RATE {r}")).unwrap_or_default();
+        let rate = options
+            .max_rate_kib
+            .map(|r| format!(", MAX_RATE {r}"))
+            .unwrap_or_default();
         // Up to 15, asking for the map leaves out in-place tablespaces; the links are sent instead.
         let map = major >= 16;
         format!(
@@ -75,7 +78,10 @@ fn command(options: &Options, major: u32) -> String {
         )
     } else {
         let fast = if options.fast { " FAST" } else { "" };
-        let rate = options.max_rate_kib.map(|r| format!(" MAX_RATE {r}")).unwrap_or_default();
+        let rate = options
+            .max_rate_kib
+            .map(|r| format!(" MAX_RATE {r}"))
+            .unwrap_or_default();
         format!("BASE_BACKUP LABEL {label} PROGRESS{fast} NOWAIT{rate} NOVERIFY_CHECKSUMS MANIFEST 'no'")
     }
 }
@@ -84,13 +90,26 @@ impl<'a> BaseBackup<'a> {
     /// Starts a base backup; returns once the server's checkpoint is done.
     pub async fn start(connection: &'a mut Connection, options: &Options) -> Result<Self> {
         if let Some(rate) = options.max_rate_kib.filter(|r| !(32..=1_048_576).contains(r)) {
-            return Err(Error::usage(format!("a rate of {rate} KiB/s is not possible: 32 to 1048576")));
+            return Err(Error::usage(format!(
+                "a rate of {rate} KiB/s is not possible: 32 to 1048576"
+            )));
         }
         let command = command(options, connection.major());
         connection.send_query(&command).await?;
         let (start, timeline) = position(&result_set(connection).await?)?;
-        let tablespaces = result_set(connection).await?.iter().map(tablespace).collect::<Result<_>>()?;
-        Ok(Self { connection, start, timeline, tablespaces, next_archive: 0, in_manifest: false })
+        let tablespaces = result_set(connection)
+            .await?
+            .iter()
+            .map(tablespace)
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            connection,
+            start,
+            timeline,
+            tablespaces,
+            next_archive: 0,
+            in_manifest: false,
+        })
     }
 
     /// The next item. After `End` the connection is idle again.
@@ -123,7 +142,12 @@ impl<'a> BaseBackup<'a> {
                         b'd' if self.in_manifest => {}
                         b'd' => return Ok(Item::Data(data)),
                         b'p' => {}
-                        other => return Err(broken(format!("a message of type {:?} in a base backup", other as char))),
+                        other => {
+                            return Err(broken(format!(
+                                "a message of type {:?} in a base backup",
+                                other as char
+                            )));
+                        }
                     }
                 }
                 Message::Other(M::RowDescription(_)) => {
@@ -163,7 +187,10 @@ fn position(rows: &[Row]) -> Result<(Lsn, u32)> {
     let bad = || broken("no position in a base backup");
     let row = rows.first().ok_or_else(bad)?;
     let field = |i: usize| row.get(i).and_then(Option::as_deref).ok_or_else(bad);
-    Ok((field(0)?.parse().map_err(|_| bad())?, field(1)?.parse().map_err(|_| bad())?))
+    Ok((
+        field(0)?.parse().map_err(|_| bad())?,
+        field(1)?.parse().map_err(|_| bad())?,
+    ))
 }
 
 fn tablespace(row: &Row) -> Result<TablespaceRow> {
@@ -172,7 +199,9 @@ fn tablespace(row: &Row) -> Result<TablespaceRow> {
     Ok(TablespaceRow {
         oid: field(0).map(|oid| oid.parse().map_err(|_| bad())).transpose()?,
         location: field(1).unwrap_or_default().to_owned(),
-        size_bytes: field(2).and_then(|kib| kib.parse::<u64>().ok()).map(|kib| kib.saturating_mul(1024)),
+        size_bytes: field(2)
+            .and_then(|kib| kib.parse::<u64>().ok())
+            .map(|kib| kib.saturating_mul(1024)),
     })
 }
 

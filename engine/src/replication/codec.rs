@@ -30,10 +30,19 @@ pub fn next(buffer: &mut BytesMut) -> Result<Option<Message>> {
     let Some(header) = buffer.first_chunk::<5>() else {
         return Ok(None);
     };
-    let (tag, len) = (header[0], i32::from_be_bytes([header[1], header[2], header[3], header[4]]));
-    let len = usize::try_from(len).ok().filter(|&len| len >= 4).ok_or_else(|| broken(format!("a message of length {len}")))?;
+    let (tag, len) = (
+        header[0],
+        i32::from_be_bytes([header[1], header[2], header[3], header[4]]),
+    );
+    let len = usize::try_from(len)
+        .ok()
+        .filter(|&len| len >= 4)
+        .ok_or_else(|| broken(format!("a message of length {len}")))?;
     if len > MAX_MESSAGE {
-        return Err(broken(format!("a message of {len} bytes (type {:?}); at most {MAX_MESSAGE} are accepted", tag as char)));
+        return Err(broken(format!(
+            "a message of {len} bytes (type {:?}); at most {MAX_MESSAGE} are accepted",
+            tag as char
+        )));
     }
     if buffer.len() < len + 1 {
         buffer.reserve(len + 1 - buffer.len());
@@ -100,7 +109,10 @@ pub fn row(body: &backend::DataRowBody) -> Result<Row> {
         let value = match range {
             None => None,
             Some(range) => {
-                let bytes = body.buffer().get(range).ok_or_else(|| broken("a row that ends early"))?;
+                let bytes = body
+                    .buffer()
+                    .get(range)
+                    .ok_or_else(|| broken("a row that ends early"))?;
                 Some(String::from_utf8_lossy(bytes).into_owned())
             }
         };

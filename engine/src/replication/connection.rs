@@ -30,7 +30,11 @@ const READ_BYTES: usize = 256 << 10;
 
 impl Wire {
     fn new(socket: Box<dyn Socket>, private: bool) -> Self {
-        Self { socket, buffer: BytesMut::with_capacity(READ_BYTES), private }
+        Self {
+            socket,
+            buffer: BytesMut::with_capacity(READ_BYTES),
+            private,
+        }
     }
 
     /// Nobody on the way can read along: TLS or a Unix socket.
@@ -105,7 +109,10 @@ impl Connection {
             for host in &info.hosts {
                 match Self::open_host(info, host, mode).await {
                     Ok(connection) if connection.acceptable(*attrs) => return Ok(connection),
-                    Ok(_) => failures.push(Error::failed(format!("{} port {}: not the kind of server that target_session_attrs asks for", host.name, host.port))),
+                    Ok(_) => failures.push(Error::failed(format!(
+                        "{} port {}: not the kind of server that target_session_attrs asks for",
+                        host.name, host.port
+                    ))),
                     Err(error) => failures.push(error),
                 }
             }
@@ -114,7 +121,10 @@ impl Connection {
             return Err(failures.remove(0));
         }
         let texts: Vec<_> = failures.iter().map(ToString::to_string).collect();
-        Err(Error::temporary(format!("none of the servers can be used: {}", texts.join("; "))))
+        Err(Error::temporary(format!(
+            "none of the servers can be used: {}",
+            texts.join("; ")
+        )))
     }
 
     fn acceptable(&self, attrs: SessionAttrs) -> bool {
@@ -132,14 +142,20 @@ impl Connection {
         let result = match info.connect_timeout {
             None => connecting.await,
             Some(limit) => tokio::time::timeout(limit, connecting).await.unwrap_or_else(|_| {
-                Err(Error::temporary(format!("no connection within {} s (connect_timeout)", limit.as_secs())))
+                Err(Error::temporary(format!(
+                    "no connection within {} s (connect_timeout)",
+                    limit.as_secs()
+                )))
             }),
         };
         result.context(|| format!("server {} port {}", host.name, host.port))
     }
 
     async fn open_unlimited(info: &ConnInfo, host: &Host, mode: Mode) -> Result<Self> {
-        match (Self::attempt(info, host, mode, info.sslmode != SslMode::Allow).await, info.sslmode) {
+        match (
+            Self::attempt(info, host, mode, info.sslmode != SslMode::Allow).await,
+            info.sslmode,
+        ) {
             (Err(first), SslMode::Allow) if !host.is_socket() => {
                 Self::attempt(info, host, mode, true).await.map_err(|_| first)
             }
@@ -149,7 +165,13 @@ impl Connection {
 
     async fn attempt(info: &ConnInfo, host: &Host, mode: Mode, may_use_tls: bool) -> Result<Self> {
         let (wire, binding) = open_wire(info, host, may_use_tls).await?;
-        let mut this = Self { wire, host: host.clone(), server_version: 0, in_recovery: false, read_only: false };
+        let mut this = Self {
+            wire,
+            host: host.clone(),
+            server_version: 0,
+            in_recovery: false,
+            read_only: false,
+        };
         let database = match mode {
             Mode::Replication => "replication",
             Mode::Sql => &info.database,
@@ -172,7 +194,8 @@ impl Connection {
             parameters.push(("options", options));
         }
         let mut out = BytesMut::new();
-        frontend::startup_message(parameters, &mut out).map_err(|e| Error::usage("conninfo holds a NUL byte").caused_by(e))?;
+        frontend::startup_message(parameters, &mut out)
+            .map_err(|e| Error::usage("conninfo holds a NUL byte").caused_by(e))?;
         this.wire.send(&out).await?;
         auth::authenticate(&mut this.wire, info, host, database, binding).await?;
         loop {
@@ -192,8 +215,11 @@ impl Connection {
             }
         }
         if this.server_version < 140_000 {
-            return Err(Error::new(crate::error::Kind::Unsupported, format!("PostgreSQL {} is not supported", this.server_version / 10_000))
-                .remedy("fairvault backs up PostgreSQL 14 to 19"));
+            return Err(Error::new(
+                crate::error::Kind::Unsupported,
+                format!("PostgreSQL {} is not supported", this.server_version / 10_000),
+            )
+            .remedy("fairvault backs up PostgreSQL 14 to 19"));
         }
         Ok(this)
     }
@@ -247,7 +273,13 @@ impl Connection {
 
     /// The one value that a query returns.
     pub async fn value(&mut self, query: &str) -> Result<Option<String>> {
-        Ok(self.query(query).await?.into_iter().next().and_then(|row| row.into_iter().next()).flatten())
+        Ok(self
+            .query(query)
+            .await?
+            .into_iter()
+            .next()
+            .and_then(|row| row.into_iter().next())
+            .flatten())
     }
 
     /// IDENTIFY_SYSTEM.
@@ -281,7 +313,10 @@ impl Connection {
             "GB" => 1 << 30,
             _ => return Err(broken(format!("wal_segment_size = {text:?}"))),
         };
-        let size = text[..split].parse::<u64>().map_err(|e| broken(e.to_string()))?.saturating_mul(unit);
+        let size = text[..split]
+            .parse::<u64>()
+            .map_err(|e| broken(e.to_string()))?
+            .saturating_mul(unit);
         if !crate::postgres::segment::valid_segment_size(size) {
             return Err(broken(format!("wal_segment_size = {text:?}")));
         }
@@ -295,7 +330,9 @@ impl Connection {
         }
         let rows = self.query(&format!("TIMELINE_HISTORY {timeline}")).await?;
         let content = rows.into_iter().next().and_then(|row| row.into_iter().nth(1)).flatten();
-        content.map(|c| Some(c.into_bytes())).ok_or_else(|| broken("no content in TIMELINE_HISTORY"))
+        content
+            .map(|c| Some(c.into_bytes()))
+            .ok_or_else(|| broken("no content in TIMELINE_HISTORY"))
     }
 
     /// CREATE_REPLICATION_SLOT … PHYSICAL; a temporary slot lives as long as the connection.
@@ -306,13 +343,18 @@ impl Connection {
             (true, true) => " (RESERVE_WAL)",
             (true, false) => " RESERVE_WAL",
         };
-        self.query(&format!("CREATE_REPLICATION_SLOT {}{temporary} PHYSICAL{reserve}", quote_name(name))).await?;
+        self.query(&format!(
+            "CREATE_REPLICATION_SLOT {}{temporary} PHYSICAL{reserve}",
+            quote_name(name)
+        ))
+        .await?;
         Ok(())
     }
 
     /// DROP_REPLICATION_SLOT.
     pub async fn drop_slot(&mut self, name: &str) -> Result<()> {
-        self.query(&format!("DROP_REPLICATION_SLOT {} WAIT", quote_name(name))).await?;
+        self.query(&format!("DROP_REPLICATION_SLOT {} WAIT", quote_name(name)))
+            .await?;
         Ok(())
     }
 }
@@ -329,7 +371,13 @@ pub(super) fn quote_text(text: &str) -> String {
 
 /// `server_version` as a number such as `server_version_num`.
 fn parse_version(text: &str) -> u32 {
-    let digits = |s: &str| s.chars().take_while(char::is_ascii_digit).collect::<String>().parse::<u32>().unwrap_or(0);
+    let digits = |s: &str| {
+        s.chars()
+            .take_while(char::is_ascii_digit)
+            .collect::<String>()
+            .parse::<u32>()
+            .unwrap_or(0)
+    };
     let mut parts = text.splitn(2, '.');
     let major = parts.next().map_or(0, digits);
     let minor = parts.next().map_or(0, digits);
@@ -339,15 +387,19 @@ fn parse_version(text: &str) -> u32 {
 async fn open_wire(info: &ConnInfo, host: &Host, may_use_tls: bool) -> Result<(Wire, Option<Option<Vec<u8>>>)> {
     if host.is_socket() {
         let path = format!("{}/.s.PGSQL.{}", host.name, host.port);
-        let socket = UnixStream::connect(&path)
-            .await
-            .map_err(|e| Error::temporary(format!("connecting to {path}")).caused_by(e).remedy("is the server running, and is the path its unix_socket_directories?"))?;
+        let socket = UnixStream::connect(&path).await.map_err(|e| {
+            Error::temporary(format!("connecting to {path}"))
+                .caused_by(e)
+                .remedy("is the server running, and is the path its unix_socket_directories?")
+        })?;
         return Ok((Wire::new(Box::new(socket), true), None));
     }
     let target = host.address.as_deref().unwrap_or(&host.name);
-    let mut socket = TcpStream::connect((target, host.port))
-        .await
-        .map_err(|e| Error::temporary(format!("connecting to {target}")).caused_by(e).remedy("is the server running and listening there?"))?;
+    let mut socket = TcpStream::connect((target, host.port)).await.map_err(|e| {
+        Error::temporary(format!("connecting to {target}"))
+            .caused_by(e)
+            .remedy("is the server running and listening there?")
+    })?;
     let _ = socket.set_nodelay(true);
     if info.sslmode == SslMode::Disable || !may_use_tls {
         return Ok((Wire::new(Box::new(socket), false), None));
@@ -359,7 +411,9 @@ async fn open_wire(info: &ConnInfo, host: &Host, may_use_tls: bool) -> Result<(W
     let answer = socket.read_u8().await.map_err(lost)?;
     if answer != b'S' {
         if info.sslmode >= SslMode::Require {
-            return Err(Error::refused("the server does not offer TLS").remedy("set up TLS there, or choose another sslmode"));
+            return Err(
+                Error::refused("the server does not offer TLS").remedy("set up TLS there, or choose another sslmode")
+            );
         }
         return Ok((Wire::new(Box::new(socket), false), None));
     }
@@ -369,7 +423,11 @@ async fn open_wire(info: &ConnInfo, host: &Host, may_use_tls: bool) -> Result<(W
     let stream = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config))
         .connect(name, socket)
         .await
-        .map_err(|e| Error::failed("TLS with the server failed").caused_by(e).remedy("check sslrootcert, sslmode and the server's certificate"))?;
+        .map_err(|e| {
+            Error::failed("TLS with the server failed")
+                .caused_by(e)
+                .remedy("check sslrootcert, sslmode and the server's certificate")
+        })?;
     let end_point = stream
         .get_ref()
         .1

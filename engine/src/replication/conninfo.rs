@@ -97,31 +97,85 @@ pub struct ConnInfo {
 
 impl std::fmt::Debug for ConnInfo {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "ConnInfo {{ hosts: {:?}, user: {:?}, database: {:?} }}", self.hosts, self.user, self.database)
+        write!(
+            f,
+            "ConnInfo {{ hosts: {:?}, user: {:?}, database: {:?} }}",
+            self.hosts, self.user, self.database
+        )
     }
 }
 
 /// Keys that libpq knows and that have no effect here.
 const IGNORED: &[&str] = &[
-    "fallback_application_name", "keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count",
-    "tcp_user_timeout", "gssencmode", "krbsrvname", "gsslib", "gssdelegation", "sslcompression", "sslsni",
-    "ssl_min_protocol_version", "ssl_max_protocol_version", "client_encoding", "replication", "load_balance_hosts",
-    "sslnegotiation", "sslcertmode", "min_protocol_version", "max_protocol_version", "servicefile",
+    "fallback_application_name",
+    "keepalives",
+    "keepalives_idle",
+    "keepalives_interval",
+    "keepalives_count",
+    "tcp_user_timeout",
+    "gssencmode",
+    "krbsrvname",
+    "gsslib",
+    "gssdelegation",
+    "sslcompression",
+    "sslsni",
+    "ssl_min_protocol_version",
+    "ssl_max_protocol_version",
+    "client_encoding",
+    "replication",
+    "load_balance_hosts",
+    "sslnegotiation",
+    "sslcertmode",
+    "min_protocol_version",
+    "max_protocol_version",
+    "servicefile",
 ];
 const KNOWN: &[&str] = &[
-    "host", "hostaddr", "port", "user", "dbname", "password", "passfile", "sslmode", "sslrootcert", "sslcert", "sslkey",
-    "channel_binding", "target_session_attrs", "connect_timeout", "application_name", "options", "service", "requirepeer",
-    "sslpassword", "sslcrl", "sslcrldir", "require_auth",
+    "host",
+    "hostaddr",
+    "port",
+    "user",
+    "dbname",
+    "password",
+    "passfile",
+    "sslmode",
+    "sslrootcert",
+    "sslcert",
+    "sslkey",
+    "channel_binding",
+    "target_session_attrs",
+    "connect_timeout",
+    "application_name",
+    "options",
+    "service",
+    "requirepeer",
+    "sslpassword",
+    "sslcrl",
+    "sslcrldir",
+    "require_auth",
 ];
 /// Keys that would weaken what the user asked for if they were passed over.
 const REFUSED: &[&str] = &["requirepeer", "sslpassword", "sslcrl", "sslcrldir", "require_auth"];
 
 const VARIABLES: &[(&str, &str)] = &[
-    ("host", "PGHOST"), ("hostaddr", "PGHOSTADDR"), ("port", "PGPORT"), ("user", "PGUSER"), ("dbname", "PGDATABASE"),
-    ("password", "PGPASSWORD"), ("passfile", "PGPASSFILE"), ("sslmode", "PGSSLMODE"), ("sslrootcert", "PGSSLROOTCERT"),
-    ("sslcert", "PGSSLCERT"), ("sslkey", "PGSSLKEY"), ("channel_binding", "PGCHANNELBINDING"),
-    ("target_session_attrs", "PGTARGETSESSIONATTRS"), ("connect_timeout", "PGCONNECT_TIMEOUT"),
-    ("application_name", "PGAPPNAME"), ("options", "PGOPTIONS"), ("service", "PGSERVICE"), ("requirepeer", "PGREQUIREPEER"),
+    ("host", "PGHOST"),
+    ("hostaddr", "PGHOSTADDR"),
+    ("port", "PGPORT"),
+    ("user", "PGUSER"),
+    ("dbname", "PGDATABASE"),
+    ("password", "PGPASSWORD"),
+    ("passfile", "PGPASSFILE"),
+    ("sslmode", "PGSSLMODE"),
+    ("sslrootcert", "PGSSLROOTCERT"),
+    ("sslcert", "PGSSLCERT"),
+    ("sslkey", "PGSSLKEY"),
+    ("channel_binding", "PGCHANNELBINDING"),
+    ("target_session_attrs", "PGTARGETSESSIONATTRS"),
+    ("connect_timeout", "PGCONNECT_TIMEOUT"),
+    ("application_name", "PGAPPNAME"),
+    ("options", "PGOPTIONS"),
+    ("service", "PGSERVICE"),
+    ("requirepeer", "PGREQUIREPEER"),
     ("require_auth", "PGREQUIREAUTH"),
 ];
 
@@ -152,7 +206,9 @@ impl ConnInfo {
         }
         for key in values.keys() {
             if REFUSED.contains(&key.as_str()) {
-                return Err(Error::usage(format!("conninfo: {key} is not supported, and leaving it out would weaken the connection")));
+                return Err(Error::usage(format!(
+                    "conninfo: {key} is not supported, and leaving it out would weaken the connection"
+                )));
             }
             if !KNOWN.contains(&key.as_str()) && !IGNORED.contains(&key.as_str()) {
                 return Err(Error::usage(format!("conninfo: {key:?} is not a connection parameter")));
@@ -164,8 +220,15 @@ impl ConnInfo {
     fn from_values(values: BTreeMap<String, String>, env: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
         let get = |key: &str| values.get(key).filter(|v| !v.is_empty()).cloned();
         let home = env("HOME").map(PathBuf::from);
-        let in_home = |file: &str| home.as_ref().map(|h| h.join(".postgresql").join(file)).filter(|p| p.is_file());
-        let user = get("user").or_else(|| env("USER")).or_else(|| env("LOGNAME")).unwrap_or_else(|| "postgres".to_owned());
+        let in_home = |file: &str| {
+            home.as_ref()
+                .map(|h| h.join(".postgresql").join(file))
+                .filter(|p| p.is_file())
+        };
+        let user = get("user")
+            .or_else(|| env("USER"))
+            .or_else(|| env("LOGNAME"))
+            .unwrap_or_else(|| "postgres".to_owned());
         let sslrootcert = get("sslrootcert").or_else(|| in_home("root.crt").map(|p| p.to_string_lossy().into_owned()));
         let sslmode = match get("sslmode").as_deref() {
             None if sslrootcert.as_deref() == Some("system") => SslMode::VerifyFull,
@@ -175,7 +238,13 @@ impl ConnInfo {
             Some("require") => SslMode::Require,
             Some("verify-ca") => SslMode::VerifyCa,
             Some("verify-full") => SslMode::VerifyFull,
-            Some(other) => return Err(bad_value("sslmode", other, "disable, allow, prefer, require, verify-ca or verify-full")),
+            Some(other) => {
+                return Err(bad_value(
+                    "sslmode",
+                    other,
+                    "disable, allow, prefer, require, verify-ca or verify-full",
+                ));
+            }
         };
         let session_attrs = match get("target_session_attrs").as_deref() {
             None | Some("any") => SessionAttrs::Any,
@@ -185,7 +254,11 @@ impl ConnInfo {
             Some("standby") => SessionAttrs::Standby,
             Some("prefer-standby") => SessionAttrs::PreferStandby,
             Some(other) => {
-                return Err(bad_value("target_session_attrs", other, "any, read-write, read-only, primary, standby or prefer-standby"));
+                return Err(bad_value(
+                    "target_session_attrs",
+                    other,
+                    "any, read-write, read-only, primary, standby or prefer-standby",
+                ));
             }
         };
         let connect_timeout = match get("connect_timeout") {
@@ -197,7 +270,10 @@ impl ConnInfo {
             },
         };
         let binding = get("channel_binding");
-        if let Some(other) = binding.as_deref().filter(|b| !["disable", "prefer", "require"].contains(b)) {
+        if let Some(other) = binding
+            .as_deref()
+            .filter(|b| !["disable", "prefer", "require"].contains(b))
+        {
             return Err(bad_value("channel_binding", other, "disable, prefer or require"));
         }
         Ok(Self {
@@ -205,7 +281,9 @@ impl ConnInfo {
             database: get("dbname").unwrap_or_else(|| user.clone()),
             user,
             password: get("password"),
-            passfile: get("passfile").map(PathBuf::from).or_else(|| home.as_ref().map(|h| h.join(".pgpass"))),
+            passfile: get("passfile")
+                .map(PathBuf::from)
+                .or_else(|| home.as_ref().map(|h| h.join(".pgpass"))),
             sslmode,
             sslrootcert,
             sslcert: get("sslcert").map(PathBuf::from).or_else(|| in_home("postgresql.crt")),
@@ -226,7 +304,10 @@ impl ConnInfo {
         }
         let path = self.passfile.as_ref()?;
         if !safe_passfile(path) {
-            tracing::warn!("password file {} is readable by others and therefore not used", path.display());
+            tracing::warn!(
+                "password file {} is readable by others and therefore not used",
+                path.display()
+            );
             return None;
         }
         let text = std::fs::read_to_string(path).ok()?;
@@ -251,7 +332,12 @@ fn passfile_lookup(text: &str, wanted: &[&str; 4]) -> Option<String> {
                 c => fields.last_mut()?.push(c),
             }
         }
-        if fields.len() == 5 && fields.iter().zip(wanted).all(|(field, want)| field == "*" || field == want) {
+        if fields.len() == 5
+            && fields
+                .iter()
+                .zip(wanted)
+                .all(|(field, want)| field == "*" || field == want)
+        {
             return fields.pop();
         }
     }
@@ -270,12 +356,16 @@ fn hosts(host: Option<String>, hostaddr: Option<String>, port: Option<String>) -
     };
     let addresses: Vec<&str> = hostaddr.as_deref().map(|a| a.split(',').collect()).unwrap_or_default();
     if !addresses.is_empty() && addresses.len() != names.len() {
-        return Err(Error::usage("conninfo: host and hostaddr have a different number of entries"));
+        return Err(Error::usage(
+            "conninfo: host and hostaddr have a different number of entries",
+        ));
     }
     let port = port.unwrap_or_else(|| "5432".to_owned());
     let ports: Vec<&str> = port.split(',').collect();
     if ports.len() != 1 && ports.len() != names.len() {
-        return Err(Error::usage("conninfo: host and port have a different number of entries"));
+        return Err(Error::usage(
+            "conninfo: host and port have a different number of entries",
+        ));
     }
     names
         .iter()
@@ -284,16 +374,27 @@ fn hosts(host: Option<String>, hostaddr: Option<String>, port: Option<String>) -
             let port = ports[if ports.len() == 1 { 0 } else { i }];
             let port = if port.is_empty() { "5432" } else { port };
             Ok(Host {
-                name: if name.is_empty() { default_socket_folder() } else { name.clone() },
+                name: if name.is_empty() {
+                    default_socket_folder()
+                } else {
+                    name.clone()
+                },
                 address: addresses.get(i).filter(|a| !a.is_empty()).map(|a| (*a).to_owned()),
-                port: port.trim().parse().map_err(|_| bad_value("port", port, "a number from 1 to 65535"))?,
+                port: port
+                    .trim()
+                    .parse()
+                    .map_err(|_| bad_value("port", port, "a number from 1 to 65535"))?,
             })
         })
         .collect()
 }
 
 fn default_socket_folder() -> String {
-    ["/var/run/postgresql", "/run/postgresql"].into_iter().find(|p| Path::new(p).is_dir()).unwrap_or("/tmp").to_owned()
+    ["/var/run/postgresql", "/run/postgresql"]
+        .into_iter()
+        .find(|p| Path::new(p).is_dir())
+        .unwrap_or("/tmp")
+        .to_owned()
 }
 
 fn parse_pairs(text: &str) -> Result<BTreeMap<String, String>> {
@@ -330,7 +431,9 @@ fn parse_pairs(text: &str) -> Result<BTreeMap<String, String>> {
 }
 
 fn parse_uri(text: &str) -> Result<BTreeMap<String, String>> {
-    let bad = |why: &str| Error::usage(format!("conninfo URI: {why}")).remedy("postgresql://user@host:port/database?key=value");
+    let bad = |why: &str| {
+        Error::usage(format!("conninfo URI: {why}")).remedy("postgresql://user@host:port/database?key=value")
+    };
     let (_, rest) = text.split_once("://").ok_or_else(|| bad("no scheme"))?;
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (authority, database) = rest.split_once('/').unwrap_or((rest, ""));
@@ -338,7 +441,10 @@ fn parse_uri(text: &str) -> Result<BTreeMap<String, String>> {
     let mut values = BTreeMap::new();
     let mut put = |key: &str, value: &str| -> Result<()> {
         if !value.is_empty() {
-            values.insert(key.to_owned(), decode_percent(value).ok_or_else(|| bad("a wrong % escape"))?);
+            values.insert(
+                key.to_owned(),
+                decode_percent(value).ok_or_else(|| bad("a wrong % escape"))?,
+            );
         }
         Ok(())
     };
@@ -362,7 +468,14 @@ fn parse_uri(text: &str) -> Result<BTreeMap<String, String>> {
     put("port", &ports.join(","))?;
     for pair in query.split('&').filter(|p| !p.is_empty()) {
         let (key, value) = pair.split_once('=').ok_or_else(|| bad("a parameter without ="))?;
-        put(if key == "ssl" { "sslmode" } else { key }, if key == "ssl" && value == "true" { "require" } else { value })?;
+        put(
+            if key == "ssl" { "sslmode" } else { key },
+            if key == "ssl" && value == "true" {
+                "require"
+            } else {
+                value
+            },
+        )?;
     }
     Ok(values)
 }
@@ -389,11 +502,17 @@ fn service_values(service: &str, env: &dyn Fn(&str) -> Option<String>) -> Result
         Some(PathBuf::from("/etc/postgresql-common/pg_service.conf")),
     ];
     for path in candidates.into_iter().flatten() {
-        let Ok(text) = std::fs::read_to_string(&path) else { continue };
+        let Ok(text) = std::fs::read_to_string(&path) else {
+            continue;
+        };
         let mut inside = false;
         let mut found = Vec::new();
         let mut seen = false;
-        for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')) {
+        for line in text
+            .lines()
+            .map(str::trim)
+            .filter(|l| !l.is_empty() && !l.starts_with('#'))
+        {
             if let Some(name) = line.strip_prefix('[').and_then(|l| l.strip_suffix(']')) {
                 inside = name == service;
                 seen |= inside;
@@ -408,7 +527,9 @@ fn service_values(service: &str, env: &dyn Fn(&str) -> Option<String>) -> Result
             return Ok(found);
         }
     }
-    Err(Error::usage(format!("conninfo: service {service:?} is in no service file")))
+    Err(Error::usage(format!(
+        "conninfo: service {service:?} is in no service file"
+    )))
 }
 
 #[cfg(test)]
@@ -421,13 +542,35 @@ mod tests {
 
     #[test]
     fn pairs_quotes_and_several_hosts() {
-        let info = ConnInfo::parse_with(r"host=a,/run/pg port=5433,5434 user='o''' password='it\'s' dbname = x", &none);
+        let info = ConnInfo::parse_with(
+            r"host=a,/run/pg port=5433,5434 user='o''' password='it\'s' dbname = x",
+            &none,
+        );
         assert!(info.is_err(), "a quote inside quotes must be escaped");
-        let info = ConnInfo::parse_with(r"host=a,/run/pg port=5433,5434 user=u password='it\'s' dbname = x", &none).unwrap();
-        assert_eq!(info.hosts[1], Host { name: "/run/pg".into(), address: None, port: 5434 });
+        let info = ConnInfo::parse_with(
+            r"host=a,/run/pg port=5433,5434 user=u password='it\'s' dbname = x",
+            &none,
+        )
+        .unwrap();
+        assert_eq!(
+            info.hosts[1],
+            Host {
+                name: "/run/pg".into(),
+                address: None,
+                port: 5434
+            }
+        );
         assert_eq!(info.password.as_deref(), Some("it's"));
         assert_eq!(info.database, "x");
-        for bad in ["host", "hots=a", "sslmode=maybe", "host=a,b port=1,2,3", "password='x", "port=99999", "sslcrl=x"] {
+        for bad in [
+            "host",
+            "hots=a",
+            "sslmode=maybe",
+            "host=a,b port=1,2,3",
+            "password='x",
+            "port=99999",
+            "sslcrl=x",
+        ] {
             assert!(ConnInfo::parse_with(bad, &none).is_err(), "{bad}");
         }
     }
@@ -435,10 +578,20 @@ mod tests {
     #[test]
     fn uris_and_the_environment() {
         let env = |name: &str| (name == "PGPASSWORD").then(|| "secret".to_owned());
-        let info = ConnInfo::parse_with("postgresql://us%20er@h1:1,[::1]:2/db?sslmode=verify-full&target_session_attrs=standby", &env).unwrap();
+        let info = ConnInfo::parse_with(
+            "postgresql://us%20er@h1:1,[::1]:2/db?sslmode=verify-full&target_session_attrs=standby",
+            &env,
+        )
+        .unwrap();
         assert_eq!(info.user, "us er");
-        assert_eq!(info.hosts.iter().map(|h| (h.name.as_str(), h.port)).collect::<Vec<_>>(), [("h1", 1), ("::1", 2)]);
-        assert_eq!((info.sslmode, info.session_attrs), (SslMode::VerifyFull, SessionAttrs::Standby));
+        assert_eq!(
+            info.hosts.iter().map(|h| (h.name.as_str(), h.port)).collect::<Vec<_>>(),
+            [("h1", 1), ("::1", 2)]
+        );
+        assert_eq!(
+            (info.sslmode, info.session_attrs),
+            (SslMode::VerifyFull, SessionAttrs::Standby)
+        );
         assert_eq!(info.password.as_deref(), Some("secret"));
         assert!(!format!("{info:?}").contains("secret"));
     }

@@ -45,7 +45,12 @@ impl ServerCertVerifier for Relaxed {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signed, &self.provider.signature_verification_algorithms)
+        verify_tls12_signature(
+            message,
+            certificate,
+            signed,
+            &self.provider.signature_verification_algorithms,
+        )
     }
 
     fn verify_tls13_signature(
@@ -54,7 +59,12 @@ impl ServerCertVerifier for Relaxed {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signed, &self.provider.signature_verification_algorithms)
+        verify_tls13_signature(
+            message,
+            certificate,
+            signed,
+            &self.provider.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -70,7 +80,9 @@ fn roots(file: &str) -> Result<RootCertStore> {
         let bad = |why: String| Error::usage(format!("sslrootcert {file}: {why}"));
         let certificates = CertificateDer::pem_file_iter(file).map_err(|e| bad(e.to_string()))?;
         for certificate in certificates {
-            roots.add(certificate.map_err(|e| bad(e.to_string()))?).map_err(|e| bad(e.to_string()))?;
+            roots
+                .add(certificate.map_err(|e| bad(e.to_string()))?)
+                .map_err(|e| bad(e.to_string()))?;
         }
     }
     if roots.is_empty() {
@@ -86,20 +98,25 @@ pub fn config(info: &ConnInfo) -> Result<ClientConfig> {
         .with_safe_default_protocol_versions()
         .map_err(|e| Error::failed("TLS cannot be set up").caused_by(e))?;
     let file = info.sslrootcert.as_deref();
-    let relaxed = |roots| Arc::new(Relaxed { roots, provider: provider.clone() });
+    let relaxed = |roots| {
+        Arc::new(Relaxed {
+            roots,
+            provider: provider.clone(),
+        })
+    };
     let builder = match (info.sslmode, file) {
         (SslMode::VerifyFull, Some(file)) => builder.with_root_certificates(roots(file)?),
-        (SslMode::VerifyCa, Some(file)) => {
-            builder.dangerous().with_custom_certificate_verifier(relaxed(Some(roots(file)?)))
-        }
+        (SslMode::VerifyCa, Some(file)) => builder
+            .dangerous()
+            .with_custom_certificate_verifier(relaxed(Some(roots(file)?))),
         (SslMode::VerifyFull | SslMode::VerifyCa, None) => {
             return Err(Error::usage("sslmode=verify-ca and verify-full need sslrootcert")
                 .remedy("name the file of root certificates, or sslrootcert=system"));
         }
         // As libpq: a root certificate file turns `require` into `verify-ca`.
-        (SslMode::Require, Some(file)) if std::path::Path::new(file).exists() => {
-            builder.dangerous().with_custom_certificate_verifier(relaxed(Some(roots(file)?)))
-        }
+        (SslMode::Require, Some(file)) if std::path::Path::new(file).exists() => builder
+            .dangerous()
+            .with_custom_certificate_verifier(relaxed(Some(roots(file)?))),
         _ => builder.dangerous().with_custom_certificate_verifier(relaxed(None)),
     };
     match (&info.sslcert, &info.sslkey) {
@@ -109,7 +126,9 @@ pub fn config(info: &ConnInfo) -> Result<ClientConfig> {
                 .and_then(Iterator::collect::<std::result::Result<Vec<_>, _>>)
                 .map_err(|e| bad(cert, e.to_string()))?;
             let private = PrivateKeyDer::from_pem_file(key).map_err(|e| bad(key, e.to_string()))?;
-            builder.with_client_auth_cert(chain, private).map_err(|e| bad(cert, e.to_string()))
+            builder
+                .with_client_auth_cert(chain, private)
+                .map_err(|e| bad(cert, e.to_string()))
         }
         (Some(_), None) => Err(Error::usage("sslcert is given without sslkey")),
         (None, _) => Ok(builder.with_no_client_auth()),

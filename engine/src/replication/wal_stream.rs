@@ -45,14 +45,23 @@ impl WalStream {
     /// Starts streaming at `from` on `timeline`, through `slot` if there is one.
     pub async fn start(mut connection: Connection, slot: Option<&str>, from: Lsn, timeline: u32) -> Result<Self> {
         let slot = slot.map(|s| format!("SLOT {} ", quote_name(s))).unwrap_or_default();
-        connection.send_query(&format!("START_REPLICATION {slot}PHYSICAL {from} TIMELINE {timeline}")).await?;
+        connection
+            .send_query(&format!("START_REPLICATION {slot}PHYSICAL {from} TIMELINE {timeline}"))
+            .await?;
         loop {
             match connection.wire.receive().await? {
-                Message::CopyBoth => return Ok(Self { connection, durable: Lsn(0) }),
+                Message::CopyBoth => {
+                    return Ok(Self {
+                        connection,
+                        durable: Lsn(0),
+                    });
+                }
                 Message::Other(M::ErrorResponse(body)) => {
                     let error = server_error(body.fields());
                     return Err(match error.to_string().contains("has already been removed") {
-                        true => error.remedy("the server no longer has this WAL; use a replication slot, or take a new full backup"),
+                        true => error.remedy(
+                            "the server no longer has this WAL; use a replication slot, or take a new full backup",
+                        ),
                         false => error,
                     });
                 }
@@ -71,7 +80,10 @@ impl WalStream {
                         data.advance(1);
                         let start = Lsn(data.get_u64());
                         data.advance(16);
-                        return Ok(WalItem::Data { start, bytes: detach(&data) });
+                        return Ok(WalItem::Data {
+                            start,
+                            bytes: detach(&data),
+                        });
                     }
                     Some(b'k') if data.len() >= 18 => {
                         data.advance(1);
@@ -101,7 +113,8 @@ impl WalStream {
                 Message::Other(M::DataRow(body)) => {
                     let row = super::codec::row(&body)?;
                     let field = |i: usize| row.get(i).and_then(Option::as_deref);
-                    if let (Some(Ok(timeline)), Some(Ok(start))) = (field(0).map(str::parse), field(1).map(str::parse)) {
+                    if let (Some(Ok(timeline)), Some(Ok(start))) = (field(0).map(str::parse), field(1).map(str::parse))
+                    {
                         next = Some((timeline, start));
                     }
                 }
@@ -128,7 +141,9 @@ impl WalStream {
         body.put_i64(jiff::Timestamp::now().as_microsecond() - EPOCH_2000_US);
         body.put_u8(0);
         let mut out = BytesMut::new();
-        frontend::CopyData::new(body.freeze()).map_err(|e| Error::failed("a status message").caused_by(e))?.write(&mut out);
+        frontend::CopyData::new(body.freeze())
+            .map_err(|e| Error::failed("a status message").caused_by(e))?
+            .write(&mut out);
         self.connection.wire.send(&out).await
     }
 

@@ -40,20 +40,35 @@ pub struct Written {
 pub async fn read_frame(stanza: &Stanza, pack: &PackRef, frame: &FrameRef) -> Result<Vec<u8>> {
     let name = names::pack(&pack.name);
     let from = u64::from(frame.offset);
-    let bytes = stanza.store().get_range(&name, from..from + u64::from(frame.stored_len)).await?;
+    let bytes = stanza
+        .store()
+        .get_range(&name, from..from + u64::from(frame.stored_len))
+        .await?;
     let key = FrameKey::new(stanza.keys_of(pack.header.epoch)?, stanza.scope(), &pack.header)?;
     open_frame(stanza, &key, pack, frame, &bytes)
 }
 
 /// Opens a frame and checks its id.
 pub fn open_frame(stanza: &Stanza, key: &FrameKey, pack: &PackRef, frame: &FrameRef, stored: &[u8]) -> Result<Vec<u8>> {
-    let what = format!("{}/{}, frame {} at {}", stanza.shown(), names::pack(&pack.name), frame.ordinal, frame.offset);
+    let what = format!(
+        "{}/{}, frame {} at {}",
+        stanza.shown(),
+        names::pack(&pack.name),
+        frame.ordinal,
+        frame.offset
+    );
     if stored.len() != frame.stored_len as usize {
-        return Err(Error::damaged(format!("{what} is cut off: {} of {} bytes are there", stored.len(), frame.stored_len)));
+        return Err(Error::damaged(format!(
+            "{what} is cut off: {} of {} bytes are there",
+            stored.len(),
+            frame.stored_len
+        )));
     }
     let chunk = key.open(frame.ordinal, stored, &what)?;
     if chunk.len() != frame.plain_len as usize || stanza.keys_of(pack.header.epoch)?.chunk_id(&chunk) != frame.id {
-        return Err(Error::damaged(format!("{what} holds another chunk than the manifest says")));
+        return Err(Error::damaged(format!(
+            "{what} holds another chunk than the manifest says"
+        )));
     }
     Ok(chunk)
 }
@@ -84,7 +99,12 @@ fn ranges(frames: &[FrameRef], needed: &[bool]) -> Vec<Range> {
                 last.to = last.to.max(end);
                 last.frames.push(number);
             }
-            _ => out.push(Range { pack: frame.pack, from: frame.offset, to: end, frames: vec![number] }),
+            _ => out.push(Range {
+                pack: frame.pack,
+                from: frame.offset,
+                to: end,
+                frames: vec![number],
+            }),
         }
     }
     out
@@ -102,7 +122,13 @@ struct Work {
 }
 
 /// Writes every file.
-pub async fn write_all(stanza: Arc<Stanza>, plan: &Plan, layout: &Layout, delta: bool, progress: Arc<Progress>) -> Result<Written> {
+pub async fn write_all(
+    stanza: Arc<Stanza>,
+    plan: &Plan,
+    layout: &Layout,
+    delta: bool,
+    progress: Arc<Progress>,
+) -> Result<Written> {
     let mut written = Written::default();
     let paths: Vec<PathBuf> = plan.files.iter().map(|f| layout.path(&f.path)).collect();
     let mut wanted = vec![false; plan.files.len()];
@@ -122,7 +148,12 @@ pub async fn write_all(stanza: Arc<Stanza>, plan: &Plan, layout: &Layout, delta:
         }
         progress.files.add(1);
     }
-    let mut placements: Vec<Placement> = plan.placements.iter().filter(|p| wanted[p.file as usize]).copied().collect();
+    let mut placements: Vec<Placement> = plan
+        .placements
+        .iter()
+        .filter(|p| wanted[p.file as usize])
+        .copied()
+        .collect();
     placements.sort_unstable_by_key(|p| p.frame);
     let mut needed = vec![false; plan.frames.len()];
     let mut placed_from = vec![0u32; plan.frames.len() + 1];
@@ -143,7 +174,8 @@ pub async fn write_all(stanza: Arc<Stanza>, plan: &Plan, layout: &Layout, delta:
         paths,
         progress,
     });
-    let mut running = futures::stream::iter(ranges.into_iter().map(|range| fetch(work.clone(), range))).buffer_unordered(RANGES);
+    let mut running =
+        futures::stream::iter(ranges.into_iter().map(|range| fetch(work.clone(), range))).buffer_unordered(RANGES);
     while let Some(result) = running.next().await {
         result?;
     }
@@ -156,7 +188,11 @@ pub async fn write_all(stanza: Arc<Stanza>, plan: &Plan, layout: &Layout, delta:
 
 async fn fetch(work: Arc<Work>, range: Range) -> Result<()> {
     let name = names::pack(&work.packs[range.pack as usize].name);
-    let bytes = work.stanza.store().get_range(&name, range.from.into()..range.to.into()).await?;
+    let bytes = work
+        .stanza
+        .store()
+        .get_range(&name, range.from.into()..range.to.into())
+        .await?;
     work.progress.stored_bytes.add(bytes.len() as u64);
     tokio::task::spawn_blocking(move || place(&work, &range, &bytes))
         .await
@@ -165,26 +201,37 @@ async fn fetch(work: Arc<Work>, range: Range) -> Result<()> {
 
 fn place(work: &Work, range: &Range, bytes: &Bytes) -> Result<()> {
     let pack = &work.packs[range.pack as usize];
-    let key = FrameKey::new(work.stanza.keys_of(pack.header.epoch)?, work.stanza.scope(), &pack.header)?;
+    let key = FrameKey::new(
+        work.stanza.keys_of(pack.header.epoch)?,
+        work.stanza.scope(),
+        &pack.header,
+    )?;
     let mut open: Option<(u32, std::fs::File)> = None;
     for &number in &range.frames {
         let frame = &work.frames[number as usize];
         let from = (frame.offset - range.from) as usize;
         let stored = bytes.get(from..from + frame.stored_len as usize).unwrap_or_default();
         let chunk = open_frame(&work.stanza, &key, pack, frame, stored).context(|| "restoring")?;
-        let (a, b) = (work.placed_from[number as usize] as usize, work.placed_from[number as usize + 1] as usize);
+        let (a, b) = (
+            work.placed_from[number as usize] as usize,
+            work.placed_from[number as usize + 1] as usize,
+        );
         for p in &work.placements[a..b] {
             let path = &work.paths[p.file as usize];
             let what = || format!("writing {}", path.display());
             let file = match &mut open {
                 Some((file_number, file)) if *file_number == p.file => file,
                 other => {
-                    let file = std::fs::OpenOptions::new().write(true).open(path).map_err(|e| Error::io(what(), e))?;
+                    let file = std::fs::OpenOptions::new()
+                        .write(true)
+                        .open(path)
+                        .map_err(|e| Error::io(what(), e))?;
                     &mut other.insert((p.file, file)).1
                 }
             };
             let content = &chunk[p.frame_offset as usize..p.frame_offset as usize + p.len as usize];
-            file.write_all_at(content, p.file_offset).map_err(|e| Error::io(what(), e))?;
+            file.write_all_at(content, p.file_offset)
+                .map_err(|e| Error::io(what(), e))?;
             work.progress.read_bytes.add(p.len.into());
         }
     }
@@ -203,21 +250,28 @@ fn create(file: &FileEntry, path: &std::path::Path) -> Result<()> {
         .open(path)
         .map_err(|e| Error::io(what(), e))?;
     out.set_len(file.size).map_err(|e| Error::io(what(), e))?;
-    out.set_permissions(std::fs::Permissions::from_mode(mode)).map_err(|e| Error::io(what(), e))
+    out.set_permissions(std::fs::Permissions::from_mode(mode))
+        .map_err(|e| Error::io(what(), e))
 }
 
 /// Whether a file is there with the right length and CRC.
 fn is_right(file: &FileEntry, path: &std::path::Path) -> Result<bool> {
     use std::io::Read;
-    let Ok(mut there) = std::fs::File::open(path) else { return Ok(false) };
-    let meta = there.metadata().map_err(|e| Error::io(format_args!("looking at {}", path.display()), e))?;
+    let Ok(mut there) = std::fs::File::open(path) else {
+        return Ok(false);
+    };
+    let meta = there
+        .metadata()
+        .map_err(|e| Error::io(format_args!("looking at {}", path.display()), e))?;
     if !meta.is_file() || meta.len() != file.size {
         return Ok(false);
     }
     let mut buffer = vec![0u8; 1 << 20];
     let mut crc = 0;
     loop {
-        let n = there.read(&mut buffer).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
+        let n = there
+            .read(&mut buffer)
+            .map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
         if n == 0 {
             return Ok(crc == file.crc32c);
         }

@@ -34,7 +34,11 @@ impl Layout {
                 folders.insert(self.directory.join(&file.path));
             }
         }
-        folders.extend(plan.tablespaces.iter().filter_map(|(_, l)| l.as_ref().map(PathBuf::from)));
+        folders.extend(
+            plan.tablespaces
+                .iter()
+                .filter_map(|(_, l)| l.as_ref().map(PathBuf::from)),
+        );
         folders.insert(self.directory.join("pg_tblspc"));
         folders.into_iter().filter(|f| f.is_dir()).collect()
     }
@@ -56,11 +60,17 @@ fn is_empty(path: &Path) -> Result<bool> {
 /// Fails if a server runs on the directory.
 fn check_no_server(directory: &Path) -> Result<()> {
     let path = directory.join("postmaster.pid");
-    let Ok(text) = std::fs::read_to_string(&path) else { return Ok(()) };
+    let Ok(text) = std::fs::read_to_string(&path) else {
+        return Ok(());
+    };
     let pid = text.lines().next().and_then(|l| l.trim().parse::<u32>().ok());
     match pid.filter(|pid| Path::new(&format!("/proc/{pid}")).exists()) {
         None => Ok(()),
-        Some(pid) => Err(Error::refused(format!("a PostgreSQL server (process {pid}) runs on {}", directory.display())).remedy("stop it first")),
+        Some(pid) => Err(Error::refused(format!(
+            "a PostgreSQL server (process {pid}) runs on {}",
+            directory.display()
+        ))
+        .remedy("stop it first")),
     }
 }
 
@@ -73,33 +83,54 @@ pub fn prepare(plan: &Plan, options: &Options) -> Result<Layout> {
         return Err(Error::refused(format!("{} is not empty", directory.display()))
             .remedy("choose an empty or new directory; --delta reuses what is there, --force replaces it"));
     }
-    if (options.force || options.delta) && !resuming && !is_empty(&directory)? && !directory.join("PG_VERSION").exists() {
-        return Err(Error::refused(format!("{} is not empty and is no data directory (it has no PG_VERSION)", directory.display()))
-            .remedy("fairvault does not delete what it does not know; empty it yourself if that is meant"));
+    if (options.force || options.delta) && !resuming && !is_empty(&directory)? && !directory.join("PG_VERSION").exists()
+    {
+        return Err(Error::refused(format!(
+            "{} is not empty and is no data directory (it has no PG_VERSION)",
+            directory.display()
+        ))
+        .remedy("fairvault does not delete what it does not know; empty it yourself if that is meant"));
     }
     for (_, location) in &plan.tablespaces {
-        let Some(location) = location.as_deref().map(Path::new) else { continue };
+        let Some(location) = location.as_deref().map(Path::new) else {
+            continue;
+        };
         if location.starts_with(&directory) {
-            return Err(Error::usage(format!("tablespace folder {} is inside the data directory", location.display())));
+            return Err(Error::usage(format!(
+                "tablespace folder {} is inside the data directory",
+                location.display()
+            )));
         }
         if !is_empty(location)? && !resuming && !options.force && !options.delta {
-            return Err(Error::refused(format!("tablespace folder {} is not empty", location.display())).remedy("map it to an empty folder"));
+            return Err(
+                Error::refused(format!("tablespace folder {} is not empty", location.display()))
+                    .remedy("map it to an empty folder"),
+            );
         }
     }
     make_directory(&directory)?;
-    std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o700)).map_err(io("setting the mode of", &directory))?;
+    std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o700))
+        .map_err(io("setting the mode of", &directory))?;
     if options.delta || options.force || resuming {
         clear(plan, &directory, options.delta || (resuming && !options.force))?;
     }
     let marker = directory.join(UNFINISHED_MARKER);
-    std::fs::write(&marker, format!("a restore of backup {} is not finished\n", plan.info.id)).map_err(io("writing", &marker))?;
+    std::fs::write(
+        &marker,
+        format!("a restore of backup {} is not finished\n", plan.info.id),
+    )
+    .map_err(io("writing", &marker))?;
     super::sync_directory(&directory)?;
     make_tree(plan, &directory)?;
     Ok(Layout { directory })
 }
 
 fn make_directory(path: &Path) -> Result<()> {
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io("creating", path))
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(io("creating", path))
 }
 
 /// Removes what must not survive: pg_control first, so that a half-restored directory never starts.
@@ -113,16 +144,31 @@ fn clear(plan: &Plan, directory: &Path, keep_known_files: bool) -> Result<()> {
     std::fs::write(&marker, "a restore is not finished\n").map_err(io("writing", &marker))?;
     super::sync_directory(directory)?;
     let known: HashSet<PathBuf> = match keep_known_files {
-        true => plan.files.iter().filter(|f| f.kind() == FileKind::FileRegular).map(|f| directory.join(&f.path)).collect(),
+        true => plan
+            .files
+            .iter()
+            .filter(|f| f.kind() == FileKind::FileRegular)
+            .map(|f| directory.join(&f.path))
+            .collect(),
         false => HashSet::new(),
     };
     let mut roots = vec![directory.to_path_buf()];
-    roots.extend(plan.tablespaces.iter().filter_map(|(_, l)| l.as_ref().map(PathBuf::from)));
+    roots.extend(
+        plan.tablespaces
+            .iter()
+            .filter_map(|(_, l)| l.as_ref().map(PathBuf::from)),
+    );
     for root in roots.iter().filter(|r| r.is_dir()) {
         let aliases = |path: &Path| -> bool {
-            let via_link = plan.tablespaces.iter().filter_map(|(oid, l)| Some((oid, l.as_ref()?))).find_map(|(oid, l)| {
-                path.strip_prefix(l).ok().map(|rest| directory.join(format!("pg_tblspc/{oid}")).join(rest))
-            });
+            let via_link = plan
+                .tablespaces
+                .iter()
+                .filter_map(|(oid, l)| Some((oid, l.as_ref()?)))
+                .find_map(|(oid, l)| {
+                    path.strip_prefix(l)
+                        .ok()
+                        .map(|rest| directory.join(format!("pg_tblspc/{oid}")).join(rest))
+                });
             known.contains(path) || via_link.is_some_and(|p| known.contains(&p))
         };
         remove_unknown(root, &aliases, &marker)?;
@@ -159,7 +205,11 @@ fn make_tree(plan: &Plan, directory: &Path) -> Result<()> {
                     Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
                         let there = std::fs::read_link(&link).map_err(io("reading the link", &link))?;
                         if there != Path::new(location) {
-                            return Err(Error::refused(format!("{} points to {}", link.display(), there.display())));
+                            return Err(Error::refused(format!(
+                                "{} points to {}",
+                                link.display(),
+                                there.display()
+                            )));
                         }
                     }
                     other => other.map_err(io("linking", &link))?,
@@ -174,7 +224,8 @@ fn make_tree(plan: &Plan, directory: &Path) -> Result<()> {
             FileKind::FileDirectory => {
                 make_directory(&path)?;
                 let mode = if file.mode == 0 { 0o700 } else { file.mode & 0o7777 };
-                std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).map_err(io("setting the mode of", &path))?;
+                std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode))
+                    .map_err(io("setting the mode of", &path))?;
             }
             FileKind::FileRegular | FileKind::FileSymlink => {
                 if let Some(parent) = path.parent() {

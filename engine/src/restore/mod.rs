@@ -71,7 +71,12 @@ pub struct Report {
 }
 
 /// Restores.
-pub async fn run(log: &Log, options: &Options, progress: Arc<Progress>, cancelled: impl Future<Output = ()>) -> Result<Report> {
+pub async fn run(
+    log: &Log,
+    options: &Options,
+    progress: Arc<Progress>,
+    cancelled: impl Future<Output = ()>,
+) -> Result<Report> {
     progress.phase("planning");
     let plan = Plan::make(log, options).await?;
     let work = async {
@@ -91,7 +96,12 @@ pub async fn run(log: &Log, options: &Options, progress: Arc<Progress>, cancelle
         written = work => written?,
         () = cancelled => return Err(Error::new(crate::error::Kind::Interrupted, "interrupted; the directory is not usable, run the same restore again")),
     };
-    Ok(Report { files: written.files, bytes: written.bytes, kept_files: written.kept, plan })
+    Ok(Report {
+        files: written.files,
+        bytes: written.bytes,
+        kept_files: written.kept,
+        plan,
+    })
 }
 
 /// pg_control into its place, folders synced, the marker of an unfinished restore away.

@@ -2,8 +2,8 @@
 //!
 //! It lists the files as they now are: those that the restore had to change get their new length and CRC.
 
-use std::os::unix::fs::OpenOptionsExt;
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 
 use fairvault_format::proto::{FileEntry, FileKind};
 use serde::Serialize;
@@ -43,13 +43,21 @@ pub fn write(plan: &Plan, layout: &Layout, changed: &[String]) -> Result<()> {
     text.push_str("\"Files\": [");
     let mut first = true;
     // What the restore added is listed too: pg_verifybackup tolerates no strangers.
-    let added = changed.iter().filter(|path| !plan.files.iter().any(|f| &f.path == *path)).map(|path| FileEntry {
-        path: path.clone(),
-        mtime_us: plan.info.stopped_us,
-        ..FileEntry::default()
-    });
+    let added = changed
+        .iter()
+        .filter(|path| !plan.files.iter().any(|f| &f.path == *path))
+        .map(|path| FileEntry {
+            path: path.clone(),
+            mtime_us: plan.info.stopped_us,
+            ..FileEntry::default()
+        });
     let added: Vec<FileEntry> = added.collect();
-    for file in plan.files.iter().filter(|f| f.kind() == FileKind::FileRegular).chain(&added) {
+    for file in plan
+        .files
+        .iter()
+        .filter(|f| f.kind() == FileKind::FileRegular)
+        .chain(&added)
+    {
         let (mut size, mut crc) = (file.size, file.crc32c);
         if changed.iter().any(|c| c == &file.path) {
             let path = layout.directory.join(&file.path);
@@ -66,19 +74,29 @@ pub fn write(plan: &Plan, layout: &Layout, changed: &[String]) -> Result<()> {
         };
         text.push_str(if first { "\n" } else { ",\n" });
         first = false;
-        text.push_str(&serde_json::to_string(&line).map_err(|e| Error::failed("writing backup_manifest").caused_by(e))?);
+        text.push_str(
+            &serde_json::to_string(&line).map_err(|e| Error::failed("writing backup_manifest").caused_by(e))?,
+        );
     }
     let range = format!(
         "{{ \"Timeline\": {}, \"Start-LSN\": \"{}\", \"End-LSN\": \"{}\" }}",
-        plan.info.start_timeline, Lsn(plan.info.start_lsn), Lsn(plan.info.stop_lsn)
+        plan.info.start_timeline,
+        Lsn(plan.info.start_lsn),
+        Lsn(plan.info.stop_lsn)
     );
     text.push_str(&format!("\n],\n\"WAL-Ranges\": [\n{range}\n],\n"));
     let hash = hex::encode(sha2::Sha256::digest(text.as_bytes()));
     text.push_str(&format!("\"Manifest-Checksum\": \"{hash}\"}}\n"));
     let path = layout.directory.join("backup_manifest");
-    let result = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path).and_then(|mut f| {
-        f.write_all(text.as_bytes())?;
-        f.sync_all()
-    });
+    let result = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&path)
+        .and_then(|mut f| {
+            f.write_all(text.as_bytes())?;
+            f.sync_all()
+        });
     result.map_err(|e| Error::io(format_args!("writing {}", path.display()), e))
 }

@@ -95,13 +95,17 @@ fn damaged(what: &str, why: impl std::fmt::Display) -> Error {
 
 /// Whether a path stays inside the directory that it is relative to.
 fn safe_path(path: &str) -> bool {
-    path.len() <= limits::PATH_BYTES && !path.contains('\0') && path.split('/').all(|part| !matches!(part, "" | "." | ".."))
+    path.len() <= limits::PATH_BYTES
+        && !path.contains('\0')
+        && path.split('/').all(|part| !matches!(part, "" | "." | ".."))
 }
 
 impl Manifest {
     /// Reads and checks the manifest of a backup.
     pub async fn read(stanza: &Stanza, root_hash: &[u8]) -> Result<Self> {
-        let hash: [u8; 32] = root_hash.try_into().map_err(|_| Error::damaged("the log names a root without a hash"))?;
+        let hash: [u8; 32] = root_hash
+            .try_into()
+            .map_err(|_| Error::damaged("the log names a root without a hash"))?;
         let name = names::root(&hash);
         let what = format!("{}/{name}", stanza.shown());
         let bytes = stanza.store().get(&name).await.context(|| "reading the manifest")?;
@@ -132,7 +136,14 @@ impl Manifest {
         let table = root.packs.clone().unwrap_or_default();
         let packs = decode_pack_table(&table.names, &table.headers, what)?;
         let by_name: HashMap<[u8; 32], u32> = packs.iter().enumerate().map(|(i, p)| (p.name, i as u32)).collect();
-        let mut this = Self { root, usage, packs, files: Vec::new(), frames: Vec::new(), placements: Vec::new() };
+        let mut this = Self {
+            root,
+            usage,
+            packs,
+            files: Vec::new(),
+            frames: Vec::new(),
+            placements: Vec::new(),
+        };
         let mut frame_numbers: HashMap<(u32, u32), u32> = HashMap::new();
         for segment in segments {
             this.add_segment(segment, &by_name, &mut frame_numbers, what)?;
@@ -150,14 +161,26 @@ impl Manifest {
         let local: Vec<Option<u32>> = segment
             .pack_names
             .iter()
-            .map(|name| <[u8; 32]>::try_from(name.as_slice()).ok().and_then(|n| by_name.get(&n).copied()))
+            .map(|name| {
+                <[u8; 32]>::try_from(name.as_slice())
+                    .ok()
+                    .and_then(|n| by_name.get(&n).copied())
+            })
             .collect();
-        let table = frames(&segment.frames.unwrap_or_default(), |pack| local.get(pack as usize).copied().flatten(), what)?;
+        let table = frames(
+            &segment.frames.unwrap_or_default(),
+            |pack| local.get(pack as usize).copied().flatten(),
+            what,
+        )?;
         for mut file in segment.files {
             if !file.path_bytes.is_empty() || !safe_path(&file.path) {
                 return Err(damaged(what, format_args!("it lists the path {:?}", file.path)));
             }
-            if self.files.last().is_some_and(|last| last.path.as_bytes() >= file.path.as_bytes()) {
+            if self
+                .files
+                .last()
+                .is_some_and(|last| last.path.as_bytes() >= file.path.as_bytes())
+            {
                 return Err(damaged(what, format_args!("{:?} is out of order", file.path)));
             }
             let number = self.files.len() as u32;
@@ -169,8 +192,11 @@ impl Manifest {
             let mut covered = 0u64;
             for i in 0..count {
                 let frame = table.get(e.frame[i] as usize);
-                let inside = frame.is_some_and(|f| u64::from(e.frame_offset[i]) + u64::from(e.len[i]) <= u64::from(f.plain_len));
-                let end = e.file_offset[i].checked_add(e.len[i].into()).filter(|&end| end <= file.size);
+                let inside =
+                    frame.is_some_and(|f| u64::from(e.frame_offset[i]) + u64::from(e.len[i]) <= u64::from(f.plain_len));
+                let end = e.file_offset[i]
+                    .checked_add(e.len[i].into())
+                    .filter(|&end| end <= file.size);
                 let (Some(frame), true, Some(end)) = (frame, inside && e.file_offset[i] >= covered, end) else {
                     return Err(damaged(what, format_args!("the extents of {:?}", file.path)));
                 };
@@ -206,7 +232,12 @@ async fn read_segment(stanza: &Stanza, packs: &[PackRef], list: &[FrameRef], wha
 
 fn frames(table: &proto::FrameTable, pack: impl Fn(u32) -> Option<u32>, what: &str) -> Result<Vec<FrameRef>> {
     let count = table.pack.len();
-    let columns = [table.ordinal.len(), table.offset.len(), table.stored_len.len(), table.plain_len.len()];
+    let columns = [
+        table.ordinal.len(),
+        table.offset.len(),
+        table.stored_len.len(),
+        table.plain_len.len(),
+    ];
     if table.ids.len() != count * 32 || columns.iter().any(|&n| n != count) {
         return Err(damaged(what, "the columns of its frame table differ in length"));
     }
@@ -215,10 +246,15 @@ fn frames(table: &proto::FrameTable, pack: impl Fn(u32) -> Option<u32>, what: &s
             let mut id = [0u8; 32];
             id.copy_from_slice(&table.ids[i * 32..i * 32 + 32]);
             fairvault_format::error::check_limit(what, table.plain_len[i].into(), limits::MANIFEST_CHUNK_BYTES.into())?;
-            fairvault_format::error::check_limit(what, u64::from(table.offset[i]) + u64::from(table.stored_len[i]), limits::PACK_BYTES)?;
+            fairvault_format::error::check_limit(
+                what,
+                u64::from(table.offset[i]) + u64::from(table.stored_len[i]),
+                limits::PACK_BYTES,
+            )?;
             Ok(FrameRef {
                 id,
-                pack: pack(table.pack[i]).ok_or_else(|| damaged(what, "a frame is in a pack that its table does not have"))?,
+                pack: pack(table.pack[i])
+                    .ok_or_else(|| damaged(what, "a frame is in a pack that its table does not have"))?,
                 ordinal: table.ordinal[i],
                 offset: table.offset[i],
                 stored_len: table.stored_len[i],
@@ -238,7 +274,14 @@ impl Plan {
         let archive = Archive::open(log, system_identifier, 3)?;
         let coverage = Coverage::read(&archive).await?;
         let choice = Choice::new(log, &archive, &coverage);
-        let reachable = choice.resolve(options.backup.as_deref(), &options.target, options.timeline, options.exclusive).await?;
+        let reachable = choice
+            .resolve(
+                options.backup.as_deref(),
+                &options.target,
+                options.timeline,
+                options.exclusive,
+            )
+            .await?;
         let info = info(&reachable.backup);
         check_replay(&archive, &reachable, &info, options).await?;
         let manifest = Manifest::read(log.stanza(), &reachable.backup.root).await?;
@@ -260,9 +303,17 @@ impl Plan {
 
 fn tablespaces(info: &proto::BackupInfo, options: &Options) -> Result<Vec<(u32, Option<String>)>> {
     for (old, _) in &options.tablespace_map {
-        if old != "all" && !info.tablespaces.iter().any(|t| &t.location == old || t.oid.to_string() == *old) {
+        if old != "all"
+            && !info
+                .tablespaces
+                .iter()
+                .any(|t| &t.location == old || t.oid.to_string() == *old)
+        {
             let known: Vec<_> = info.tablespaces.iter().map(|t| t.location.as_str()).collect();
-            return Err(Error::usage(format!("--tablespace-map {old}=…: the backup has no such tablespace")).remedy(format!("tablespaces: {}", known.join(", "))));
+            return Err(
+                Error::usage(format!("--tablespace-map {old}=…: the backup has no such tablespace"))
+                    .remedy(format!("tablespaces: {}", known.join(", "))),
+            );
         }
     }
     info.tablespaces
@@ -293,7 +344,12 @@ fn tablespaces(info: &proto::BackupInfo, options: &Options) -> Result<Vec<(u32, 
 }
 
 /// Refuses WAL that must not, or cannot, be replayed.
-async fn check_replay(archive: &Archive, reachable: &Reachable, info: &proto::BackupInfo, options: &Options) -> Result<()> {
+async fn check_replay(
+    archive: &Archive,
+    reachable: &Reachable,
+    info: &proto::BackupInfo,
+    options: &Options,
+) -> Result<()> {
     let reader = Reader::new(archive, &reachable.history);
     let (from, to) = (Lsn(info.start_lsn), reachable.through.max(Lsn(info.stop_lsn)));
     let mut events: Vec<Event> = Vec::new();
@@ -308,7 +364,10 @@ async fn check_replay(archive: &Archive, reachable: &Reachable, info: &proto::Ba
                 events.extend(s.tablespaces.iter().map(|t| Event {
                     lsn: Lsn(t.lsn),
                     end: Lsn(t.lsn),
-                    what: What::TablespaceCreate { oid: t.oid, location: t.location.clone() },
+                    what: What::TablespaceCreate {
+                        oid: t.oid,
+                        location: t.location.clone(),
+                    },
                 }));
                 events.extend(s.parameter_changes.iter().map(|p| Event {
                     lsn: Lsn(p.lsn),
@@ -317,18 +376,31 @@ async fn check_replay(archive: &Archive, reachable: &Reachable, info: &proto::Ba
                 }));
             }
             _ => {
-                let end = segments.get(i + 1).copied().unwrap_or(segment).end(archive.segment_size);
-                reader.walk(segment.start(archive.segment_size), end, |event| events.push(event.clone())).await?;
+                let end = segments
+                    .get(i + 1)
+                    .copied()
+                    .unwrap_or(segment)
+                    .end(archive.segment_size);
+                reader
+                    .walk(segment.start(archive.segment_size), end, |event| {
+                        events.push(event.clone())
+                    })
+                    .await?;
             }
         }
     }
     for event in events.iter().filter(|e| e.lsn >= from && e.lsn < to) {
         match &event.what {
             What::ParameterChange { wal_level: 0 } => {
-                return Err(Error::not_found(format!("the server ran with wal_level = minimal from {}: PostgreSQL refuses to recover across that", event.lsn))
-                    .remedy("choose a target before it, or a backup taken after it"));
+                return Err(Error::not_found(format!(
+                    "the server ran with wal_level = minimal from {}: PostgreSQL refuses to recover across that",
+                    event.lsn
+                ))
+                .remedy("choose a target before it, or a backup taken after it"));
             }
-            What::TablespaceCreate { oid, location } if !location.is_empty() && !info.tablespaces.iter().any(|t| t.oid == *oid) => {
+            What::TablespaceCreate { oid, location }
+                if !location.is_empty() && !info.tablespaces.iter().any(|t| t.oid == *oid) =>
+            {
                 let inside = Path::new(location).starts_with(&options.directory);
                 if !inside && Path::new(location).exists() {
                     return Err(Error::refused(format!(

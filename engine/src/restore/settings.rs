@@ -19,8 +19,13 @@ use crate::wal::push::RESTORED_MARKER;
 
 const AUTO_CONF: &str = "postgresql.auto.conf";
 /// Settings that describe a recovery target: exactly one may be set.
-const TARGETS: [&str; 5] =
-    ["recovery_target", "recovery_target_name", "recovery_target_time", "recovery_target_xid", "recovery_target_lsn"];
+const TARGETS: [&str; 5] = [
+    "recovery_target",
+    "recovery_target_name",
+    "recovery_target_time",
+    "recovery_target_xid",
+    "recovery_target_lsn",
+];
 
 /// A value for postgresql.conf.
 fn quote(value: &str) -> String {
@@ -29,8 +34,15 @@ fn quote(value: &str) -> String {
 
 /// An argument for the shell that runs restore_command.
 fn shell(word: &str) -> String {
-    let plain = !word.is_empty() && word.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-=:,+".contains(&b));
-    if plain { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+    let plain = !word.is_empty()
+        && word
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"/._-=:,+".contains(&b));
+    if plain {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
 }
 
 fn write_file(path: &Path, content: &[u8]) -> Result<()> {
@@ -42,7 +54,9 @@ fn write_file(path: &Path, content: &[u8]) -> Result<()> {
         .mode(0o600)
         .open(path)
         .map_err(|e| Error::io(what(), e))?;
-    file.write_all(content).and_then(|()| file.sync_all()).map_err(|e| Error::io(what(), e))
+    file.write_all(content)
+        .and_then(|()| file.sync_all())
+        .map_err(|e| Error::io(what(), e))
 }
 
 fn restore_command(plan: &Plan, options: &Options, stanza: &Stanza) -> String {
@@ -59,7 +73,12 @@ fn restore_command(plan: &Plan, options: &Options, stanza: &Stanza) -> String {
 fn block(plan: &Plan, options: &Options, stanza: &Stanza, has_pid_file: bool) -> String {
     let mut out = String::from("\n# Written by fairvault restore.\n");
     let mut set = |name: &str, value: &str| out.push_str(&format!("{name} = {}\n", quote(value)));
-    for name in ["recovery_end_command", "archive_cleanup_command", "primary_conninfo", "primary_slot_name"] {
+    for name in [
+        "recovery_end_command",
+        "archive_cleanup_command",
+        "primary_conninfo",
+        "primary_slot_name",
+    ] {
         if !(options.standby && name.starts_with("primary")) {
             set(name, "");
         }
@@ -74,7 +93,10 @@ fn block(plan: &Plan, options: &Options, stanza: &Stanza, has_pid_file: bool) ->
     }
     set("restore_command", &restore_command(plan, options, stanza));
     set("recovery_target_timeline", &plan.reachable.history.timeline.to_string());
-    set("recovery_target_inclusive", if options.exclusive { "off" } else { "on" });
+    set(
+        "recovery_target_inclusive",
+        if options.exclusive { "off" } else { "on" },
+    );
     if let Some((name, value)) = &plan.reachable.setting {
         set(name, value);
     }
@@ -98,15 +120,24 @@ fn block(plan: &Plan, options: &Options, stanza: &Stanza, has_pid_file: bool) ->
 fn without_leftovers(text: &str) -> String {
     let dropped = |line: &str| {
         let name = line.split(['=', ' ', '\t']).next().unwrap_or_default();
-        TARGETS.contains(&name) || matches!(name, "recovery_target_timeline" | "recovery_target_action" | "recovery_target_inclusive" | "restore_command")
+        TARGETS.contains(&name)
+            || matches!(
+                name,
+                "recovery_target_timeline" | "recovery_target_action" | "recovery_target_inclusive" | "restore_command"
+            )
     };
-    text.lines().filter(|line| !dropped(line.trim_start())).map(|line| format!("{line}\n")).collect()
+    text.lines()
+        .filter(|line| !dropped(line.trim_start()))
+        .map(|line| format!("{line}\n"))
+        .collect()
 }
 
 /// Whether the restored configuration names an external_pid_file.
 fn names_pid_file(directory: &Path, auto_conf: &str) -> bool {
     let main = std::fs::read_to_string(directory.join("postgresql.conf")).unwrap_or_default();
-    main.lines().chain(auto_conf.lines()).any(|line| line.trim_start().starts_with("external_pid_file"))
+    main.lines()
+        .chain(auto_conf.lines())
+        .any(|line| line.trim_start().starts_with("external_pid_file"))
 }
 
 /// Writes everything. Returns the paths of manifest files that are no longer what the backup held.
@@ -119,8 +150,21 @@ pub fn write(plan: &Plan, layout: &Layout, options: &Options, stanza: &Stanza) -
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
         Err(e) => return Err(Error::io(format_args!("reading {}", path.display()), e)),
     };
-    write_file(&path, format!("{}{}", without_leftovers(&before), block(plan, options, stanza, names_pid_file(directory, &before))).as_bytes())?;
-    for leftover in ["standby.signal", "recovery.signal", "backup_label.old", "tablespace_map.old"] {
+    write_file(
+        &path,
+        format!(
+            "{}{}",
+            without_leftovers(&before),
+            block(plan, options, stanza, names_pid_file(directory, &before))
+        )
+        .as_bytes(),
+    )?;
+    for leftover in [
+        "standby.signal",
+        "recovery.signal",
+        "backup_label.old",
+        "tablespace_map.old",
+    ] {
         let path = directory.join(leftover);
         match std::fs::remove_file(&path) {
             Ok(()) => changed.push(leftover.to_owned()),
@@ -129,9 +173,12 @@ pub fn write(plan: &Plan, layout: &Layout, options: &Options, stanza: &Stanza) -
         }
     }
     let label = directory.join("backup_label");
-    let text = std::fs::read_to_string(&label).map_err(|e| Error::io(format_args!("reading {}", label.display()), e))?;
+    let text =
+        std::fs::read_to_string(&label).map_err(|e| Error::io(format_args!("reading {}", label.display()), e))?;
     if text.contains("INCREMENTAL FROM") {
-        return Err(Error::refused("backup_label says that this is a native incremental backup; PostgreSQL would refuse to start on it"));
+        return Err(Error::refused(
+            "backup_label says that this is a native incremental backup; PostgreSQL would refuse to start on it",
+        ));
     }
     if write_tablespace_map(plan, directory)? {
         changed.push("tablespace_map".to_owned());
@@ -143,7 +190,11 @@ pub fn write(plan: &Plan, layout: &Layout, options: &Options, stanza: &Stanza) -
         write_file(&directory.join(RESTORED_MARKER), text.as_bytes())?;
         changed.push(RESTORED_MARKER.to_owned());
     }
-    let signal = if options.standby { "standby.signal" } else { "recovery.signal" };
+    let signal = if options.standby {
+        "standby.signal"
+    } else {
+        "recovery.signal"
+    };
     write_file(&directory.join(signal), b"")?;
     sync_directory(directory)?;
     Ok(changed)
@@ -159,7 +210,10 @@ fn write_tablespace_map(plan: &Plan, directory: &Path) -> Result<bool> {
     let mut text = String::new();
     for (oid, location) in plan.tablespaces.iter().filter_map(|(oid, l)| Some((oid, l.as_ref()?))) {
         // As do_pg_backup_start writes it: a line feed or backslash in a path is escaped.
-        let escaped: String = location.chars().flat_map(|c| matches!(c, '\\' | '\n' | '\r').then_some('\\').into_iter().chain([c])).collect();
+        let escaped: String = location
+            .chars()
+            .flat_map(|c| matches!(c, '\\' | '\n' | '\r').then_some('\\').into_iter().chain([c]))
+            .collect();
         text.push_str(&format!("{oid} {escaped}\n"));
     }
     write_file(&path, text.as_bytes())?;

@@ -103,7 +103,14 @@ impl<'a> Reader<'a> {
     pub async fn content(&self, segment: Segment) -> Result<Option<Vec<u8>>> {
         let size = self.archive.segment_size;
         let mut timelines = vec![segment.timeline];
-        timelines.extend(self.history.ancestors.iter().rev().filter(|a| a.end > segment.start(size) && a.timeline < segment.timeline).map(|a| a.timeline));
+        timelines.extend(
+            self.history
+                .ancestors
+                .iter()
+                .rev()
+                .filter(|a| a.end > segment.start(size) && a.timeline < segment.timeline)
+                .map(|a| a.timeline),
+        );
         for timeline in timelines {
             if let Some(mut content) = self.archive.segment_or_parts(Segment { timeline, ..segment }).await? {
                 if let Ok(Some(end)) = self.history.end_of(timeline)
@@ -122,7 +129,9 @@ impl<'a> Reader<'a> {
         let size = self.archive.segment_size;
         let mut walker: Option<Walker> = None;
         for segment in self.segments(from, to) {
-            let Some(content) = self.content(segment).await? else { break };
+            let Some(content) = self.content(segment).await? else {
+                break;
+            };
             let walker = walker.get_or_insert_with(|| Walker::new(segment.start(size), size));
             let full = content.len() as u64 == size;
             walker.feed(&content, |record| {
@@ -156,10 +165,17 @@ impl<'a> Reader<'a> {
         let size = self.archive.segment_size;
         let mut number = lsn.0 / size;
         for _ in 0..LOOK_BACK {
-            let Some(earlier) = number.checked_sub(1) else { return Ok(None) };
+            let Some(earlier) = number.checked_sub(1) else {
+                return Ok(None);
+            };
             number = earlier;
             let timeline = self.history.timeline_at(Lsn(number * size + size - 1));
-            match self.archive.segment_header(Segment { timeline, number }).await?.and_then(|h| h.summary) {
+            match self
+                .archive
+                .segment_header(Segment { timeline, number })
+                .await?
+                .and_then(|h| h.summary)
+            {
                 None => return Ok(None),
                 Some(summary) if summary.max_time_us != 0 => return Ok(Some(summary.max_time_us)),
                 Some(_) => {}
@@ -217,7 +233,15 @@ impl<'a> Choice<'a> {
 
     /// The history to follow from a backup.
     fn history(&self, backup: &BackupInfo, choice: TimelineChoice) -> Result<History> {
-        let own = || History { timeline: backup.stop_timeline, ..self.coverage.timelines.get(&backup.stop_timeline).map(|t| t.history.clone()).unwrap_or_default() };
+        let own = || History {
+            timeline: backup.stop_timeline,
+            ..self
+                .coverage
+                .timelines
+                .get(&backup.stop_timeline)
+                .map(|t| t.history.clone())
+                .unwrap_or_default()
+        };
         let leads = |history: &History| match history.end_of(backup.stop_timeline) {
             Ok(None) => true,
             Ok(Some(end)) => end.0 >= backup.stop_lsn,
@@ -238,13 +262,16 @@ impl<'a> Choice<'a> {
                 let known = self.coverage.timelines.get(&number).map(|t| t.history.clone());
                 let history = known.ok_or_else(|| {
                     let known: Vec<_> = self.coverage.timelines.keys().map(u32::to_string).collect();
-                    Error::not_found(format!("there is no WAL of timeline {number}")).remedy(format!("timelines: {}", known.join(", ")))
+                    Error::not_found(format!("there is no WAL of timeline {number}"))
+                        .remedy(format!("timelines: {}", known.join(", ")))
                 })?;
                 match leads(&history) {
                     true => Ok(history),
                     false => Err(Error::not_found(format!(
                         "backup {} (timeline {}, up to {}) is not on the way to timeline {number}",
-                        backup.id, backup.stop_timeline, Lsn(backup.stop_lsn)
+                        backup.id,
+                        backup.stop_timeline,
+                        Lsn(backup.stop_lsn)
                     ))),
                 }
             }
@@ -252,10 +279,24 @@ impl<'a> Choice<'a> {
     }
 
     /// Finds the newest backup from which `target` can be reached, or says what is in the way.
-    pub async fn resolve(&self, wanted: Option<&str>, target: &Target, timeline: TimelineChoice, exclusive: bool) -> Result<Reachable> {
+    pub async fn resolve(
+        &self,
+        wanted: Option<&str>,
+        target: &Target,
+        timeline: TimelineChoice,
+        exclusive: bool,
+    ) -> Result<Reachable> {
         let candidates: Vec<_> = match wanted {
             Some(id) => vec![self.log.backup(id)?.clone()],
-            None => self.log.state().backups.iter().rev().filter(|b| info(b).system_identifier == self.archive.system_identifier).cloned().collect(),
+            None => self
+                .log
+                .state()
+                .backups
+                .iter()
+                .rev()
+                .filter(|b| info(b).system_identifier == self.archive.system_identifier)
+                .cloned()
+                .collect(),
         };
         if candidates.is_empty() {
             self.log.backup("latest")?;
@@ -263,7 +304,7 @@ impl<'a> Choice<'a> {
         }
         let mut first_failure = None;
         for backup in candidates {
-            match self.from_backup(&backup, target, timeline, exclusive).await {
+            match self.reach_from(&backup, target, timeline, exclusive).await {
                 Ok(reachable) => return Ok(reachable),
                 Err(error) if error.kind() == crate::error::Kind::NotFound => {
                     first_failure.get_or_insert(error);
@@ -274,7 +315,13 @@ impl<'a> Choice<'a> {
         Err(first_failure.unwrap_or_else(|| Error::not_found("no backup reaches the target")))
     }
 
-    async fn from_backup(&self, backup: &proto::CommittedBackup, target: &Target, choice: TimelineChoice, exclusive: bool) -> Result<Reachable> {
+    async fn reach_from(
+        &self,
+        backup: &proto::CommittedBackup,
+        target: &Target,
+        choice: TimelineChoice,
+        exclusive: bool,
+    ) -> Result<Reachable> {
         let info = info(backup);
         let history = self.history(&info, choice)?;
         let (start, stop) = (Lsn(info.start_lsn), Lsn(info.stop_lsn));
@@ -311,12 +358,22 @@ impl<'a> Choice<'a> {
             Target::Immediate => found.setting = Some(("recovery_target", "immediate".to_owned())),
             Target::Time(time_us) => self.time(&reader, &info, *time_us, &reach, &mut found).await?,
             Target::Lsn(lsn) => self.lsn(&reader, &info, *lsn, &reach, &mut found).await?,
-            Target::Xid(_) | Target::Name(_) => self.search(&reader, &info, target, exclusive, &reach, &mut found).await?,
+            Target::Xid(_) | Target::Name(_) => {
+                self.search(&reader, &info, target, exclusive, &reach, &mut found)
+                    .await?
+            }
         }
         Ok(found)
     }
 
-    async fn time(&self, reader: &Reader<'_>, info: &BackupInfo, time_us: i64, reach: &Reach, found: &mut Reachable) -> Result<()> {
+    async fn time(
+        &self,
+        reader: &Reader<'_>,
+        info: &BackupInfo,
+        time_us: i64,
+        reach: &Reach,
+        found: &mut Reachable,
+    ) -> Result<()> {
         let (start, stop) = (Lsn(info.start_lsn), Lsn(info.stop_lsn));
         let before = match reader.newest_commit(start, stop).await? {
             Some(newest) => newest,
@@ -326,9 +383,13 @@ impl<'a> Choice<'a> {
         if before > time_us {
             return Err(Error::not_found(format!(
                 "backup {} holds what was committed up to {}, after the target {}",
-                info.id, format_time(before), format_time(time_us)
+                info.id,
+                format_time(before),
+                format_time(time_us)
             ))
-            .remedy("an older backup is needed for it, or a later target; see `fairvault info` for the restorable window"));
+            .remedy(
+                "an older backup is needed for it, or a later target; see `fairvault info` for the restorable window",
+            ));
         }
         match reader.first_commit_after(time_us, stop, found.wal_end).await? {
             Some(at) => {
@@ -336,31 +397,51 @@ impl<'a> Choice<'a> {
                 found.setting = Some(("recovery_target_time", format_time(time_us)));
                 Ok(())
             }
-            None if reach.is_hole => Err(self.incomplete(info, reach, "no commit later than the target comes before a hole in the WAL; the target is", stop)),
+            None if reach.is_hole => Err(self.incomplete(
+                info,
+                reach,
+                "no commit later than the target comes before a hole in the WAL; the target is",
+                stop,
+            )),
             None => {
                 found.through = found.wal_end;
                 found.notes.push(format!(
                     "no commit after {} is in the repository: recovery goes to the end of the WAL ({})",
-                    format_time(time_us), found.wal_end
+                    format_time(time_us),
+                    found.wal_end
                 ));
                 Ok(())
             }
         }
     }
 
-    async fn lsn(&self, reader: &Reader<'_>, info: &BackupInfo, lsn: Lsn, reach: &Reach, found: &mut Reachable) -> Result<()> {
+    async fn lsn(
+        &self,
+        reader: &Reader<'_>,
+        info: &BackupInfo,
+        lsn: Lsn,
+        reach: &Reach,
+        found: &mut Reachable,
+    ) -> Result<()> {
         let stop = Lsn(info.stop_lsn);
         if lsn < stop {
-            return Err(Error::not_found(format!("backup {} is consistent at {stop}, after the target {lsn}", info.id)));
+            return Err(Error::not_found(format!(
+                "backup {} is consistent at {stop}, after the target {lsn}",
+                info.id
+            )));
         }
         if lsn >= found.wal_end {
             return Err(self.incomplete(info, reach, "the target needs WAL up to", lsn));
         }
         let segment_start = Lsn(lsn.0 / self.archive.segment_size * self.archive.segment_size);
-        let records_end = reader.walk(segment_start.max(Lsn(info.start_lsn)), found.wal_end, |_| {}).await?;
+        let records_end = reader
+            .walk(segment_start.max(Lsn(info.start_lsn)), found.wal_end, |_| {})
+            .await?;
         if lsn >= records_end {
-            return Err(Error::not_found(format!("the last record in the repository ends at {records_end}: {lsn} is never reached"))
-                .remedy("use --target latest, or an earlier position"));
+            return Err(Error::not_found(format!(
+                "the last record in the repository ends at {records_end}: {lsn} is never reached"
+            ))
+            .remedy("use --target latest, or an earlier position"));
         }
         found.through = lsn.max(stop);
         found.setting = Some(("recovery_target_lsn", lsn.to_string()));
@@ -396,15 +477,21 @@ impl<'a> Choice<'a> {
             _ => String::new(),
         };
         let Some(at) = hit else {
-            let mut error = Error::not_found(format!("{shown} is not in the WAL from backup {} to {}", info.id, found.wal_end));
+            let mut error = Error::not_found(format!(
+                "{shown} is not in the WAL from backup {} to {}",
+                info.id, found.wal_end
+            ));
             if reach.is_hole {
                 error = error.remedy(self.hole_note(reach));
             }
             return Err(error);
         };
         if at <= stop {
-            return Err(Error::not_found(format!("{shown} is at {at}, before backup {} is consistent ({stop})", info.id))
-                .remedy("an older backup is needed for it"));
+            return Err(Error::not_found(format!(
+                "{shown} is at {at}, before backup {} is consistent ({stop})",
+                info.id
+            ))
+            .remedy("an older backup is needed for it"));
         }
         found.through = at;
         found.setting = Some(match target {
@@ -413,7 +500,9 @@ impl<'a> Choice<'a> {
             _ => return Ok(()),
         });
         if exclusive && matches!(target, Target::Name(_)) {
-            found.notes.push("a restore point has no effect of its own: exclusive makes no difference".to_owned());
+            found
+                .notes
+                .push("a restore point has no effect of its own: exclusive makes no difference".to_owned());
         }
         Ok(())
     }
@@ -421,15 +510,20 @@ impl<'a> Choice<'a> {
     fn hole_note(&self, reach: &Reach) -> String {
         format!(
             "{} is missing while later WAL is there: what comes after {} cannot be reached from this backup",
-            reach.missing.name(self.archive.segment_size), reach.end
+            reach.missing.name(self.archive.segment_size),
+            reach.end
         )
     }
 
     fn incomplete(&self, info: &BackupInfo, reach: &Reach, need: &str, lsn: Lsn) -> Error {
         Error::not_found(format!(
             "backup {}: {need} {lsn}, and {} is not in the repository",
-            info.id, reach.missing.name(self.archive.segment_size)
+            info.id,
+            reach.missing.name(self.archive.segment_size)
         ))
-        .remedy(format!("continuous WAL from this backup ends at {}; see `fairvault info` for every restorable window", reach.end))
+        .remedy(format!(
+            "continuous WAL from this backup ends at {}; see `fairvault info` for every restorable window",
+            reach.end
+        ))
     }
 }

@@ -56,7 +56,11 @@ pub struct Feed {
 impl Feed {
     /// A feed into a bounded channel.
     pub fn new(chunks: mpsc::Sender<Chunk>, progress: Arc<Progress>) -> Self {
-        Self { entries: Vec::new(), chunks, progress }
+        Self {
+            entries: Vec::new(),
+            chunks,
+            progress,
+        }
     }
 
     /// Adds an entry; its number goes with its chunks.

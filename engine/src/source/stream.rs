@@ -32,7 +32,11 @@ pub fn tablespaces(backup: &BaseBackup<'_>) -> Vec<proto::Tablespace> {
         .filter_map(|row| {
             let in_place = !row.location.starts_with('/');
             let location = if in_place { String::new() } else { row.location.clone() };
-            row.oid.map(|oid| proto::Tablespace { oid, location, in_place })
+            row.oid.map(|oid| proto::Tablespace {
+                oid,
+                location,
+                in_place,
+            })
         })
         .collect()
 }
@@ -116,7 +120,13 @@ fn begin(feed: &mut Feed, prefix: &str, header: Header) -> Result<Option<Current
     let path: Arc<str> = entry.path.as_str().into();
     let size = entry.size;
     let number = feed.entry(entry);
-    Ok((kind == FileKind::FileRegular).then(|| Current { number, path, offset: 0, buffer: BytesMut::new(), left: size }))
+    Ok((kind == FileKind::FileRegular).then(|| Current {
+        number,
+        path,
+        offset: 0,
+        buffer: BytesMut::new(),
+        left: size,
+    }))
 }
 
 /// A path of a server that lies must not lead out of the restored directory.
@@ -124,13 +134,18 @@ fn check_path(path: &str) -> Result<()> {
     let bad = path.len() > fairvault_format::limits::PATH_BYTES
         || path.split('/').any(|part| matches!(part, "" | "." | ".."))
         || path.contains('\0');
-    if bad { Err(Error::refused(format!("the server sent the file name {path:?}"))) } else { Ok(()) }
+    if bad {
+        Err(Error::refused(format!("the server sent the file name {path:?}")))
+    } else {
+        Ok(())
+    }
 }
 
 async fn append(feed: &Feed, file: &mut Current, mut bytes: &[u8]) -> Result<()> {
     while !bytes.is_empty() {
         if file.buffer.capacity() == 0 {
-            file.buffer.reserve((CHUNK_BYTES as usize).min(usize::try_from(file.left).unwrap_or(usize::MAX)));
+            file.buffer
+                .reserve((CHUNK_BYTES as usize).min(usize::try_from(file.left).unwrap_or(usize::MAX)));
         }
         let take = (CHUNK_BYTES as usize - file.buffer.len()).min(bytes.len());
         file.buffer.extend_from_slice(&bytes[..take]);
@@ -147,5 +162,11 @@ async fn flush(feed: &Feed, file: &mut Current) -> Result<()> {
     let offset = file.offset;
     file.offset += bytes.len() as u64;
     file.left = file.left.saturating_sub(bytes.len() as u64);
-    feed.chunk(Chunk { file: file.number, path: file.path.clone(), offset, bytes }).await
+    feed.chunk(Chunk {
+        file: file.number,
+        path: file.path.clone(),
+        offset,
+        bytes,
+    })
+    .await
 }

@@ -58,7 +58,10 @@ pub struct Parser {
 
 impl Default for Parser {
     fn default() -> Self {
-        Self { state: State::Header { have: 0 }, block: [0; BLOCK] }
+        Self {
+            state: State::Header { have: 0 },
+            block: [0; BLOCK],
+        }
     }
 }
 
@@ -83,7 +86,10 @@ impl Parser {
                     let header = parse_header(&self.block)?;
                     if header.kind == Kind::File {
                         let padding = (BLOCK - (header.size % BLOCK as u64) as usize) % BLOCK;
-                        self.state = State::Content { left: header.size, padding };
+                        self.state = State::Content {
+                            left: header.size,
+                            padding,
+                        };
                     }
                     return Ok(Some(Event::Entry(header)));
                 }
@@ -125,7 +131,11 @@ impl Parser {
 
 fn parse_header(block: &[u8; BLOCK]) -> Result<Header> {
     let broken = |why: &str| Error::damaged(format!("the server's tar archive is broken: {why}"));
-    let sum: u32 = block.iter().enumerate().map(|(i, &b)| if (148..156).contains(&i) { 32 } else { u32::from(b) }).sum();
+    let sum: u32 = block
+        .iter()
+        .enumerate()
+        .map(|(i, &b)| if (148..156).contains(&i) { 32 } else { u32::from(b) })
+        .sum();
     if number(&block[148..156]) != Some(u64::from(sum)) {
         return Err(broken("a header checksum is wrong"));
     }
@@ -134,7 +144,11 @@ fn parse_header(block: &[u8; BLOCK]) -> Result<Header> {
     let kind = match block[156] {
         b'0' | 0 => Kind::File,
         b'5' => Kind::Directory,
-        b'2' => Kind::Symlink(text(&block[157..257]).ok_or_else(|| broken("a link target is not UTF-8"))?.to_owned()),
+        b'2' => Kind::Symlink(
+            text(&block[157..257])
+                .ok_or_else(|| broken("a link target is not UTF-8"))?
+                .to_owned(),
+        ),
         other => return Err(broken(&format!("entry {path:?} has type {:?}", other as char))),
     };
     let size = number(&block[124..136]).ok_or_else(|| broken("a size is no number"))?;
@@ -143,7 +157,9 @@ fn parse_header(block: &[u8; BLOCK]) -> Result<Header> {
         size: if kind == Kind::File { size } else { 0 },
         kind,
         mode: number(&block[100..108]).ok_or_else(|| broken("a mode is no number"))? as u32 & 0o7777,
-        mtime_s: number(&block[136..148]).and_then(|n| i64::try_from(n).ok()).ok_or_else(|| broken("a time is no number"))?,
+        mtime_s: number(&block[136..148])
+            .and_then(|n| i64::try_from(n).ok())
+            .ok_or_else(|| broken("a time is no number"))?,
     })
 }
 
@@ -155,10 +171,21 @@ fn text(field: &[u8]) -> Option<&str> {
 fn number(field: &[u8]) -> Option<u64> {
     if field[0] & 0x80 != 0 {
         let first = u64::from(field[0] & 0x7F);
-        return field[1..].iter().try_fold(first, |n, &b| n.checked_mul(256)?.checked_add(b.into()));
+        return field[1..]
+            .iter()
+            .try_fold(first, |n, &b| n.checked_mul(256)?.checked_add(b.into()));
     }
-    let digits = field.iter().copied().skip_while(|&b| b == b' ').take_while(|&b| b != 0 && b != b' ');
-    digits.into_iter().try_fold(0u64, |n, b| (b'0'..=b'7').contains(&b).then(|| n.checked_mul(8)?.checked_add((b - b'0').into())).flatten())
+    let digits = field
+        .iter()
+        .copied()
+        .skip_while(|&b| b == b' ')
+        .take_while(|&b| b != 0 && b != b' ');
+    digits.into_iter().try_fold(0u64, |n, b| {
+        (b'0'..=b'7')
+            .contains(&b)
+            .then(|| n.checked_mul(8)?.checked_add((b - b'0').into()))
+            .flatten()
+    })
 }
 
 #[cfg(test)]
@@ -172,7 +199,11 @@ mod tests {
         block[124..135].copy_from_slice(format!("{size:011o}").as_bytes());
         block[136..147].copy_from_slice(b"00000000001");
         block[156] = kind;
-        let sum: u32 = block.iter().enumerate().map(|(i, &b)| if (148..156).contains(&i) { 32 } else { u32::from(b) }).sum();
+        let sum: u32 = block
+            .iter()
+            .enumerate()
+            .map(|(i, &b)| if (148..156).contains(&i) { 32 } else { u32::from(b) })
+            .sum();
         block[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
         block
     }
@@ -202,7 +233,11 @@ mod tests {
                     }
                 }
             }
-            assert_eq!((names, content, ends), (vec!["a/b".into(), "d".into(), "empty".to_owned()], 700, 2), "step {step}");
+            assert_eq!(
+                (names, content, ends),
+                (vec!["a/b".into(), "d".into(), "empty".to_owned()], 700, 2),
+                "step {step}"
+            );
             assert!(parser.at_boundary());
         }
     }

@@ -30,14 +30,20 @@ pub async fn create(access: &Access, cluster: Cluster, slot: &str) -> Result<Log
     names::check_name("slot name", slot)?;
     let env = &*access.env;
     if access.repository.settings().single_writer {
-        tracing::warn!("{}: single_writer = true: nothing protects it against a second writer", access.repository.shown());
+        tracing::warn!(
+            "{}: single_writer = true: nothing protects it against a second writer",
+            access.repository.shown()
+        );
     } else {
         probe::probe(&access.repository, env).await?;
     }
     let repository = ensure_repository(&access.repository, env).await?;
     let store = access.repository.folder(&access.stanza);
     if store.list(names::KEYS).await?.is_empty() {
-        let scope = Scope { repository: repository.id()?, stanza: env::id(env)? };
+        let scope = Scope {
+            repository: repository.id()?,
+            stanza: env::id(env)?,
+        };
         let keys = new_keys(env, 1)?;
         let sealed = keys::seal_slot(
             &scope,
@@ -49,7 +55,10 @@ pub async fn create(access: &Access, cluster: Cluster, slot: &str) -> Result<Log
             env.now_us(),
         )?;
         if let Created::Lost(_) = store.create(&names::slot(1, slot), sealed.into()).await? {
-            return Err(Error::new(Kind::Held, format!("somebody else is creating stanza {} just now", access.stanza)));
+            return Err(Error::new(
+                Kind::Held,
+                format!("somebody else is creating stanza {} just now", access.stanza),
+            ));
         }
     }
     let stanza = Stanza::open(access).await?;

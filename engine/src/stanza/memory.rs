@@ -44,7 +44,12 @@ impl Memory {
         let attempt = || -> std::io::Result<()> {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
             let temporary = folder.join(format!("{file}.{}", std::process::id()));
-            let mut out = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+            let mut out = std::fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&temporary)?;
             out.write_all(bytes)?;
             std::fs::rename(&temporary, folder.join(file))
         };
@@ -66,7 +71,11 @@ impl Memory {
     pub fn slots(&self, access: &Access) -> Option<Vec<proto::Slot>> {
         let bytes = Self::read(&self.access_folder(access), "slots")?;
         let snapshot = proto::Snapshot::decode(bytes.as_slice()).ok()?;
-        let slots: Vec<_> = snapshot.slots.iter().filter_map(|s| keys::decode_slot(s, "slot").ok()).collect();
+        let slots: Vec<_> = snapshot
+            .slots
+            .iter()
+            .filter_map(|s| keys::decode_slot(s, "slot").ok())
+            .collect();
         // A secret that none of them takes may belong to a slot that was added since.
         let fits = slots.iter().any(|slot| match &access.secret {
             Some(secret) => keys::open_slot_cheaply(slot, secret),
@@ -77,13 +86,18 @@ impl Memory {
 
     /// Remembers slots.
     pub fn remember_slots(&self, access: &Access, slots: &[proto::Slot]) {
-        let snapshot = proto::Snapshot { slots: slots.iter().map(Message::encode_to_vec).collect(), ..Default::default() };
+        let snapshot = proto::Snapshot {
+            slots: slots.iter().map(Message::encode_to_vec).collect(),
+            ..Default::default()
+        };
         self.write(&self.access_folder(access), "slots", &snapshot.encode_to_vec());
     }
 
     /// Unwrapped keys of a stanza that is opened by this very passphrase.
     pub fn keys(&self, access: &Access) -> Option<(Scope, Vec<EpochKeys>)> {
-        let Some(Secret::Passphrase(passphrase)) = &access.secret else { return None };
+        let Some(Secret::Passphrase(passphrase)) = &access.secret else {
+            return None;
+        };
         let bytes = Self::read(&self.access_folder(access), "keys")?;
         let stored = proto::Snapshot::decode(bytes.as_slice()).ok()?;
         let scope = stored.genesis.as_ref()?;
@@ -91,7 +105,11 @@ impl Memory {
             repository: scope.repository_id.as_slice().try_into().ok()?,
             stanza: scope.stanza_id.as_slice().try_into().ok()?,
         };
-        let epochs: Vec<_> = stored.slots.iter().filter_map(|b| EpochKeys::decode(b, "cached key").ok()).collect();
+        let epochs: Vec<_> = stored
+            .slots
+            .iter()
+            .filter_map(|b| EpochKeys::decode(b, "cached key").ok())
+            .collect();
         let newest = epochs.last()?;
         // Bound to the passphrase by a keyed hash, so that a changed passphrase is not passed over.
         (newest.chunk_id(passphrase)[..] == stored.head).then_some((scope, epochs))
@@ -99,7 +117,9 @@ impl Memory {
 
     /// Remembers unwrapped keys, if a passphrase opened them.
     pub fn remember_keys(&self, access: &Access, scope: &Scope, epochs: &[EpochKeys]) {
-        let (Some(Secret::Passphrase(passphrase)), Some(newest)) = (&access.secret, epochs.last()) else { return };
+        let (Some(Secret::Passphrase(passphrase)), Some(newest)) = (&access.secret, epochs.last()) else {
+            return;
+        };
         let stored = proto::Snapshot {
             genesis: Some(proto::Genesis {
                 repository_id: scope.repository.to_vec(),
@@ -110,14 +130,26 @@ impl Memory {
             slots: epochs.iter().map(|k| k.encode().to_vec()).collect(),
             ..Default::default()
         };
-        self.write(&self.access_folder(access), "keys", &Zeroizing::new(stored.encode_to_vec()));
+        self.write(
+            &self.access_folder(access),
+            "keys",
+            &Zeroizing::new(stored.encode_to_vec()),
+        );
     }
 
     /// The log's state as it was last seen.
     pub fn head(&self, stanza: &Stanza) -> Option<proto::Snapshot> {
         let bytes = Self::read(&self.folder(stanza.shown()), "head")?;
         let keys = stanza.keys_for(&bytes, "cached head").ok()?;
-        object::open_message(keys, stanza.scope(), ObjectKind::Snapshot, &bytes, "head", "cached head").ok()
+        object::open_message(
+            keys,
+            stanza.scope(),
+            ObjectKind::Snapshot,
+            &bytes,
+            "head",
+            "cached head",
+        )
+        .ok()
     }
 
     /// Remembers the log's state.

@@ -55,8 +55,12 @@ impl std::fmt::Debug for Stanza {
 /// The repository's description.
 pub async fn read_repository(store: &Store) -> Result<Repository> {
     let bytes = store.get_opt(names::REPOSITORY).await?.ok_or_else(|| {
-        Error::not_found(format!("{} is not a fairvault repository: it has no {}", store.shown(), names::REPOSITORY))
-            .remedy("check the URL, or make the repository with `fairvault stanza create`")
+        Error::not_found(format!(
+            "{} is not a fairvault repository: it has no {}",
+            store.shown(),
+            names::REPOSITORY
+        ))
+        .remedy("check the URL, or make the repository with `fairvault stanza create`")
     })?;
     Ok(Repository::decode(&bytes)?)
 }
@@ -149,7 +153,10 @@ impl Stanza {
     /// Keys of an epoch: for reading.
     pub fn keys_of(&self, epoch: u32) -> Result<&EpochKeys> {
         self.epochs.iter().find(|k| k.epoch == epoch).ok_or_else(|| {
-            Error::refused(format!("{} has objects of key epoch {epoch}, which the given key does not open", self.shown()))
+            Error::refused(format!(
+                "{} has objects of key epoch {epoch}, which the given key does not open",
+                self.shown()
+            ))
         })
     }
 
@@ -166,13 +173,19 @@ async fn read_slots(store: &Store, stanza: &str, repository: &Repository) -> Res
     for (name, _) in store.list(names::KEYS).await? {
         let slot = keys::decode_slot(&store.get(&name).await?, &format!("{}/{name}", store.shown()))?;
         if slot.repository_id != repository.id()? {
-            return Err(Error::damaged(format!("{}/{name} is a key of another repository", store.shown())));
+            return Err(Error::damaged(format!(
+                "{}/{name} is a key of another repository",
+                store.shown()
+            )));
         }
         slots.push(slot);
     }
     if slots.is_empty() {
-        return Err(Error::not_found(format!("there is no stanza {stanza:?} in {}", store.shown()))
-            .remedy(format!("create it with `fairvault stanza create {stanza}`, or see `fairvault stanza list`")));
+        return Err(
+            Error::not_found(format!("there is no stanza {stanza:?} in {}", store.shown())).remedy(format!(
+                "create it with `fairvault stanza create {stanza}`, or see `fairvault stanza list`"
+            )),
+        );
     }
     Ok(slots)
 }
@@ -181,7 +194,9 @@ fn open_slots(slots: &[proto::Slot], access: &Access) -> Result<(Scope, Vec<Epoc
     let stanza = &access.stanza;
     let scope = keys::slot_scope(&slots[0]);
     if slots.iter().any(|slot| keys::slot_scope(slot) != scope) {
-        return Err(Error::damaged(format!("the key slots of stanza {stanza} are of different stanzas")));
+        return Err(Error::damaged(format!(
+            "the key slots of stanza {stanza} are of different stanzas"
+        )));
     }
     let unsealed = |slot: &proto::Slot| slot.kind() == proto::SlotKind::SlotUnsealed;
     let mut epochs: Vec<EpochKeys> = Vec::new();
@@ -195,8 +210,12 @@ fn open_slots(slots: &[proto::Slot], access: &Access) -> Result<(Scope, Vec<Epoc
             continue;
         }
         if slot.kind() == proto::SlotKind::SlotPassphrase && !access.may_stretch {
-            return Err(Error::refused(format!("stanza {stanza} is opened by a passphrase, and this host has no cached key"))
-                .remedy("run `fairvault check` once as this user, or use a key file: archiving never pays for the passphrase"));
+            return Err(Error::refused(format!(
+                "stanza {stanza} is opened by a passphrase, and this host has no cached key"
+            ))
+            .remedy(
+                "run `fairvault check` once as this user, or use a key file: archiving never pays for the passphrase",
+            ));
         }
         match keys::open_slot(slot, access.secret.as_ref(), &format!("key slot {:?}", slot.name)) {
             Ok(keys) => epochs.push(keys),
@@ -208,22 +227,36 @@ fn open_slots(slots: &[proto::Slot], access: &Access) -> Result<(Scope, Vec<Epoc
     if !epochs.is_empty() {
         return Ok((scope, epochs));
     }
-    let kinds: Vec<_> = slots.iter().map(|s| s.kind().as_str_name().trim_start_matches("SLOT_").to_lowercase()).collect();
+    let kinds: Vec<_> = slots
+        .iter()
+        .map(|s| s.kind().as_str_name().trim_start_matches("SLOT_").to_lowercase())
+        .collect();
     Err(match (&access.secret, wrong) {
         (Some(_), 0) if slots.iter().all(unsealed) => {
             Error::refused(format!("a key is configured, and stanza {stanza} is not encrypted"))
                 .remedy("remove the key from the configuration if that is meant, or create an encrypted stanza")
         }
-        (Some(_), 0) => Error::new(Kind::Refused, format!("the configured key is of a kind that no slot of stanza {stanza} takes"))
-            .remedy(format!("its slots: {}", kinds.join(", "))),
-        (Some(_), _) => Error::new(Kind::Refused, format!("wrong key for stanza {stanza}: it opens none of its slots"))
-            .remedy("nothing was read or written; check the key file, passphrase or command of this stanza"),
-        (None, _) => Error::new(Kind::Refused, format!("stanza {stanza} is encrypted and no key is configured"))
-            .remedy("set `key` for the stanza, or give --key-file or --passphrase-file"),
+        (Some(_), 0) => Error::new(
+            Kind::Refused,
+            format!("the configured key is of a kind that no slot of stanza {stanza} takes"),
+        )
+        .remedy(format!("its slots: {}", kinds.join(", "))),
+        (Some(_), _) => Error::new(
+            Kind::Refused,
+            format!("wrong key for stanza {stanza}: it opens none of its slots"),
+        )
+        .remedy("nothing was read or written; check the key file, passphrase or command of this stanza"),
+        (None, _) => Error::new(
+            Kind::Refused,
+            format!("stanza {stanza} is encrypted and no key is configured"),
+        )
+        .remedy("set `key` for the stanza, or give --key-file or --passphrase-file"),
     })
 }
 
 /// This machine's name.
 fn host_name() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname").map(|s| s.trim().to_owned()).unwrap_or_else(|_| "unknown".to_owned())
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map(|s| s.trim().to_owned())
+        .unwrap_or_else(|_| "unknown".to_owned())
 }

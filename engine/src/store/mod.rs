@@ -39,7 +39,11 @@ pub struct StoreSettings {
 
 impl Default for StoreSettings {
     fn default() -> Self {
-        Self { retry_timeout: Duration::from_secs(180), single_writer: false, storage_class: None }
+        Self {
+            retry_timeout: Duration::from_secs(180),
+            single_writer: false,
+            storage_class: None,
+        }
     }
 }
 
@@ -55,13 +59,22 @@ pub struct Store {
 impl Store {
     /// A store below `prefix`; `shown` is how it is called in messages.
     pub fn new(inner: Arc<dyn ObjectStore>, prefix: &str, shown: &str, settings: StoreSettings) -> Self {
-        Self { inner, prefix: prefix.trim_matches('/').to_owned(), shown: shown.trim_end_matches('/').to_owned(), settings }
+        Self {
+            inner,
+            prefix: prefix.trim_matches('/').to_owned(),
+            shown: shown.trim_end_matches('/').to_owned(),
+            settings,
+        }
     }
 
     /// The same store, one folder deeper.
     #[must_use]
     pub fn folder(&self, name: &str) -> Self {
-        Self { prefix: self.key(name), shown: format!("{}/{name}", self.shown), ..self.clone() }
+        Self {
+            prefix: self.key(name),
+            shown: format!("{}/{name}", self.shown),
+            ..self.clone()
+        }
     }
 
     /// How it is called in messages.
@@ -75,7 +88,11 @@ impl Store {
     }
 
     fn key(&self, name: &str) -> String {
-        if self.prefix.is_empty() { name.to_owned() } else { format!("{}/{name}", self.prefix) }
+        if self.prefix.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{}/{name}", self.prefix)
+        }
     }
 
     fn path(&self, name: &str) -> Result<Path> {
@@ -92,9 +109,9 @@ impl Store {
                     .remedy("check access key, secret, region and the bucket's policy")
                     .caused_by(error)
             }
-            E::Generic { .. } if is_permission_io(&error) => {
-                Error::new(Kind::Failed, what).remedy("check who owns the repository folder and its permissions").caused_by(error)
-            }
+            E::Generic { .. } if is_permission_io(&error) => Error::new(Kind::Failed, what)
+                .remedy("check who owns the repository folder and its permissions")
+                .caused_by(error),
             E::Generic { .. } | E::JoinError { .. } => Error::temporary(what).caused_by(error),
             _ => Error::failed(what).caused_by(error),
         }
@@ -127,7 +144,10 @@ impl Store {
         if let Some(class) = &self.settings.storage_class {
             attributes.insert(object_store::Attribute::StorageClass, class.clone().into());
         }
-        let options = PutOptions { attributes, ..Default::default() };
+        let options = PutOptions {
+            attributes,
+            ..Default::default()
+        };
         self.throttled(|| self.inner.put_opts(&path, payload.clone(), options.clone()))
             .await
             .map_err(|e| self.error("writing", name, e))?;
@@ -144,7 +164,10 @@ impl Store {
         let deadline = tokio::time::Instant::now() + self.settings.retry_timeout;
         let mut wait = Duration::from_millis(100);
         loop {
-            let options = PutOptions { mode: PutMode::Create, ..Default::default() };
+            let options = PutOptions {
+                mode: PutMode::Create,
+                ..Default::default()
+            };
             let unclear = match self.inner.put_opts(&path, bytes.clone().into(), options).await {
                 Ok(_) => return Ok(Created::Won),
                 Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
@@ -152,7 +175,10 @@ impl Store {
                         Some(there) if there == bytes => return Ok(Created::Won),
                         Some(there) => return Ok(Created::Lost(there)),
                         // A transient conflict, or somebody deleted it: the name is free, try again.
-                        None => Error::temporary(format!("creating {}/{name}: the store answers \"exists\" for a free name", self.shown)),
+                        None => Error::temporary(format!(
+                            "creating {}/{name}: the store answers \"exists\" for a free name",
+                            self.shown
+                        )),
                     }
                 }
                 Err(error @ object_store::Error::Generic { .. }) if is_permission_io(&error) => {
@@ -173,14 +199,23 @@ impl Store {
 
     /// For stores without conditional create, where configuration promises one writer: look, write, read back.
     async fn create_single_writer(&self, name: &str, bytes: Bytes) -> Result<Created> {
-        let compare = |there: Bytes| if there == bytes { Created::Won } else { Created::Lost(there) };
+        let compare = |there: Bytes| {
+            if there == bytes {
+                Created::Won
+            } else {
+                Created::Lost(there)
+            }
+        };
         if let Some(there) = self.get_opt(name).await? {
             return Ok(compare(there));
         }
         self.put_hashed(name, bytes.clone().into()).await?;
         match self.get_opt(name).await? {
             Some(there) => Ok(compare(there)),
-            None => Err(Error::temporary(format!("{}/{name} is not there after it was written", self.shown))),
+            None => Err(Error::temporary(format!(
+                "{}/{name} is not there after it was written",
+                self.shown
+            ))),
         }
     }
 
@@ -204,7 +239,10 @@ impl Store {
     pub async fn get_range(&self, name: &str, range: Range<u64>) -> Result<Bytes> {
         let path = self.path(name)?;
         let fetch = || {
-            let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..Default::default() };
+            let options = GetOptions {
+                range: Some(GetRange::Bounded(range.clone())),
+                ..Default::default()
+            };
             async { self.inner.get_opts(&path, options).await?.bytes().await }
         };
         self.throttled(fetch).await.map_err(|e| self.error("reading", name, e))
@@ -223,7 +261,11 @@ impl Store {
     /// Everything below `folder`: names relative to this store, with lengths, sorted. A hint, no proof.
     pub async fn list(&self, folder: &str) -> Result<Vec<(String, u64)>> {
         let path = self.path(folder)?;
-        let skip = if self.prefix.is_empty() { 0 } else { self.prefix.len() + 1 };
+        let skip = if self.prefix.is_empty() {
+            0
+        } else {
+            self.prefix.len() + 1
+        };
         let mut found: Vec<(String, u64)> = self
             .inner
             .list(Some(&path))
@@ -243,8 +285,11 @@ impl Store {
             .list_with_delimiter(prefix.as_ref())
             .await
             .map_err(|e| self.error("listing", "", e))?;
-        let mut names: Vec<String> =
-            result.common_prefixes.iter().filter_map(|p| p.filename().map(str::to_owned)).collect();
+        let mut names: Vec<String> = result
+            .common_prefixes
+            .iter()
+            .filter_map(|p| p.filename().map(str::to_owned))
+            .collect();
         names.sort();
         Ok(names)
     }
@@ -252,7 +297,9 @@ impl Store {
     /// Deletes objects; what is not there counts as deleted.
     pub async fn delete(&self, names: &[String]) -> Result<()> {
         let paths: Vec<_> = names.iter().map(|n| self.path(n)).collect::<Result<_>>()?;
-        let mut results = self.inner.delete_stream(futures::stream::iter(paths.into_iter().map(Ok)).boxed());
+        let mut results = self
+            .inner
+            .delete_stream(futures::stream::iter(paths.into_iter().map(Ok)).boxed());
         while let Some(result) = results.next().await {
             match result {
                 Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
@@ -276,7 +323,9 @@ fn is_permission_io(error: &object_store::Error) -> bool {
         if let Some(io) = cause.downcast_ref::<std::io::Error>() {
             return matches!(
                 io.kind(),
-                std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem | std::io::ErrorKind::NotADirectory
+                std::io::ErrorKind::PermissionDenied
+                    | std::io::ErrorKind::ReadOnlyFilesystem
+                    | std::io::ErrorKind::NotADirectory
             );
         }
         source = cause.source();

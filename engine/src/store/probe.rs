@@ -34,7 +34,10 @@ async fn race(store: &Store, name: &str) -> Result<()> {
         winners += usize::from(result?);
     }
     if winners != 1 {
-        return Err(refusal(store, format!("{winners} of {RACERS} concurrent creates of one name succeeded")));
+        return Err(refusal(
+            store,
+            format!("{winners} of {RACERS} concurrent creates of one name succeeded"),
+        ));
     }
     for wait_ms in [0, 300] {
         tokio::time::sleep(Duration::from_millis(wait_ms)).await;
@@ -65,7 +68,11 @@ async fn raw_create(store: &Store, name: &str, bytes: Bytes) -> Result<bool> {
 }
 
 fn refusal(store: &Store, what: String) -> Error {
-    Error::refused(format!("{} does not create objects conditionally: {what}", store.shown())).remedy(
+    Error::refused(format!(
+        "{} does not create objects conditionally: {what}",
+        store.shown()
+    ))
+    .remedy(
         "two writers could overwrite each other there; use another store, or set single_writer = true for this \
          repository and make sure that only one host ever writes to it",
     )

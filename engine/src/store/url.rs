@@ -89,10 +89,14 @@ impl RepositoryUrl {
             return Err(Error::usage(format!("storage_class has no meaning for {}", self.url)));
         }
         if create {
-            std::fs::create_dir_all(path).map_err(|e| Error::io(format_args!("creating the repository folder {path}"), e))?;
+            std::fs::create_dir_all(path)
+                .map_err(|e| Error::io(format_args!("creating the repository folder {path}"), e))?;
         } else if !std::path::Path::new(path).is_dir() {
-            return Err(Error::new(crate::error::Kind::Temporary, format!("the repository folder {path} is not there"))
-                .remedy("mount or create it; `fairvault stanza create` creates it for a new repository"));
+            return Err(Error::new(
+                crate::error::Kind::Temporary,
+                format!("the repository folder {path} is not there"),
+            )
+            .remedy("mount or create it; `fairvault stanza create` creates it for a new repository"));
         }
         let store = LocalFileSystem::new_with_prefix(path)
             .map_err(|e| Error::failed(format!("opening the repository folder {path}")).caused_by(e))?
@@ -121,10 +125,17 @@ impl RepositoryUrl {
 
     fn retry(&self) -> RetryConfig {
         RetryConfig {
-            backoff: BackoffConfig { init_backoff: Duration::from_millis(100), max_backoff: Duration::from_secs(15), base: 2.0 },
+            backoff: BackoffConfig {
+                init_backoff: Duration::from_millis(100),
+                max_backoff: Duration::from_secs(15),
+                base: 2.0,
+            },
             max_retries: 20,
             // Requests are signed once: stay well inside a signature's life.
-            retry_timeout: self.retry_timeout.unwrap_or(Duration::from_secs(180)).min(Duration::from_secs(240)),
+            retry_timeout: self
+                .retry_timeout
+                .unwrap_or(Duration::from_secs(180))
+                .min(Duration::from_secs(240)),
         }
     }
 
@@ -162,10 +173,14 @@ impl RepositoryUrl {
                 builder = builder.with_config(key, "AES256");
             }
             Some(other) => {
-                return Err(Error::usage(format!("server_side_encryption = {other:?} is not known: AES256 or aws:kms")));
+                return Err(Error::usage(format!(
+                    "server_side_encryption = {other:?} is not known: AES256 or aws:kms"
+                )));
             }
         }
-        builder.build().map_err(|e| self.bad("the S3 client cannot be made").caused_by(e))
+        builder
+            .build()
+            .map_err(|e| self.bad("the S3 client cannot be made").caused_by(e))
     }
 
     fn gcs(&self, bucket: &str) -> Result<impl ObjectStore> {
@@ -176,7 +191,9 @@ impl RepositoryUrl {
         if let Some(endpoint) = &self.endpoint {
             builder = builder.with_base_url(endpoint);
         }
-        builder.build().map_err(|e| self.bad("the GCS client cannot be made").caused_by(e))
+        builder
+            .build()
+            .map_err(|e| self.bad("the GCS client cannot be made").caused_by(e))
     }
 
     fn azure(&self, container: &str) -> Result<impl ObjectStore> {
@@ -191,6 +208,8 @@ impl RepositoryUrl {
         if let (Some(account), Some(key)) = (&self.access_key, &self.secret_key) {
             builder = builder.with_account(account).with_access_key(key);
         }
-        builder.build().map_err(|e| self.bad("the Azure client cannot be made").caused_by(e))
+        builder
+            .build()
+            .map_err(|e| self.bad("the Azure client cannot be made").caused_by(e))
     }
 }

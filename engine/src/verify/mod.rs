@@ -82,7 +82,10 @@ impl Report {
     }
 
     fn add(&mut self, object: impl Into<String>, problem: impl std::fmt::Display) {
-        self.findings.push(Finding { object: object.into(), problem: problem.to_string() });
+        self.findings.push(Finding {
+            object: object.into(),
+            problem: problem.to_string(),
+        });
     }
 }
 
@@ -106,17 +109,31 @@ pub async fn run(log: &Log, level: Level, progress: Arc<Progress>) -> Result<Rep
         // Later backups may rely on it, even if no committed one does.
         wanted.packs.entry(pack).or_default();
     }
-    progress.total_bytes.set(manifests.iter().filter_map(|(_, m)| m.as_ref().ok()).flat_map(|m| &m.usage.live_bytes).sum());
+    progress.total_bytes.set(
+        manifests
+            .iter()
+            .filter_map(|(_, m)| m.as_ref().ok())
+            .flat_map(|m| &m.usage.live_bytes)
+            .sum(),
+    );
     let bad = check_packs(&stanza, &wanted, level, &mut report, &progress).await?;
     progress.phase("verifying WAL");
     let bad_wal = check_wal(log, &mut report, &progress).await?;
     for ((id, manifest), backup) in manifests.into_iter().zip(&log.state().backups) {
-        let mut verdict =
-            BackupVerdict { id: id.clone(), restorable: true, lost_files: Vec::new(), lost_file_count: 0, problems: Vec::new() };
+        let mut verdict = BackupVerdict {
+            id: id.clone(),
+            restorable: true,
+            lost_files: Vec::new(),
+            lost_file_count: 0,
+            problems: Vec::new(),
+        };
         match manifest {
             Err(error) if error.kind() == Kind::Temporary => return Err(error),
             Err(error) => {
-                report.add(names::root(&backup.root.as_slice().try_into().unwrap_or([0; 32])), &error);
+                report.add(
+                    names::root(&backup.root.as_slice().try_into().unwrap_or([0; 32])),
+                    &error,
+                );
                 verdict.problems.push(format!("its manifest cannot be read: {error}"));
             }
             Ok(manifest) => {
@@ -145,7 +162,10 @@ async fn check_log(log: &Log, report: &mut Report) -> Result<()> {
         }
         report.add("log", error);
     } else if fresh.state().seq < log.state().seq {
-        report.add(names::log_context(fresh.state().seq + 1), "it is missing, and later entries were seen before");
+        report.add(
+            names::log_context(fresh.state().seq + 1),
+            "it is missing, and later entries were seen before",
+        );
     }
     report.objects += fresh.state().seq;
     Ok(())
@@ -155,7 +175,9 @@ async fn check_log(log: &Log, report: &mut Report) -> Result<()> {
 async fn check_runs(log: &Log, report: &mut Report) -> Result<BTreeSet<[u8; 32]>> {
     let mut packs = BTreeSet::new();
     for run in &log.state().index_runs {
-        let Ok(hash) = <[u8; 32]>::try_from(run.as_slice()) else { continue };
+        let Ok(hash) = <[u8; 32]>::try_from(run.as_slice()) else {
+            continue;
+        };
         let name = names::index_run(&hash);
         let stanza = log.stanza();
         report.objects += 1;
@@ -170,7 +192,10 @@ async fn check_runs(log: &Log, report: &mut Report) -> Result<BTreeSet<[u8; 32]>
                     Err(error) => report.add(&name, error),
                 }
             }
-            Err(problem) => report.add(&name, format_args!("{problem}; it only speeds up backups and can be rebuilt from packs")),
+            Err(problem) => report.add(
+                &name,
+                format_args!("{problem}; it only speeds up backups and can be rebuilt from packs"),
+            ),
         }
     }
     Ok(packs)
@@ -180,7 +205,10 @@ async fn check_runs(log: &Log, report: &mut Report) -> Result<BTreeSet<[u8; 32]>
 async fn read(stanza: &Stanza, name: &str, hash: &[u8; 32]) -> Result<std::result::Result<bytes::Bytes, String>> {
     Ok(match stanza.store().get_opt(name).await? {
         None => Err("it is missing".to_owned()),
-        Some(bytes) if sha256(&bytes) != *hash => Err(format!("its {} bytes do not match its name: it was changed or cut off", bytes.len())),
+        Some(bytes) if sha256(&bytes) != *hash => Err(format!(
+            "its {} bytes do not match its name: it was changed or cut off",
+            bytes.len()
+        )),
         Some(bytes) => Ok(bytes),
     })
 }
@@ -205,7 +233,12 @@ fn wanted_frames(manifests: &[(String, Result<Manifest>)]) -> Wanted {
     let mut wanted = Wanted::default();
     for manifest in manifests.iter().filter_map(|(_, m)| m.as_ref().ok()) {
         let root_info = manifest.root.info.clone().unwrap_or_default();
-        let damaged: BTreeSet<(&str, u32)> = manifest.root.page_failures.iter().map(|f| (f.path.as_str(), f.block)).collect();
+        let damaged: BTreeSet<(&str, u32)> = manifest
+            .root
+            .page_failures
+            .iter()
+            .map(|f| (f.path.as_str(), f.block))
+            .collect();
         for pack in &manifest.packs {
             wanted.packs.entry(pack.name).or_default();
         }
@@ -213,17 +246,31 @@ fn wanted_frames(manifests: &[(String, Result<Manifest>)]) -> Wanted {
         for p in &manifest.placements {
             let path = &manifest.files[p.file as usize].path;
             let block = (p.file_offset / 8192) as u32;
-            let known_bad = damaged.iter().any(|(f, b)| f == path && (block..block + p.len / 8192).contains(b));
-            let relation = relation_file(path).filter(|_| root_info.data_checksums && p.frame_offset == 0 && !known_bad);
+            let known_bad = damaged
+                .iter()
+                .any(|(f, b)| f == path && (block..block + p.len / 8192).contains(b));
+            let relation =
+                relation_file(path).filter(|_| root_info.data_checksums && p.frame_offset == 0 && !known_bad);
             let first = relation.map(|r| r.segment.wrapping_mul(131_072).wrapping_add(block));
             // A chunk that two relations share cannot have checksums of both: only zeros can.
-            first_blocks.entry(p.frame).and_modify(|known| if *known != first { *known = None }).or_insert(first);
+            first_blocks
+                .entry(p.frame)
+                .and_modify(|known| {
+                    if *known != first {
+                        *known = None
+                    }
+                })
+                .or_insert(first);
         }
         for (number, frame) in manifest.frames.iter().enumerate() {
             let pack = manifest.packs[frame.pack as usize];
             if seen.insert((pack.name, frame.ordinal)) {
                 let first_block = first_blocks.get(&(number as u32)).copied().flatten();
-                wanted.packs.entry(pack.name).or_default().push(WantedFrame { pack, frame: *frame, first_block });
+                wanted.packs.entry(pack.name).or_default().push(WantedFrame {
+                    pack,
+                    frame: *frame,
+                    first_block,
+                });
             }
         }
     }
@@ -243,11 +290,17 @@ async fn check_packs(
         let object = names::pack(name);
         let mut findings: Vec<Finding> = Vec::new();
         let mut lost: Vec<FrameKeyed> = Vec::new();
-        let finding = |problem: String| Finding { object: object.clone(), problem };
+        let finding = |problem: String| Finding {
+            object: object.clone(),
+            problem,
+        };
         let (bytes, whole) = match stanza.store().get_opt(&object).await? {
             None => (bytes::Bytes::new(), Err("it is missing".to_owned())),
             Some(bytes) if sha256(&bytes) != *name => {
-                let problem = format!("its {} bytes do not match its name: it was changed or cut off", bytes.len());
+                let problem = format!(
+                    "its {} bytes do not match its name: it was changed or cut off",
+                    bytes.len()
+                );
                 (bytes, Err(problem))
             }
             Some(bytes) => (bytes, Ok(())),
@@ -255,7 +308,9 @@ async fn check_packs(
         if let Err(problem) = &whole {
             findings.push(finding(problem.clone()));
         } else {
-            let opened = stanza.keys_for(&bytes, &object).and_then(|keys| Ok(pack::open_pack(keys, stanza.scope(), &bytes, &object)?));
+            let opened = stanza
+                .keys_for(&bytes, &object)
+                .and_then(|keys| Ok(pack::open_pack(keys, stanza.scope(), &bytes, &object)?));
             if let Err(error) = opened {
                 findings.push(finding(error.to_string()));
             }
@@ -292,14 +347,19 @@ fn check_frame(stanza: &Stanza, wanted: &WantedFrame, pack_bytes: &[u8]) -> Resu
     let keys = stanza.keys_of(wanted.pack.header.epoch)?;
     let key = fairvault_format::frame::FrameKey::new(keys, stanza.scope(), &wanted.pack.header)?;
     let from = wanted.frame.offset as usize;
-    let stored = pack_bytes.get(from..from + wanted.frame.stored_len as usize).unwrap_or_default();
+    let stored = pack_bytes
+        .get(from..from + wanted.frame.stored_len as usize)
+        .unwrap_or_default();
     let chunk = open_frame(stanza, &key, &wanted.pack, &wanted.frame, stored)?;
-    let Some(first) = wanted.first_block else { return Ok(None) };
+    let Some(first) = wanted.first_block else {
+        return Ok(None);
+    };
     for (i, page) in chunk.chunks_exact(8192).enumerate() {
         if let page::Verdict::Bad { expected, found } = page::verify(page, first.wrapping_add(i as u32)) {
             return Ok(Some(format!(
                 "frame {}: page {} has checksum {found:04x}, expected {expected:04x}",
-                wanted.frame.ordinal, first.wrapping_add(i as u32)
+                wanted.frame.ordinal,
+                first.wrapping_add(i as u32)
             )));
         }
     }
@@ -315,14 +375,26 @@ fn lost_files(manifest: &Manifest, bad: &BTreeSet<FrameKeyed>, verdict: &mut Bac
         }
     }
     verdict.lost_file_count = lost.len() as u64;
-    verdict.lost_files = lost.iter().take(MAX_LISTED).map(|&f| manifest.files[f as usize].path.clone()).collect();
+    verdict.lost_files = lost
+        .iter()
+        .take(MAX_LISTED)
+        .map(|&f| manifest.files[f as usize].path.clone())
+        .collect();
 }
 
 /// A file that the backup says is damaged at its source is no fault of the repository; it is said again.
 fn check_crcs(manifest: &Manifest, verdict: &mut BackupVerdict) {
-    let damaged = manifest.root.page_failures.iter().filter(|f| crate::backup::judge::is_damage(f)).count();
+    let damaged = manifest
+        .root
+        .page_failures
+        .iter()
+        .filter(|f| crate::backup::judge::is_damage(f))
+        .count();
     if damaged > 0 {
-        tracing::warn!("backup {}: {damaged} pages were already damaged on the server when it was taken", verdict.id);
+        tracing::warn!(
+            "backup {}: {damaged} pages were already damaged on the server when it was taken",
+            verdict.id
+        );
     }
 }
 
@@ -334,7 +406,11 @@ async fn check_wal(log: &Log, report: &mut Report, progress: &Progress) -> Resul
     let mut checks = futures::stream::iter(objects.into_iter().map(|(object, _)| async move {
         let bytes = stanza.store().get(&object).await?;
         let in_piece_folder = object.rsplit('/').nth(1).is_some_and(|folder| folder.ends_with(".d"));
-        let file = object.rsplit('/').next().and_then(names::parse_wal_file).map(|(name, _)| name.to_owned());
+        let file = object
+            .rsplit('/')
+            .next()
+            .and_then(names::parse_wal_file)
+            .map(|(name, _)| name.to_owned());
         let kind = match &file {
             _ if in_piece_folder => ObjectKind::WalPiece,
             Some(name) if name.len() == 24 => ObjectKind::WalSegment,
@@ -375,11 +451,17 @@ async fn check_backup_wal(
     let archive = Archive::open(log, Some(info.system_identifier), 3)?;
     let coverage = Coverage::read(&archive).await?;
     let known = coverage.timelines.get(&info.start_timeline).map(|t| t.history.clone());
-    let history = known.unwrap_or(History { timeline: info.start_timeline, ancestors: Vec::new() });
+    let history = known.unwrap_or(History {
+        timeline: info.start_timeline,
+        ancestors: Vec::new(),
+    });
     let (start, stop) = (Lsn(info.start_lsn), Lsn(info.stop_lsn));
     let reach = coverage.reach(&history, start);
     if reach.end < stop {
-        verdict.problems.push(format!("{} of its own WAL is missing", reach.missing.name(archive.segment_size)));
+        verdict.problems.push(format!(
+            "{} of its own WAL is missing",
+            reach.missing.name(archive.segment_size)
+        ));
         return Ok(());
     }
     let reader = Reader::new(&archive, &history);
@@ -393,7 +475,9 @@ async fn check_backup_wal(
     if level == Level::Data {
         let end = reader.walk(start, stop, |_| {}).await?;
         if end < stop {
-            verdict.problems.push(format!("its own WAL cannot be read beyond {end}; it needs {stop}"));
+            verdict
+                .problems
+                .push(format!("its own WAL cannot be read beyond {end}; it needs {stop}"));
         }
     }
     Ok(())

@@ -66,7 +66,10 @@ impl Archive {
     }
 
     fn epoch(&self, timeline: u32, lsn: Lsn) -> u32 {
-        let snapshot = proto::Snapshot { archive_epochs: self.epochs.clone(), ..Default::default() };
+        let snapshot = proto::Snapshot {
+            archive_epochs: self.epochs.clone(),
+            ..Default::default()
+        };
         state::archive_epoch(&snapshot, self.system_identifier, timeline, lsn.0)
     }
 
@@ -76,7 +79,12 @@ impl Archive {
             WalFile::Segment(s) | WalFile::Partial(s) | WalFile::BackupHistory(s) => s.start(self.segment_size),
             WalFile::History(_) => Lsn(0),
         };
-        names::wal_file(self.system_identifier, file.timeline(), name, self.epoch(file.timeline(), lsn))
+        names::wal_file(
+            self.system_identifier,
+            file.timeline(),
+            name,
+            self.epoch(file.timeline(), lsn),
+        )
     }
 
     /// Which kind of object holds a file.
@@ -109,7 +117,9 @@ impl Archive {
         let object = self.object_name(&file, name);
         let kind = Self::object_kind(&file);
         let id = self.stanza.keys().chunk_id(&content);
-        let sealed = self.seal(kind, object.clone(), self.header(&file, name, &content), content).await?;
+        let sealed = self
+            .seal(kind, object.clone(), self.header(&file, name, &content), content)
+            .await?;
         match self.stanza.store().create(&object, sealed.0.into()).await? {
             Created::Won => return Ok(Stored::New),
             Created::Lost(there) if self.content_id(kind, &there, &object)? == id => return Ok(Stored::Same),
@@ -127,11 +137,15 @@ impl Archive {
         }
         let beside = format!("{name}-{}", hex::encode(&id[..4]));
         let object = self.object_name(&file, &beside);
-        let sealed = self.seal(kind, object.clone(), self.header(&file, name, &sealed.1), sealed.1).await?;
+        let sealed = self
+            .seal(kind, object.clone(), self.header(&file, name, &sealed.1), sealed.1)
+            .await?;
         match self.stanza.store().create(&object, sealed.0.into()).await? {
             Created::Won => Ok(Stored::Beside),
             Created::Lost(there) if self.content_id(kind, &there, &object)? == id => Ok(Stored::Same),
-            Created::Lost(_) => Err(Error::refused(format!("{object} exists with other content; nothing was overwritten"))),
+            Created::Lost(_) => Err(Error::refused(format!(
+                "{object} exists with other content; nothing was overwritten"
+            ))),
         }
     }
 
@@ -148,16 +162,34 @@ impl Archive {
         match self.stanza.store().create(&object, sealed.0.into()).await? {
             Created::Won => Ok(Stored::New),
             Created::Lost(there) if self.content_id(ObjectKind::WalPiece, &there, &object)? == id => Ok(Stored::Same),
-            Created::Lost(_) => Err(Error::refused(format!("{object} exists with other content; nothing was overwritten"))),
+            Created::Lost(_) => Err(Error::refused(format!(
+                "{object} exists with other content; nothing was overwritten"
+            ))),
         }
     }
 
     /// Seals away from the async threads; returns the object and the content.
-    async fn seal(&self, kind: ObjectKind, object: String, header: proto::WalHeader, content: Vec<u8>) -> Result<(Vec<u8>, Vec<u8>)> {
+    async fn seal(
+        &self,
+        kind: ObjectKind,
+        object: String,
+        header: proto::WalHeader,
+        content: Vec<u8>,
+    ) -> Result<(Vec<u8>, Vec<u8>)> {
         let (stanza, level) = (self.stanza.clone(), self.level);
         let salt = env::salt(stanza.env())?;
         let work = move || {
-            wal::seal_wal(stanza.keys(), stanza.scope(), kind, salt, &object, header, &content, level).map(|sealed| (sealed, content))
+            wal::seal_wal(
+                stanza.keys(),
+                stanza.scope(),
+                kind,
+                salt,
+                &object,
+                header,
+                &content,
+                level,
+            )
+            .map(|sealed| (sealed, content))
         };
         match tokio::task::spawn_blocking(work).await {
             Ok(result) => Ok(result?),
@@ -171,7 +203,11 @@ impl Archive {
         let keys = self.stanza.keys_of(epoch)?;
         let result = if epoch == self.stanza.keys().epoch {
             let header = wal::open_header(keys, self.stanza.scope(), kind, bytes, object)?;
-            header.content_id.as_slice().try_into().map_err(|_| Error::damaged(format!("{object} has no content id")))
+            header
+                .content_id
+                .as_slice()
+                .try_into()
+                .map_err(|_| Error::damaged(format!("{object} has no content id")))
         } else {
             let (_, content) = wal::open_wal(keys, self.stanza.scope(), kind, bytes, object)?;
             Ok(self.stanza.keys().chunk_id(&content))
@@ -185,8 +221,11 @@ impl Archive {
         log.refresh().await?;
         match log.state().fence == before {
             true => Ok(()),
-            false => Err(Error::new(Kind::Held, "the stanza was fenced while this was written; it may not count")
-                .remedy("see `fairvault info` for who fenced it")),
+            false => Err(Error::new(
+                Kind::Held,
+                "the stanza was fenced while this was written; it may not count",
+            )
+            .remedy("see `fairvault info` for who fenced it")),
         }
     }
 }

@@ -60,16 +60,23 @@ impl Coverage {
     /// Lists what is there.
     pub async fn read(archive: &Archive) -> Result<Self> {
         let folder = format!("{}/{:016x}", names::WAL, archive.system_identifier);
-        let mut this = Self { segment_size: archive.segment_size, ..Default::default() };
+        let mut this = Self {
+            segment_size: archive.segment_size,
+            ..Default::default()
+        };
         for (object, size) in archive.stanza.store().list(&folder).await? {
             let rest: Vec<&str> = object[folder.len() + 1..].split('/').collect();
-            let Some(timeline) = rest.first().and_then(|t| u32::from_str_radix(t, 16).ok()) else { continue };
+            let Some(timeline) = rest.first().and_then(|t| u32::from_str_radix(t, 16).ok()) else {
+                continue;
+            };
             let wal = this.timelines.entry(timeline).or_default();
             wal.history.timeline = timeline;
             wal.stored_bytes += size;
             match rest.as_slice() {
                 [_, file] => {
-                    let Some((name, _)) = names::parse_wal_file(file) else { continue };
+                    let Some((name, _)) = names::parse_wal_file(file) else {
+                        continue;
+                    };
                     match WalFile::parse(name, archive.segment_size) {
                         Ok(WalFile::Segment(segment)) => _ = wal.segments.insert(segment.number),
                         Ok(WalFile::Partial(segment)) => _ = wal.parts.insert(segment.number),
@@ -94,7 +101,9 @@ impl Coverage {
     }
 
     fn has(&self, timeline: u32, number: u64) -> bool {
-        self.timelines.get(&timeline).is_some_and(|t| t.segments.contains(&number) || t.parts.contains(&number))
+        self.timelines
+            .get(&timeline)
+            .is_some_and(|t| t.segments.contains(&number) || t.parts.contains(&number))
     }
 
     /// Timelines that a segment may be read from along `history`, newest first.
@@ -102,7 +111,14 @@ impl Coverage {
         let start = Lsn(number * self.segment_size);
         let last = Lsn(start.0 + self.segment_size - 1);
         let mut out = vec![history.timeline_at(last)];
-        out.extend(history.ancestors.iter().rev().filter(|a| a.end > start && a.end <= last).map(|a| a.timeline));
+        out.extend(
+            history
+                .ancestors
+                .iter()
+                .rev()
+                .filter(|a| a.end > start && a.end <= last)
+                .map(|a| a.timeline),
+        );
         out.dedup();
         out
     }
@@ -117,7 +133,10 @@ impl Coverage {
             }
             number += 1;
         }
-        let missing = Segment { timeline: self.candidates(history, number)[0], number };
+        let missing = Segment {
+            timeline: self.candidates(history, number)[0],
+            number,
+        };
         let is_hole = self.timelines.iter().any(|(&timeline, wal)| {
             let end = history.end_of(timeline);
             let last = wal.segments.iter().chain(&wal.parts).max();
@@ -127,6 +146,10 @@ impl Coverage {
                 _ => false,
             }
         });
-        Reach { end: missing.start(self.segment_size), missing, is_hole }
+        Reach {
+            end: missing.start(self.segment_size),
+            missing,
+            is_hole,
+        }
     }
 }

@@ -14,12 +14,19 @@ impl Archive {
     /// The content of an archived file; `None` if there is no such object.
     pub async fn file(&self, file: &WalFile, name: &str) -> Result<Option<Vec<u8>>> {
         let object = self.object_name(file, name);
-        let Some(bytes) = self.stanza.store().get_opt(&object).await? else { return Ok(None) };
+        let Some(bytes) = self.stanza.store().get_opt(&object).await? else {
+            return Ok(None);
+        };
         let keys = self.stanza.keys_for(&bytes, &object)?;
         let (header, content) = wal::open_wal(keys, self.stanza.scope(), Self::object_kind(file), &bytes, &object)?;
         let expected = matches!(file, WalFile::Segment(_)).then_some(self.segment_size);
         if header.name != name || expected.is_some_and(|len| len != content.len() as u64) {
-            return Err(Error::damaged(format!("{}/{object} holds {} of {} bytes", self.stanza.shown(), header.name, content.len())));
+            return Err(Error::damaged(format!(
+                "{}/{object} holds {} of {} bytes",
+                self.stanza.shown(),
+                header.name,
+                content.len()
+            )));
         }
         Ok(Some(content))
     }
@@ -39,13 +46,22 @@ impl Archive {
         if need > bytes.len() {
             bytes = store.get_range(&object, 0..need as u64).await?;
         }
-        Ok(Some(wal::open_header(keys, self.stanza.scope(), ObjectKind::WalSegment, &bytes, &object)?))
+        Ok(Some(wal::open_header(
+            keys,
+            self.stanza.scope(),
+            ObjectKind::WalSegment,
+            &bytes,
+            &object,
+        )?))
     }
 
     /// What the pieces of a segment amount to, from its start; empty if there are none.
     pub async fn pieces(&self, segment: Segment) -> Result<Vec<u8>> {
         let name = segment.name(self.segment_size);
-        let folder = format!("{}/{name}.d", names::wal_folder(self.system_identifier, segment.timeline));
+        let folder = format!(
+            "{}/{name}.d",
+            names::wal_folder(self.system_identifier, segment.timeline)
+        );
         let mut pieces: Vec<_> = self
             .stanza
             .store()
@@ -90,7 +106,9 @@ impl Archive {
             return Ok(Some(content));
         }
         let mut best = self.pieces(segment).await?;
-        if let Some(partial) = self.file(&WalFile::Partial(segment), &format!("{name}.partial")).await?
+        if let Some(partial) = self
+            .file(&WalFile::Partial(segment), &format!("{name}.partial"))
+            .await?
             && best.len() < partial.len()
         {
             best = partial;
@@ -105,9 +123,14 @@ impl Archive {
     /// The history of a timeline; for timeline 1 there is none to read.
     pub async fn history(&self, timeline: u32) -> Result<Option<History>> {
         if timeline == 1 {
-            return Ok(Some(History { timeline: 1, ancestors: Vec::new() }));
+            return Ok(Some(History {
+                timeline: 1,
+                ancestors: Vec::new(),
+            }));
         }
-        let content = self.file(&WalFile::History(timeline), &format!("{timeline:08X}.history")).await?;
+        let content = self
+            .file(&WalFile::History(timeline), &format!("{timeline:08X}.history"))
+            .await?;
         content.map(|c| History::parse(timeline, &c)).transpose()
     }
 }

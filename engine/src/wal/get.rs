@@ -39,9 +39,10 @@ pub async fn get(archive: &Archive, name: &str, destination: &Path, needs: Needs
         WalFile::Segment(segment) => segment_request(archive, segment, name, destination, needs).await,
         WalFile::History(timeline) => match archive.file(&file, name).await? {
             Some(content) => deliver(destination, &content),
-            None if needs.timeline == Some(timeline) && timeline > 1 => {
-                Err(Error::damaged(format!("{name} is needed for this recovery and is not in {}", archive.stanza.shown())))
-            }
+            None if needs.timeline == Some(timeline) && timeline > 1 => Err(Error::damaged(format!(
+                "{name} is needed for this recovery and is not in {}",
+                archive.stanza.shown()
+            ))),
             None => Ok(Outcome::Absent),
         },
         WalFile::Partial(_) | WalFile::BackupHistory(_) => match archive.file(&file, name).await? {
@@ -51,12 +52,21 @@ pub async fn get(archive: &Archive, name: &str, destination: &Path, needs: Needs
     }
 }
 
-async fn segment_request(archive: &Archive, segment: Segment, name: &str, destination: &Path, needs: Needs) -> Result<Outcome> {
+async fn segment_request(
+    archive: &Archive,
+    segment: Segment,
+    name: &str,
+    destination: &Path,
+    needs: Needs,
+) -> Result<Outcome> {
     let size = archive.segment_size;
     let history = match needs.timeline {
         None => None,
         Some(timeline) => Some(archive.history(timeline).await?.ok_or_else(|| {
-            Error::damaged(format!("the history of timeline {timeline}, which this recovery follows, is not in {}", archive.stanza.shown()))
+            Error::damaged(format!(
+                "the history of timeline {timeline}, which this recovery follows, is not in {}",
+                archive.stanza.shown()
+            ))
         })?),
     };
     let switch = match &history {
@@ -87,7 +97,11 @@ async fn segment_request(archive: &Archive, segment: Segment, name: &str, destin
         }
         let have = segment.start(size).0 + content.len() as u64;
         if switch.is_none() && needs.through.is_some_and(|through| through.0 > have) {
-            return Err(hole(archive, name, format_args!("only the part up to {} is there", Lsn(have))));
+            return Err(hole(
+                archive,
+                name,
+                format_args!("only the part up to {} is there", Lsn(have)),
+            ));
         }
         content.resize(size as usize, 0);
     }
@@ -108,19 +122,42 @@ fn hole(archive: &Archive, name: &str, why: impl std::fmt::Display) -> Error {
         .remedy("recovery stops here on purpose: ending it now would silently lose what came after. See `fairvault info` for the points that can be reached")
 }
 
-async fn prove_absent(archive: &Archive, segment: Segment, name: &str, needs: Needs, history: Option<&History>) -> Result<Outcome> {
+async fn prove_absent(
+    archive: &Archive,
+    segment: Segment,
+    name: &str,
+    needs: Needs,
+    history: Option<&History>,
+) -> Result<Outcome> {
     let start = segment.start(archive.segment_size);
     // A segment of an older timeline may be asked for although the newer one has it.
-    let superseded = history.is_some_and(|h| h.timeline_at(Lsn(segment.end(archive.segment_size).0 - 1)) != segment.timeline);
+    let superseded =
+        history.is_some_and(|h| h.timeline_at(Lsn(segment.end(archive.segment_size).0 - 1)) != segment.timeline);
     if !superseded && needs.through.is_some_and(|through| through > start) {
-        return Err(hole(archive, name, format_args!("this recovery has to reach {}", needs.through.unwrap_or_default())));
+        return Err(hole(
+            archive,
+            name,
+            format_args!("this recovery has to reach {}", needs.through.unwrap_or_default()),
+        ));
     }
     let coverage = Coverage::read(archive).await?;
     if let Some(wal) = coverage.timelines.get(&segment.timeline) {
-        let later = wal.segments.iter().chain(&wal.parts).find(|&&number| number > segment.number);
+        let later = wal
+            .segments
+            .iter()
+            .chain(&wal.parts)
+            .find(|&&number| number > segment.number);
         if let (Some(&later), false) = (later, superseded) {
-            let later = Segment { timeline: segment.timeline, number: later }.name(archive.segment_size);
-            return Err(hole(archive, name, format_args!("{later} is there, so this is a hole, not the end")));
+            let later = Segment {
+                timeline: segment.timeline,
+                number: later,
+            }
+            .name(archive.segment_size);
+            return Err(hole(
+                archive,
+                name,
+                format_args!("{later} is there, so this is a hole, not the end"),
+            ));
         }
     }
     Ok(Outcome::Absent)
@@ -128,8 +165,12 @@ async fn prove_absent(archive: &Archive, segment: Segment, name: &str, needs: Ne
 
 /// pg_wal may hold a copy of the segment that is valid beyond what we have.
 fn longer_copy_at_hand(destination: &Path, name: &str, segment: Segment, size: u64, ours: usize) -> bool {
-    let Some(local) = destination.parent().map(|p| p.join(name)) else { return false };
-    let Ok(content) = std::fs::read(local) else { return false };
+    let Some(local) = destination.parent().map(|p| p.join(name)) else {
+        return false;
+    };
+    let Ok(content) = std::fs::read(local) else {
+        return false;
+    };
     let mut walker = Walker::new(segment.start(size), size);
     walker.feed(&content, |_| {});
     content.len() as u64 == size && walker.next_record().0.saturating_sub(segment.start(size).0) as usize > ours
@@ -138,6 +179,8 @@ fn longer_copy_at_hand(destination: &Path, name: &str, segment: Segment, size: u
 fn deliver(destination: &Path, content: &[u8]) -> Result<Outcome> {
     let what = || format!("writing {}", destination.display());
     let mut file = std::fs::File::create(destination).map_err(|e| Error::io(what(), e))?;
-    file.write_all(content).and_then(|()| file.sync_all()).map_err(|e| Error::io(what(), e))?;
+    file.write_all(content)
+        .and_then(|()| file.sync_all())
+        .map_err(|e| Error::io(what(), e))?;
     Ok(Outcome::Delivered)
 }

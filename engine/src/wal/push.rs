@@ -19,16 +19,27 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>> {
     let what = || format!("reading {}", path.display());
     let meta = std::fs::metadata(path).map_err(|e| Error::io(what(), e))?;
     if !meta.is_file() || meta.len() > 1 << 30 {
-        return Err(Error::refused(format!("{} is no WAL file: it has {} bytes", path.display(), meta.len())));
+        return Err(Error::refused(format!(
+            "{} is no WAL file: it has {} bytes",
+            path.display(),
+            meta.len()
+        )));
     }
     std::fs::read(path).map_err(|e| Error::io(what(), e))
 }
 
 /// Refuses to archive from a restored copy that was not told to.
 pub fn check_adopted(path: &Path) -> Result<()> {
-    let data_directory = path.parent().and_then(Path::parent).map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p });
+    let data_directory = path
+        .parent()
+        .and_then(Path::parent)
+        .map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p });
     let folders = [Some(Path::new(".")), data_directory];
-    match folders.into_iter().flatten().find(|folder| folder.join(RESTORED_MARKER).exists()) {
+    match folders
+        .into_iter()
+        .flatten()
+        .find(|folder| folder.join(RESTORED_MARKER).exists())
+    {
         None => Ok(()),
         Some(folder) => Err(Error::refused(format!(
             "{} is a restored copy: it does not archive, so that it cannot poison the archive of its original",
@@ -48,7 +59,8 @@ fn refuse(name: &str, why: impl std::fmt::Display) -> Error {
 /// Checks and stores a file.
 pub async fn push(log: &mut Log, name: &str, content: Vec<u8>, level: i32) -> Result<Stored> {
     let long = first_page(name, &content)?;
-    let archive = Archive::open(log, long.map(|l| l.1.system_identifier), level).context(|| format!("{name} is not archived"))?;
+    let archive =
+        Archive::open(log, long.map(|l| l.1.system_identifier), level).context(|| format!("{name} is not archived"))?;
     let file = WalFile::parse(name, archive.segment_size)?;
     match (&file, long) {
         (WalFile::Segment(segment) | WalFile::Partial(segment), Some((page, long))) => {
@@ -57,7 +69,9 @@ pub async fn push(log: &mut Log, name: &str, content: Vec<u8>, level: i32) -> Re
                 check_filled(name, *segment, &content, archive.segment_size)?;
             }
         }
-        (WalFile::Segment(_) | WalFile::Partial(_), None) => return Err(refuse(name, "it does not begin with a WAL page")),
+        (WalFile::Segment(_) | WalFile::Partial(_), None) => {
+            return Err(refuse(name, "it does not begin with a WAL page"));
+        }
         (WalFile::History(timeline), _) => {
             crate::postgres::segment::History::parse(*timeline, &content)?;
         }
@@ -77,9 +91,14 @@ fn first_page(name: &str, content: &[u8]) -> Result<Option<(PageHeader, LongHead
         return Ok(None);
     }
     let page = PageHeader::parse(content).map_err(|why| refuse(name, why))?;
-    let long = page.long.ok_or_else(|| refuse(name, "its first page has no long header"))?;
+    let long = page
+        .long
+        .ok_or_else(|| refuse(name, "its first page has no long header"))?;
     if !valid_segment_size(long.segment_size.into()) {
-        return Err(refuse(name, format_args!("it says that segments have {} bytes", long.segment_size)));
+        return Err(refuse(
+            name,
+            format_args!("it says that segments have {} bytes", long.segment_size),
+        ));
     }
     Ok(Some((page, long)))
 }
@@ -94,35 +113,61 @@ async fn check_segment(
 ) -> Result<()> {
     let size = archive.segment_size;
     if u64::from(long.segment_size) != size {
-        return Err(refuse(name, format_args!("its segments have {} bytes, those of the stanza {size}", long.segment_size)));
+        return Err(refuse(
+            name,
+            format_args!(
+                "its segments have {} bytes, those of the stanza {size}",
+                long.segment_size
+            ),
+        ));
     }
     if content.len() as u64 != size {
-        return Err(refuse(name, format_args!("it has {} bytes; a segment has {size}", content.len())));
+        return Err(refuse(
+            name,
+            format_args!("it has {} bytes; a segment has {size}", content.len()),
+        ));
     }
     let start = segment.start(size);
     if page.address != start {
-        return Err(refuse(name, format_args!("its first page is of {}, its name says {start}", page.address)));
+        return Err(refuse(
+            name,
+            format_args!("its first page is of {}, its name says {start}", page.address),
+        ));
     }
     if page.timeline == segment.timeline {
         return Ok(());
     }
     if page.timeline > segment.timeline {
-        return Err(refuse(name, format_args!("its first page is of timeline {}", page.timeline)));
+        return Err(refuse(
+            name,
+            format_args!("its first page is of timeline {}", page.timeline),
+        ));
     }
     // The first segment after a promotion begins with a copy of the old timeline's.
     let history = archive.history(segment.timeline).await?.ok_or_else(|| {
-        refuse(name, format_args!("the history of timeline {} is not archived yet", segment.timeline))
-            .remedy("PostgreSQL archives the history first; if it is lost, copy it into pg_wal of the server")
+        refuse(
+            name,
+            format_args!("the history of timeline {} is not archived yet", segment.timeline),
+        )
+        .remedy("PostgreSQL archives the history first; if it is lost, copy it into pg_wal of the server")
     })?;
     match history.end_of(page.timeline) {
         Ok(Some(end)) if end >= start && end.0 < start.0 + size => Ok(()),
         Ok(end) => Err(refuse(
             name,
-            format_args!("it begins with timeline {}, which ended at {}", page.timeline, end.unwrap_or(Lsn(0))),
+            format_args!(
+                "it begins with timeline {}, which ended at {}",
+                page.timeline,
+                end.unwrap_or(Lsn(0))
+            ),
         )),
-        Err(NotAnAncestor) => {
-            Err(refuse(name, format_args!("it begins with timeline {}, which is not in the history of {}", page.timeline, segment.timeline)))
-        }
+        Err(NotAnAncestor) => Err(refuse(
+            name,
+            format_args!(
+                "it begins with timeline {}, which is not in the history of {}",
+                page.timeline, segment.timeline
+            ),
+        )),
     }
 }
 
@@ -136,7 +181,13 @@ fn check_filled(name: &str, segment: Segment, content: &[u8], size: u64) -> Resu
     let from = stop.at.0.saturating_sub(segment.start(size).0) as usize;
     let zeros = content.get(from..).is_some_and(|rest| rest.iter().all(|&b| b == 0));
     if zeros && !switched {
-        return Err(refuse(name, format_args!("it is empty from {} on, without a switch record: a padded copy, not a complete segment", stop.at)));
+        return Err(refuse(
+            name,
+            format_args!(
+                "it is empty from {} on, without a switch record: a padded copy, not a complete segment",
+                stop.at
+            ),
+        ));
     }
     Ok(())
 }

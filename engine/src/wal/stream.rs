@@ -45,7 +45,11 @@ pub async fn capture(
         let position = Lsn(segment.start(size).0 + content.len() as u64);
         let target = *until.borrow_and_update();
         if let Some(end) = target {
-            let goal = if end.whole_segment { Lsn(end.stop.0.div_ceil(size) * size) } else { end.stop };
+            let goal = if end.whole_segment {
+                Lsn(end.stop.0.div_ceil(size) * size)
+            } else {
+                end.stop
+            };
             if position >= goal {
                 break;
             }
@@ -66,7 +70,9 @@ pub async fn capture(
         match item {
             WalItem::Data { start, bytes } => {
                 if start != position {
-                    return Err(Error::failed(format!("the server sent WAL of {start}, expected {position}")));
+                    return Err(Error::failed(format!(
+                        "the server sent WAL of {start}, expected {position}"
+                    )));
                 }
                 still_since = tokio::time::Instant::now();
                 progress.wal_bytes.add(bytes.len() as u64);
@@ -77,7 +83,9 @@ pub async fn capture(
                     rest = &rest[take..];
                     if content.len() as u64 == size {
                         let full = std::mem::replace(&mut content, Vec::with_capacity(size as usize));
-                        archive.put(WalFile::Segment(segment), &segment.name(size), full).await?;
+                        archive
+                            .put(WalFile::Segment(segment), &segment.name(size), full)
+                            .await?;
                         segment = segment.next();
                         stream.report(segment.start(size)).await?;
                     }
@@ -85,8 +93,10 @@ pub async fn capture(
             }
             WalItem::Idle { .. } => {}
             WalItem::TimelineEnd { .. } => {
-                return Err(Error::failed("the server was promoted during the backup; this backup cannot be completed")
-                    .remedy("start the backup again"));
+                return Err(Error::failed(
+                    "the server was promoted during the backup; this backup cannot be completed",
+                )
+                .remedy("start the backup again"));
             }
         }
     }

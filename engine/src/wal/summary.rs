@@ -14,7 +14,10 @@ pub const PARSER_VERSION: u32 = 1;
 /// Walks `content`, which begins at `start`.
 pub fn summarize(content: &[u8], start: Lsn, segment_size: u64) -> proto::WalSummary {
     let mut walker = Walker::new(start, segment_size);
-    let mut out = proto::WalSummary { parser_version: PARSER_VERSION, ..Default::default() };
+    let mut out = proto::WalSummary {
+        parser_version: PARSER_VERSION,
+        ..Default::default()
+    };
     walker.feed(content, |record| {
         out.records += 1;
         if out.first_record == 0 {
@@ -24,16 +27,26 @@ pub fn summarize(content: &[u8], start: Lsn, segment_size: u64) -> proto::WalSum
         let lsn = event.lsn.0;
         match event.what {
             What::TransactionEnd { time_us, .. } => {
-                out.min_time_us = if out.min_time_us == 0 { time_us } else { out.min_time_us.min(time_us) };
+                out.min_time_us = if out.min_time_us == 0 {
+                    time_us
+                } else {
+                    out.min_time_us.min(time_us)
+                };
                 out.max_time_us = out.max_time_us.max(time_us);
             }
             What::RestorePoint { time_us, name } => out.restore_points.push(proto::RestorePoint { lsn, time_us, name }),
             What::TablespaceCreate { oid, location } => {
                 out.tablespaces.push(proto::TablespaceCreate { lsn, oid, location });
             }
-            What::ParameterChange { wal_level } => out.parameter_changes.push(proto::ParameterChange { lsn, wal_level }),
+            What::ParameterChange { wal_level } => {
+                out.parameter_changes.push(proto::ParameterChange { lsn, wal_level })
+            }
             What::TimelineStart { timeline, previous } => {
-                out.timeline_starts.push(proto::TimelineStart { lsn, timeline, previous });
+                out.timeline_starts.push(proto::TimelineStart {
+                    lsn,
+                    timeline,
+                    previous,
+                });
             }
             What::Switch => out.switched = true,
         }
