@@ -17,7 +17,16 @@ pub fn run(seconds: u32) -> Result<()> {
     let fuzz = top().join("fuzz");
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(program)
-        .args(["build", "--release", "--quiet", "--bins", "--target", TARGET])
+        .args([
+            "build",
+            "--release",
+            "--quiet",
+            "--bins",
+            "--target",
+            TARGET,
+            "--target-dir",
+            "target",
+        ])
         .env("RUSTFLAGS", FLAGS)
         .current_dir(&fuzz)
         .status()?;

@@ -202,7 +202,13 @@ impl Log {
                 self.stanza.shown(),
                 if found.is_some() { "is different" } else { "is gone" }
             ))
-            .remedy("if the repository was restored from a copy on purpose, delete this host's memory of it in the cache folder")),
+            .remedy(format!(
+                "if the repository was emptied or replaced on purpose, delete {}",
+                self.stanza
+                    .memory()
+                    .map(|m| m.place(&self.stanza).display().to_string())
+                    .unwrap_or_default()
+            ))),
         }
     }
 

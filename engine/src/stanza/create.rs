@@ -40,6 +40,9 @@ pub async fn create(access: &Access, cluster: Cluster, slot: &str) -> Result<Log
     let repository = ensure_repository(&access.repository, env).await?;
     let store = access.repository.folder(&access.stanza);
     if store.list(names::KEYS).await?.is_empty() {
+        if let Some(memory) = &access.memory {
+            memory.forget(access);
+        }
         let scope = Scope {
             repository: repository.id()?,
             stanza: env::id(env)?,

@@ -93,6 +93,19 @@ impl Memory {
         self.write(&self.access_folder(access), "slots", &snapshot.encode_to_vec());
     }
 
+    /// Forgets a stanza, because a new one of this name is being made.
+    pub fn forget(&self, access: &Access) {
+        let folder = self.access_folder(access);
+        for file in ["slots", "keys", "head"] {
+            let _ = std::fs::remove_file(folder.join(file));
+        }
+    }
+
+    /// Where a stanza is remembered.
+    pub fn place(&self, stanza: &Stanza) -> PathBuf {
+        self.folder(stanza.shown())
+    }
+
     /// Unwrapped keys of a stanza that is opened by this very passphrase.
     pub fn keys(&self, access: &Access) -> Option<(Scope, Vec<EpochKeys>)> {
         let Some(Secret::Passphrase(passphrase)) = &access.secret else {
