@@ -49,6 +49,7 @@ fn main() {
         meta_key: [3; 32],
         writer_seed: None,
         operator_seed: None,
+        public_keys: Default::default(),
     };
     let scope = Scope {
         repository: [1; 16],

@@ -364,9 +364,15 @@ pub struct GetArgs {
     /// Recovery must get at least to this position
     #[arg(long, value_name = "LSN")]
     pub through: Option<String>,
+    /// Recovery must not get beyond this position: what was archived after the restore was planned
+    #[arg(long, value_name = "LSN")]
+    pub until: Option<String>,
     /// Recovery follows this timeline
     #[arg(long, value_name = "N")]
     pub timeline: Option<u32>,
+    /// System identifier of the cluster, where the stanza has had several
+    #[arg(long, value_name = "N")]
+    pub system_identifier: Option<u64>,
 }
 
 /// Verbs of `key`.

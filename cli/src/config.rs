@@ -137,8 +137,21 @@ impl Config {
             Some(path) => std::fs::read_to_string(path)
                 .map_err(|e| Error::usage(format!("reading the configuration {}", path.display())).caused_by(e))?,
         };
-        let shown = found.map_or_else(|| "the configuration".to_owned(), |p| p.display().to_string());
-        Self::parse(&text, &shown, std::env::vars())
+        let shown = found
+            .as_ref()
+            .map_or_else(|| "the configuration".to_owned(), |p| p.display().to_string());
+        let config = Self::parse(&text, &shown, std::env::vars())?;
+        // A file that was merely found where we stand, or that runs commands, must be of somebody we trust.
+        let merely_found = path.is_none() && found.as_deref() == Some(Path::new(PATHS[1]));
+        let runs_commands = config
+            .stanza
+            .values()
+            .any(|s| s.key.as_ref().is_some_and(|k| k.command.is_some()));
+        match &found {
+            Some(found) if merely_found || runs_commands => check_owner(found)?,
+            _ => {}
+        }
+        Ok(config)
     }
 
     fn parse(text: &str, shown: &str, variables: impl Iterator<Item = (String, String)>) -> Result<Self> {
@@ -167,6 +180,26 @@ impl Config {
             }
         })
     }
+}
+
+/// Fails unless the file and its folder are ours or root's, and nobody else can write to them.
+fn check_owner(path: &Path) -> Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let me = std::fs::metadata("/proc/self").map_or(0, |m| m.uid());
+    let absolute = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    for part in [Some(absolute.as_path()), absolute.parent()].into_iter().flatten() {
+        let meta = std::fs::metadata(part).map_err(|e| Error::io(format_args!("looking at {}", part.display()), e))?;
+        let sticky = meta.is_dir() && meta.mode() & 0o1000 != 0 && part != absolute;
+        if (meta.uid() != me && meta.uid() != 0) || (meta.mode() & 0o022 != 0 && !sticky) {
+            return Err(Error::usage(format!(
+                "{} is not used: {} can be changed by other users",
+                path.display(),
+                part.display()
+            ))
+            .remedy("make both belong to you or root and writable for nobody else, or name the file with --config"));
+        }
+    }
+    Ok(())
 }
 
 fn line_of(text: &str, error: &toml::de::Error) -> String {
@@ -231,6 +264,23 @@ mod tests {
         .unwrap_err();
         assert!(error.to_string().contains("f.toml line 3"), "{error}");
         assert_eq!(error.advice(), Some("did you mean \"region\"?"));
+    }
+
+    #[test]
+    fn a_file_that_others_can_change_is_not_used() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("fairvault.toml");
+        std::fs::write(&file, "").unwrap();
+        let mode = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        mode(folder.path(), 0o755);
+        mode(&file, 0o644);
+        check_owner(&file).unwrap();
+        mode(&file, 0o664);
+        assert!(check_owner(&file).is_err());
+        mode(&file, 0o644);
+        mode(folder.path(), 0o777);
+        assert!(check_owner(&file).is_err());
     }
 
     #[test]

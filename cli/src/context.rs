@@ -8,6 +8,7 @@ use fairvault_engine::commit::Log;
 use fairvault_engine::env::SystemEnv;
 use fairvault_engine::error::{Context as _, Error, Result};
 use fairvault_engine::replication::conninfo::ConnInfo;
+use fairvault_engine::restore::settings::shell_word;
 use fairvault_engine::stanza::memory::Memory;
 use fairvault_engine::stanza::{Access, Stanza};
 use fairvault_engine::store::{Store, url::RepositoryUrl};
@@ -78,6 +79,7 @@ impl Context {
         {
             return RepositoryUrl {
                 url: url.clone(),
+                lock_file: self.lock_file(),
                 ..from_environment()
             }
             .open(create);
@@ -87,7 +89,17 @@ impl Context {
             Error::usage(format!("there is no [repo.{name}] in the configuration"))
                 .remedy(format!("repositories: {}", known.join(", ")))
         })?;
-        repository_url(repo).context(|| format!("[repo.{name}]"))?.open(create)
+        let url = repository_url(repo).context(|| format!("[repo.{name}]"))?;
+        RepositoryUrl {
+            lock_file: self.lock_file(),
+            ..url
+        }
+        .open(create)
+    }
+
+    /// What keeps the processes of this host apart where one writer is promised.
+    fn lock_file(&self) -> Option<PathBuf> {
+        self.memory().map(|memory| memory.root().join("single-writer.lock"))
     }
 
     /// The secret of a stanza, from options or configuration.
@@ -227,18 +239,6 @@ impl Context {
     }
 }
 
-fn shell_word(word: &str) -> String {
-    let plain = !word.is_empty()
-        && word
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"/._-=:,+".contains(&b));
-    if plain {
-        word.to_owned()
-    } else {
-        format!("'{}'", word.replace('\'', r"'\''"))
-    }
-}
-
 /// Settings of a store that is given by URL alone.
 fn from_environment() -> RepositoryUrl {
     let variable = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
@@ -273,6 +273,7 @@ fn repository_url(repo: &Repo) -> Result<RepositoryUrl> {
         access_key: repo.access_key.clone(),
         secret_key,
         single_writer: repo.single_writer,
+        lock_file: None,
         request_timeout: time("request_timeout", &repo.request_timeout)?,
         retry_timeout: time("retry_timeout", &repo.retry_timeout)?,
     })

@@ -26,6 +26,21 @@ enum Table {
     WalGet,
 }
 
+/// The verbs of the first level.
+const VERBS: [&str; 12] = [
+    "stanza",
+    "stanza-create",
+    "check",
+    "backup",
+    "restore",
+    "wal",
+    "archive-push",
+    "archive-get",
+    "info",
+    "verify",
+    "key",
+    "help",
+];
 /// Done, with warnings that need a person.
 const WARNINGS: u8 = 6;
 /// Try again.
@@ -37,23 +52,17 @@ const INTERRUPTED: u8 = 130;
 
 /// The table by the raw arguments: it must be known before they are understood.
 fn table(arguments: &[String]) -> Table {
-    let words: Vec<&str> = arguments
-        .iter()
-        .map(String::as_str)
-        .filter(|a| !a.starts_with('-'))
-        .collect();
-    let after_wal = |verb: &str| {
-        words
-            .iter()
-            .position(|w| *w == "wal")
-            .is_some_and(|at| words[at..].contains(&verb))
-    };
-    if after_wal("get") || words.contains(&"archive-get") {
-        Table::WalGet
-    } else if after_wal("push") || words.contains(&"archive-push") {
-        Table::WalPush
-    } else {
-        Table::Ordinary
+    // Names of stanzas and values of options may look like verbs: only the first verb counts.
+    let mut words = arguments.iter().skip(1).map(String::as_str);
+    match words.find(|word| VERBS.contains(word)) {
+        Some("archive-get") => Table::WalGet,
+        Some("archive-push") => Table::WalPush,
+        Some("wal") => match words.find(|word| ["get", "push"].contains(word)) {
+            Some("get") => Table::WalGet,
+            Some(_) => Table::WalPush,
+            None => Table::Ordinary,
+        },
+        _ => Table::Ordinary,
     }
 }
 
@@ -196,11 +205,18 @@ mod tests {
         assert_eq!(of("fairvault archive-get"), Table::WalGet);
         assert_eq!(of("fairvault wal --repo-url file:///x push"), Table::WalPush);
         assert_eq!(of("fairvault backup wal"), Table::Ordinary);
+        assert_eq!(of("fairvault wal push get pg_wal/x"), Table::WalPush);
+        assert_eq!(of("fairvault wal get push x y"), Table::WalGet);
+        assert_eq!(of("fairvault backup archive-get"), Table::Ordinary);
+        assert_eq!(of("fairvault verify get"), Table::Ordinary);
     }
 
     #[test]
     fn the_command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+        for verb in Cli::command().get_subcommands() {
+            assert!(VERBS.contains(&verb.get_name()), "{}", verb.get_name());
+        }
     }
 }

@@ -4,8 +4,8 @@
 //! a weekday, with a time of day; "2 hours ago". What names no zone is meant in `zone`.
 
 use fairvault_engine::error::{Error, Result};
-use jiff::civil::{Date, Time, Weekday};
-use jiff::tz::TimeZone;
+use jiff::civil::{Date, DateTime, Time, Weekday};
+use jiff::tz::{AmbiguousOffset, TimeZone};
 use jiff::{Span, Timestamp, Zoned};
 
 /// The zone to use when a text names none.
@@ -25,22 +25,45 @@ pub fn parse(text: &str, now: &Zoned) -> Result<Zoned> {
     let trimmed = text.trim();
     exact(trimmed, now)
         .or_else(|| phrase(trimmed, now))
-        .ok_or_else(|| {
-            Error::usage(format!("{text:?} is not a time"))
-                .remedy("write 2026-11-22T15:00:00Z, \"2026-11-22 15:00:00+01\", \"2026-11-22 15:00 Europe/Berlin\", \"yesterday 15:00\" or \"2 hours ago\"")
+        .unwrap_or_else(|| {
+            Err(Error::usage(format!("{text:?} is not a time"))
+                .remedy("write 2026-11-22T15:00:00Z, \"2026-11-22 15:00:00+01\", \"2026-11-22 15:00 Europe/Berlin\", \"yesterday 15:00\" or \"2 hours ago\""))
         })
 }
 
-fn exact(text: &str, now: &Zoned) -> Option<Zoned> {
+/// A time of the clock on the wall. When clocks change, some happen twice and some never: a moment that
+/// data is to be brought back to must not be guessed.
+fn on_the_wall(zone: &TimeZone, time: DateTime) -> Result<Zoned> {
+    let ambiguous = zone.to_ambiguous_zoned(time);
+    let name = zone.iana_name().unwrap_or("this zone").to_owned();
+    let (what, before, after) = match ambiguous.offset() {
+        AmbiguousOffset::Unambiguous { .. } => {
+            return ambiguous
+                .unambiguous()
+                .map_err(|e| Error::usage(format!("{time} is out of range")).caused_by(e));
+        }
+        AmbiguousOffset::Fold { before, after } => ("happens twice", before, after),
+        AmbiguousOffset::Gap { before, after } => ("does not exist", before, after),
+    };
+    Err(
+        Error::usage(format!("{time} {what} in {name}: the clocks change then")).remedy(format!(
+            "say which one is meant: \"{}{before}\" or \"{}{after}\"",
+            time.strftime("%Y-%m-%d %H:%M:%S"),
+            time.strftime("%Y-%m-%d %H:%M:%S")
+        )),
+    )
+}
+
+fn exact(text: &str, now: &Zoned) -> Option<Result<Zoned>> {
     if let Ok(time) = text.parse::<Timestamp>() {
-        return Some(time.to_zoned(now.time_zone().clone()));
+        return Some(Ok(time.to_zoned(now.time_zone().clone())));
     }
     // A zone name behind the time.
     if let Some((time, name)) = text.rsplit_once(' ')
         && name.chars().next().is_some_and(char::is_alphabetic)
         && let Ok(zone) = TimeZone::get(name)
     {
-        return civil(time).and_then(|t| zone.to_ambiguous_zoned(t).compatible().ok());
+        return civil(time).map(|t| on_the_wall(&zone, t));
     }
     // PostgreSQL's short offsets: +01, -0330, +05:30.
     let at = text
@@ -50,15 +73,9 @@ fn exact(text: &str, now: &Zoned) -> Option<Zoned> {
         .map(|(i, _)| i);
     if let Some(at) = at {
         let offset = offset(&text[at..])?;
-        return civil(text[..at].trim_end())
-            .and_then(|t| TimeZone::fixed(offset).to_ambiguous_zoned(t).compatible().ok());
+        return civil(text[..at].trim_end()).map(|t| on_the_wall(&TimeZone::fixed(offset), t));
     }
-    let local = civil(text)?;
-    now.time_zone()
-        .to_ambiguous_zoned(local)
-        .unambiguous()
-        .or_else(|_| now.time_zone().to_ambiguous_zoned(local).compatible())
-        .ok()
+    civil(text).map(|t| on_the_wall(now.time_zone(), t))
 }
 
 fn offset(text: &str) -> Option<jiff::tz::Offset> {
@@ -75,8 +92,8 @@ fn offset(text: &str) -> Option<jiff::tz::Offset> {
     jiff::tz::Offset::from_seconds(sign * (hours * 3600 + minutes * 60)).ok()
 }
 
-fn civil(text: &str) -> Option<jiff::civil::DateTime> {
-    if let Ok(time) = text.parse::<jiff::civil::DateTime>() {
+fn civil(text: &str) -> Option<DateTime> {
+    if let Ok(time) = text.parse::<DateTime>() {
         return Some(time);
     }
     let (date, time) = text.split_once([' ', 'T'])?;
@@ -106,10 +123,10 @@ fn time_of_day(text: &str) -> Option<Time> {
     Time::new(hour, minute, second, 0).ok()
 }
 
-fn phrase(text: &str, now: &Zoned) -> Option<Zoned> {
+fn phrase(text: &str, now: &Zoned) -> Option<Result<Zoned>> {
     let lower = text.to_lowercase();
     if lower == "now" {
-        return Some(now.clone());
+        return Some(Ok(now.clone()));
     }
     if let Some(ago) = lower.strip_suffix(" ago") {
         let (count, unit) = ago.trim().split_once(' ')?;
@@ -122,7 +139,7 @@ fn phrase(text: &str, now: &Zoned) -> Option<Zoned> {
             "week" => Span::new().weeks(count),
             _ => return None,
         };
-        return now.checked_sub(span).ok();
+        return now.checked_sub(span).ok().map(Ok);
     }
     let (word, rest) = lower.split_once(' ').unwrap_or((&lower, "00:00"));
     let date = match word {
@@ -157,10 +174,8 @@ fn phrase(text: &str, now: &Zoned) -> Option<Zoned> {
         }
     };
     let rest = rest.strip_prefix("at ").unwrap_or(rest);
-    now.time_zone()
-        .to_ambiguous_zoned(date.to_datetime(time_of_day(rest)?))
-        .compatible()
-        .ok()
+    let time = date.to_datetime(time_of_day(rest)?);
+    Some(on_the_wall(now.time_zone(), time))
 }
 
 #[cfg(test)]
@@ -200,6 +215,22 @@ mod tests {
             "+",
         ] {
             assert_eq!(at(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn times_at_a_change_of_clocks_are_not_guessed() {
+        let now: Zoned = "2026-11-22T10:00:00+01:00[Europe/Berlin]".parse().unwrap();
+        for (text, expected) in [
+            ("2026-10-25 02:30", "happens twice"),
+            ("2026-03-29 02:30", "does not exist"),
+        ] {
+            let error = parse(text, &now).unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+            let advice = error.advice().unwrap().to_owned();
+            for form in advice.split('"').skip(1).step_by(2) {
+                assert!(parse(form, &now).is_ok(), "{form}");
+            }
         }
     }
 }

@@ -1,4 +1,9 @@
-//! stub
+//! The fairvault engine: everything that moves PostgreSQL backups and WAL. ARCHITECTURE.md says how a byte
+//! travels through these modules.
+//!
+//! What always holds: no module prints or exits; errors are [`error::Error`]; time and randomness come from
+//! [`env`]; what comes from a server or a store is compared with a limit before it is believed.
+
 pub mod backup;
 pub mod commit;
 pub mod dedup;

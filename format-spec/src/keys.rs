@@ -51,6 +51,22 @@ pub struct EpochKeys {
     pub writer_seed: Option<[u8; 32]>,
     /// Signs what an operator may say.
     pub operator_seed: Option<[u8; 32]>,
+    /// Public halves, as a bundle named them; for a holder without the seeds.
+    #[zeroize(skip)]
+    pub public_keys: PublicKeys,
+}
+
+/// The public role keys of an epoch: who may sign.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PublicKeys {
+    /// Of the writer.
+    pub writer: Option<[u8; 32]>,
+    /// Of the operator.
+    pub operator: Option<[u8; 32]>,
+}
+
+fn public_half(seed: &[u8; 32]) -> [u8; 32] {
+    ed25519_dalek::SigningKey::from_bytes(seed).verifying_key().to_bytes()
 }
 
 impl std::fmt::Debug for EpochKeys {
@@ -60,18 +76,21 @@ impl std::fmt::Debug for EpochKeys {
 }
 
 impl EpochKeys {
+    /// The public role keys: computed from the seeds, or as the bundle named them.
+    pub fn public_keys(&self) -> PublicKeys {
+        PublicKeys {
+            writer: self.writer_seed.as_ref().map(public_half).or(self.public_keys.writer),
+            operator: self
+                .operator_seed
+                .as_ref()
+                .map(public_half)
+                .or(self.public_keys.operator),
+        }
+    }
+
     /// The bundle as a message, with the public halves of the role keys.
     pub fn to_bundle(&self) -> proto::KeyBundle {
-        let public = |seed: &Option<[u8; 32]>| {
-            seed.as_ref()
-                .map(|s| {
-                    ed25519_dalek::SigningKey::from_bytes(s)
-                        .verifying_key()
-                        .to_bytes()
-                        .to_vec()
-                })
-                .unwrap_or_default()
-        };
+        let public = self.public_keys();
         let list = |key: &Option<[u8; 32]>| key.map(|k| k.to_vec()).unwrap_or_default();
         proto::KeyBundle {
             epoch: self.epoch,
@@ -80,8 +99,8 @@ impl EpochKeys {
             meta_key: self.meta_key.to_vec(),
             writer_seed: list(&self.writer_seed),
             operator_seed: list(&self.operator_seed),
-            writer_public_key: public(&self.writer_seed),
-            operator_public_key: public(&self.operator_seed),
+            writer_public_key: list(&public.writer),
+            operator_public_key: list(&public.operator),
             ..Default::default()
         }
     }
@@ -122,14 +141,25 @@ impl EpochKeys {
         let required = |bytes: &[u8], name: &str| -> Result<[u8; 32]> {
             optional(bytes, name)?.ok_or_else(|| FormatError::damaged(what, format!("{name} is missing")))
         };
-        Ok(Self {
+        let public_keys = PublicKeys {
+            writer: optional(&bundle.writer_public_key, "writer's public key")?,
+            operator: optional(&bundle.operator_public_key, "operator's public key")?,
+        };
+        let keys = Self {
             epoch: bundle.epoch,
             data_key: optional(&bundle.data_key, "data key")?,
             id_key: required(&bundle.id_key, "id key")?,
             meta_key: required(&bundle.meta_key, "metadata key")?,
             writer_seed: optional(&bundle.writer_seed, "writer seed")?,
             operator_seed: optional(&bundle.operator_seed, "operator seed")?,
-        })
+            public_keys,
+        };
+        let computed = keys.public_keys();
+        let agree = |named: Option<[u8; 32]>, computed: Option<[u8; 32]>| named.is_none() || named == computed;
+        if !agree(public_keys.writer, computed.writer) || !agree(public_keys.operator, computed.operator) {
+            return Err(FormatError::damaged(what, "its public keys are not those of its seeds"));
+        }
+        Ok(keys)
     }
 
     /// The id of a chunk: keyed BLAKE3 of its plaintext.

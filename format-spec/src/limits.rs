@@ -12,6 +12,10 @@ pub const CHUNK_BYTES: u32 = 512 << 10;
 pub const MANIFEST_CHUNK_BYTES: u32 = 4 << 20;
 /// Largest section, bytes, sealed or plain.
 pub const SECTION_BYTES: u64 = 256 << 20;
+/// Largest object of structured sections (index run, manifest root, snapshot), bytes.
+pub const OBJECT_BYTES: u64 = 2 * SECTION_BYTES + (1 << 20);
+/// Largest WAL object, bytes: a segment of 1 GiB that does not compress, with its header.
+pub const WAL_OBJECT_BYTES: u64 = (1 << 30) + (64 << 20);
 /// Largest log entry, bytes.
 pub const LOG_ENTRY_BYTES: u64 = 16 << 20;
 /// Most sections in an object.

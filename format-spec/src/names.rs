@@ -44,6 +44,13 @@ pub fn log_context(seq: u64) -> String {
     format!("{LOG}/{seq:020}")
 }
 
+/// The sequence number in the file name of a log entry.
+pub fn parse_log(file: &str) -> Option<u64> {
+    (file.len() == 20 && file.bytes().all(|b| b.is_ascii_digit()))
+        .then(|| file.parse().ok())
+        .flatten()
+}
+
 /// `snapshots/<seq>-<hash>`: the state after entry `seq`.
 pub fn snapshot(seq: u64, hash: &[u8; 32]) -> String {
     format!("{SNAPSHOTS}/{seq:020}-{}", hex::encode(hash))
@@ -64,6 +71,21 @@ pub fn parse_snapshot(file: &str) -> Option<(u64, [u8; 32])> {
 pub fn pack(hash: &[u8; 32]) -> String {
     let hash = hex::encode(hash);
     format!("{PACKS}/{}/{hash}", &hash[..2])
+}
+
+/// Folder of the notes about packs that must not be used again.
+pub const DISTRUSTED: &str = "distrusted";
+
+/// `distrusted/<sha-256 of a pack>`: the pack was found damaged, and no later backup may rely on it.
+pub fn distrusted(hash: &[u8; 32]) -> String {
+    format!("{DISTRUSTED}/{}", hex::encode(hash))
+}
+
+/// The hash that is the last component of an object's name.
+pub fn parse_hash(name: &str) -> Option<[u8; 32]> {
+    let mut out = [0u8; 32];
+    hex::decode_to_slice(name.rsplit('/').next()?, &mut out).ok()?;
+    Some(out)
 }
 
 /// `index/<sha-256>`

@@ -27,6 +27,7 @@ fn epoch_keys() -> EpochKeys {
         meta_key: [3; 32],
         writer_seed: Some([4; 32]),
         operator_seed: Some([5; 32]),
+        public_keys: Default::default(),
     }
 }
 

@@ -21,6 +21,7 @@ fn epoch_keys() -> EpochKeys {
         meta_key: [3; 32],
         writer_seed: None,
         operator_seed: None,
+        public_keys: Default::default(),
     }
 }
 

@@ -12,6 +12,7 @@ fuzz_target!(|data: &[u8]| {
         meta_key: [3; 32],
         writer_seed: None,
         operator_seed: None,
+        public_keys: Default::default(),
     };
     let scope = Scope {
         repository: [4; 16],

@@ -4,11 +4,13 @@
 //! PostgreSQL refuses to run as root: as root, servers and the commands that PostgreSQL would run go to the
 //! user `postgres`.
 
+pub mod fixture;
 pub mod s3;
 pub mod scratch;
 pub mod server;
 pub mod tools;
 
+pub use fixture::{Fixture, Shape};
 pub use scratch::Scratch;
 pub use server::Server;
 

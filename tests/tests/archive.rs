@@ -3,42 +3,26 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use fairvault_tests::{Scratch, Server, code, run};
+use fairvault_tests::{Fixture, Shape, code, run};
 
-struct Setup {
-    scratch: Scratch,
-    server: Server,
-    options: Vec<String>,
+/// Small segments, pushed and fetched by hand.
+struct Setup(Fixture);
+
+impl std::ops::Deref for Setup {
+    type Target = Fixture;
+    fn deref(&self) -> &Fixture {
+        &self.0
+    }
 }
 
 impl Setup {
     fn new(name: &str) -> Result<Self> {
-        let scratch = Scratch::new(name)?;
-        let dir = scratch.path().display().to_string();
-        run(&mut scratch.fairvault(&["key", "generate", &format!("{dir}/key")]))?;
-        let server = Server::create_with(&scratch, 15, 5432, "", &["-k", "--wal-segsize=1"])?;
-        let options = vec![
-            "--repo-url".into(),
-            format!("file://{dir}/vault"),
-            "--key-file".into(),
-            format!("{dir}/key"),
-            "--conninfo".into(),
-            server.conninfo(),
-        ];
-        let this = Self {
-            scratch,
-            server,
-            options,
+        let shape = Shape {
+            flags: true,
+            initdb: &["-k", "--wal-segsize=1"],
+            ..Default::default()
         };
-        let (exit, text) = this.fairvault(&["stanza", "create", "acme"]);
-        ensure!(exit == 0, "{text}");
-        Ok(this)
-    }
-
-    fn fairvault(&self, arguments: &[&str]) -> (i32, String) {
-        let mut all: Vec<&str> = self.options.iter().map(String::as_str).collect();
-        all.extend(arguments);
-        code(&mut self.scratch.fairvault(&all))
+        Ok(Self(Fixture::new(name, shape)?))
     }
 
     fn push(&self, path: &Path) -> (i32, String) {
@@ -107,7 +91,13 @@ fn push_accepts_what_is_right_and_refuses_what_is_not() -> Result<()> {
         );
         Ok(())
     };
-    refused(&s.altered(first, &name(first), |c| c[5000] ^= 1)?, "other content")?;
+    // Behind the record that ended the segment early.
+    let last = |c: &mut Vec<u8>| c.last_mut().into_iter().for_each(|byte| *byte ^= 1);
+    refused(&s.altered(first, &name(first), last)?, "other content")?;
+    refused(
+        &s.altered(&segments[1], &name(&segments[1]), |c| c[5000] ^= 1)?,
+        "cannot be read beyond",
+    )?;
     refused(
         &s.altered(&segments[1], &name(&segments[1]), |c| c[24] ^= 1)?,
         "system identifier",
@@ -222,32 +212,21 @@ fn get_delivers_proves_absence_or_stops_recovery() -> Result<()> {
         .0 == 200
     );
     // A flipped bit in the stored segment.
-    let stored = find(&s.scratch.join("vault/acme/wal"), &name(&segments[0])).context("the stored segment")?;
-    let mut bytes = std::fs::read(&stored)?;
+    let stored = s.objects("wal");
+    let stored = stored
+        .iter()
+        .find(|path| name(path).starts_with(&name(&segments[0])))
+        .context("the stored segment")?;
+    let mut bytes = std::fs::read(stored)?;
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
-    std::fs::write(&stored, &bytes)?;
+    std::fs::write(stored, &bytes)?;
     let (exit, text) = s.get(&name(&segments[0]), &[]);
     ensure!(exit == 200 && text.contains("does not open"), "{exit} {text}");
     // A standby would be shut down by a code above 125.
     s.scratch.write("standby.signal", b"")?;
     ensure!(s.get("nonsense", &[]).0 == 75);
     Ok(())
-}
-
-fn find(folder: &Path, prefix: &str) -> Option<PathBuf> {
-    for entry in std::fs::read_dir(folder).ok()?.flatten() {
-        let path = entry.path();
-        let found = if path.is_dir() {
-            find(&path, prefix)
-        } else {
-            name(&path).starts_with(prefix).then_some(path)
-        };
-        if found.is_some() {
-            return found;
-        }
-    }
-    None
 }
 
 #[test]
@@ -290,5 +269,171 @@ fn a_passphrase_is_never_stretched_while_archiving() -> Result<()> {
     s.scratch.write("wrong", b"wrong\n")?;
     let (exit, text) = with("cache2", &format!("{dir}/wrong"), &["info", "acme"]);
     ensure!(exit == 1 && text.contains("wrong key"), "{exit} {text}");
+    Ok(())
+}
+
+/// A copy of the current, unfinished segment under a name; up to `flush` it is WAL.
+fn unfinished(s: &Setup, more: &str) -> Result<(String, PathBuf, usize)> {
+    s.sql("insert into t select md5(i::text) from generate_series(1, 300) i")?;
+    let name = s.sql("select pg_walfile_name(pg_current_wal_flush_lsn())")?;
+    let len = s.sql("select (pg_walfile_name_offset(pg_current_wal_flush_lsn())).file_offset")?;
+    let path = s.altered(
+        &s.server.data.join("pg_wal").join(&name),
+        &format!("{name}{more}"),
+        |_| (),
+    )?;
+    Ok((name, path, len.parse()?))
+}
+
+#[test]
+fn parts_of_a_segment_end_a_recovery_and_never_stand_for_the_whole() -> Result<()> {
+    let s = Setup::new("parts")?;
+    let first = s.segments(1)?.remove(0);
+    ensure!(s.push(&first).0 == 0);
+    // Two partial files of one segment: the one that is valid further counts, and its rest is not WAL.
+    let (name_of, short, short_len) = unfinished(&s, ".partial")?;
+    ensure!(s.push(&short).0 == 0);
+    let (same, long, len) = unfinished(&s, ".partial")?;
+    ensure!(same == name_of && len > short_len, "still in the same segment");
+    let (exit, text) = s.push(&long);
+    ensure!(exit == 0 && text.contains("both are kept"), "{text}");
+    let wal = std::fs::read(&long)?;
+    ensure!(s.get(&name_of, &[]).0 == 0);
+    let got = std::fs::read(s.scratch.join("fetched"))?;
+    ensure!(got.len() == wal.len() && got[..len] == wal[..len]);
+    ensure!(got[len + 16..].iter().all(|&b| b == 0), "padded with zeros");
+    // It is enough for a recovery that ends in it, not for one that has to get further.
+    let at = |offset: usize| {
+        s.sql(&format!(
+            "select pg_lsn('0/0') + ('x' || right('{name_of}', 8))::bit(32)::bigint * 1048576 + {offset}"
+        ))
+    };
+    ensure!(s.get(&name_of, &["--through", &at(len)?]).0 == 0);
+    ensure!(s.get(&name_of, &["--through", &at(len + 4096)?]).0 == 200);
+    // Not beyond what was planned.
+    ensure!(s.get(&name_of, &["--until", &at(short_len)?]).0 == 0);
+    let got = std::fs::read(s.scratch.join("fetched"))?;
+    ensure!(got[..short_len] == wal[..short_len] && got[short_len..].iter().all(|&b| b == 0));
+    ensure!(s.get(&name_of, &["--until", &at(0)?]).0 == 1);
+    // The whole takes over.
+    s.sql("select pg_switch_wal()")?;
+    let whole = s.server.data.join("pg_wal").join(&name_of);
+    ensure!(s.push(&whole).0 == 0 && s.get(&name_of, &[]).0 == 0);
+    ensure!(std::fs::read(s.scratch.join("fetched"))? == std::fs::read(&whole)?);
+    Ok(())
+}
+
+#[test]
+fn the_next_repository_has_what_the_first_lacks() -> Result<()> {
+    let s = Setup::new("two")?;
+    let dir = s.scratch.path().display().to_string();
+    let config = format!(
+        "[repo.a]\nurl = \"file://{dir}/vault\"\n[repo.b]\nurl = \"file://{dir}/vault2\"\n[defaults]\nrepos = [\"a\", \"b\"]\n\
+         [stanza.acme]\nconninfo = \"{}\"\nkey = {{ file = \"{dir}/key\" }}\n",
+        s.server.conninfo()
+    );
+    let config = s.scratch.write("two.toml", config.as_bytes())?.display().to_string();
+    let with = |arguments: &[&str]| {
+        code(
+            &mut s
+                .scratch
+                .fairvault(&[&["--config", config.as_str()], arguments].concat()),
+        )
+    };
+    let (exit, text) = with(&["stanza", "create", "acme"]);
+    ensure!(exit == 0, "{text}");
+    let segments = s.segments(2)?;
+    let (name_of, partial, len) = unfinished(&s, ".partial")?;
+    // The first repository has a part only, the second the whole.
+    ensure!(with(&["--repo", "a", "wal", "push", "acme", &partial.display().to_string()]).0 == 0);
+    s.sql("select pg_switch_wal()")?;
+    let whole = s.server.data.join("pg_wal").join(&name_of);
+    ensure!(with(&["--repo", "b", "wal", "push", "acme", &whole.display().to_string()]).0 == 0);
+    let target = s.path("fetched");
+    let get = |name: &str| with(&["wal", "get", "acme", name, &target]);
+    ensure!(get(&name_of).0 == 0);
+    ensure!(std::fs::read(&target)? == std::fs::read(&whole)? && len > 0);
+    // Pushed to both, or not acknowledged.
+    let path = segments[0].display().to_string();
+    std::fs::rename(s.path("vault2"), s.path("away"))?;
+    let (exit, text) = with(&["wal", "push", "acme", &path]);
+    ensure!(exit == 75 && text.contains("repository b"), "{exit} {text}");
+    // With one repository away, what the other has is delivered, and absence is not proved.
+    ensure!(get(&name(&segments[0])).0 == 0);
+    ensure!(get(&name(&segments[1])).0 == 200);
+    std::fs::rename(s.path("away"), s.path("vault2"))?;
+    ensure!(with(&["wal", "push", "acme", &path]).0 == 0);
+    Ok(())
+}
+
+#[test]
+fn the_last_segment_of_a_timeline_under_its_complete_name() -> Result<()> {
+    let s = Setup::new("always")?;
+    s.segments(1)?;
+    let (name_of, path, len) = unfinished(&s, "")?;
+    let (exit, text) = s.push(&path);
+    ensure!(
+        exit == 1 && text.contains("as soon as the history of the new timeline is"),
+        "{exit} {text}"
+    );
+    // As a standby that archives does it after a promotion: the history says where the timeline ended.
+    let end = s.sql("select pg_current_wal_insert_lsn()")?;
+    let history = format!("1\t{end}\tno recovery target specified\n");
+    let history = s.scratch.write("altered/pg_wal/00000002.history", history.as_bytes())?;
+    ensure!(s.push(&history).0 == 0);
+    let (exit, text) = s.push(&path);
+    ensure!(exit == 0, "{text}");
+    ensure!(s.push(&path).0 == 0, "the same again");
+    ensure!(s.get(&name_of, &[]).0 == 0);
+    let (got, wal) = (std::fs::read(s.scratch.join("fetched"))?, std::fs::read(&path)?);
+    ensure!(got[..len] == wal[..len] && got.len() == wal.len());
+    Ok(())
+}
+
+#[test]
+fn keys_come_from_files_variables_and_commands() -> Result<()> {
+    let s = Setup::new("keys")?;
+    let dir = s.scratch.path().display().to_string();
+    let text = std::fs::read_to_string(s.path("key"))?;
+    let info = |source: &str, variables: &[&str]| -> Result<(i32, String)> {
+        let config = format!("[repo.a]\nurl = \"file://{dir}/vault\"\n[stanza.acme]\nkey = {{ {source} }}\n");
+        let config = s.scratch.write("keys.toml", config.as_bytes())?.display().to_string();
+        let mut command = s.scratch.command("env");
+        command
+            .arg(format!("HOME={dir}"))
+            .args(variables)
+            .arg(s.scratch.join("fairvault"));
+        Ok(code(command.args(["--config", &config, "info", "acme"])))
+    };
+    let good = |(exit, text): (i32, String)| -> Result<()> {
+        ensure!(exit == 0 && text.contains("encrypted"), "{exit} {text}");
+        Ok(())
+    };
+    good(info(&format!("file = \"{dir}/key\""), &[])?)?;
+    good(info("env = \"VAULT_KEY\"", &[&format!("VAULT_KEY={}", text.trim())])?)?;
+    good(info(&format!("command = [\"cat\", \"{dir}/key\"]"), &[])?)?;
+    for (source, exit, word) in [
+        ("env = \"VAULT_KEY\"".to_owned(), 2, "VAULT_KEY for the key is not set"),
+        (
+            "command = [\"false\"]".to_owned(),
+            75,
+            "which gives the key, ended with",
+        ),
+        ("command = [\"/nonexistent\"]".to_owned(), 2, "running /nonexistent"),
+        (
+            "command = [\"echo\", \"fairvault-key-1:12\"]".to_owned(),
+            2,
+            "64 hexadecimal digits",
+        ),
+        (format!("file = \"{dir}/key\", env = \"X\""), 2, "exactly one"),
+        ("file = \"/nonexistent\"".to_owned(), 2, "key generate"),
+    ] {
+        let (code, text) = info(&source, &[])?;
+        ensure!(code == exit && text.contains(word), "{source}: {code} {text}");
+    }
+    // A key file that everybody can read is not used.
+    run(s.scratch.command("chmod").args(["0644", &s.path("key")]))?;
+    let (exit, text) = info(&format!("file = \"{dir}/key\""), &[])?;
+    ensure!(exit == 2 && text.contains("chmod 0600"), "{exit} {text}");
     Ok(())
 }

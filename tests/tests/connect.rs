@@ -71,7 +71,9 @@ impl Setup {
     /// `stanza create` over a connection: exit code and output. Each attempt has its own repository.
     fn connect(&self, conninfo: &str, variables: &[&str]) -> (i32, String) {
         let dir = self.scratch.path().display();
-        let _ = std::fs::remove_dir_all(self.scratch.join("vault"));
+        for folder in ["vault", ".cache"] {
+            let _ = std::fs::remove_dir_all(self.scratch.join(folder));
+        }
         let mut command: Command = self.scratch.command("env");
         command
             .arg(format!("HOME={dir}"))

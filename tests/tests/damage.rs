@@ -4,73 +4,26 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use fairvault_tests::{Scratch, Server, code, run, tools};
+use fairvault_tests::fixture::{field, files, signal};
+use fairvault_tests::{Fixture, Shape, code, run, tools};
 
-struct Setup {
-    scratch: Scratch,
-    server: Server,
-    options: Vec<String>,
-}
-
-impl Setup {
-    fn new(name: &str) -> Result<Self> {
-        let scratch = Scratch::new(name)?;
-        let dir = scratch.path().display().to_string();
-        run(&mut scratch.fairvault(&["key", "generate", &format!("{dir}/key")]))?;
-        let server = Server::create(&scratch, 15, 5432, "")?;
-        let options = vec![
-            "--repo-url".into(),
-            format!("file://{dir}/vault"),
-            "--key-file".into(),
-            format!("{dir}/key"),
-            "--conninfo".into(),
-            server.conninfo(),
-        ];
-        Ok(Self {
-            scratch,
-            server,
-            options,
-        })
-    }
-
-    fn fairvault(&self, arguments: &[&str]) -> (i32, String) {
-        let mut all: Vec<&str> = self.options.iter().map(String::as_str).collect();
-        all.extend(arguments);
-        code(&mut self.scratch.fairvault(&all))
-    }
-
-    fn backup(&self) -> Result<String> {
-        let (exit, text) = self.fairvault(&["backup", "acme", "--fast", "--progress", "none"]);
-        ensure!(exit == 0, "{text}");
-        Ok(text)
-    }
-
-    fn objects(&self, folder: &str) -> Vec<PathBuf> {
-        let mut out = Vec::new();
-        walk(&self.scratch.join("vault/acme").join(folder), &mut out);
-        out.sort();
-        out
-    }
-}
-
-fn walk(folder: &Path, out: &mut Vec<PathBuf>) {
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        match entry.path() {
-            path if path.is_dir() => walk(&path, out),
-            path => out.push(path),
-        }
-    }
+fn set_up(name: &str) -> Result<Fixture> {
+    Fixture::new(
+        name,
+        Shape {
+            flags: true,
+            stanza: false,
+            ..Default::default()
+        },
+    )
 }
 
 #[test]
 fn verify_finds_every_flip_cut_and_loss() -> Result<()> {
-    let s = Setup::new("verify")?;
-    s.server.sql(
-        &s.scratch,
-        "create table t as select i, md5(i::text) from generate_series(1, 100000) i",
-    )?;
+    let s = set_up("verify")?;
+    s.sql("create table t as select i, md5(i::text) from generate_series(1, 100000) i")?;
     s.backup()?;
-    s.server.sql(&s.scratch, "create table u as select 1 as x")?;
+    s.sql("create table u as select 1 as x")?;
     s.backup()?;
     let verify = |level: &str| s.fairvault(&["verify", "acme", "--level", level, "--progress", "none"]);
     for level in ["objects", "data"] {
@@ -139,12 +92,9 @@ fn verify_finds_every_flip_cut_and_loss() -> Result<()> {
 
 #[test]
 fn damaged_pages_of_the_source_are_reported_and_kept() -> Result<()> {
-    let s = Setup::new("pages")?;
-    s.server.sql(
-        &s.scratch,
-        "create table t as select i from generate_series(1, 100000) i; create table fine as select 1 as x",
-    )?;
-    let path = s.server.sql(&s.scratch, "select pg_relation_filepath('t')")?;
+    let s = set_up("pages")?;
+    s.sql("create table t as select i from generate_series(1, 100000) i; create table fine as select 1 as x")?;
+    let path = s.sql("select pg_relation_filepath('t')")?;
     s.server.stop(&s.scratch, "fast")?;
     let file = s.server.data.join(&path);
     let mut content = std::fs::read(&file)?;
@@ -167,16 +117,14 @@ fn damaged_pages_of_the_source_are_reported_and_kept() -> Result<()> {
 
 #[test]
 fn a_killed_backup_leaves_a_valid_repository_and_its_packs_are_used_again() -> Result<()> {
-    let s = Setup::new("killed")?;
+    let s = set_up("killed")?;
     // Incompressible: several packs.
-    s.server.sql(
-        &s.scratch,
-        "create table t as select i, (select string_agg(md5(random()::text || j), '') from generate_series(i - i + 1, 60) j) as x from generate_series(1, 240000) i",
+    s.sql(
+        "create table t as select i, (select string_agg(decode(md5(random()::text || j), 'hex'), '') from generate_series(i - i + 1, 60) j) as x from generate_series(1, 440000) i",
     )?;
     ensure!(s.fairvault(&["stanza", "create", "acme"]).0 == 0);
-    let mut all: Vec<&str> = s.options.iter().map(String::as_str).collect();
-    all.extend(["backup", "acme", "--fast", "--max-rate", "64MiB", "--progress", "none"]);
-    let mut child = s.scratch.fairvault(&all).spawn()?;
+    let slow = ["backup", "acme", "--fast", "--max-rate", "48MiB", "--progress", "none"];
+    let mut child = s.command(&slow).spawn()?;
     // Until the first packs are announced: genesis, begin, announce.
     let entry = s.scratch.join(&format!("vault/acme/log/{:020}", 3));
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
@@ -187,21 +135,14 @@ fn a_killed_backup_leaves_a_valid_repository_and_its_packs_are_used_again() -> R
         );
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
-    run(Command::new("pkill").args([
-        "-KILL",
-        "-f",
-        &format!("{}/fairvault --repo-url", s.scratch.path().display()),
-    ]))?;
+    signal(&child, "KILL")?;
     child.wait()?;
     let (exit, text) = s.fairvault(&["verify", "acme", "--progress", "none"]);
     ensure!(exit == 0, "{text}");
     ensure!(s.fairvault(&["info", "acme"]).1.contains("unfinished: backup"));
     let (exit, text) = s.fairvault(&["backup", "acme", "--fast", "--progress", "none", "--output", "json"]);
     ensure!(exit == 0, "{text}");
-    let number = |key: &str| -> Result<u64> {
-        let rest = text.split(&format!("\"{key}\":")).nth(1).context("a number")?;
-        Ok(rest.split([',', '}']).next().context("a number")?.parse()?)
-    };
+    let number = |key: &str| -> Result<u64> { Ok(field(&text, key)?.parse()?) };
     let known = number("plain_bytes")? - number("new_plain_bytes")?;
     ensure!(
         known > 200 << 20,
@@ -213,14 +154,27 @@ fn a_killed_backup_leaves_a_valid_repository_and_its_packs_are_used_again() -> R
             == 0
     );
 
+    // So does a killed restore: it never starts, and the same command again completes it.
+    let to = s.path("r");
+    let restore = ["restore", "acme", "--to", &to, "--progress", "none"];
+    let mut child = s.command(&restore).spawn()?;
+    let marker = s.scratch.join("r/fairvault.restoring");
+    while !marker.exists() || files(Path::new(&to)).len() < 200 {
+        ensure!(child.try_wait()?.is_none(), "it was too fast");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    signal(&child, "KILL")?;
+    child.wait()?;
+    ensure!(marker.exists() && !Path::new(&to).join("global/pg_control").exists());
+    ensure!(s.copy("r", 5450).start(&s.scratch).is_err());
+    let (exit, text) = s.fairvault(&restore);
+    ensure!(exit == 0 && !marker.exists(), "{exit} {text}");
+    ensure!(s.start("r", 5450)?.sql(&s.scratch, "select count(*) from t")? == "440000");
+
     // A polite stop ends the session.
-    let mut child = s.scratch.fairvault(&all).spawn()?;
+    let mut child = s.command(&slow).spawn()?;
     std::thread::sleep(std::time::Duration::from_millis(700));
-    run(Command::new("pkill").args([
-        "-TERM",
-        "-f",
-        &format!("{}/fairvault --repo-url", s.scratch.path().display()),
-    ]))?;
+    signal(&child, "TERM")?;
     let status = child.wait()?;
     ensure!(status.code() == Some(130), "{status}");
     ensure!(
@@ -232,7 +186,7 @@ fn a_killed_backup_leaves_a_valid_repository_and_its_packs_are_used_again() -> R
 
 #[test]
 fn a_full_disk_and_a_server_that_is_away_are_temporary() -> Result<()> {
-    let s = Setup::new("full")?;
+    let s = set_up("full")?;
     if !tools::is_root() {
         eprintln!("a small file system can only be mounted by root");
         return Ok(());
@@ -264,5 +218,93 @@ fn a_full_disk_and_a_server_that_is_away_are_temporary() -> Result<()> {
     s.server.stop(&s.scratch, "fast")?;
     let (exit, text) = s.fairvault(&["backup", "acme", "--progress", "none"]);
     ensure!(exit == 75 && text.contains("is the server running"), "{exit} {text}");
+    Ok(())
+}
+
+#[test]
+fn what_is_lost_or_rotten_is_stored_again_by_the_next_backup() -> Result<()> {
+    let s = set_up("again")?;
+    s.sql("create table t as select i, md5(i::text) from generate_series(1, 100000) i")?;
+    s.backup()?;
+    let largest = |s: &Fixture| -> Result<PathBuf> {
+        let packs = s.objects("packs");
+        let largest = packs
+            .into_iter()
+            .max_by_key(|p| std::fs::metadata(p).map_or(0, |m| m.len()));
+        largest.context("a pack")
+    };
+    let restorable = |id: &str| -> Result<()> {
+        let text = s
+            .fairvault(&["verify", "acme", "--level", "data", "--progress", "none"])
+            .1;
+        ensure!(text.contains(&format!("backup {id}: can be restored")), "{text}");
+        Ok(())
+    };
+    // A pack is gone: what it held is stored anew.
+    let lost = largest(&s)?;
+    std::fs::remove_file(&lost)?;
+    let second = s.backup_id(&[])?;
+    ensure!(lost.exists() || largest(&s)? != lost);
+    restorable(&second)?;
+    // A pack is shorter than its frames need.
+    let short = largest(&s)?;
+    let bytes = std::fs::read(&short)?;
+    std::fs::write(&short, &bytes[..bytes.len() / 2])?;
+    let third = s.backup_id(&[])?;
+    restorable(&third)?;
+    // A pack rots: verify finds it and marks it.
+    let rotten = largest(&s)?;
+    let mut bytes = std::fs::read(&rotten)?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&rotten, &bytes)?;
+    ensure!(s.fairvault(&["verify", "acme", "--progress", "none"]).0 == 4);
+    let fourth = s.backup_id(&[])?;
+    restorable(&fourth)?;
+    // Index runs are damaged or gone: a warning, and more is stored.
+    for (number, run) in s.objects("index").into_iter().enumerate() {
+        match number % 2 {
+            0 => std::fs::write(&run, b"rubbish")?,
+            _ => std::fs::remove_file(&run)?,
+        }
+    }
+    let (exit, text) = s.fairvault(&["backup", "acme", "--fast", "--progress", "none"]);
+    ensure!(exit == 0 && text.contains("cannot be used"), "{exit} {text}");
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(s.start("r", 5450)?.sql(&s.scratch, "select count(*) from t")? == "100000");
+    Ok(())
+}
+
+#[test]
+fn verify_reads_keys_snapshots_and_histories_too() -> Result<()> {
+    let s = set_up("metadata")?;
+    for _ in 0..6 {
+        s.backup()?;
+    }
+    let verify = || s.fairvault(&["verify", "acme", "--progress", "none"]);
+    ensure!(verify().0 == 0);
+    let repository = s.scratch.join("vault/fairvault.json");
+    let mut objects = [s.objects("keys"), s.objects("snapshots")].concat();
+    ensure!(objects.len() >= 2, "{objects:?}");
+    objects.push(repository);
+    for object in objects {
+        let good = std::fs::read(&object)?;
+        for bad in [&good[..good.len() / 2], b"", b"{}"] {
+            std::fs::write(&object, bad)?;
+            let (exit, text) = verify();
+            ensure!(exit == 4, "{}: {exit} {text}", object.display());
+        }
+        std::fs::remove_file(&object)?;
+        let (exit, text) = verify();
+        let is_snapshot = object.display().to_string().contains("snapshots");
+        ensure!(
+            exit == if is_snapshot { 0 } else { 4 },
+            "{} gone: {exit} {text}",
+            object.display()
+        );
+        std::fs::write(&object, &good)?;
+    }
+    ensure!(verify().0 == 0);
     Ok(())
 }

@@ -3,102 +3,22 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use fairvault_tests::{Scratch, Server, code, run};
+use fairvault_tests::fixture::{field, refused};
+use fairvault_tests::{Fixture, Server, Shape, run};
 
-struct Setup {
-    scratch: Scratch,
-    server: Server,
-    config: String,
-}
-
-impl Setup {
-    fn new(name: &str, archive: bool) -> Result<Self> {
-        let scratch = Scratch::new(name)?;
-        let dir = scratch.path().display().to_string();
-        run(&mut scratch.fairvault(&["key", "generate", &format!("{dir}/key")]))?;
-        let text = format!(
-            "[repo.main]\nurl = \"file://{dir}/vault\"\n[stanza.acme]\nconninfo = \"host={dir} port=5432 user=postgres\"\nkey = {{ file = \"{dir}/key\" }}\n"
-        );
-        let config = scratch.write("fairvault.toml", text.as_bytes())?.display().to_string();
-        let push = format!("{dir}/fairvault --config {config} wal push acme %p");
-        let settings = if archive {
-            format!("archive_mode = on\narchive_command = '{push}'\n")
-        } else {
-            String::new()
-        };
-        let server = Server::create(&scratch, 15, 5432, &settings)?;
-        let this = Self {
-            scratch,
-            server,
-            config,
-        };
-        this.ok(&["stanza", "create", "acme"])?;
-        Ok(this)
-    }
-
-    fn fairvault(&self, arguments: &[&str]) -> (i32, String) {
-        let mut all = vec!["--config", self.config.as_str()];
-        all.extend(arguments);
-        code(&mut self.scratch.fairvault(&all))
-    }
-
-    fn ok(&self, arguments: &[&str]) -> Result<String> {
-        let (exit, text) = self.fairvault(arguments);
-        ensure!(exit == 0, "fairvault {arguments:?} ended with {exit}:\n{text}");
-        Ok(text)
-    }
-
-    fn backup(&self) -> Result<()> {
-        self.ok(&["backup", "acme", "--fast", "--progress", "none"]).map(drop)
-    }
-
-    fn sql(&self, sql: &str) -> Result<String> {
-        self.server.sql(&self.scratch, sql)
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.scratch.join(name).display().to_string()
-    }
-
-    fn restore(&self, name: &str, more: &[&str]) -> (i32, String) {
-        let to = self.path(name);
-        let mut all = vec!["restore", "acme", "--to", &to, "--progress", "none"];
-        all.extend(more);
-        self.fairvault(&all)
-    }
-
-    fn flush_archive(&self, server: &Server) -> Result<()> {
-        let segment = server.sql(&self.scratch, "select pg_walfile_name(pg_current_wal_lsn())")?;
-        server.sql(
-            &self.scratch,
-            "create table if not exists fill (x int); insert into fill values (1); select pg_switch_wal()",
-        )?;
-        server.wait_for(
-            &self.scratch,
-            &format!("select last_archived_wal >= '{segment}' from pg_stat_archiver"),
-            "t",
-        )
-    }
-
-    fn start(&self, name: &str, port: u16) -> Result<Server> {
-        let server = Server::existing(&self.scratch, 15, self.path(name), port);
-        server.start(&self.scratch)?;
-        server.wait_for(&self.scratch, "select pg_is_in_recovery()", "f")?;
-        Ok(server)
-    }
-}
-
-fn refused((exit, text): (i32, String), expected: i32, word: &str) -> Result<()> {
-    ensure!(
-        exit == expected && text.contains(word),
-        "expected {expected} and {word:?}, got {exit}: {text}"
-    );
-    Ok(())
+fn set_up(name: &str, archiving: bool) -> Result<Fixture> {
+    Fixture::new(
+        name,
+        Shape {
+            archiving,
+            ..Default::default()
+        },
+    )
 }
 
 #[test]
 fn directories_that_are_not_ours_are_left_alone() -> Result<()> {
-    let s = Setup::new("dirs", false)?;
+    let s = set_up("dirs", false)?;
     s.sql("create table t as select generate_series(1, 1000) as x")?;
     s.backup()?;
     run(s.scratch.command("mkdir").arg(s.path("busy")))?;
@@ -146,7 +66,7 @@ fn directories_that_are_not_ours_are_left_alone() -> Result<()> {
 
 #[test]
 fn targets_that_cannot_be_reached_say_why() -> Result<()> {
-    let s = Setup::new("targets", true)?;
+    let s = set_up("targets", true)?;
     let long_ago = s.sql("select now()")?;
     s.sql("create table t (x int)")?;
     s.backup()?;
@@ -174,15 +94,14 @@ fn targets_that_cannot_be_reached_say_why() -> Result<()> {
 
     // A hole: what lies behind it is out of reach, and the segment is named.
     s.sql("insert into t values (2)")?;
-    let middle = s.sql("select pg_walfile_name(pg_current_wal_lsn())")?;
-    s.flush_archive(&s.server)?;
+    let middle = s.flush_archive(&s.server)?;
     s.sql("insert into t values (3)")?;
     let late = s.sql("select pg_current_wal_insert_lsn()")?;
     s.flush_archive(&s.server)?;
-    let folder = walk(Path::new(&s.path("vault/acme/wal")));
-    let hole = folder
+    let stored = s.objects("wal");
+    let hole = stored
         .iter()
-        .find(|p| p.contains(&middle))
+        .find(|p| p.display().to_string().contains(&middle))
         .context("the middle segment")?;
     std::fs::remove_file(hole)?;
     refused(s.restore("r", &["--target-lsn", &late]), 3, &middle)?;
@@ -195,21 +114,9 @@ fn targets_that_cannot_be_reached_say_why() -> Result<()> {
     Ok(())
 }
 
-fn walk(folder: &Path) -> Vec<String> {
-    let mut out = Vec::new();
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.path().is_dir() {
-            out.extend(walk(&entry.path()));
-        } else {
-            out.push(entry.path().display().to_string());
-        }
-    }
-    out
-}
-
 #[test]
 fn tablespaces_are_never_written_where_the_original_lives() -> Result<()> {
-    let s = Setup::new("spaces", true)?;
+    let s = set_up("spaces", true)?;
     run(s.scratch.command("mkdir").args([s.path("ts"), s.path("later")]))?;
     s.sql(&format!("create tablespace ts location '{}'", s.path("ts")))?;
     s.sql("create table t tablespace ts as select generate_series(1, 1000) as x")?;
@@ -243,7 +150,7 @@ fn tablespaces_are_never_written_where_the_original_lives() -> Result<()> {
 
 #[test]
 fn recovery_crosses_timelines() -> Result<()> {
-    let s = Setup::new("timelines", true)?;
+    let s = set_up("timelines", true)?;
     s.sql("create table t (x int)")?;
     s.backup()?;
     s.sql("insert into t values (1)")?;
@@ -297,7 +204,7 @@ fn recovery_crosses_timelines() -> Result<()> {
 
 #[test]
 fn a_standby_is_backed_up_and_a_restored_standby_follows() -> Result<()> {
-    let s = Setup::new("standby", true)?;
+    let s = set_up("standby", true)?;
     s.sql("create table t as select generate_series(1, 1000) as x")?;
     s.backup()?;
     s.flush_archive(&s.server)?;
@@ -329,12 +236,7 @@ fn a_standby_is_backed_up_and_a_restored_standby_follows() -> Result<()> {
         "json",
     ])?;
     ensure!(out.contains("\"wal_method\":\"stream\""), "{out}");
-    let id = out
-        .split("\"id\":\"")
-        .nth(1)
-        .and_then(|r| r.split('"').next())
-        .context("id")?
-        .to_owned();
+    let id = field(&out, "id")?;
     let (exit, text) = s.restore("from-standby", &["--backup", &id, "--target", "immediate"]);
     ensure!(exit == 0, "{text}");
     let copy = s.start("from-standby", 5471)?;

@@ -1,63 +1,39 @@
 //! The main job with every supported version: back up under load, recover to exact moments, and let
 //! PostgreSQL's own tools judge the result.
 
-use std::path::PathBuf;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
+use fairvault_tests::fixture::field;
 use fairvault_tests::server::sid_program;
-use fairvault_tests::{Scratch, Server, run, tools};
+use fairvault_tests::{Fixture, Server, Shape, run, tools};
 
 /// A server that archives into a stanza, with what makes backups hard: tablespaces, unlogged and toasted
 /// tables, empty files, many small ones.
-struct Cluster {
-    scratch: Scratch,
-    server: Server,
-    config: String,
+struct Cluster(Fixture);
+
+impl std::ops::Deref for Cluster {
+    type Target = Fixture;
+    fn deref(&self) -> &Fixture {
+        &self.0
+    }
 }
 
 impl Cluster {
     fn new(major: u32) -> Result<Self> {
-        let scratch = Scratch::new(&format!("v{major}"))?;
-        let dir = scratch.path().display().to_string();
-        run(&mut scratch.fairvault(&["key", "generate", &format!("{dir}/key")]))?;
-        let text = format!(
-            "[repo.main]\nurl = \"file://{dir}/vault\"\n[stanza.acme]\nconninfo = \"host={dir} port=5432 user=postgres\"\nkey = {{ file = \"{dir}/key\" }}\n"
-        );
-        let config = scratch.write("fairvault.toml", text.as_bytes())?.display().to_string();
-        let push = format!("{dir}/fairvault --config {config} wal push acme %p");
-        let settings = format!("archive_mode = on\narchive_command = '{push}'\nallow_in_place_tablespaces = on\n");
-        let server = Server::create(&scratch, major, 5432, &settings)?;
-        let this = Self {
-            scratch,
-            server,
-            config,
+        let shape = Shape {
+            major,
+            archiving: true,
+            settings: "allow_in_place_tablespaces = on\n",
+            ..Default::default()
         };
-        this.fairvault(&["stanza", "create", "acme"])?;
-        Ok(this)
-    }
-
-    fn fairvault(&self, arguments: &[&str]) -> Result<String> {
-        let mut all = vec!["--config", self.config.as_str()];
-        all.extend(arguments);
-        run(&mut self.scratch.fairvault(&all))
-    }
-
-    fn sql(&self, sql: &str) -> Result<String> {
-        self.server.sql(&self.scratch, sql)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.scratch.join(name)
+        Ok(Self(Fixture::new(&format!("v{major}"), shape)?))
     }
 
     fn fill(&self) -> Result<()> {
         for space in ["ts1", "ts2"] {
             run(self.scratch.command("mkdir").arg(self.path(space)))?;
-            self.sql(&format!(
-                "create tablespace {space} location '{}'",
-                self.path(space).display()
-            ))?;
+            self.sql(&format!("create tablespace {space} location '{}'", self.path(space)))?;
         }
         self.sql("create tablespace inplace location ''")?;
         self.sql("create table in_place (x int) tablespace inplace")?;
@@ -88,29 +64,20 @@ impl Cluster {
             .parse()?)
     }
 
-    /// Restores, starts the copy, waits for the end of recovery.
-    fn restore(&self, name: &str, port: u16, arguments: &[&str]) -> Result<Server> {
-        let target = self.path(name);
-        let to = target.display().to_string();
-        let map = format!("all={}", self.path(&format!("{name}-spaces")).display());
-        let mut all = vec![
-            "restore",
-            "acme",
-            "--to",
-            &to,
-            "--tablespace-map",
-            &map,
-            "--progress",
-            "none",
-        ];
+    /// Restores with every tablespace mapped.
+    fn restored(&self, name: &str, arguments: &[&str]) -> Result<()> {
+        let map = format!("all={}", self.path(&format!("{name}-spaces")));
+        let mut all = vec!["--tablespace-map", &map];
         all.extend(arguments);
-        self.fairvault(&all)?;
-        let server = Server::existing(&self.scratch, self.server.major(), target, port);
-        if !arguments.contains(&"--dry-run") {
-            server.start(&self.scratch)?;
-            server.wait_for(&self.scratch, "select pg_is_in_recovery()", "f")?;
-        }
-        Ok(server)
+        let (exit, text) = self.restore(name, &all);
+        ensure!(exit == 0, "{name}: {text}");
+        Ok(())
+    }
+
+    /// Restores, starts the copy, waits for the end of recovery.
+    fn recovered(&self, name: &str, port: u16, arguments: &[&str]) -> Result<Server> {
+        self.restored(name, arguments)?;
+        self.start(name, port)
     }
 
     fn markers(&self, server: &Server) -> Result<(i64, i64)> {
@@ -223,7 +190,7 @@ fn whole_story(major: u32) -> Result<()> {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()?;
-    let backup = c.fairvault(&["backup", "acme", "--fast", "--progress", "none", "--output", "json"])?;
+    let backup = c.ok(&["backup", "acme", "--fast", "--progress", "none", "--output", "json"])?;
     ensure!(backup.contains("\"wal_method\":\"archive\""), "{backup}");
     // Databases come and go while the next backup runs; most of its content is known by now.
     let churn = std::thread::scope(|scope| -> Result<String> {
@@ -236,7 +203,7 @@ fn whole_story(major: u32) -> Result<()> {
             }
             Ok(())
         });
-        let out = c.fairvault(&[
+        let out = c.ok(&[
             "backup",
             "acme",
             "--fast",
@@ -287,64 +254,43 @@ fn whole_story(major: u32) -> Result<()> {
     )?;
 
     // A time: the marker before it is there, the one after it is not.
-    let by_time = c.restore("by-time", 5440, &["--target-time", &time])?;
+    let by_time = c.recovered("by-time", 5440, &["--target-time", &time])?;
     ensure!(
         c.markers(&by_time)?.0 == first,
         "time {time}: {:?}, expected {first}",
         c.markers(&by_time)?
     );
     c.judge(&by_time)?;
-    let by_name = c.restore("by-name", 5441, &["--target-name", "before-third"])?;
+    let by_name = c.recovered("by-name", 5441, &["--target-name", "before-third"])?;
     ensure!(
         c.markers(&by_name)?.0 == second,
         "name: {:?}, expected {second}",
         c.markers(&by_name)?
     );
     drop(by_name);
-    let by_xid = c.restore("by-xid", 5442, &["--target-xid", xid])?;
+    let by_xid = c.recovered("by-xid", 5442, &["--target-xid", xid])?;
     ensure!(
         c.markers(&by_xid)?.0.to_string() == xid_n,
         "xid: {:?}, expected {xid_n}",
         c.markers(&by_xid)?
     );
     drop(by_xid);
-    let before_xid = c.restore("before-xid", 5443, &["--target-xid", xid, "--target-exclusive"])?;
+    let before_xid = c.recovered("before-xid", 5443, &["--target-xid", xid, "--target-exclusive"])?;
     ensure!(
         c.markers(&before_xid)?.0 == xid_n.parse::<i64>()? - 1,
         "exclusive xid: {:?}",
         c.markers(&before_xid)?
     );
     drop(before_xid);
-    let by_lsn = c.restore("by-lsn", 5444, &["--target-lsn", &lsn])?;
+    let by_lsn = c.recovered("by-lsn", 5444, &["--target-lsn", &lsn])?;
     ensure!(c.markers(&by_lsn)?.0 < after_lsn, "lsn: {:?}", c.markers(&by_lsn)?);
     drop(by_lsn);
 
     // The end of everything, from the older backup: the same content, file for table.
-    let id = backup
-        .split("\"id\":\"")
-        .nth(1)
-        .and_then(|s| s.split('"').next())
-        .context("an id")?
-        .to_owned();
-    let latest = c.path("latest");
-    let to = latest.display().to_string();
-    let map = format!("all={}", c.path("latest-spaces").display());
-    c.fairvault(&[
-        "restore",
-        "acme",
-        "--to",
-        &to,
-        "--backup",
-        &id,
-        "--tablespace-map",
-        &map,
-        "--progress",
-        "none",
-    ])?;
-    c.verify_backup(&latest)?;
-    let copy = Server::existing(&c.scratch, major, latest, 5445);
-    copy.start(&c.scratch)?;
-    copy.wait_for(&c.scratch, "select pg_is_in_recovery()", "f")?;
+    let id = field(&backup, "id")?;
+    c.restored("latest", &["--backup", &id])?;
+    c.verify_backup(&c.scratch.join("latest"))?;
+    let copy = c.start("latest", 5445)?;
     let restored = c.contents(&copy)?;
     ensure!(
         restored == quiet,
@@ -361,14 +307,11 @@ fn whole_story(major: u32) -> Result<()> {
             &c.scratch,
             &format!("select pg_tablespace_location(oid) from pg_tablespace where spcname = '{space}'"),
         )?;
-        ensure!(
-            location.starts_with(&c.path("latest-spaces").display().to_string()),
-            "{location}"
-        );
+        ensure!(location.starts_with(&c.path("latest-spaces")), "{location}");
     }
     c.judge(&copy)?;
     ensure!(
-        c.fairvault(&["verify", "acme", "--level", "data", "--progress", "none"])?
+        c.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
             .contains("all good")
     );
     Ok(())

@@ -82,6 +82,14 @@ fn print(info: &Info) {
             ));
         }
     }
+    for timeline in &info.wal {
+        if let Some(problem) = &timeline.problem {
+            output::line(format_args!(
+                "  WAL timeline {} CANNOT BE FOLLOWED: {problem}",
+                timeline.timeline
+            ));
+        }
+    }
     for w in &info.windows {
         output::line(format_args!(
             "  restorable on timeline {}: {} ({}) to {} ({}){}",

@@ -8,7 +8,7 @@ use fairvault_engine::error::{Error, Result};
 use fairvault_engine::stanza::Stanza;
 use fairvault_engine::store::Created;
 use fairvault_format::keys::{self, Secret};
-use fairvault_format::names;
+use fairvault_format::{limits, names};
 
 use super::Outcome;
 use crate::args::{KeyCommand, Output};
@@ -53,7 +53,7 @@ async fn list(context: &Context, stanza: &str) -> Result<Outcome> {
         let access = context.access(&repository, stanza, false, true)?;
         let opened = Stanza::open(&access).await?;
         for (name, _) in opened.store().list(names::KEYS).await? {
-            let slot = keys::decode_slot(&opened.store().get(&name).await?, &name)?;
+            let slot = keys::decode_slot(&opened.store().get(&name, limits::SLOT_BYTES).await?, &name)?;
             let kind = slot
                 .kind()
                 .as_str_name()
@@ -100,7 +100,7 @@ async fn add_slot(context: &Context, stanza: &str, name: &str, secret_file: &std
         )?;
         if let Created::Lost(_) = opened
             .store()
-            .create(&names::slot(keys.epoch, name), sealed.into())
+            .create(&names::slot(keys.epoch, name), sealed.into(), limits::SLOT_BYTES)
             .await?
         {
             return Err(

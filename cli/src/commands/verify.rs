@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
-use fairvault_engine::error::Result;
+use fairvault_engine::commit::Log;
+use fairvault_engine::error::{Error, Result};
 use fairvault_engine::progress::Progress;
+use fairvault_engine::stanza::Stanza;
 use fairvault_engine::verify::{self, Level};
 
 use super::Outcome;
@@ -17,15 +19,17 @@ pub async fn run(context: &Context, stanza: &str, level: VerifyLevel, mode: Prog
         VerifyLevel::Objects => Level::Objects,
         VerifyLevel::Data => Level::Data,
     };
-    let mut good = true;
+    let (mut good, mut unread) = (true, 0);
     for repository in context.repositories(Some(stanza))? {
-        let log = context.open_log_in(&repository, stanza, true).await?;
+        let access = context.access(&repository, stanza, false, true)?;
+        let log = Log::open(Stanza::open(&access).await?).await?;
         let progress = Arc::new(Progress::default());
         let display = output::Display::start(mode, progress.clone(), "");
-        let result = verify::run(&log, level, progress).await;
+        let result = verify::run(&log, &access, level, progress).await;
         drop(display);
         let report = result?;
-        good &= report.is_good();
+        good &= report.findings.is_empty() && report.backups.iter().all(|b| b.restorable || !report.unread.is_empty());
+        unread += report.unread.len();
         if context.global.output == Output::Json {
             output::json(
                 "verify",
@@ -35,6 +39,12 @@ pub async fn run(context: &Context, stanza: &str, level: VerifyLevel, mode: Prog
         }
         for finding in &report.findings {
             output::line(format_args!("{}: {}", finding.object, finding.problem));
+        }
+        for finding in &report.unread {
+            output::line(format_args!(
+                "{}: could not be read now: {}",
+                finding.object, finding.problem
+            ));
         }
         for backup in &report.backups {
             if backup.restorable {
@@ -61,9 +71,14 @@ pub async fn run(context: &Context, stanza: &str, level: VerifyLevel, mode: Prog
             if report.is_good() {
                 "all good".to_owned()
             } else {
-                format!("{} problems", report.findings.len())
+                format!("{} problems", report.findings.len() + report.unread.len())
             }
         ));
     }
-    Ok(if good { Outcome::Done } else { Outcome::DamageFound })
+    match (good, unread) {
+        (false, _) => Ok(Outcome::DamageFound),
+        (true, 0) => Ok(Outcome::Done),
+        (true, _) => Err(Error::temporary(format!("{unread} objects could not be read just now"))
+            .remedy("verify again when the store answers: nothing is known of them")),
+    }
 }

@@ -64,13 +64,10 @@ pub async fn push(context: &Context, args: PushArgs) -> Result<Outcome> {
 
 /// `wal get`: delivered, proven absent, or an error that stops recovery.
 pub async fn get(context: &Context, args: GetArgs) -> Result<Outcome> {
-    let through = args
-        .through
-        .as_deref()
-        .map(|text| text.parse().map_err(Error::usage))
-        .transpose()?;
+    let lsn = |text: &Option<String>| text.as_deref().map(|t| t.parse().map_err(Error::usage)).transpose();
     let needs = Needs {
-        through,
+        through: lsn(&args.through)?,
+        until: lsn(&args.until)?,
         timeline: args.timeline,
     };
     let is_standby = std::path::Path::new("standby.signal").exists();
@@ -89,23 +86,13 @@ pub async fn get(context: &Context, args: GetArgs) -> Result<Outcome> {
     }
 }
 
-/// Asks the repositories in order: a segment that one lacks may be in the next. Absent is only what none has.
 async fn get_once(context: &Context, args: &GetArgs, needs: Needs) -> Result<get::Outcome> {
-    let mut failure = None;
-    for repository in context.repositories(Some(&args.stanza))? {
-        let attempt = async {
-            let log = open(context, &repository, &args.stanza).await?;
-            let archive = Archive::open(&log, None, 3)?;
-            get::get(&archive, &args.name, &args.destination, needs).await
-        };
-        match attempt.await {
-            Ok(get::Outcome::Delivered) => return Ok(get::Outcome::Delivered),
-            Ok(get::Outcome::Absent) => {}
-            Err(error) => failure = Some(error.context(format_args!("repository {repository}"))),
-        }
-    }
-    match failure {
-        Some(error) => Err(error),
-        None => Ok(get::Outcome::Absent),
-    }
+    let repositories = context.repositories(Some(&args.stanza))?;
+    let open_archive = async |repository: &String| {
+        let log = open(context, repository, &args.stanza)
+            .await
+            .context(|| format!("repository {repository}"))?;
+        Archive::open(&log, args.system_identifier, 3)
+    };
+    get::get(&repositories, open_archive, &args.name, &args.destination, needs).await
 }

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::postgres::files::Fork;
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
-use crate::postgres::walker::{BlockRef, Walker};
+use crate::postgres::walker::{BlockRef, WAL_PAGE, Walker};
 use crate::wal::archive::Archive;
 
 /// Key of a block: tablespace, database, relation, block.
@@ -47,13 +47,15 @@ pub async fn judge(
     );
     let mut segment = Segment::of(timeline, start, archive.segment_size);
     while segment.start(archive.segment_size) < stop {
-        let Some(content) = archive.segment_or_parts(segment).await? else {
+        let Some(mut content) = archive.segment_or_parts(segment).await? else {
             broken_off = Some(format!(
                 "{} is not in the repository",
                 segment.name(archive.segment_size)
             ));
             break;
         };
+        // A part may end inside a page: its last records count too.
+        content.resize(content.len().next_multiple_of(WAL_PAGE), 0);
         walker.feed(&content, |record| {
             if record.lsn < start || record.lsn >= stop {
                 return;

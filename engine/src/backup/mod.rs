@@ -15,13 +15,14 @@ use std::time::Duration;
 use fairvault_format::{limits, names, proto, sha256};
 use tokio::sync::{mpsc, watch};
 
-use crate::commit::Log;
 use crate::commit::session::Session;
-use crate::dedup::{Index, SessionChunks};
+use crate::commit::{Log, state};
+use crate::dedup::{Index, SessionChunks, confirm_packs};
+use crate::env::Env;
 use crate::error::{Context, Error, Result};
 use crate::pack::Packer;
 use crate::postgres::lsn::Lsn;
-use crate::postgres::segment::Segment;
+use crate::postgres::segment::{History, Segment, WalFile};
 use crate::progress::Progress;
 use crate::replication::base_backup::{self, BaseBackup};
 use crate::replication::connection::{Connection, Mode};
@@ -84,6 +85,7 @@ struct Server {
     system_identifier: u64,
     segment_size: u64,
     checksums: bool,
+    directory_mode: u32,
     wal: WalMethod,
 }
 
@@ -103,8 +105,9 @@ pub async fn run(
             server.segment_size, archive.segment_size
         )));
     }
-    let id = backup_id(log);
-    let mut session = Session::begin(log, "backup", &id).await?;
+    let env = log.stanza().clone();
+    let mut session = Session::begin(log, "backup", |state| backup_id(state, env.env())).await?;
+    let id = session.backup().to_owned();
     let outcome = tokio::select! {
         outcome = transfer(log, &mut session, server, archive, options, &id, progress.clone()) => outcome,
         () = cancelled => Err(Error::interrupted()),
@@ -126,14 +129,13 @@ pub async fn run(
     }
 }
 
-fn backup_id(log: &Log) -> String {
-    let mut now_us = log.stanza().env().now_us();
+/// The time, as far as no other backup has it.
+fn backup_id(state: &proto::Snapshot, env: &dyn Env) -> String {
+    let mut now_us = env.now_us();
     loop {
         let time = jiff::Timestamp::from_microsecond(now_us).unwrap_or_default();
         let id = format!("{}F", time.strftime("%Y%m%d-%H%M%S"));
-        let taken = |b: &proto::CommittedBackup| b.info.as_ref().is_some_and(|i| i.id == id);
-        let announced = |s: &proto::OpenSession| s.begin.as_ref().is_some_and(|b| b.backup == id);
-        if !log.state().backups.iter().any(taken) && !log.state().open_sessions.iter().any(announced) {
+        if !state::is_taken(state, &id) {
             return id;
         }
         now_us += 1_000_000;
@@ -155,16 +157,24 @@ async fn inspect(options: &Options) -> Result<Server> {
             "the server was built with another block size than 8192",
         ));
     }
+    let mode = connection.show("data_directory_mode").await?.unwrap_or_default();
+    let directory_mode = u32::from_str_radix(&mode, 8).unwrap_or(0o700);
     let wal = match options.wal {
         WalMethod::Auto => {
             let mode = connection.show("archive_mode").await?.unwrap_or_default();
             let command = connection.show("archive_command").await?.unwrap_or_default();
-            let active = mode == "always" || mode == "on" && !connection.in_recovery();
-            if active && command.contains("fairvault") {
+            // A standby cannot make its primary finish the last segment: its WAL is always streamed.
+            if mode != "off" && !connection.in_recovery() && command.contains("fairvault") {
                 WalMethod::Archive
             } else {
                 WalMethod::Stream
             }
+        }
+        WalMethod::Archive if connection.in_recovery() => {
+            return Err(Error::usage(
+                "--wal archive needs a primary: a standby cannot have the last segment of the backup archived",
+            )
+            .remedy("use --wal stream, which is also what --wal auto does on a standby"));
         }
         chosen => chosen,
     };
@@ -173,6 +183,7 @@ async fn inspect(options: &Options) -> Result<Server> {
         system_identifier: identity.system_identifier,
         segment_size,
         checksums,
+        directory_mode,
         wal,
     })
 }
@@ -230,7 +241,7 @@ async fn transfer(
     progress.phase("copying");
 
     let (until, until_seen) = watch::channel(None);
-    let wal_task = AbortOnDrop(wal_connection.map(|connection| {
+    let mut wal_task = WalTask::new(wal_connection.map(|connection| {
         tokio::spawn(capture(
             connection,
             archive.clone(),
@@ -292,7 +303,11 @@ async fn transfer(
         work.await
             .map_err(|e| Error::failed("the pipeline panicked").caused_by(e))?
     };
-    let (ended, packed, stored) = tokio::join!(source, working, storing);
+    let transferring = async { tokio::join!(source, working, storing) };
+    let (ended, packed, stored) = tokio::select! {
+        all = transferring => all,
+        error = wal_task.failure() => return Err(error),
+    };
     let (ended, packed) = first_cause(ended, packed, stored)?;
 
     progress.phase("waiting for WAL");
@@ -301,7 +316,7 @@ async fn transfer(
         whole_segment: !from_standby,
     }));
     let mut notes = Vec::new();
-    match wal_task.join().await? {
+    match wal_task.finish().await? {
         true => notes.push(
             "the WAL of this backup was streamed with it: the backup can be restored on its own; recovery to a later moment needs \
              continuous WAL (`fairvault wal push` as archive_command)"
@@ -309,6 +324,7 @@ async fn transfer(
         ),
         false => wait_for_archive(&archive, timeline, start, ended.stop, options.archive_timeout).await?,
     }
+    store_histories(&mut server.connection, &archive, ended.timeline).await?;
     let page_failures = judge::judge(
         &archive,
         timeline,
@@ -320,6 +336,7 @@ async fn transfer(
     .await?;
 
     let (known, packs) = chunks.finish()?;
+    confirm_packs(&stanza, &known, &packs).await?;
     let info = proto::BackupInfo {
         id: id.to_owned(),
         r#type: "full".to_owned(),
@@ -354,6 +371,7 @@ async fn transfer(
             "archive"
         }
         .to_owned(),
+        data_directory_mode: server.directory_mode,
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),
         ..Default::default()
     };
@@ -400,30 +418,74 @@ struct Packed {
     bad_pages: Vec<pipeline::BadPage>,
 }
 
-/// The WAL task; it does not outlive the backup.
-struct AbortOnDrop(Option<tokio::task::JoinHandle<Result<()>>>);
+/// The task that streams WAL, if there is one; it does not outlive the backup.
+struct WalTask {
+    task: Option<tokio::task::JoinHandle<Result<()>>>,
+    ended: bool,
+}
 
-impl AbortOnDrop {
-    /// Waits for it; false if there was none.
-    async fn join(mut self) -> Result<bool> {
-        match self.0.as_mut() {
-            None => Ok(false),
-            Some(task) => {
-                task.await
+impl WalTask {
+    fn new(task: Option<tokio::task::JoinHandle<Result<()>>>) -> Self {
+        Self { task, ended: false }
+    }
+
+    /// Waits for its end; false if there is none.
+    async fn finish(&mut self) -> Result<bool> {
+        match self.task.as_mut() {
+            Some(task) if !self.ended => {
+                let outcome = task.await;
+                self.ended = true;
+                outcome
                     .map_err(|e| Error::failed("streaming WAL panicked").caused_by(e))?
                     .context(|| "streaming the WAL of this backup")?;
                 Ok(true)
             }
+            task => Ok(task.is_some()),
+        }
+    }
+
+    /// Completes only if it fails: a backup whose WAL is lost is stopped at once.
+    async fn failure(&mut self) -> Error {
+        match self.finish().await {
+            Err(error) => error,
+            Ok(_) => std::future::pending().await,
         }
     }
 }
 
-impl Drop for AbortOnDrop {
+impl Drop for WalTask {
     fn drop(&mut self) {
-        if let Some(task) = &self.0 {
+        if let Some(task) = &self.task {
             task.abort();
         }
     }
+}
+
+/// The history of the backup's timeline goes with it: recovery is refused without, and nobody else may be
+/// archiving it. Those of ancestors are good to have.
+async fn store_histories(connection: &mut Connection, archive: &Archive, timeline: u32) -> Result<()> {
+    let mut wanted = vec![timeline];
+    while let Some(number) = wanted.pop() {
+        let content = match connection.timeline_history(number).await {
+            Ok(None) => continue,
+            Ok(Some(content)) => content,
+            Err(error) if number == timeline => {
+                return Err(error.context(format_args!("asking for the history of timeline {number}")));
+            }
+            Err(error) => {
+                tracing::warn!("the history of timeline {number} is not stored: {error}");
+                continue;
+            }
+        };
+        let history = History::parse(number, &content)?;
+        if number == timeline {
+            wanted.extend(history.ancestors.iter().map(|a| a.timeline));
+        }
+        archive
+            .put(WalFile::History(number), &format!("{number:08X}.history"), content)
+            .await?;
+    }
+    Ok(())
 }
 
 async fn wait_for_archive(archive: &Archive, timeline: u32, start: Lsn, stop: Lsn, timeout: Duration) -> Result<()> {

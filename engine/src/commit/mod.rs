@@ -22,7 +22,7 @@ use crate::store::Created;
 /// How many snapshots are tried before the log is read from its beginning.
 const SNAPSHOT_TRIES: usize = 3;
 /// Entries fetched at once.
-const BATCH: u64 = 32;
+const BATCH: u64 = 16;
 
 /// An open log.
 #[derive(Debug, Clone)]
@@ -50,7 +50,11 @@ impl Log {
             Some(state) => this.adopt(state.clone()),
             None => this.start_from_snapshot().await?,
         }
-        this.refresh().await?;
+        match &remembered {
+            // One request tells the usual: nothing is new.
+            Some(_) => this.refresh().await?,
+            None => this.refresh_proven().await?,
+        }
         if this.state.seq == 0 {
             return Err(Error::not_found(format!("{} has keys and no log", this.stanza.shown()))
                 .remedy("an interrupted `stanza create` leaves that; run it again"));
@@ -93,8 +97,12 @@ impl Log {
     async fn try_snapshot(&self, seq: u64, hash: [u8; 32]) -> Result<Option<Snapshot>> {
         let store = self.stanza.store();
         let (Some(bytes), Some(entry)) = (
-            store.get_opt(&names::snapshot(seq, &hash)).await?,
-            store.get_opt(&names::log_context(seq + 1)).await?,
+            store
+                .get_opt(&names::snapshot(seq, &hash), limits::OBJECT_BYTES)
+                .await?,
+            store
+                .get_opt(&names::log_context(seq + 1), limits::LOG_ENTRY_BYTES)
+                .await?,
         ) else {
             return Ok(None);
         };
@@ -102,14 +110,22 @@ impl Log {
             return Ok(None);
         }
         let what = format!("log snapshot {seq}");
-        let state: Snapshot = object::open_message(
-            self.stanza.keys_for(&bytes, &what)?,
-            self.stanza.scope(),
-            ObjectKind::Snapshot,
-            &bytes,
-            "",
-            &what,
-        )?;
+        let opened = self.stanza.keys_for(&bytes, &what).and_then(|keys| {
+            let scope = self.stanza.scope();
+            let state: Snapshot = object::open_message(keys, scope, ObjectKind::Snapshot, &bytes, "", &what)?;
+            state
+                .key_epochs
+                .iter()
+                .try_for_each(|epoch| self.check_signers(epoch))?;
+            Ok((state, self.stanza.keys_for(&entry, "log entry")?))
+        });
+        let (state, keys) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                tracing::warn!("{what} is not used: {error}");
+                return Ok(None);
+            }
+        };
         let mut signers = Signers::default();
         for epoch in &state.key_epochs {
             signers.add(epoch);
@@ -117,11 +133,54 @@ impl Log {
         let Ok(head) = <[u8; 32]>::try_from(state.head.as_slice()) else {
             return Ok(None);
         };
-        let keys = self.stanza.keys_for(&entry, "log entry")?;
         match open_entry(keys, self.stanza.scope(), &entry, seq + 1, &head, &signers) {
             Ok(entry) if entry.snapshot == hash && state.seq == seq => Ok(Some(state)),
             _ => Ok(None),
         }
+    }
+
+    /// Reads the log to an end that is certain: where an entry is absent, nothing later may be listed.
+    pub async fn refresh_proven(&mut self) -> Result<()> {
+        let store = self.stanza.store().clone();
+        loop {
+            self.refresh().await?;
+            let next = names::log_context(self.state.seq + 1);
+            let later = store
+                .list_after(names::LOG, &names::log_context(self.state.seq), "log/")
+                .await?;
+            let later = later
+                .iter()
+                .find(|name| name.rsplit('/').next().and_then(names::parse_log).is_some());
+            match later {
+                None => return Ok(()),
+                // Appended just now.
+                Some(_) if store.get_opt(&next, limits::LOG_ENTRY_BYTES).await?.is_some() => {}
+                Some(later) => {
+                    return Err(Error::damaged(format!(
+                        "{}/{next} is missing, and {later} is there: what the log says after it cannot be known",
+                        self.stanza.shown()
+                    ))
+                    .remedy("bring the entry back from a copy of the repository, or from an older version of the object where the bucket keeps versions"));
+                }
+            }
+        }
+    }
+
+    /// Role keys in the log must be those that the key slots name: what is signed by others is forged.
+    fn check_signers(&self, epoch: &fairvault_format::proto::KeyEpoch) -> Result<()> {
+        let Ok(keys) = self.stanza.keys_of(epoch.epoch) else {
+            return Ok(());
+        };
+        let known = keys.public_keys();
+        let differs = |named: &[u8], known: Option<[u8; 32]>| known.is_some_and(|known| named != known);
+        if differs(&epoch.writer_public_key, known.writer) || differs(&epoch.operator_public_key, known.operator) {
+            return Err(Error::damaged(format!(
+                "the log of {} names signing keys for key epoch {} that are not those of the key slots: it is forged",
+                self.stanza.shown(),
+                epoch.epoch
+            )));
+        }
+        Ok(())
     }
 
     /// Reads what was appended since.
@@ -130,13 +189,16 @@ impl Log {
         loop {
             let from = self.state.seq + 1;
             // One probe tells whether there is anything; only then more are asked for at once.
-            let Some(first) = store.get_opt(&names::log_context(from)).await? else {
+            let Some(first) = store
+                .get_opt(&names::log_context(from), limits::LOG_ENTRY_BYTES)
+                .await?
+            else {
                 return Ok(());
             };
             self.apply(&first)?;
             let batch = (from + 1..from + BATCH).map(|seq| {
                 let store = store.clone();
-                async move { store.get_opt(&names::log_context(seq)).await }
+                async move { store.get_opt(&names::log_context(seq), limits::LOG_ENTRY_BYTES).await }
             });
             // Small batches first: the usual tail is short.
             let ahead = if from % limits::SNAPSHOT_INTERVAL < 8 {
@@ -161,9 +223,11 @@ impl Log {
         if let Some(Entry::Genesis(genesis)) = &entry.kind
             && let Some(epoch) = &genesis.key_epoch
         {
+            self.check_signers(epoch)?;
             self.signers.add(epoch);
         }
         if let Some(Entry::KeyEpoch(epoch)) = &entry.kind {
+            self.check_signers(epoch)?;
             self.signers.add(epoch);
         }
         state::apply(&mut self.state, &entry, keys.epoch)?;
@@ -194,7 +258,7 @@ impl Log {
 
     async fn check_remembered_head(&self) -> Result<()> {
         let name = names::log_context(self.state.seq);
-        let there = self.stanza.store().get_opt(&name).await?;
+        let there = self.stanza.store().get_opt(&name, limits::LOG_ENTRY_BYTES).await?;
         match there.map(|bytes| sha256(&bytes)) {
             Some(hash) if hash[..] == self.state.head => Ok(()),
             found => Err(Error::damaged(format!(
@@ -232,6 +296,8 @@ impl Log {
     /// follow: what it refuses is not appended.
     pub async fn append(&mut self, entry: Entry, allowed: impl Fn(&Snapshot) -> Result<()>) -> Result<u64> {
         let nonce = env::id(self.stanza.env())?.to_vec();
+        self.check_single_writer(&entry)?;
+        self.refresh_proven().await?;
         loop {
             allowed(&self.state)?;
             let seq = self.state.seq + 1;
@@ -248,6 +314,8 @@ impl Log {
             if seq.is_multiple_of(limits::SNAPSHOT_INTERVAL) {
                 entry.snapshot = self.write_snapshot().await?.to_vec();
             }
+            // What readers could not apply must never be written.
+            state::apply(&mut self.state.clone(), &entry, self.stanza.keys().epoch)?;
             let bytes = seal_entry(
                 self.stanza.keys(),
                 self.stanza.scope(),
@@ -257,7 +325,7 @@ impl Log {
             match self
                 .stanza
                 .store()
-                .create(&names::log_context(seq), bytes.clone().into())
+                .create(&names::log_context(seq), bytes.clone().into(), limits::LOG_ENTRY_BYTES)
                 .await?
             {
                 Created::Won => {
@@ -270,6 +338,24 @@ impl Log {
                     self.refresh().await?;
                 }
             }
+        }
+    }
+
+    /// Either every writer relies on conditional create, or there is one writer.
+    fn check_single_writer(&self, entry: &Entry) -> Result<()> {
+        let configured = self.stanza.store().settings().single_writer;
+        let agreed = match (entry, &self.state.genesis) {
+            (Entry::Genesis(genesis), _) => genesis.single_writer,
+            (_, Some(genesis)) => genesis.single_writer,
+            (_, None) => configured,
+        };
+        match configured == agreed {
+            true => Ok(()),
+            false => Err(Error::refused(format!(
+                "{} was created with single_writer = {agreed}, and here it is {configured}: two kinds of writers could overwrite each other",
+                self.stanza.shown()
+            ))
+            .remedy(format!("set single_writer = {agreed} for this repository"))),
         }
     }
 

@@ -10,29 +10,50 @@ use crate::error::{Error, Kind, Result};
 #[derive(Debug)]
 pub struct Session {
     id: [u8; 16],
+    backup: String,
     /// Index runs that were announced.
     pub announced: Vec<[u8; 32]>,
 }
 
 impl Session {
-    /// Begins a session for backup `backup`.
-    pub async fn begin(log: &mut Log, what: &str, backup: &str) -> Result<Self> {
+    /// Begins a session for the backup with the id that `name` gives to a state; it is asked again if
+    /// somebody else takes that id first.
+    pub async fn begin(log: &mut Log, what: &str, name: impl Fn(&Snapshot) -> String) -> Result<Self> {
         let id = env::id(log.stanza().env())?;
-        let begin = proto::Begin {
-            session: id.to_vec(),
-            what: what.to_owned(),
-            backup: backup.to_owned(),
-            seen_mark: log.state().newest_mark,
-        };
-        log.append(Entry::Begin(begin), |_| Ok(())).await?;
-        Ok(Self {
-            id,
-            announced: Vec::new(),
-        })
+        loop {
+            let backup = name(log.state());
+            let begin = proto::Begin {
+                session: id.to_vec(),
+                what: what.to_owned(),
+                backup: backup.clone(),
+                seen_mark: log.state().newest_mark,
+            };
+            let free = |now: &Snapshot| match state::is_taken(now, &backup) {
+                false => Ok(()),
+                true => Err(Error::new(Kind::Held, format!("backup id {backup} is taken"))),
+            };
+            match log.append(Entry::Begin(begin), free).await {
+                Ok(_) => {
+                    return Ok(Self {
+                        id,
+                        backup,
+                        announced: Vec::new(),
+                    });
+                }
+                // The state is newer now, and so is the next name.
+                Err(error) if error.kind() == Kind::Held && state::is_taken(log.state(), &backup) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The id of its backup.
+    pub fn backup(&self) -> &str {
+        &self.backup
     }
 
     fn check(&self) -> impl Fn(&Snapshot) -> Result<()> + '_ {
-        |now| match state::is_open(now, &self.id) {
+        |now| match state::is_open(now, &self.id) && !state::is_committed(now, &self.backup) {
             true => Ok(()),
             false => Err(Error::new(
                 Kind::Held,

@@ -33,20 +33,13 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
             add_runs(state, &announce.index_runs);
         }
         Entry::Commit(commit) => {
-            if find(state, &commit.session).is_none() {
-                // The session was fenced or has ended: the commit does not count.
+            let id = commit.info.as_ref().map(|i| i.id.as_str()).unwrap_or_default();
+            if find(state, &commit.session).is_none() || is_committed(state, id) {
+                // The session was fenced or has ended, or the id is taken: the commit does not count.
                 return Ok(());
             }
             state.open_sessions.retain(|s| session_id(s) != commit.session);
             add_runs(state, &commit.index_runs);
-            let id = commit.info.as_ref().map(|i| i.id.clone()).unwrap_or_default();
-            if state
-                .backups
-                .iter()
-                .any(|b| b.info.as_ref().is_some_and(|i| i.id == id))
-            {
-                return Err(damaged("it commits a backup id for the second time"));
-            }
             state.backups.push(CommittedBackup {
                 seq: entry.seq,
                 root: commit.root.clone(),
@@ -111,6 +104,20 @@ fn add_runs(state: &mut Snapshot, runs: &[Vec<u8>]) {
 /// Whether `session` is open, that is, neither committed, aborted nor fenced.
 pub fn is_open(state: &Snapshot, session: &[u8]) -> bool {
     state.open_sessions.iter().any(|s| session_id(s) == session)
+}
+
+/// Whether a backup with this id was committed.
+pub fn is_committed(state: &Snapshot, id: &str) -> bool {
+    state
+        .backups
+        .iter()
+        .any(|b| b.info.as_ref().is_some_and(|i| i.id == id))
+}
+
+/// Whether a backup id can no longer be given to a new session.
+pub fn is_taken(state: &Snapshot, id: &str) -> bool {
+    let announced = |s: &OpenSession| s.begin.as_ref().is_some_and(|b| b.backup == id);
+    is_committed(state, id) || state.open_sessions.iter().any(announced)
 }
 
 /// The archive epoch that rules at a position.

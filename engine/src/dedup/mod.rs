@@ -8,9 +8,9 @@ use std::sync::{Mutex, PoisonError};
 
 use fairvault_format::index::{self, IndexEntry, PackRef};
 use fairvault_format::proto::Snapshot;
-use fairvault_format::{names, sha256};
+use fairvault_format::{limits, names, sha256};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::stanza::Stanza;
 
 /// Runs fetched at once.
@@ -24,9 +24,17 @@ pub struct Index {
 }
 
 impl Index {
-    /// Loads every live run of the stanza. Entries of other key epochs can never match and are left out.
+    /// Loads every live run of the stanza. Entries of other key epochs can never match and are left out, and
+    /// so are those of packs that are not there, are too short, or were found damaged: their chunks are
+    /// stored again. A run that cannot be read only costs its savings.
     pub async fn load(stanza: &Stanza, state: &Snapshot) -> Result<Self> {
         let mut this = Self::default();
+        let mut listed: HashMap<[u8; 32], u64> = list_packs(stanza).await?;
+        for (name, _) in stanza.store().list(names::DISTRUSTED).await? {
+            if let Some(hash) = names::parse_hash(&name) {
+                listed.remove(&hash);
+            }
+        }
         let marked: std::collections::HashSet<&[u8]> = state
             .open_marks
             .iter()
@@ -39,7 +47,7 @@ impl Index {
                     .try_into()
                     .map_err(|_| Error::damaged("the log names an index run without a hash"))?;
                 let name = names::index_run(&hash);
-                let bytes = stanza.store().get(&name).await?;
+                let bytes = stanza.store().get(&name, limits::OBJECT_BYTES).await?;
                 if sha256(&bytes) != hash {
                     return Err(Error::damaged(format!(
                         "{}/{name} does not match its name",
@@ -55,7 +63,13 @@ impl Index {
             }))
             .await;
             for run in fetched {
-                this.add(run.context(|| "loading the index")?, stanza.keys().epoch, &marked);
+                match run {
+                    Ok(run) => this.add(run, stanza.keys().epoch, &listed, &marked),
+                    Err(error) if error.kind() == Kind::Temporary => return Err(error.context("loading the index")),
+                    Err(error) => {
+                        tracing::warn!("a part of the index cannot be used, and what it names is stored again: {error}")
+                    }
+                }
             }
         }
         this.entries.sort_unstable_by_key(|e| e.id);
@@ -63,13 +77,27 @@ impl Index {
         Ok(this)
     }
 
-    fn add(&mut self, run: index::IndexRun, epoch: u32, marked: &std::collections::HashSet<&[u8]>) {
+    fn add(
+        &mut self,
+        run: index::IndexRun,
+        epoch: u32,
+        listed: &HashMap<[u8; 32], u64>,
+        marked: &std::collections::HashSet<&[u8]>,
+    ) {
         let base = self.packs.len() as u32;
-        let usable = |p: &PackRef| p.header.epoch == epoch && !marked.contains(&p.name[..]);
+        // The length up to which frames of a pack can be relied on.
+        let usable: Vec<u64> = run
+            .packs
+            .iter()
+            .map(|p| match p.header.epoch == epoch && !marked.contains(&p.name[..]) {
+                true => listed.get(&p.name).copied().unwrap_or(0),
+                false => 0,
+            })
+            .collect();
         self.entries.extend(
             run.entries
                 .iter()
-                .filter(|e| usable(&run.packs[e.pack as usize]))
+                .filter(|e| u64::from(e.offset) + u64::from(e.stored_len) <= usable[e.pack as usize])
                 .map(|e| IndexEntry {
                     pack: base + e.pack,
                     ..*e
@@ -94,6 +122,44 @@ impl Index {
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
+}
+
+/// The packs that the store lists, with their lengths.
+async fn list_packs(stanza: &Stanza) -> Result<HashMap<[u8; 32], u64>> {
+    let listed = stanza.store().list(names::PACKS).await?;
+    Ok(listed
+        .into_iter()
+        .filter_map(|(name, len)| Some((names::parse_hash(&name)?, len)))
+        .collect())
+}
+
+/// Fails unless every pack that a backup relies on is in the store, as long as its frames need it: asked
+/// before the backup counts, for packs that were just stored too.
+pub async fn confirm_packs(stanza: &Stanza, known: &[Known], packs: &[PackRef]) -> Result<()> {
+    let listed = list_packs(stanza).await?;
+    let mut need = vec![0u64; packs.len()];
+    for place in known.iter().filter_map(|k| k.place) {
+        let end = u64::from(place.offset) + u64::from(place.stored_len);
+        let need = &mut need[place.pack as usize];
+        *need = end.max(*need);
+    }
+    for (pack, need) in packs.iter().zip(need) {
+        let name = names::pack(&pack.name);
+        // LIST is a hint: what it does not show is asked for.
+        let len = match listed.get(&pack.name) {
+            Some(&len) => Some(len),
+            None => stanza.store().len(&name).await?,
+        };
+        if len.is_none_or(|len| len < need) {
+            return Err(Error::damaged(format!(
+                "{}/{name}, which this backup needs, {}",
+                stanza.shown(),
+                len.map_or("is not there".to_owned(), |len| format!("has only {len} bytes"))
+            ))
+            .remedy("the backup does not count; start it again: it will store the content anew"));
+        }
+    }
+    Ok(())
 }
 
 /// A chunk's place.

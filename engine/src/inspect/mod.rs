@@ -3,12 +3,12 @@
 use serde::Serialize;
 
 use crate::commit::Log;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::postgres::lsn::Lsn;
-use crate::postgres::segment::Segment;
-use crate::restore::target::{format_time, info};
+use crate::postgres::segment::{History, Segment};
+use crate::restore::target::{Reader, format_time, info};
 use crate::wal::archive::Archive;
-use crate::wal::coverage::Coverage;
+use crate::wal::coverage::{Coverage, Reach};
 
 /// A backup.
 #[derive(Debug, Serialize)]
@@ -69,6 +69,8 @@ pub struct TimelineLine {
     pub ranges: Vec<WalRange>,
     /// Stored bytes.
     pub stored_bytes: u64,
+    /// Why it cannot be followed, if that is so.
+    pub problem: Option<String>,
 }
 
 /// From where to where recovery can go.
@@ -162,20 +164,21 @@ pub async fn info_of(log: &Log) -> Result<Info> {
     };
     for backup in &state.backups {
         let i = info(backup);
-        let leads = |h: &crate::postgres::segment::History| match h.end_of(i.stop_timeline) {
+        let leads = |h: &History| match h.end_of(i.stop_timeline) {
             Ok(None) => true,
             Ok(Some(end)) => end.0 >= i.stop_lsn,
             Err(_) => false,
         };
         let mut restorable = false;
         if i.system_identifier == archive.system_identifier {
-            for wal in coverage.timelines.values().filter(|t| leads(&t.history)) {
-                let reach = coverage.reach(&wal.history, Lsn(i.start_lsn));
-                if reach.end.0 < i.stop_lsn {
+            for history in coverage.histories().filter(|h| leads(h)) {
+                let reach = coverage.reach(history, Lsn(i.start_lsn));
+                let end = end_of(&archive, history, &reach).await?;
+                if end.0 < i.stop_lsn {
                     continue;
                 }
                 restorable = true;
-                add_window(&mut out.windows, &archive, &wal.history, &i, &reach).await?;
+                add_window(&mut out.windows, &archive, history, &i, &reach, end).await?;
             }
         }
         out.backups.push(BackupLine {
@@ -207,7 +210,16 @@ fn timelines(coverage: &Coverage) -> Vec<TimelineLine> {
         .iter()
         .map(|(&timeline, wal)| TimelineLine {
             timeline,
-            began: wal.history.ancestors.last().map(|a| a.end.to_string()),
+            began: wal
+                .history
+                .as_ref()
+                .and_then(|h| h.ancestors.last())
+                .map(|a| a.end.to_string()),
+            problem: match (&wal.history, &wal.history_problem) {
+                (Some(_), _) => None,
+                (None, Some(problem)) => Some(problem.clone()),
+                (None, None) => Some(format!("{timeline:08X}.history is not in the repository")),
+            },
             ranges: wal
                 .ranges()
                 .into_iter()
@@ -222,15 +234,32 @@ fn timelines(coverage: &Coverage) -> Vec<TimelineLine> {
         .collect()
 }
 
+/// Where WAL along a history ends, parts of the last segment included.
+async fn end_of(archive: &Archive, history: &History, reach: &Reach) -> Result<Lsn> {
+    if !reach.has_part {
+        return Ok(reach.end);
+    }
+    let content = Reader::new(archive, history).content(reach.missing).await;
+    match content {
+        Ok(content) => Ok(Lsn(reach.end.0 + content.map_or(0, |c| c.len() as u64))),
+        Err(error) if error.kind() == Kind::Temporary => Err(error),
+        Err(error) => {
+            tracing::warn!("a part of a segment is passed over: {error}");
+            Ok(reach.end)
+        }
+    }
+}
+
 /// A backup inside a window that is already known adds nothing.
 async fn add_window(
     windows: &mut Vec<Window>,
     archive: &Archive,
-    history: &crate::postgres::segment::History,
+    history: &History,
     info: &fairvault_format::proto::BackupInfo,
-    reach: &crate::wal::coverage::Reach,
+    reach: &Reach,
+    end: Lsn,
 ) -> Result<()> {
-    let to_lsn = reach.end.to_string();
+    let to_lsn = end.to_string();
     if windows
         .iter()
         .any(|w| w.timeline == history.timeline && w.to_lsn == to_lsn)
@@ -246,11 +275,14 @@ async fn add_window(
         .rev()
         .take(8)
     {
-        newest = archive
-            .segment_header(segment)
-            .await?
-            .and_then(|h| h.summary)
-            .map_or(0, |s| s.max_time_us);
+        newest = match archive.segment_header(segment).await {
+            Ok(header) => header.and_then(|h| h.summary).map_or(0, |s| s.max_time_us),
+            Err(error) if error.kind() == Kind::Temporary => return Err(error),
+            Err(error) => {
+                tracing::warn!("{} cannot be read: {error}", segment.name(archive.segment_size));
+                0
+            }
+        };
         if newest != 0 {
             break;
         }

@@ -14,8 +14,9 @@ use fairvault_format::keys::TAG_LEN;
 use fairvault_format::pack::{DirectoryEntry, seal_tail};
 use fairvault_format::{limits, names};
 use sha2::Digest;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use crate::backup::upload::CONCURRENT;
 use crate::dedup::{Place, SessionChunks};
 use crate::env;
 use crate::error::{Error, Result};
@@ -28,6 +29,7 @@ pub struct FinishedPack {
     reference: PackRef,
     parts: Vec<Bytes>,
     entries: Vec<DirectoryEntry>,
+    memory: OwnedSemaphorePermit,
 }
 
 struct Contents {
@@ -36,6 +38,8 @@ struct Contents {
     size: u64,
     missing: usize,
     closed: bool,
+    /// Room for this pack in memory; travels with it until it is stored.
+    memory: Option<OwnedSemaphorePermit>,
 }
 
 struct OpenPack {
@@ -57,7 +61,11 @@ pub struct Packer {
     chunks: Arc<SessionChunks>,
     open: Mutex<Option<Arc<OpenPack>>>,
     finished: mpsc::Sender<FinishedPack>,
+    memory: Arc<Semaphore>,
 }
+
+/// Packs in memory at once, wherever they are: being filled, waiting, under way.
+const PACKS_IN_MEMORY: usize = CONCURRENT + 2;
 
 impl Packer {
     /// A packer that hands finished packs to `finished`.
@@ -67,6 +75,7 @@ impl Packer {
             chunks,
             open: Mutex::new(None),
             finished,
+            memory: Arc::new(Semaphore::new(PACKS_IN_MEMORY)),
         }
     }
 
@@ -120,6 +129,8 @@ impl Packer {
 
     fn new_pack(&self) -> Result<OpenPack> {
         let keys = self.stanza.keys();
+        let memory = futures::executor::block_on(self.memory.clone().acquire_owned())
+            .map_err(|_| Error::failed("the packer was closed"))?;
         let header = ObjectHeader::new(Kind::Pack, keys.epoch, env::salt(self.stanza.env())?);
         Ok(OpenPack {
             number: self.chunks.new_pack(),
@@ -131,18 +142,21 @@ impl Packer {
                 size: fairvault_format::header::HEADER_LEN as u64,
                 missing: 0,
                 closed: false,
+                memory: Some(memory),
             }),
         })
     }
 
     fn finish(&self, pack: &OpenPack) -> Result<()> {
-        let (frames, entries) = {
+        let (frames, entries, memory) = {
             let mut contents = pack.contents();
             (
                 std::mem::take(&mut contents.frames),
                 std::mem::take(&mut contents.entries),
+                contents.memory.take(),
             )
         };
+        let memory = memory.ok_or_else(|| Error::failed("a pack was finished twice"))?;
         let tail = seal_tail(self.stanza.keys(), self.stanza.scope(), &pack.header, &entries)?;
         let mut parts = Vec::with_capacity(frames.len() + 2);
         parts.push(Bytes::copy_from_slice(&pack.header.encode()));
@@ -163,6 +177,7 @@ impl Packer {
                 reference,
                 parts,
                 entries,
+                memory,
             })
             .map_err(|_| Error::failed("the upload of packs has ended early"))
     }
@@ -195,6 +210,7 @@ impl FinishedPack {
             .store()
             .put_hashed(&name, self.parts.into_iter().collect())
             .await?;
+        drop(self.memory);
         Ok(UploadedPack {
             number: self.number,
             reference: self.reference,

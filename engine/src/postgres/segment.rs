@@ -143,7 +143,8 @@ impl History {
     /// Parses a `.history` file.
     pub fn parse(timeline: u32, content: &[u8]) -> Result<Self> {
         let bad = |why: String| Error::damaged(format!("history of timeline {timeline} is damaged: {why}"));
-        let text = std::str::from_utf8(content).map_err(|e| bad(e.to_string()))?;
+        // The reason behind the numbers may be a restore point's name in any encoding.
+        let text = String::from_utf8_lossy(content);
         let mut ancestors: Vec<Ancestor> = Vec::new();
         for line in text
             .lines()
@@ -175,6 +176,15 @@ impl History {
             .find(|a| a.timeline == timeline)
             .map(|a| Some(a.end))
             .ok_or(NotAnAncestor)
+    }
+
+    /// Where `timeline` began on the way to this one; `None` for the first one, and for strangers.
+    pub fn start_of(&self, timeline: u32) -> Option<Lsn> {
+        let at = match timeline == self.timeline {
+            true => self.ancestors.len(),
+            false => self.ancestors.iter().position(|a| a.timeline == timeline)?,
+        };
+        at.checked_sub(1).map(|before| self.ancestors[before].end)
     }
 
     /// The timeline that owns the byte at `lsn`.

@@ -101,10 +101,19 @@ pub fn server_error(fields: ErrorFields<'_>) -> Error {
 /// A result row as text.
 pub type Row = Vec<Option<String>>;
 
-/// Decodes a DataRow.
+/// A result row as it came.
+pub type RawRow = Vec<Option<Vec<u8>>>;
+
+/// Decodes a DataRow as text.
 pub fn row(body: &backend::DataRowBody) -> Result<Row> {
+    let text = |value: Vec<u8>| String::from_utf8_lossy(&value).into_owned();
+    Ok(raw_row(body)?.into_iter().map(|value| value.map(text)).collect())
+}
+
+/// Decodes a DataRow.
+pub fn raw_row(body: &backend::DataRowBody) -> Result<RawRow> {
     let mut ranges = body.ranges();
-    let mut row = Row::new();
+    let mut row = RawRow::new();
     while let Some(range) = ranges.next().map_err(|e| broken(e.to_string()))? {
         let value = match range {
             None => None,
@@ -113,7 +122,7 @@ pub fn row(body: &backend::DataRowBody) -> Result<Row> {
                     .buffer()
                     .get(range)
                     .ok_or_else(|| broken("a row that ends early"))?;
-                Some(String::from_utf8_lossy(bytes).into_owned())
+                Some(bytes.to_vec())
             }
         };
         row.push(value);

@@ -9,7 +9,7 @@ use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
-use super::codec::{self, Message, Row, broken, server_error};
+use super::codec::{self, Message, RawRow, Row, broken, server_error};
 use super::conninfo::{ConnInfo, Host, SessionAttrs, SslMode};
 use super::{auth, tls};
 use crate::error::{Context, Error, Result};
@@ -184,6 +184,7 @@ impl Connection {
             ("statement_timeout", "0"),
             ("lock_timeout", "0"),
             ("idle_in_transaction_session_timeout", "0"),
+            ("idle_session_timeout", "0"),
             ("DateStyle", "ISO"),
         ];
         match mode {
@@ -253,12 +254,21 @@ impl Connection {
 
     /// Runs a simple query and returns its rows, of all result sets.
     pub async fn query(&mut self, query: &str) -> Result<Vec<Row>> {
+        let text = |value: Vec<u8>| String::from_utf8_lossy(&value).into_owned();
+        let rows = self.query_bytes(query).await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| row.into_iter().map(|value| value.map(text)).collect())
+            .collect())
+    }
+
+    async fn query_bytes(&mut self, query: &str) -> Result<Vec<RawRow>> {
         self.send_query(query).await?;
         let mut rows = Vec::new();
         let mut failure = None;
         loop {
             match self.wire.receive().await? {
-                Message::Other(M::DataRow(body)) => rows.push(codec::row(&body)?),
+                Message::Other(M::DataRow(body)) => rows.push(codec::raw_row(&body)?),
                 Message::Other(M::ErrorResponse(body)) => failure = Some(server_error(body.fields())),
                 Message::Other(M::ReadyForQuery(_)) => break,
                 Message::Other(_) => {}
@@ -328,10 +338,11 @@ impl Connection {
         if timeline == 1 {
             return Ok(None);
         }
-        let rows = self.query(&format!("TIMELINE_HISTORY {timeline}")).await?;
+        // Bytes, not text: the file may hold a restore point's name in any encoding.
+        let rows = self.query_bytes(&format!("TIMELINE_HISTORY {timeline}")).await?;
         let content = rows.into_iter().next().and_then(|row| row.into_iter().nth(1)).flatten();
         content
-            .map(|c| Some(c.into_bytes()))
+            .map(Some)
             .ok_or_else(|| broken("no content in TIMELINE_HISTORY"))
     }
 
@@ -401,6 +412,7 @@ async fn open_wire(info: &ConnInfo, host: &Host, may_use_tls: bool) -> Result<(W
             .remedy("is the server running and listening there?")
     })?;
     let _ = socket.set_nodelay(true);
+    info.keepalive.apply(&socket);
     if info.sslmode == SslMode::Disable || !may_use_tls {
         return Ok((Wire::new(Box::new(socket), false), None));
     }

@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::keepalive::Keepalive;
+use super::passfile;
 use crate::error::{Error, Result};
 
 /// One address to try.
@@ -89,6 +91,8 @@ pub struct ConnInfo {
     pub session_attrs: SessionAttrs,
     /// For each address.
     pub connect_timeout: Option<Duration>,
+    /// How a dead peer is noticed.
+    pub keepalive: Keepalive,
     /// application_name.
     pub application_name: String,
     /// `options`: settings of the session.
@@ -108,11 +112,6 @@ impl std::fmt::Debug for ConnInfo {
 /// Keys that libpq knows and that have no effect here.
 const IGNORED: &[&str] = &[
     "fallback_application_name",
-    "keepalives",
-    "keepalives_idle",
-    "keepalives_interval",
-    "keepalives_count",
-    "tcp_user_timeout",
     "gssencmode",
     "krbsrvname",
     "gsslib",
@@ -153,6 +152,11 @@ const KNOWN: &[&str] = &[
     "sslcrl",
     "sslcrldir",
     "require_auth",
+    "keepalives",
+    "keepalives_idle",
+    "keepalives_interval",
+    "keepalives_count",
+    "tcp_user_timeout",
 ];
 /// Keys that would weaken what the user asked for if they were passed over.
 const REFUSED: &[&str] = &["requirepeer", "sslpassword", "sslcrl", "sslcrldir", "require_auth"];
@@ -292,6 +296,7 @@ impl ConnInfo {
             disable_channel_binding: binding.as_deref() == Some("disable"),
             session_attrs,
             connect_timeout,
+            keepalive: Keepalive::parse(&get)?,
             application_name: get("application_name").unwrap_or_else(|| "fairvault".to_owned()),
             options: get("options"),
         })
@@ -303,7 +308,7 @@ impl ConnInfo {
             return self.password.clone();
         }
         let path = self.passfile.as_ref()?;
-        if !safe_passfile(path) {
+        if !passfile::is_private(path) {
             tracing::warn!(
                 "password file {} is readable by others and therefore not used",
                 path.display()
@@ -312,36 +317,8 @@ impl ConnInfo {
         }
         let text = std::fs::read_to_string(path).ok()?;
         let name = if host.is_socket() { "localhost" } else { &host.name };
-        passfile_lookup(&text, &[name, &host.port.to_string(), database, &self.user])
+        passfile::lookup(&text, &[name, &host.port.to_string(), database, &self.user])
     }
-}
-
-fn safe_passfile(path: &Path) -> bool {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o077 == 0)
-}
-
-fn passfile_lookup(text: &str, wanted: &[&str; 4]) -> Option<String> {
-    for line in text.lines().filter(|l| !l.starts_with('#')) {
-        let mut fields = vec![String::new()];
-        let mut chars = line.chars();
-        while let Some(c) = chars.next() {
-            match c {
-                '\\' => fields.last_mut()?.extend(chars.next()),
-                ':' if fields.len() < 5 => fields.push(String::new()),
-                c => fields.last_mut()?.push(c),
-            }
-        }
-        if fields.len() == 5
-            && fields
-                .iter()
-                .zip(wanted)
-                .all(|(field, want)| field == "*" || field == want)
-        {
-            return fields.pop();
-        }
-    }
-    None
 }
 
 fn bad_value(key: &str, value: &str, expected: &str) -> Error {
@@ -594,12 +571,5 @@ mod tests {
         );
         assert_eq!(info.password.as_deref(), Some("secret"));
         assert!(!format!("{info:?}").contains("secret"));
-    }
-
-    #[test]
-    fn passfile_lines() {
-        let text = "# c\nh:5432:*:u:p1\n*:*:*:*:p\\:2\n";
-        assert_eq!(passfile_lookup(text, &["h", "5432", "d", "u"]).as_deref(), Some("p1"));
-        assert_eq!(passfile_lookup(text, &["x", "1", "d", "u"]).as_deref(), Some("p:2"));
     }
 }

@@ -11,5 +11,7 @@ pub mod base_backup;
 pub mod codec;
 pub mod connection;
 pub mod conninfo;
+pub mod keepalive;
+pub mod passfile;
 pub mod tls;
 pub mod wal_stream;

@@ -180,7 +180,8 @@ pub async fn write_all(
         result?;
     }
     let synced = work.clone();
-    tokio::task::spawn_blocking(move || sync_files(&synced.paths, &wanted))
+    let regular: Vec<bool> = plan.files.iter().map(|f| f.kind() == FileKind::FileRegular).collect();
+    tokio::task::spawn_blocking(move || sync_files(&synced.paths, &regular))
         .await
         .map_err(|e| Error::failed("syncing files panicked").caused_by(e))??;
     Ok(written)
@@ -279,8 +280,9 @@ fn is_right(file: &FileEntry, path: &std::path::Path) -> Result<bool> {
     }
 }
 
-fn sync_files(paths: &[PathBuf], wanted: &[bool]) -> Result<()> {
-    for (path, _) in paths.iter().zip(wanted).filter(|(_, wanted)| **wanted) {
+/// Syncs every file: those that were right already may have been written by a restore that died.
+fn sync_files(paths: &[PathBuf], regular: &[bool]) -> Result<()> {
+    for (path, _) in paths.iter().zip(regular).filter(|(_, regular)| **regular) {
         std::fs::File::open(path)
             .and_then(|file| file.sync_all())
             .map_err(|e| Error::io(format_args!("syncing {}", path.display()), e))?;

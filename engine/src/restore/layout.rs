@@ -1,6 +1,7 @@
 //! The target directory: is it safe to write there, and which path does each file get.
 
 use std::collections::HashSet;
+use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -43,6 +44,9 @@ impl Layout {
         folders.into_iter().filter(|f| f.is_dir()).collect()
     }
 }
+
+/// How the marker of an unfinished restore names a tablespace folder.
+const MARKER_TABLESPACE: &str = "tablespace ";
 
 fn io(what: impl std::fmt::Display, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     let what = format!("{what} {}", path.display());
@@ -91,38 +95,86 @@ pub fn prepare(plan: &Plan, options: &Options) -> Result<Layout> {
         ))
         .remedy("fairvault does not delete what it does not know; empty it yourself if that is meant"));
     }
-    for (_, location) in &plan.tablespaces {
-        let Some(location) = location.as_deref().map(Path::new) else {
-            continue;
-        };
-        if location.starts_with(&directory) {
-            return Err(Error::usage(format!(
-                "tablespace folder {} is inside the data directory",
-                location.display()
-            )));
-        }
-        if !is_empty(location)? && !resuming && !options.force && !options.delta {
-            return Err(
-                Error::refused(format!("tablespace folder {} is not empty", location.display()))
-                    .remedy("map it to an empty folder"),
-            );
-        }
-    }
+    check_tablespaces(plan, &directory)?;
     make_directory(&directory)?;
-    std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o700))
+    let mode = match plan.info.data_directory_mode & 0o777 {
+        0o750 => 0o750,
+        _ => 0o700,
+    };
+    std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(mode))
         .map_err(io("setting the mode of", &directory))?;
     if options.delta || options.force || resuming {
         clear(plan, &directory, options.delta || (resuming && !options.force))?;
     }
-    let marker = directory.join(UNFINISHED_MARKER);
-    std::fs::write(
-        &marker,
-        format!("a restore of backup {} is not finished\n", plan.info.id),
-    )
-    .map_err(io("writing", &marker))?;
-    super::sync_directory(&directory)?;
+    write_marker(plan, &directory)?;
     make_tree(plan, &directory)?;
     Ok(Layout { directory })
+}
+
+/// Marks the directory as half-restored, and the tablespace folders as ours to fill.
+fn write_marker(plan: &Plan, directory: &Path) -> Result<()> {
+    let marker = directory.join(UNFINISHED_MARKER);
+    let mut text = format!("a restore of backup {} is not finished\n", plan.info.id);
+    for location in plan.tablespaces.iter().filter_map(|(_, l)| l.as_ref()) {
+        text.push_str(&format!("{MARKER_TABLESPACE}{location}\n"));
+    }
+    let write = || -> std::io::Result<()> {
+        let mut file = std::fs::File::create(&marker)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()
+    };
+    write().map_err(io("writing", &marker))?;
+    super::sync_directory(directory)
+}
+
+/// Fails if a tablespace folder is no place to write to: inside another one, or holding what is not provably
+/// of this very data directory.
+fn check_tablespaces(plan: &Plan, directory: &Path) -> Result<()> {
+    let marked = std::fs::read_to_string(directory.join(UNFINISHED_MARKER)).unwrap_or_default();
+    let mut earlier: Vec<&Path> = Vec::new();
+    for (oid, location) in &plan.tablespaces {
+        let Some(location) = location.as_deref().map(Path::new) else {
+            continue;
+        };
+        if location.starts_with(directory) || directory.starts_with(location) {
+            return Err(Error::usage(format!(
+                "tablespace folder {} and the data directory are inside each other",
+                location.display()
+            )));
+        }
+        if let Some(other) = earlier
+            .iter()
+            .find(|other| location.starts_with(other) || other.starts_with(location))
+        {
+            return Err(Error::usage(format!(
+                "two tablespaces would go to {} and {}: each needs a folder of its own",
+                other.display(),
+                location.display()
+            )));
+        }
+        earlier.push(location);
+        let linked = std::fs::read_link(directory.join(format!("pg_tblspc/{oid}"))).is_ok_and(|to| to == location);
+        let begun = marked
+            .lines()
+            .any(|line| line.strip_prefix(MARKER_TABLESPACE).map(Path::new) == Some(location));
+        if !is_empty(location)? && !linked && !begun {
+            return Err(Error::refused(format!(
+                "tablespace folder {} is not empty, and nothing shows that it belongs to {}",
+                location.display(),
+                directory.display()
+            ))
+            .remedy("map the tablespace to an empty folder; it may be that of another, running server"));
+        }
+    }
+    Ok(())
+}
+
+/// The folder of this server version below a tablespace's location: nothing else there is ours.
+fn version_folder(plan: &Plan, oid: u32) -> Option<&str> {
+    let prefix = format!("pg_tblspc/{oid}/");
+    plan.files
+        .iter()
+        .find_map(|f| f.path.strip_prefix(&prefix)?.split('/').next())
 }
 
 fn make_directory(path: &Path) -> Result<()> {
@@ -140,9 +192,8 @@ fn clear(plan: &Plan, directory: &Path, keep_known_files: bool) -> Result<()> {
         std::fs::remove_file(&control).map_err(io("removing", &control))?;
         super::sync_directory(&directory.join("global"))?;
     }
+    write_marker(plan, directory)?;
     let marker = directory.join(UNFINISHED_MARKER);
-    std::fs::write(&marker, "a restore is not finished\n").map_err(io("writing", &marker))?;
-    super::sync_directory(directory)?;
     let known: HashSet<PathBuf> = match keep_known_files {
         true => plan
             .files
@@ -153,11 +204,11 @@ fn clear(plan: &Plan, directory: &Path, keep_known_files: bool) -> Result<()> {
         false => HashSet::new(),
     };
     let mut roots = vec![directory.to_path_buf()];
-    roots.extend(
-        plan.tablespaces
-            .iter()
-            .filter_map(|(_, l)| l.as_ref().map(PathBuf::from)),
-    );
+    for (oid, location) in &plan.tablespaces {
+        if let (Some(location), Some(version)) = (location, version_folder(plan, *oid)) {
+            roots.push(Path::new(location).join(version));
+        }
+    }
     for root in roots.iter().filter(|r| r.is_dir()) {
         let aliases = |path: &Path| -> bool {
             let via_link = plan

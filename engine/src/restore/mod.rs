@@ -113,6 +113,9 @@ fn finish(plan: &Plan, layout: &layout::Layout) -> Result<()> {
     let to = layout.directory.join(CONTROL_FILE);
     std::fs::rename(&from, &to).map_err(|e| Error::io(format_args!("putting {} into place", to.display()), e))?;
     sync_directory(&layout.directory.join("global"))?;
+    if let Some(parent) = layout.directory.parent().filter(|p| p.is_dir()) {
+        sync_directory(parent)?;
+    }
     let marker = layout.directory.join(UNFINISHED_MARKER);
     std::fs::remove_file(&marker).map_err(|e| Error::io(format_args!("removing {}", marker.display()), e))?;
     sync_directory(&layout.directory)?;

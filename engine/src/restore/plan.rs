@@ -108,7 +108,11 @@ impl Manifest {
             .map_err(|_| Error::damaged("the log names a root without a hash"))?;
         let name = names::root(&hash);
         let what = format!("{}/{name}", stanza.shown());
-        let bytes = stanza.store().get(&name).await.context(|| "reading the manifest")?;
+        let bytes = stanza
+            .store()
+            .get(&name, limits::OBJECT_BYTES)
+            .await
+            .context(|| "reading the manifest")?;
         if sha256(&bytes) != hash {
             return Err(damaged(&what, "its content does not match its name"));
         }
@@ -283,12 +287,12 @@ impl Plan {
             )
             .await?;
         let info = info(&reachable.backup);
-        check_replay(&archive, &reachable, &info, options).await?;
+        let tablespaces = tablespaces(&info, options)?;
+        check_replay(&archive, &reachable, &info, options, &tablespaces).await?;
         let manifest = Manifest::read(log.stanza(), &reachable.backup.root).await?;
         if manifest.root.info.as_ref() != Some(&info) {
             return Err(damaged("the manifest root", "its facts are not those in the log"));
         }
-        let tablespaces = tablespaces(&info, options)?;
         Ok(Self {
             reachable,
             info,
@@ -349,6 +353,7 @@ async fn check_replay(
     reachable: &Reachable,
     info: &proto::BackupInfo,
     options: &Options,
+    tablespaces: &[(u32, Option<String>)],
 ) -> Result<()> {
     let reader = Reader::new(archive, &reachable.history);
     let (from, to) = (Lsn(info.start_lsn), reachable.through.max(Lsn(info.stop_lsn)));
@@ -381,15 +386,29 @@ async fn check_replay(
                     .copied()
                     .unwrap_or(segment)
                     .end(archive.segment_size);
-                reader
+                let walked = reader
                     .walk(segment.start(archive.segment_size), end, |event| {
                         events.push(event.clone())
                     })
                     .await?;
+                if let Some(stop) = walked.stop.filter(|stop| stop.at < end.min(to)) {
+                    return Err(Error::damaged(format!(
+                        "the WAL cannot be read at {}, and this recovery has to get to {to}: {}",
+                        stop.at, stop.why
+                    ))
+                    .remedy("choose a target before it, or a backup taken after it"));
+                }
             }
         }
     }
-    for event in events.iter().filter(|e| e.lsn >= from && e.lsn < to) {
+    // The record at the target itself may be replayed too.
+    // Replay makes the link anew, to where the record says: that is safe only if the restore writes there anyway.
+    let is_planned = |oid: u32, location: &str| {
+        tablespaces
+            .iter()
+            .any(|(planned, to)| *planned == oid && to.as_deref() == Some(location))
+    };
+    for event in events.iter().filter(|e| e.lsn >= from && e.lsn <= to) {
         match &event.what {
             What::ParameterChange { wal_level: 0 } => {
                 return Err(Error::not_found(format!(
@@ -398,9 +417,7 @@ async fn check_replay(
                 ))
                 .remedy("choose a target before it, or a backup taken after it"));
             }
-            What::TablespaceCreate { oid, location }
-                if !location.is_empty() && !info.tablespaces.iter().any(|t| t.oid == *oid) =>
-            {
+            What::TablespaceCreate { oid, location } if !location.is_empty() && !is_planned(*oid, location) => {
                 let inside = Path::new(location).starts_with(&options.directory);
                 if !inside && Path::new(location).exists() {
                     return Err(Error::refused(format!(

@@ -11,12 +11,15 @@ use fairvault_format::proto::FileKind;
 
 use super::layout::Layout;
 use super::plan::Plan;
-use super::target::Action;
+use super::target::{Action, TimelineChoice};
 use super::{Options, sync_directory};
 use crate::error::{Error, Result};
 use crate::stanza::Stanza;
 use crate::wal::push::RESTORED_MARKER;
 
+/// First and last line of what a restore adds.
+const BLOCK_BEGIN: &str = "# Begin of what fairvault restore wrote.";
+const BLOCK_END: &str = "# End of what fairvault restore wrote.";
 const AUTO_CONF: &str = "postgresql.auto.conf";
 /// Settings that describe a recovery target: exactly one may be set.
 const TARGETS: [&str; 5] = [
@@ -32,8 +35,8 @@ fn quote(value: &str) -> String {
     format!("'{}'", value.replace('\\', "\\\\").replace('\'', "''"))
 }
 
-/// An argument for the shell that runs restore_command.
-fn shell(word: &str) -> String {
+/// A word for the shell that runs restore_command.
+pub fn shell_word(word: &str) -> String {
     let plain = !word.is_empty()
         && word
             .bytes()
@@ -61,17 +64,29 @@ fn write_file(path: &Path, content: &[u8]) -> Result<()> {
 
 fn restore_command(plan: &Plan, options: &Options, stanza: &Stanza) -> String {
     // `%` is special in restore_command.
-    let command = options.command.replace('%', "%%");
-    format!(
-        "{command} wal get {} %f \"%p\" --through {} --timeline {}",
-        shell(stanza.name()),
-        plan.reachable.through,
-        plan.reachable.history.timeline
-    )
+    let mut command = format!(
+        "{} wal get {} %f \"%p\" --system-identifier {} --through {}",
+        options.command.replace('%', "%%"),
+        shell_word(stanza.name()),
+        plan.info.system_identifier,
+        plan.reachable.through
+    );
+    if !follows_newest(options) {
+        command += &format!(" --timeline {}", plan.reachable.history.timeline);
+    }
+    if let Some(until) = plan.reachable.until.filter(|_| !options.standby) {
+        command += &format!(" --until {until}");
+    }
+    command
+}
+
+/// A standby without a chosen timeline goes with every promotion of its primary.
+fn follows_newest(options: &Options) -> bool {
+    options.standby && options.timeline == TimelineChoice::Latest
 }
 
 fn block(plan: &Plan, options: &Options, stanza: &Stanza, has_pid_file: bool) -> String {
-    let mut out = String::from("\n# Written by fairvault restore.\n");
+    let mut out = format!("\n{BLOCK_BEGIN}\n");
     let mut set = |name: &str, value: &str| out.push_str(&format!("{name} = {}\n", quote(value)));
     for name in [
         "recovery_end_command",
@@ -92,7 +107,10 @@ fn block(plan: &Plan, options: &Options, stanza: &Stanza, has_pid_file: bool) ->
         set(name, "");
     }
     set("restore_command", &restore_command(plan, options, stanza));
-    set("recovery_target_timeline", &plan.reachable.history.timeline.to_string());
+    match follows_newest(options) {
+        true => set("recovery_target_timeline", "latest"),
+        false => set("recovery_target_timeline", &plan.reachable.history.timeline.to_string()),
+    }
     set(
         "recovery_target_inclusive",
         if options.exclusive { "off" } else { "on" },
@@ -113,21 +131,32 @@ fn block(plan: &Plan, options: &Options, stanza: &Stanza, has_pid_file: bool) ->
     if !options.keep_archiving {
         set("archive_mode", "off");
     }
+    out.push_str(BLOCK_END);
+    out.push('\n');
     out
 }
 
-/// The auto.conf of the backup without settings that a recovery must not inherit.
-fn without_leftovers(text: &str) -> String {
+/// The auto.conf of the backup without settings that a recovery must not inherit, and without what an
+/// earlier restore wrote. `was_restored`: the backup is of a restored copy; ALTER SYSTEM keeps settings and
+/// drops comments, so that archive_mode may stand there without its block.
+fn without_leftovers(text: &str, was_restored: bool) -> String {
     let dropped = |line: &str| {
         let name = line.split(['=', ' ', '\t']).next().unwrap_or_default();
-        TARGETS.contains(&name)
+        was_restored && name == "archive_mode"
+            || TARGETS.contains(&name)
             || matches!(
                 name,
                 "recovery_target_timeline" | "recovery_target_action" | "recovery_target_inclusive" | "restore_command"
             )
     };
+    let mut ours = false;
     text.lines()
-        .filter(|line| !dropped(line.trim_start()))
+        .filter(|line| {
+            ours |= *line == BLOCK_BEGIN;
+            let keep = !ours && !dropped(line.trim_start());
+            ours &= *line != BLOCK_END;
+            keep
+        })
         .map(|line| format!("{line}\n"))
         .collect()
 }
@@ -150,11 +179,12 @@ pub fn write(plan: &Plan, layout: &Layout, options: &Options, stanza: &Stanza) -
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
         Err(e) => return Err(Error::io(format_args!("reading {}", path.display()), e)),
     };
+    let was_restored = plan.files.iter().any(|f| f.path == RESTORED_MARKER);
     write_file(
         &path,
         format!(
             "{}{}",
-            without_leftovers(&before),
+            without_leftovers(&before, was_restored),
             block(plan, options, stanza, names_pid_file(directory, &before))
         )
         .as_bytes(),
@@ -164,6 +194,7 @@ pub fn write(plan: &Plan, layout: &Layout, options: &Options, stanza: &Stanza) -
         "recovery.signal",
         "backup_label.old",
         "tablespace_map.old",
+        RESTORED_MARKER,
     ] {
         let path = directory.join(leftover);
         match std::fs::remove_file(&path) {

@@ -3,10 +3,10 @@
 use fairvault_format::proto::{self, BackupInfo};
 
 use crate::commit::Log;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment};
-use crate::postgres::walker::{Event, Walker, What};
+use crate::postgres::walker::{Event, Record, Stop, WAL_PAGE, Walker, What};
 use crate::wal::archive::Archive;
 use crate::wal::coverage::{Coverage, Reach};
 
@@ -60,6 +60,8 @@ pub struct Reachable {
     pub through: Lsn,
     /// Continuous WAL ends here.
     pub wal_end: Lsn,
+    /// Recovery must not read beyond this: the target is the end of what is there now.
+    pub until: Option<Lsn>,
     /// The target as PostgreSQL is to be told; `None` for the end of WAL.
     pub setting: Option<(&'static str, String)>,
     /// Things that the user should know.
@@ -82,6 +84,17 @@ pub fn format_time(us: i64) -> String {
 /// Segments before a backup that are asked for the newest commit.
 const LOOK_BACK: usize = 16;
 
+/// What a walk over WAL came to.
+#[derive(Debug, Clone)]
+pub struct Walked {
+    /// Where the next record would begin.
+    pub end: Lsn,
+    /// Where the last complete record began.
+    pub last_record: Option<Lsn>,
+    /// Why it went no further, if it is not just that there is no more.
+    pub stop: Option<Stop>,
+}
+
 /// Reads WAL summaries and content along a history.
 pub struct Reader<'a> {
     archive: &'a Archive,
@@ -99,7 +112,7 @@ impl<'a> Reader<'a> {
         self.history.segments(from, to, self.archive.segment_size)
     }
 
-    /// Content of a segment, from whichever timeline has it, and possibly cut short.
+    /// Content of a segment: the longest that a timeline of the history has, possibly cut short.
     pub async fn content(&self, segment: Segment) -> Result<Option<Vec<u8>>> {
         let size = self.archive.segment_size;
         let mut timelines = vec![segment.timeline];
@@ -111,39 +124,60 @@ impl<'a> Reader<'a> {
                 .filter(|a| a.end > segment.start(size) && a.timeline < segment.timeline)
                 .map(|a| a.timeline),
         );
+        let mut best: Option<Vec<u8>> = None;
         for timeline in timelines {
-            if let Some(mut content) = self.archive.segment_or_parts(Segment { timeline, ..segment }).await? {
-                if let Ok(Some(end)) = self.history.end_of(timeline)
-                    && end < segment.end(size)
-                {
-                    content.truncate(end.0.saturating_sub(segment.start(size).0) as usize);
-                }
+            let Some(mut content) = self.archive.segment_or_parts(Segment { timeline, ..segment }).await? else {
+                continue;
+            };
+            if let Ok(Some(end)) = self.history.end_of(timeline)
+                && end < segment.end(size)
+            {
+                content.truncate(end.0.saturating_sub(segment.start(size).0) as usize);
+            }
+            if content.len() as u64 == size {
                 return Ok(Some(content));
             }
+            if best.as_ref().is_none_or(|best| best.len() < content.len()) {
+                best = Some(content);
+            }
         }
-        Ok(None)
+        Ok(best)
     }
 
-    /// Walks the WAL from the segment of `from` to `to` and reports events. Returns where records end.
-    pub async fn walk(&self, from: Lsn, to: Lsn, mut on_event: impl FnMut(&Event)) -> Result<Lsn> {
+    /// Walks the WAL from the segment of `from` to `to` and reports events.
+    pub async fn walk(&self, from: Lsn, to: Lsn, mut on_event: impl FnMut(&Event)) -> Result<Walked> {
+        self.walk_records(from, to, |record| {
+            if let Some(event) = record.event() {
+                on_event(&event);
+            }
+        })
+        .await
+    }
+
+    /// The same for every record.
+    pub async fn walk_records(&self, from: Lsn, to: Lsn, mut on_record: impl FnMut(&Record<'_>)) -> Result<Walked> {
         let size = self.archive.segment_size;
         let mut walker: Option<Walker> = None;
         for segment in self.segments(from, to) {
-            let Some(content) = self.content(segment).await? else {
+            let Some(mut content) = self.content(segment).await? else {
                 break;
             };
             let walker = walker.get_or_insert_with(|| Walker::new(segment.start(size), size));
             let full = content.len() as u64 == size;
-            walker.feed(&content, |record| {
-                if let Some(event) = record.event() {
-                    on_event(&event);
-                }
-            });
+            // A part may end inside a page: its last records count too.
+            content.resize(content.len().next_multiple_of(WAL_PAGE), 0);
+            walker.feed(&content, &mut on_record);
             if walker.stopped().is_some() || !full {
                 break;
             }
         }
-        Ok(walker.map_or(from, |w| w.stopped().map_or(w.next_record(), |s| s.at)))
+        Ok(Walked {
+            end: walker
+                .as_ref()
+                .map_or(from, |w| w.stopped().map_or(w.next_record(), |s| s.at)),
+            last_record: walker.as_ref().and_then(Walker::last_record),
+            stop: walker.and_then(|w| w.stopped().cloned()),
+        })
     }
 
     /// The newest commit or abort that ends at or before `to`, looking at the segments from `from` on.
@@ -184,15 +218,16 @@ impl<'a> Reader<'a> {
         Ok(None)
     }
 
-    /// The first commit or abort after `time_us`, from `from` to `to`: its position.
-    async fn first_commit_after(&self, time_us: i64, from: Lsn, to: Lsn) -> Result<Option<Lsn>> {
+    /// The first commit or abort that recovery to `time_us` must not replay, from `from` to `to`: where it ends.
+    async fn first_commit_after(&self, time_us: i64, exclusive: bool, from: Lsn, to: Lsn) -> Result<Option<Lsn>> {
+        let is_after = |at: i64| at > time_us || exclusive && at == time_us;
         let size = self.archive.segment_size;
         for segment in self.segments(from, to) {
             let header = self.archive.segment_header(segment).await?;
             let summary = header.and_then(|h| h.summary);
             let look = match &summary {
                 // A record that crosses into the next segment is in neither summary.
-                Some(s) => s.max_time_us > time_us || s.unfinished && s.unfinished_rmgr <= 2 || s.stopped_at != 0,
+                Some(s) => is_after(s.max_time_us) || s.unfinished && s.unfinished_rmgr <= 2 || s.stopped_at != 0,
                 None => true,
             };
             if !look {
@@ -202,7 +237,7 @@ impl<'a> Reader<'a> {
             let mut found = None;
             self.walk(segment.start(size).max(from), end, |event| {
                 if let What::TransactionEnd { time_us: at, .. } = event.what
-                    && at > time_us
+                    && is_after(at)
                     && event.lsn >= from
                     && found.is_none()
                 {
@@ -231,40 +266,50 @@ impl<'a> Choice<'a> {
         Self { log, archive, coverage }
     }
 
+    /// The history of a timeline that is to be followed: without it, recovery would be refused later.
+    fn known_history(&self, timeline: u32) -> Result<History> {
+        let wal = self.coverage.timelines.get(&timeline);
+        if let Some(history) = wal.and_then(|wal| wal.history.clone()) {
+            return Ok(history);
+        }
+        if timeline == 1 {
+            return Ok(History {
+                timeline,
+                ancestors: Vec::new(),
+            });
+        }
+        let why = wal.and_then(|wal| wal.history_problem.clone());
+        Err(Error::damaged(format!(
+            "the history of timeline {timeline} cannot be followed: {}",
+            why.unwrap_or_else(|| format!("{timeline:08X}.history is not in the repository"))
+        ))
+        .remedy("archive it from pg_wal of any server that has it with `fairvault wal push`"))
+    }
+
     /// The history to follow from a backup.
     fn history(&self, backup: &BackupInfo, choice: TimelineChoice) -> Result<History> {
-        let own = || History {
-            timeline: backup.stop_timeline,
-            ..self
-                .coverage
-                .timelines
-                .get(&backup.stop_timeline)
-                .map(|t| t.history.clone())
-                .unwrap_or_default()
-        };
+        let own = || self.known_history(backup.stop_timeline);
         let leads = |history: &History| match history.end_of(backup.stop_timeline) {
             Ok(None) => true,
             Ok(Some(end)) => end.0 >= backup.stop_lsn,
             Err(_) => false,
         };
         match choice {
-            TimelineChoice::Current => Ok(own()),
-            TimelineChoice::Latest => Ok(self
+            TimelineChoice::Current => own(),
+            TimelineChoice::Latest => self
                 .coverage
-                .timelines
-                .values()
+                .histories()
                 .rev()
-                .map(|t| &t.history)
                 .find(|h| h.timeline >= backup.stop_timeline && leads(h))
                 .cloned()
-                .unwrap_or_else(own)),
+                .map_or_else(own, Ok),
             TimelineChoice::Number(number) => {
-                let known = self.coverage.timelines.get(&number).map(|t| t.history.clone());
-                let history = known.ok_or_else(|| {
+                if !self.coverage.timelines.contains_key(&number) {
                     let known: Vec<_> = self.coverage.timelines.keys().map(u32::to_string).collect();
-                    Error::not_found(format!("there is no WAL of timeline {number}"))
-                        .remedy(format!("timelines: {}", known.join(", ")))
-                })?;
+                    return Err(Error::not_found(format!("there is no WAL of timeline {number}"))
+                        .remedy(format!("timelines: {}", known.join(", "))));
+                }
+                let history = self.known_history(number)?;
                 match leads(&history) {
                     true => Ok(history),
                     false => Err(Error::not_found(format!(
@@ -303,10 +348,19 @@ impl<'a> Choice<'a> {
             return Err(Error::not_found("there is no backup of this cluster"));
         }
         let mut first_failure = None;
+        let mut notes = Vec::new();
         for backup in candidates {
             match self.reach_from(&backup, target, timeline, exclusive).await {
-                Ok(reachable) => return Ok(reachable),
-                Err(error) if error.kind() == crate::error::Kind::NotFound => {
+                Ok(mut reachable) => {
+                    reachable.notes.extend(notes);
+                    return Ok(reachable);
+                }
+                Err(error) if error.kind() == Kind::NotFound => {
+                    first_failure.get_or_insert(error);
+                }
+                // Damage around one backup does not stand in the way of an older one.
+                Err(error) if error.kind() == Kind::Damaged && wanted.is_none() => {
+                    notes.push(format!("backup {} is passed over: {error}", info(&backup).id));
                     first_failure.get_or_insert(error);
                 }
                 Err(error) => return Err(error),
@@ -328,14 +382,9 @@ impl<'a> Choice<'a> {
         let reach = self.coverage.reach(&history, start);
         let reader = Reader::new(self.archive, &history);
         let mut end = reach.end;
-        if reach.end > start {
-            // The last segment may be there in part only.
-            let last = Lsn(reach.end.0 - 1);
-            let content = match reader.segments(last, reach.end).first() {
-                Some(&segment) => reader.content(segment).await?.map_or(0, |c| c.len() as u64),
-                None => 0,
-            };
-            end = Lsn(last.0 / self.archive.segment_size * self.archive.segment_size + content);
+        if reach.has_part {
+            let part = reader.content(reach.missing).await?.map_or(0, |c| c.len() as u64);
+            end = Lsn(end.0 + part);
         }
         if end < stop {
             return Err(self.incomplete(&info, &reach, "the backup itself needs WAL up to", stop));
@@ -345,18 +394,31 @@ impl<'a> Choice<'a> {
             history: history.clone(),
             through: stop,
             wal_end: end,
+            until: None,
             setting: None,
             notes: Vec::new(),
         };
+        if choice == TimelineChoice::Latest {
+            let unknown = self.coverage.timelines.iter().filter(|(_, wal)| wal.history.is_none());
+            for (timeline, _) in unknown.filter(|(timeline, _)| **timeline > history.timeline) {
+                found.notes.push(format!(
+                    "WAL of timeline {timeline} is there, but not its history: it cannot be followed"
+                ));
+            }
+        }
         match target {
             Target::Latest => {
                 if reach.is_hole {
                     found.notes.push(self.hole_note(&reach));
+                    found.until = Some(end);
                 }
-                found.through = end;
+                found.through = self.records_end(&reader, start.max(stop), end).await?;
             }
             Target::Immediate => found.setting = Some(("recovery_target", "immediate".to_owned())),
-            Target::Time(time_us) => self.time(&reader, &info, *time_us, &reach, &mut found).await?,
+            Target::Time(time_us) => {
+                self.time(&reader, &info, (*time_us, exclusive), &reach, &mut found)
+                    .await?
+            }
             Target::Lsn(lsn) => self.lsn(&reader, &info, *lsn, &reach, &mut found).await?,
             Target::Xid(_) | Target::Name(_) => {
                 self.search(&reader, &info, target, exclusive, &reach, &mut found)
@@ -370,7 +432,7 @@ impl<'a> Choice<'a> {
         &self,
         reader: &Reader<'_>,
         info: &BackupInfo,
-        time_us: i64,
+        (time_us, exclusive): (i64, bool),
         reach: &Reach,
         found: &mut Reachable,
     ) -> Result<()> {
@@ -380,7 +442,7 @@ impl<'a> Choice<'a> {
             // Without a commit that is known, only the clock of the host that took the backup is left.
             None => reader.newest_commit_before(start).await?.unwrap_or(info.started_us),
         };
-        if before > time_us {
+        if before > time_us || exclusive && before == time_us {
             return Err(Error::not_found(format!(
                 "backup {} holds what was committed up to {}, after the target {}",
                 info.id,
@@ -391,7 +453,10 @@ impl<'a> Choice<'a> {
                 "an older backup is needed for it, or a later target; see `fairvault info` for the restorable window",
             ));
         }
-        match reader.first_commit_after(time_us, stop, found.wal_end).await? {
+        match reader
+            .first_commit_after(time_us, exclusive, stop, found.wal_end)
+            .await?
+        {
             Some(at) => {
                 found.through = found.through.max(at);
                 found.setting = Some(("recovery_target_time", format_time(time_us)));
@@ -404,7 +469,8 @@ impl<'a> Choice<'a> {
                 stop,
             )),
             None => {
-                found.through = found.wal_end;
+                found.until = Some(found.wal_end);
+                found.through = self.records_end(reader, stop, found.wal_end).await?;
                 found.notes.push(format!(
                     "no commit after {} is in the repository: recovery goes to the end of the WAL ({})",
                     format_time(time_us),
@@ -434,16 +500,23 @@ impl<'a> Choice<'a> {
             return Err(self.incomplete(info, reach, "the target needs WAL up to", lsn));
         }
         let segment_start = Lsn(lsn.0 / self.archive.segment_size * self.archive.segment_size);
-        let records_end = reader
-            .walk(segment_start.max(Lsn(info.start_lsn)), found.wal_end, |_| {})
+        // PostgreSQL stops at the first record that begins at or after the target: there must be one.
+        let mut stops_at = None;
+        let walked = reader
+            .walk_records(segment_start.max(Lsn(info.start_lsn)), found.wal_end, |record| {
+                if record.lsn >= lsn && stops_at.is_none() {
+                    stops_at = Some(record.end);
+                }
+            })
             .await?;
-        if lsn >= records_end {
+        let Some(stops_at) = stops_at else {
             return Err(Error::not_found(format!(
-                "the last record in the repository ends at {records_end}: {lsn} is never reached"
+                "the last record in the repository begins at {}: {lsn} is never reached",
+                walked.last_record.unwrap_or_default()
             ))
             .remedy("use --target latest, or an earlier position"));
-        }
-        found.through = lsn.max(stop);
+        };
+        found.through = stops_at.min(found.wal_end).max(stop);
         found.setting = Some(("recovery_target_lsn", lsn.to_string()));
         Ok(())
     }
@@ -505,6 +578,17 @@ impl<'a> Choice<'a> {
                 .push("a restore point has no effect of its own: exclusive makes no difference".to_owned());
         }
         Ok(())
+    }
+
+    /// Where the records end in WAL that ends at `end`: a part may end inside one.
+    async fn records_end(&self, reader: &Reader<'_>, from: Lsn, end: Lsn) -> Result<Lsn> {
+        let size = self.archive.segment_size;
+        // A record may have begun in the segment before.
+        let last = end.0.saturating_sub(1) / size * size;
+        let walked = reader
+            .walk(Lsn(last.saturating_sub(size)).max(from), end, |_| {})
+            .await?;
+        Ok(walked.end.max(from).min(end))
     }
 
     fn hole_note(&self, reach: &Reach) -> String {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use fairvault_format::keys::{self, EpochKeys, Scope};
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
-use fairvault_format::{names, repository::Repository};
+use fairvault_format::{limits, names, repository::Repository};
 
 use super::{Access, Stanza, read_repository};
 use crate::commit::Log;
@@ -40,9 +40,7 @@ pub async fn create(access: &Access, cluster: Cluster, slot: &str) -> Result<Log
     let repository = ensure_repository(&access.repository, env).await?;
     let store = access.repository.folder(&access.stanza);
     if store.list(names::KEYS).await?.is_empty() {
-        if let Some(memory) = &access.memory {
-            memory.forget(access);
-        }
+        check_unused(access, &store).await?;
         let scope = Scope {
             repository: repository.id()?,
             stanza: env::id(env)?,
@@ -57,7 +55,10 @@ pub async fn create(access: &Access, cluster: Cluster, slot: &str) -> Result<Log
             env::salt(env)?,
             env.now_us(),
         )?;
-        if let Created::Lost(_) = store.create(&names::slot(1, slot), sealed.into()).await? {
+        if let Created::Lost(_) = store
+            .create(&names::slot(1, slot), sealed.into(), limits::SLOT_BYTES)
+            .await?
+        {
             return Err(Error::new(
                 Kind::Held,
                 format!("somebody else is creating stanza {} just now", access.stanza),
@@ -73,10 +74,49 @@ pub async fn create(access: &Access, cluster: Cluster, slot: &str) -> Result<Log
     Ok(log)
 }
 
+/// New keys are made only where nothing is: a stanza whose key slots were lost, or a LIST that shows too
+/// little, must not be written over.
+async fn check_unused(access: &Access, store: &Store) -> Result<()> {
+    let first = names::log_context(1);
+    let has_log = store.get_opt(&first, limits::LOG_ENTRY_BYTES).await?.is_some();
+    let mut found = has_log.then_some(first.as_str());
+    for folder in [names::LOG, names::PACKS, names::INDEX, names::ROOTS, names::WAL] {
+        if found.is_none() && store.has_any(folder).await? {
+            found = Some(folder);
+        }
+    }
+    if let Some(found) = found {
+        return Err(Error::refused(format!(
+            "{} has no key slots and yet holds {found}: its keys were lost, and new ones would not open what is there",
+            store.shown()
+        ))
+        .remedy("bring back the objects below keys/, or choose another stanza name; delete the whole folder only if nothing in it is needed"));
+    }
+    match access.memory.as_ref().and_then(|m| m.knows(access)) {
+        None => Ok(()),
+        Some(place) => Err(Error::refused(format!(
+            "this host knows stanza {} in {}, and there it is empty: was it deleted, or is this another bucket?",
+            access.stanza,
+            access.repository.shown()
+        ))
+        .remedy(format!("if it was emptied on purpose, delete {}", place.display()))),
+    }
+}
+
 async fn ensure_repository(store: &Store, env: &dyn Env) -> Result<Repository> {
-    if store.get_opt(names::REPOSITORY).await?.is_none() {
+    if store
+        .get_opt(names::REPOSITORY, limits::REPOSITORY_JSON_BYTES)
+        .await?
+        .is_none()
+    {
         let created = Repository::new(env::id(env)?);
-        store.create(names::REPOSITORY, created.encode().into()).await?;
+        store
+            .create(
+                names::REPOSITORY,
+                created.encode().into(),
+                limits::REPOSITORY_JSON_BYTES,
+            )
+            .await?;
     }
     read_repository(store).await
 }
@@ -90,6 +130,7 @@ pub fn new_keys(env: &dyn Env, epoch: u32) -> Result<EpochKeys> {
         meta_key: env::salt(env)?,
         writer_seed: Some(env::salt(env)?),
         operator_seed: Some(env::salt(env)?),
+        public_keys: Default::default(),
     })
 }
 

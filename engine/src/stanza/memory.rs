@@ -32,6 +32,11 @@ impl Memory {
         Self { root: root.into() }
     }
 
+    /// Its folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     fn folder(&self, shown: &str) -> PathBuf {
         self.root.join(hex::encode(&sha256(shown.as_bytes())[..12]))
     }
@@ -93,12 +98,10 @@ impl Memory {
         self.write(&self.access_folder(access), "slots", &snapshot.encode_to_vec());
     }
 
-    /// Forgets a stanza, because a new one of this name is being made.
-    pub fn forget(&self, access: &Access) {
+    /// Where a stanza is remembered, if its log was seen before.
+    pub fn knows(&self, access: &Access) -> Option<PathBuf> {
         let folder = self.access_folder(access);
-        for file in ["slots", "keys", "head"] {
-            let _ = std::fs::remove_file(folder.join(file));
-        }
+        folder.join("head").exists().then_some(folder)
     }
 
     /// Where a stanza is remembered.

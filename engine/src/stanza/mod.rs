@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use fairvault_format::header::ObjectHeader;
 use fairvault_format::keys::{self, EpochKeys, Scope, Secret};
-use fairvault_format::{FormatError, names, proto, repository::Repository};
+use fairvault_format::{FormatError, limits, names, proto, repository::Repository};
 
 use crate::env::{Env, SharedEnv};
 use crate::error::{Error, Kind, Result};
@@ -54,14 +54,17 @@ impl std::fmt::Debug for Stanza {
 
 /// The repository's description.
 pub async fn read_repository(store: &Store) -> Result<Repository> {
-    let bytes = store.get_opt(names::REPOSITORY).await?.ok_or_else(|| {
-        Error::not_found(format!(
-            "{} is not a fairvault repository: it has no {}",
-            store.shown(),
-            names::REPOSITORY
-        ))
-        .remedy("check the URL, or make the repository with `fairvault stanza create`")
-    })?;
+    let bytes = store
+        .get_opt(names::REPOSITORY, limits::REPOSITORY_JSON_BYTES)
+        .await?
+        .ok_or_else(|| {
+            Error::not_found(format!(
+                "{} is not a fairvault repository: it has no {}",
+                store.shown(),
+                names::REPOSITORY
+            ))
+            .remedy("check the URL, or make the repository with `fairvault stanza create`")
+        })?;
     Ok(Repository::decode(&bytes)?)
 }
 
@@ -170,62 +173,88 @@ type Slots = Vec<proto::Slot>;
 
 async fn read_slots(store: &Store, stanza: &str, repository: &Repository) -> Result<Slots> {
     let mut slots = Slots::new();
+    let mut unusable = Vec::new();
     for (name, _) in store.list(names::KEYS).await? {
-        let slot = keys::decode_slot(&store.get(&name).await?, &format!("{}/{name}", store.shown()))?;
-        if slot.repository_id != repository.id()? {
-            return Err(Error::damaged(format!(
-                "{}/{name} is a key of another repository",
-                store.shown()
-            )));
+        match read_slot(store, &name, &repository.id()?).await {
+            Ok(slot) => slots.push(slot),
+            Err(error) if error.kind() == Kind::Temporary => return Err(error),
+            Err(error) => unusable.push(error),
         }
-        slots.push(slot);
+    }
+    for error in &unusable {
+        tracing::warn!("a key slot is passed over: {error}");
     }
     if slots.is_empty() {
-        return Err(
-            Error::not_found(format!("there is no stanza {stanza:?} in {}", store.shown())).remedy(format!(
+        return Err(match unusable.pop() {
+            Some(error) => error,
+            None => Error::not_found(format!("there is no stanza {stanza:?} in {}", store.shown())).remedy(format!(
                 "create it with `fairvault stanza create {stanza}`, or see `fairvault stanza list`"
             )),
-        );
+        });
     }
     Ok(slots)
 }
 
+/// Reads a key slot of a repository, without opening it.
+pub async fn read_slot(store: &Store, name: &str, repository: &[u8; 16]) -> Result<proto::Slot> {
+    let what = format!("{}/{name}", store.shown());
+    let slot = keys::decode_slot(&store.get(name, limits::SLOT_BYTES).await?, &what)?;
+    match slot.repository_id == repository {
+        true => Ok(slot),
+        false => Err(Error::damaged(format!("{what} is a key of another repository"))),
+    }
+}
+
+/// Whether a slot belongs to this stanza and is opened by the configured secret, or needs none.
+pub fn opens(slot: &proto::Slot, access: &Access, scope: &Scope) -> bool {
+    let may_open = match &access.secret {
+        Some(secret) => keys::slot_takes(slot, secret),
+        None => slot.kind() == proto::SlotKind::SlotUnsealed,
+    };
+    may_open && keys::slot_scope(slot) == *scope && keys::open_slot(slot, access.secret.as_ref(), &slot.name).is_ok()
+}
+
 fn open_slots(slots: &[proto::Slot], access: &Access) -> Result<(Scope, Vec<EpochKeys>)> {
     let stanza = &access.stanza;
-    let scope = keys::slot_scope(&slots[0]);
-    if slots.iter().any(|slot| keys::slot_scope(slot) != scope) {
-        return Err(Error::damaged(format!(
-            "the key slots of stanza {stanza} are of different stanzas"
-        )));
-    }
     let unsealed = |slot: &proto::Slot| slot.kind() == proto::SlotKind::SlotUnsealed;
     let mut epochs: Vec<EpochKeys> = Vec::new();
+    let mut scope = None;
+    let mut failures: Vec<Error> = Vec::new();
     let mut wrong = 0;
     for slot in slots {
         let usable = match &access.secret {
             Some(secret) => keys::slot_takes(slot, secret),
             None => unsealed(slot),
         };
-        if !usable || epochs.iter().any(|k| k.epoch == slot.epoch) {
+        // The first slot that opens says which stanza this is; slots of another one do not count.
+        let foreign = scope.is_some_and(|known| known != keys::slot_scope(slot));
+        if !usable || foreign || epochs.iter().any(|k| k.epoch == slot.epoch) {
             continue;
         }
         if slot.kind() == proto::SlotKind::SlotPassphrase && !access.may_stretch {
-            return Err(Error::refused(format!(
+            failures.push(Error::refused(format!(
                 "stanza {stanza} is opened by a passphrase, and this host has no cached key"
             ))
             .remedy(
                 "run `fairvault check` once as this user, or use a key file: archiving never pays for the passphrase",
             ));
+            continue;
         }
         match keys::open_slot(slot, access.secret.as_ref(), &format!("key slot {:?}", slot.name)) {
-            Ok(keys) => epochs.push(keys),
+            Ok(keys) => {
+                scope = Some(keys::slot_scope(slot));
+                epochs.push(keys);
+            }
             Err(FormatError::DoesNotOpen { .. }) => wrong += 1,
-            Err(error) => return Err(error.into()),
+            Err(error) => failures.push(error.into()),
         }
     }
     epochs.sort_by_key(|k| k.epoch);
-    if !epochs.is_empty() {
+    if let Some(scope) = scope {
         return Ok((scope, epochs));
+    }
+    if let Some(error) = failures.pop() {
+        return Err(error);
     }
     let kinds: Vec<_> = slots
         .iter()

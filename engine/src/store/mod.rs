@@ -7,6 +7,7 @@ pub mod probe;
 pub mod url;
 
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,9 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
+
+use fairvault_format::error::check_limit;
+use fairvault_format::names;
 
 use crate::error::{Error, Kind, Result};
 
@@ -35,6 +39,10 @@ pub struct StoreSettings {
     pub single_writer: bool,
     /// Storage class of packs, where the store has such a thing.
     pub storage_class: Option<String>,
+    /// The store lists names in order.
+    pub ordered_lists: bool,
+    /// File that processes of this host lock around creates where `single_writer` is promised.
+    pub lock_file: Option<PathBuf>,
 }
 
 impl Default for StoreSettings {
@@ -43,6 +51,8 @@ impl Default for StoreSettings {
             retry_timeout: Duration::from_secs(180),
             single_writer: false,
             storage_class: None,
+            ordered_lists: false,
+            lock_file: None,
         }
     }
 }
@@ -141,7 +151,10 @@ impl Store {
     pub async fn put_hashed(&self, name: &str, payload: PutPayload) -> Result<()> {
         let path = self.path(name)?;
         let mut attributes = object_store::Attributes::new();
-        if let Some(class) = &self.settings.storage_class {
+        let is_pack = name
+            .strip_prefix(names::PACKS)
+            .is_some_and(|rest| rest.starts_with('/'));
+        if let Some(class) = self.settings.storage_class.as_ref().filter(|_| is_pack) {
             attributes.insert(object_store::Attribute::StorageClass, class.clone().into());
         }
         let options = PutOptions {
@@ -155,11 +168,11 @@ impl Store {
     }
 
     /// Creates an object if its name is free. The outcome is certain: an unclear answer is followed by the
-    /// same bytes again until the name is occupied, and then by a comparison.
-    pub async fn create(&self, name: &str, bytes: Bytes) -> Result<Created> {
+    /// same bytes again until the name is occupied, and then by a comparison. `limit` bounds what may be there.
+    pub async fn create(&self, name: &str, bytes: Bytes, limit: u64) -> Result<Created> {
         let path = self.path(name)?;
         if self.settings.single_writer {
-            return self.create_single_writer(name, bytes).await;
+            return self.create_single_writer(name, bytes, limit).await;
         }
         let deadline = tokio::time::Instant::now() + self.settings.retry_timeout;
         let mut wait = Duration::from_millis(100);
@@ -171,7 +184,7 @@ impl Store {
             let unclear = match self.inner.put_opts(&path, bytes.clone().into(), options).await {
                 Ok(_) => return Ok(Created::Won),
                 Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
-                    match self.get_opt(name).await? {
+                    match self.get_opt(name, limit).await? {
                         Some(there) if there == bytes => return Ok(Created::Won),
                         Some(there) => return Ok(Created::Lost(there)),
                         // A transient conflict, or somebody deleted it: the name is free, try again.
@@ -197,8 +210,10 @@ impl Store {
         }
     }
 
-    /// For stores without conditional create, where configuration promises one writer: look, write, read back.
-    async fn create_single_writer(&self, name: &str, bytes: Bytes) -> Result<Created> {
+    /// For stores without conditional create, where configuration promises one writer: look, write, read
+    /// back, one process of this host at a time.
+    async fn create_single_writer(&self, name: &str, bytes: Bytes, limit: u64) -> Result<Created> {
+        let _lock = self.lock_single_writer().await?;
         let compare = |there: Bytes| {
             if there == bytes {
                 Created::Won
@@ -206,11 +221,11 @@ impl Store {
                 Created::Lost(there)
             }
         };
-        if let Some(there) = self.get_opt(name).await? {
+        if let Some(there) = self.get_opt(name, limit).await? {
             return Ok(compare(there));
         }
         self.put_hashed(name, bytes.clone().into()).await?;
-        match self.get_opt(name).await? {
+        match self.get_opt(name, limit).await? {
             Some(there) => Ok(compare(there)),
             None => Err(Error::temporary(format!(
                 "{}/{name} is not there after it was written",
@@ -219,23 +234,53 @@ impl Store {
         }
     }
 
-    /// A whole object.
-    pub async fn get(&self, name: &str) -> Result<Bytes> {
+    async fn lock_single_writer(&self) -> Result<std::fs::File> {
+        let path = self.settings.lock_file.clone().ok_or_else(|| {
+            Error::usage(format!("{}: single_writer = true needs a cache folder", self.shown)).remedy(
+                "set `cache` in the configuration to a folder that every command of this host uses: a lock file there keeps them apart",
+            )
+        })?;
+        let what = format!("locking {}", path.display());
+        let lock = move || {
+            if let Some(folder) = path.parent() {
+                std::fs::create_dir_all(folder)?;
+            }
+            let file = std::fs::File::options().create(true).append(true).open(&path)?;
+            file.lock()?;
+            Ok(file)
+        };
+        match tokio::task::spawn_blocking(lock).await {
+            Ok(locked) => locked.map_err(|e| Error::io(what, e)),
+            Err(error) => Err(Error::failed(what).caused_by(error)),
+        }
+    }
+
+    /// A whole object of at most `limit` bytes; nothing of a larger one is read.
+    pub async fn get(&self, name: &str, limit: u64) -> Result<Bytes> {
         let path = self.path(name)?;
-        let fetch = || async { self.inner.get(&path).await?.bytes().await };
-        self.throttled(fetch).await.map_err(|e| self.error("reading", name, e))
+        let fetch = || async {
+            let found = self.inner.get(&path).await?;
+            match check_limit(&format!("{}/{name}", self.shown), found.meta.size, limit) {
+                Ok(()) => Ok(Ok(found.bytes().await?)),
+                Err(error) => Ok(Err(error)),
+            }
+        };
+        Ok(self
+            .throttled(fetch)
+            .await
+            .map_err(|e| self.error("reading", name, e))??)
     }
 
     /// A whole object, `None` if there is none.
-    pub async fn get_opt(&self, name: &str) -> Result<Option<Bytes>> {
-        match self.get(name).await {
+    pub async fn get_opt(&self, name: &str, limit: u64) -> Result<Option<Bytes>> {
+        match self.get(name, limit).await {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) if error.kind() == Kind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// A part of an object. Shorter than asked for means that the object ends there.
+    /// A part of an object. Shorter than asked for, or empty, means that the object ends there.
     pub async fn get_range(&self, name: &str, range: Range<u64>) -> Result<Bytes> {
         let path = self.path(name)?;
         let fetch = || {
@@ -245,7 +290,15 @@ impl Store {
             };
             async { self.inner.get_opts(&path, options).await?.bytes().await }
         };
-        self.throttled(fetch).await.map_err(|e| self.error("reading", name, e))
+        match self.throttled(fetch).await {
+            Ok(bytes) => Ok(bytes),
+            // A range behind the end is an error of a general kind (416): the length tells.
+            Err(error @ object_store::Error::Generic { .. }) => match self.len(name).await? {
+                Some(len) if len <= range.start => Ok(Bytes::new()),
+                _ => Err(self.error("reading", name, error)),
+            },
+            Err(error) => Err(self.error("reading", name, error)),
+        }
     }
 
     /// Length of an object, bytes; `None` if there is none.
@@ -261,11 +314,7 @@ impl Store {
     /// Everything below `folder`: names relative to this store, with lengths, sorted. A hint, no proof.
     pub async fn list(&self, folder: &str) -> Result<Vec<(String, u64)>> {
         let path = self.path(folder)?;
-        let skip = if self.prefix.is_empty() {
-            0
-        } else {
-            self.prefix.len() + 1
-        };
+        let skip = self.key("").len();
         let mut found: Vec<(String, u64)> = self
             .inner
             .list(Some(&path))
@@ -275,6 +324,33 @@ impl Store {
             .map_err(|e| self.error("listing", folder, e))?;
         found.sort();
         Ok(found)
+    }
+
+    /// Names below `folder` that come after `name` and begin with `prefix`, sorted. Where the store lists in
+    /// order, this costs one request for few names, however many there are behind them. A hint, no proof.
+    pub async fn list_after(&self, folder: &str, name: &str, prefix: &str) -> Result<Vec<String>> {
+        let (path, offset) = (self.path(folder)?, self.path(name)?);
+        let skip = self.key("").len();
+        let ordered = self.settings.ordered_lists;
+        let mut listed = self.inner.list_with_offset(Some(&path), &offset);
+        let mut found = Vec::new();
+        while let Some(meta) = listed.try_next().await.map_err(|e| self.error("listing", folder, e))? {
+            let name = &meta.location.as_ref()[skip..];
+            if name.starts_with(prefix) {
+                found.push(name.to_owned());
+            } else if ordered && name > prefix {
+                break;
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+
+    /// Whether anything is listed below `folder`.
+    pub async fn has_any(&self, folder: &str) -> Result<bool> {
+        let path = self.path(folder)?;
+        let first = self.inner.list(Some(&path)).try_next().await;
+        Ok(first.map_err(|e| self.error("listing", folder, e))?.is_some())
     }
 
     /// Names of the folders directly below this store.

@@ -45,7 +45,7 @@ async fn race(store: &Store, name: &str) -> Result<()> {
             return Err(refusal(store, "a name that was taken could be created again".into()));
         }
     }
-    match store.get(name).await {
+    match store.get(name, 64).await {
         Ok(bytes) if bytes.starts_with(b"racer") => Ok(()),
         Ok(_) => Err(refusal(store, "the winner's bytes were replaced".into())),
         Err(error) if error.kind() == Kind::NotFound => Err(refusal(store, "what was created cannot be read".into())),

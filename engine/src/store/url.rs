@@ -39,10 +39,20 @@ pub struct RepositoryUrl {
     pub secret_key: Option<String>,
     /// No conditional create; one writer is promised.
     pub single_writer: bool,
+    /// Locked by the processes of this host where one writer is promised.
+    pub lock_file: Option<std::path::PathBuf>,
     /// How long one request may stand still.
     pub request_timeout: Option<Duration>,
     /// How long the store may stay away.
     pub retry_timeout: Option<Duration>,
+}
+
+/// Classes whose objects cannot be read until they were brought back from an archive.
+fn is_archival(class: &str) -> bool {
+    matches!(
+        class.to_ascii_uppercase().as_str(),
+        "GLACIER" | "DEEP_ARCHIVE" | "ARCHIVE"
+    )
 }
 
 impl RepositoryUrl {
@@ -52,7 +62,15 @@ impl RepositoryUrl {
             retry_timeout: self.retry_timeout.unwrap_or(Duration::from_secs(180)),
             single_writer: self.single_writer,
             storage_class: self.storage_class.clone(),
+            ordered_lists: matches!(self.url.split("://").next(), Some("s3" | "gs" | "az")),
+            lock_file: self.lock_file.clone(),
         };
+        if let Some(class) = self.storage_class.as_deref().filter(|class| is_archival(class)) {
+            return Err(Error::usage(format!(
+                "storage_class = {class:?}: objects of this class must be thawed for hours before they can be read"
+            ))
+            .remedy("use a class that is read at once, such as STANDARD_IA or GLACIER_IR"));
+        }
         let (scheme, rest) = self.url.split_once("://").ok_or_else(|| self.bad("it has no scheme"))?;
         let (inner, prefix): (Arc<dyn ObjectStore>, &str) = match scheme {
             "file" => return self.open_directory(rest, create, settings),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use fairvault_format::header::{Kind as ObjectKind, ObjectHeader};
-use fairvault_format::{names, proto, wal};
+use fairvault_format::{limits, names, proto, wal};
 
 use super::summary;
 use crate::commit::state;
@@ -38,6 +38,8 @@ pub struct Archive {
     pub level: i32,
     /// Archive epochs.
     pub epochs: Vec<proto::ArchiveEpoch>,
+    /// Timeline and stop LSN of every backup of this incarnation: WAL was there up to them.
+    pub backups: Vec<(u32, Lsn)>,
 }
 
 impl Archive {
@@ -62,6 +64,14 @@ impl Archive {
             segment_size: incarnation.wal_segment_size,
             level,
             epochs: log.state().archive_epochs.clone(),
+            backups: log
+                .state()
+                .backups
+                .iter()
+                .filter_map(|b| b.info.as_ref())
+                .filter(|info| info.system_identifier == incarnation.system_identifier)
+                .map(|info| (info.stop_timeline, Lsn(info.stop_lsn)))
+                .collect(),
         })
     }
 
@@ -120,7 +130,12 @@ impl Archive {
         let sealed = self
             .seal(kind, object.clone(), self.header(&file, name, &content), content)
             .await?;
-        match self.stanza.store().create(&object, sealed.0.into()).await? {
+        match self
+            .stanza
+            .store()
+            .create(&object, sealed.0.into(), limits::WAL_OBJECT_BYTES)
+            .await?
+        {
             Created::Won => return Ok(Stored::New),
             Created::Lost(there) if self.content_id(kind, &there, &object)? == id => return Ok(Stored::Same),
             Created::Lost(_) if matches!(file, WalFile::Partial(_)) => {}
@@ -140,7 +155,12 @@ impl Archive {
         let sealed = self
             .seal(kind, object.clone(), self.header(&file, name, &sealed.1), sealed.1)
             .await?;
-        match self.stanza.store().create(&object, sealed.0.into()).await? {
+        match self
+            .stanza
+            .store()
+            .create(&object, sealed.0.into(), limits::WAL_OBJECT_BYTES)
+            .await?
+        {
             Created::Won => Ok(Stored::Beside),
             Created::Lost(there) if self.content_id(kind, &there, &object)? == id => Ok(Stored::Same),
             Created::Lost(_) => Err(Error::refused(format!(
@@ -159,7 +179,12 @@ impl Archive {
         let id = self.stanza.keys().chunk_id(&content);
         let header = self.header(&WalFile::Segment(segment), &name, &content);
         let sealed = self.seal(ObjectKind::WalPiece, object.clone(), header, content).await?;
-        match self.stanza.store().create(&object, sealed.0.into()).await? {
+        match self
+            .stanza
+            .store()
+            .create(&object, sealed.0.into(), limits::WAL_OBJECT_BYTES)
+            .await?
+        {
             Created::Won => Ok(Stored::New),
             Created::Lost(there) if self.content_id(ObjectKind::WalPiece, &there, &object)? == id => Ok(Stored::Same),
             Created::Lost(_) => Err(Error::refused(format!(

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use fairvault_format::names;
 
 use super::archive::Archive;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
 
@@ -16,8 +16,10 @@ pub struct TimelineWal {
     pub segments: BTreeSet<u64>,
     /// Segments of which there are pieces or a partial file.
     pub parts: BTreeSet<u64>,
-    /// Its history.
-    pub history: History,
+    /// Its history; `None` if there is none, or if it cannot be read.
+    pub history: Option<History>,
+    /// Why the history cannot be read, if that is so.
+    pub history_problem: Option<String>,
     /// Stored bytes.
     pub stored_bytes: u64,
 }
@@ -34,6 +36,11 @@ impl TimelineWal {
         }
         out
     }
+
+    /// The newest segment of which anything is there.
+    fn last(&self) -> Option<u64> {
+        self.segments.last().max(self.parts.last()).copied()
+    }
 }
 
 /// All WAL of an incarnation.
@@ -43,16 +50,20 @@ pub struct Coverage {
     pub timelines: BTreeMap<u32, TimelineWal>,
     /// wal_segment_size, bytes.
     pub segment_size: u64,
+    /// Timelines and positions up to which WAL was once there, because a backup says so.
+    proven: Vec<(u32, Lsn)>,
 }
 
 /// How far WAL goes without a hole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reach {
-    /// End of the last segment that is there.
+    /// End of the last segment that is there as a whole.
     pub end: Lsn,
-    /// The segment that comes next and is not there.
+    /// The segment that comes next and is not there as a whole.
     pub missing: Segment,
-    /// Something later on this history is there: a hole, not the end.
+    /// A part of it is there: how far that goes, its content tells.
+    pub has_part: bool,
+    /// WAL of this history beyond that segment is, or once was, there: a hole, not the end.
     pub is_hole: bool,
 }
 
@@ -62,6 +73,7 @@ impl Coverage {
         let folder = format!("{}/{:016x}", names::WAL, archive.system_identifier);
         let mut this = Self {
             segment_size: archive.segment_size,
+            proven: archive.backups.clone(),
             ..Default::default()
         };
         for (object, size) in archive.stanza.store().list(&folder).await? {
@@ -70,7 +82,6 @@ impl Coverage {
                 continue;
             };
             let wal = this.timelines.entry(timeline).or_default();
-            wal.history.timeline = timeline;
             wal.stored_bytes += size;
             match rest.as_slice() {
                 [_, file] => {
@@ -93,63 +104,102 @@ impl Coverage {
             }
         }
         for (&timeline, wal) in &mut this.timelines {
-            if let Some(history) = archive.history(timeline).await? {
-                wal.history = history;
+            // A history that is damaged matters only to who follows it.
+            match archive.history(timeline).await {
+                Ok(history) => wal.history = history,
+                Err(error) if error.kind() == Kind::Temporary => return Err(error),
+                Err(error) => wal.history_problem = Some(error.to_string()),
             }
         }
         Ok(this)
     }
 
-    fn has(&self, timeline: u32, number: u64) -> bool {
-        self.timelines
-            .get(&timeline)
-            .is_some_and(|t| t.segments.contains(&number) || t.parts.contains(&number))
+    /// The histories that are known.
+    pub fn histories(&self) -> impl DoubleEndedIterator<Item = &History> {
+        self.timelines.values().filter_map(|wal| wal.history.as_ref())
     }
 
-    /// Timelines that a segment may be read from along `history`, newest first.
-    fn candidates(&self, history: &History, number: u64) -> Vec<u32> {
-        let start = Lsn(number * self.segment_size);
-        let last = Lsn(start.0 + self.segment_size - 1);
-        let mut out = vec![history.timeline_at(last)];
-        out.extend(
-            history
-                .ancestors
-                .iter()
-                .rev()
-                .filter(|a| a.end > start && a.end <= last)
-                .map(|a| a.timeline),
-        );
-        out.dedup();
-        out
+    fn has_whole(&self, timeline: u32, number: u64) -> bool {
+        self.timelines
+            .get(&timeline)
+            .is_some_and(|t| t.segments.contains(&number))
+    }
+
+    /// Whether something of segment `number` is there on any timeline that it can be read from along `history`.
+    fn has_part(&self, history: &History, number: u64) -> bool {
+        let start = Lsn(number.saturating_mul(self.segment_size));
+        let last = Lsn(start.0.saturating_add(self.segment_size - 1));
+        let owner = history.timeline_at(last);
+        let switched_inside = history
+            .ancestors
+            .iter()
+            .filter(|a| a.end > start && a.end <= last)
+            .map(|a| a.timeline);
+        let has = |timeline: u32| {
+            self.timelines
+                .get(&timeline)
+                .is_some_and(|t| t.segments.contains(&number) || t.parts.contains(&number))
+        };
+        std::iter::once(owner).chain(switched_inside).any(has)
     }
 
     /// How far recovery along `history` gets from `from` on.
     pub fn reach(&self, history: &History, from: Lsn) -> Reach {
         let mut number = from.0 / self.segment_size;
-        loop {
-            let candidates = self.candidates(history, number);
-            if !candidates.iter().any(|&t| self.has(t, number)) {
-                break;
-            }
+        let owner = |number: u64| {
+            history.timeline_at(Lsn(number
+                .saturating_add(1)
+                .saturating_mul(self.segment_size)
+                .saturating_sub(1)))
+        };
+        // Only what its last byte belongs to leads on to the next segment.
+        while self.has_whole(owner(number), number) {
             number += 1;
         }
         let missing = Segment {
-            timeline: self.candidates(history, number)[0],
+            timeline: owner(number),
             number,
         };
-        let is_hole = self.timelines.iter().any(|(&timeline, wal)| {
-            let end = history.end_of(timeline);
-            let last = wal.segments.iter().chain(&wal.parts).max();
-            match (end, last) {
-                (Ok(None), Some(&last)) => last > number,
-                (Ok(Some(end)), Some(&last)) => last.min((end.0 - 1) / self.segment_size) > number,
-                _ => false,
-            }
-        });
         Reach {
             end: missing.start(self.segment_size),
             missing,
-            is_hole,
+            has_part: self.has_part(history, number),
+            is_hole: self.proof_of_more(history, missing).is_some(),
         }
+    }
+
+    /// What proves that there was WAL of `history` beyond `segment`, if anything does.
+    pub fn proof_of_more(&self, history: &History, segment: Segment) -> Option<String> {
+        let size = self.segment_size;
+        let (start, end) = (segment.start(size), segment.end(size));
+        // Up to where WAL of `timeline` belongs to `history`; None if it does not.
+        let belongs = |timeline: u32| match history.end_of(timeline) {
+            Ok(None) => Some(Lsn(u64::MAX)),
+            Ok(Some(end)) => Some(end),
+            Err(_) => None,
+        };
+        for (&timeline, wal) in &self.timelines {
+            let Some(limit) = belongs(timeline) else { continue };
+            let last = wal.last().map(|last| last.min(limit.0.saturating_sub(1) / size));
+            if let Some(number) = last.filter(|&last| last > segment.number) {
+                return Some(format!("{} is there", Segment { timeline, number }.name(size)));
+            }
+        }
+        // A timeline that branched off later shows how far this one went.
+        for other in self.histories() {
+            let branched = other.ancestors.iter().find(|a| a.timeline == history.timeline);
+            if let Some(ancestor) = branched.filter(|a| a.end > end) {
+                return Some(format!("timeline {} branched off at {}", other.timeline, ancestor.end));
+            }
+        }
+        let beyond = if self.has_part(history, segment.number) {
+            end
+        } else {
+            start
+        };
+        self.proven
+            .iter()
+            .find(|(timeline, stop)| *stop > beyond && belongs(*timeline).is_some_and(|limit| *stop <= limit))
+            .map(|(_, stop)| format!("a backup ended at {stop}"))
     }
 }

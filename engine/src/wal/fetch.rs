@@ -1,11 +1,12 @@
 //! Reading WAL back: whole segments, pieces put together, partial segments, histories.
 
 use fairvault_format::header::Kind as ObjectKind;
-use fairvault_format::{names, proto, wal};
+use fairvault_format::{limits, names, proto, wal};
 
 use super::archive::Archive;
 use crate::error::{Error, Kind, Result};
 use crate::postgres::segment::{History, Segment, WalFile};
+use crate::postgres::walker::Walker;
 
 /// Bytes that are fetched to read the header of a WAL object.
 const HEADER_GUESS: u64 = 4096;
@@ -14,11 +15,9 @@ impl Archive {
     /// The content of an archived file; `None` if there is no such object.
     pub async fn file(&self, file: &WalFile, name: &str) -> Result<Option<Vec<u8>>> {
         let object = self.object_name(file, name);
-        let Some(bytes) = self.stanza.store().get_opt(&object).await? else {
+        let Some((header, content)) = self.open_object(&object, Self::object_kind(file)).await? else {
             return Ok(None);
         };
-        let keys = self.stanza.keys_for(&bytes, &object)?;
-        let (header, content) = wal::open_wal(keys, self.stanza.scope(), Self::object_kind(file), &bytes, &object)?;
         let expected = matches!(file, WalFile::Segment(_)).then_some(self.segment_size);
         if header.name != name || expected.is_some_and(|len| len != content.len() as u64) {
             return Err(Error::damaged(format!(
@@ -29,6 +28,14 @@ impl Archive {
             )));
         }
         Ok(Some(content))
+    }
+
+    async fn open_object(&self, object: &str, kind: ObjectKind) -> Result<Option<(proto::WalHeader, Vec<u8>)>> {
+        let Some(bytes) = self.stanza.store().get_opt(object, limits::WAL_OBJECT_BYTES).await? else {
+            return Ok(None);
+        };
+        let keys = self.stanza.keys_for(&bytes, object)?;
+        Ok(Some(wal::open_wal(keys, self.stanza.scope(), kind, &bytes, object)?))
     }
 
     /// The header of an archived segment, without its content.
@@ -55,22 +62,65 @@ impl Archive {
         )?))
     }
 
-    /// What the pieces of a segment amount to, from its start; empty if there are none.
-    pub async fn pieces(&self, segment: Segment) -> Result<Vec<u8>> {
+    /// The whole segment, if it is there.
+    pub async fn whole_segment(&self, segment: Segment) -> Result<Option<Vec<u8>>> {
         let name = segment.name(self.segment_size);
-        let folder = format!(
-            "{}/{name}.d",
-            names::wal_folder(self.system_identifier, segment.timeline)
-        );
-        let mut pieces: Vec<_> = self
-            .stanza
-            .store()
-            .list(&folder)
-            .await?
-            .into_iter()
-            .filter_map(|(object, _)| Some((names::parse_piece(object.rsplit('/').next()?)?, object)))
-            .collect();
+        self.file(&WalFile::Segment(segment), &name).await
+    }
+
+    /// The longest beginning of a segment that its pieces and partial files amount to; empty if there are
+    /// none. A damaged part is passed over as long as another one is good.
+    pub async fn parts(&self, segment: Segment) -> Result<Vec<u8>> {
+        let folder = names::wal_folder(self.system_identifier, segment.timeline);
+        let start = format!("{folder}/{}.", segment.name(self.segment_size));
+        let listed = self.stanza.store().list_after(&folder, &start, &start).await?;
+        let mut pieces = Vec::new();
+        let mut best: Vec<u8> = Vec::new();
+        let mut failure: Option<Error> = None;
+        for object in listed {
+            let file = object.rsplit('/').next().unwrap_or_default();
+            if object[start.len()..].starts_with("d/") {
+                pieces.extend(names::parse_piece(file).map(|range| (range, object)));
+            } else if object[start.len()..].starts_with("partial") {
+                match self.partial(segment, &object).await {
+                    Ok(content) if content.len() > best.len() => best = content,
+                    Ok(_) => {}
+                    Err(error) if error.kind() == Kind::Temporary => return Err(error),
+                    Err(error) => failure = Some(error),
+                }
+            }
+        }
         pieces.sort();
+        match self.join_pieces(segment, pieces).await {
+            Ok(content) if content.len() > best.len() => best = content,
+            Ok(_) => {}
+            Err(error) if error.kind() == Kind::Temporary => return Err(error),
+            Err(error) => failure = Some(error),
+        }
+        match failure {
+            Some(error) if best.is_empty() => Err(error),
+            Some(error) => {
+                tracing::warn!("a part of {} is passed over: {error}", segment.name(self.segment_size));
+                Ok(best)
+            }
+            None => Ok(best),
+        }
+    }
+
+    /// A partial file, cut where its records end: what follows is padding or what the file held before.
+    async fn partial(&self, segment: Segment, object: &str) -> Result<Vec<u8>> {
+        let opened = self.open_object(object, ObjectKind::WalSide).await?;
+        let mut content = opened.map(|(_, content)| content).unwrap_or_default();
+        let start = segment.start(self.segment_size);
+        let mut walker = Walker::new(start, self.segment_size);
+        walker.feed(&content, |_| {});
+        if let Some(stop) = walker.stopped() {
+            content.truncate(stop.at.0.saturating_sub(start.0) as usize);
+        }
+        Ok(content)
+    }
+
+    async fn join_pieces(&self, segment: Segment, pieces: Vec<((u64, u64, u32), String)>) -> Result<Vec<u8>> {
         let base = segment.start(self.segment_size).0;
         let mut content: Vec<u8> = Vec::new();
         for ((start, end, _), object) in pieces {
@@ -83,9 +133,8 @@ impl Archive {
                 // A hole between pieces: what is behind it cannot be used.
                 break;
             }
-            let bytes = self.stanza.store().get(&object).await?;
-            let keys = self.stanza.keys_for(&bytes, &object)?;
-            let (_, piece) = wal::open_wal(keys, self.stanza.scope(), ObjectKind::WalPiece, &bytes, &object)?;
+            let opened = self.open_object(&object, ObjectKind::WalPiece).await?;
+            let (_, piece) = opened.ok_or_else(|| bad("it vanished"))?;
             if piece.len() as u64 != end - start {
                 return Err(bad("its length is not that of its range"));
             }
@@ -98,26 +147,18 @@ impl Archive {
         Ok(content)
     }
 
-    /// Everything that is known of a segment: the whole one, else pieces or a partial segment, cut where
-    /// they end. `None` if there is nothing.
+    /// Everything that is known of a segment: the whole one, else the longest part, cut where it ends.
+    /// `None` if there is nothing.
     pub async fn segment_or_parts(&self, segment: Segment) -> Result<Option<Vec<u8>>> {
-        let name = segment.name(self.segment_size);
-        if let Some(content) = self.file(&WalFile::Segment(segment), &name).await? {
+        if let Some(content) = self.whole_segment(segment).await? {
             return Ok(Some(content));
         }
-        let mut best = self.pieces(segment).await?;
-        if let Some(partial) = self
-            .file(&WalFile::Partial(segment), &format!("{name}.partial"))
-            .await?
-            && best.len() < partial.len()
-        {
-            best = partial;
-        }
-        if !best.is_empty() {
-            return Ok(Some(best));
+        let part = self.parts(segment).await?;
+        if !part.is_empty() {
+            return Ok(Some(part));
         }
         // It may have been completed between the two looks.
-        self.file(&WalFile::Segment(segment), &name).await
+        self.whole_segment(segment).await
     }
 
     /// The history of a timeline; for timeline 1 there is none to read.

@@ -5,11 +5,12 @@
 use std::path::Path;
 
 use super::archive::{Archive, Stored};
+use super::coverage::Coverage;
 use crate::commit::Log;
 use crate::error::{Context, Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{NotAnAncestor, Segment, WalFile, valid_segment_size};
-use crate::postgres::walker::{LongHeader, PageHeader, Walker};
+use crate::postgres::walker::{LongHeader, PageHeader, Walker, begins_with_end_of_switch};
 
 /// The file in a restored data directory that forbids archiving until it is adopted.
 pub const RESTORED_MARKER: &str = "fairvault.restored";
@@ -65,8 +66,13 @@ pub async fn push(log: &mut Log, name: &str, content: Vec<u8>, level: i32) -> Re
     match (&file, long) {
         (WalFile::Segment(segment) | WalFile::Partial(segment), Some((page, long))) => {
             check_segment(&archive, name, *segment, &content, &page, &long).await?;
-            if matches!(file, WalFile::Segment(_)) {
-                check_filled(name, *segment, &content, archive.segment_size)?;
+            if matches!(file, WalFile::Segment(_))
+                && let Filled::UpTo(end) = check_filled(&archive, name, *segment, &content).await?
+            {
+                let len = (end.0 - segment.start(archive.segment_size).0) as usize;
+                let stored = archive.put_piece(*segment, content[..len].to_vec()).await?;
+                archive.check_fence(log).await?;
+                return Ok(stored);
             }
         }
         (WalFile::Segment(_) | WalFile::Partial(_), None) => {
@@ -171,23 +177,51 @@ async fn check_segment(
     }
 }
 
-/// A complete segment is full of records or ends with a switch. One that ends in zeros is a copy that was
-/// padded for a recovery, and must never take the place of the real one.
-fn check_filled(name: &str, segment: Segment, content: &[u8], size: u64) -> Result<()> {
+/// How much of a segment under a complete name is WAL.
+enum Filled {
+    /// All of it.
+    Whole,
+    /// Its timeline ended here: a standby that archives (archive_mode = always) hands over the last segment
+    /// of a timeline under its complete name.
+    UpTo(Lsn),
+}
+
+/// A complete segment is full of records, or ends with a switch. One that cannot be read to its end is
+/// damaged, or a copy that was padded for a recovery: it must never take the place of the real one.
+async fn check_filled(archive: &Archive, name: &str, segment: Segment, content: &[u8]) -> Result<Filled> {
+    let size = archive.segment_size;
     let mut walker = Walker::new(segment.start(size), size);
-    let mut switched = false;
+    let mut switched = begins_with_end_of_switch(content);
     walker.feed(content, |record| switched |= record.is_switch());
-    let Some(stop) = walker.stopped() else { return Ok(()) };
+    let Some(stop) = walker.stopped() else {
+        return Ok(Filled::Whole);
+    };
     let from = stop.at.0.saturating_sub(segment.start(size).0) as usize;
     let zeros = content.get(from..).is_some_and(|rest| rest.iter().all(|&b| b == 0));
-    if zeros && !switched {
-        return Err(refuse(
-            name,
-            format_args!(
+    if zeros && switched {
+        return Ok(Filled::Whole);
+    }
+    let coverage = Coverage::read(archive).await?;
+    let ended = coverage
+        .histories()
+        .filter_map(|h| h.ancestors.iter().find(|a| a.timeline == segment.timeline))
+        .map(|a| a.end)
+        .find(|end| *end > segment.start(size) && *end <= stop.at);
+    if let Some(end) = ended {
+        return Ok(Filled::UpTo(end));
+    }
+    let error = refuse(
+        name,
+        match zeros {
+            true => format!(
                 "it is empty from {} on, without a switch record: a padded copy, not a complete segment",
                 stop.at
             ),
-        ));
-    }
-    Ok(())
+            false => format!("it cannot be read beyond {}: {}", stop.at, stop.why),
+        },
+    );
+    Err(error.remedy(
+        "if this timeline ended here because a standby was promoted, it is archived as soon as the history of the new timeline is; \
+         otherwise the server's pg_wal is damaged: take a new backup",
+    ))
 }

@@ -1,0 +1,162 @@
+//! WAL that is made by hand, for what a server does too rarely.
+
+use super::*;
+
+const SEGMENT: u64 = 1 << 20;
+
+/// A writer of WAL in memory, from the start of a segment.
+struct Wal {
+    start: u64,
+    bytes: Vec<u8>,
+    prev: u64,
+}
+
+impl Wal {
+    fn new(start: u64) -> Self {
+        Self {
+            start,
+            bytes: Vec::new(),
+            prev: 0,
+        }
+    }
+
+    fn position(&self) -> u64 {
+        self.start + self.bytes.len() as u64
+    }
+
+    fn page_header(&mut self, remaining: usize) {
+        let at = self.position();
+        let long = at.is_multiple_of(SEGMENT);
+        let info = if long { LONG } else { 0 } | if remaining > 0 { CONTRECORD } else { 0 };
+        let mut header = Vec::new();
+        header.extend_from_slice(&0xD110u16.to_le_bytes());
+        header.extend_from_slice(&info.to_le_bytes());
+        header.extend_from_slice(&1u32.to_le_bytes());
+        header.extend_from_slice(&at.to_le_bytes());
+        header.extend_from_slice(&(remaining as u32).to_le_bytes());
+        header.resize(SHORT_HEADER, 0);
+        if long {
+            header.extend_from_slice(&7u64.to_le_bytes());
+            header.extend_from_slice(&(SEGMENT as u32).to_le_bytes());
+            header.extend_from_slice(&(WAL_PAGE as u32).to_le_bytes());
+        }
+        self.bytes.extend(header);
+    }
+
+    /// Bytes of a record, with page headers in between; returns where it began.
+    fn put(&mut self, record: &[u8]) -> u64 {
+        if self.position().is_multiple_of(WAL_PAGE as u64) {
+            self.page_header(0);
+        }
+        let lsn = self.position();
+        for (written, byte) in record.iter().enumerate() {
+            if self.position().is_multiple_of(WAL_PAGE as u64) {
+                self.page_header(record.len() - written);
+            }
+            self.bytes.push(*byte);
+        }
+        self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
+        lsn
+    }
+
+    fn record(&mut self, rmgr: u8, info: u8, main: usize) -> u64 {
+        let mut body = Vec::new();
+        if main > 0 {
+            body.push(254);
+            body.extend_from_slice(&(main as u32).to_le_bytes());
+            body.resize(5 + main, 0xEE);
+        }
+        let mut record = Vec::new();
+        record.extend_from_slice(&((RECORD_HEADER + body.len()) as u32).to_le_bytes());
+        record.extend_from_slice(&0u32.to_le_bytes());
+        record.extend_from_slice(&self.prev.to_le_bytes());
+        record.extend_from_slice(&[info, rmgr, 0, 0]);
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&body), &record);
+        record.extend_from_slice(&crc.to_le_bytes());
+        record.extend(body);
+        self.prev = self.put(&record);
+        self.prev
+    }
+
+    /// Records up to `left` bytes before the end of the first segment.
+    fn fill(&mut self, left: u64) {
+        let end = self.start + SEGMENT - left;
+        while end - self.position() > 4096 {
+            self.record(10, 0, 1000);
+        }
+        // The last one fits exactly: header, tag and length, data; a page header may come in between.
+        let mut need = (end - self.position()) as usize;
+        if self.position() / WAL_PAGE as u64 != (end - 1) / WAL_PAGE as u64 {
+            need -= SHORT_HEADER;
+        }
+        self.record(10, 0, need - RECORD_HEADER - 5);
+        assert_eq!(self.position(), end);
+    }
+
+    fn pad(&mut self) {
+        let len = self.bytes.len().next_multiple_of(SEGMENT as usize);
+        self.bytes.resize(len, 0);
+    }
+}
+
+#[test]
+fn a_switch_that_crosses_into_the_next_segment_ends_that_one() {
+    for left in [8, 16] {
+        let mut wal = Wal::new(SEGMENT);
+        wal.fill(left);
+        let switch = wal.record(rmgr::XLOG, XLOG_SWITCH, 0);
+        assert_eq!(switch, 2 * SEGMENT - left);
+        wal.pad();
+        let next = wal.record(10, 0, 100);
+        wal.pad();
+        assert_eq!(next, 3 * SEGMENT + LONG_HEADER as u64);
+
+        let mut walker = Walker::new(Lsn(SEGMENT), SEGMENT);
+        let mut ends = Vec::new();
+        walker.feed(&wal.bytes[..2 * SEGMENT as usize], |r| ends.push((r.lsn.0, r.end.0)));
+        assert_eq!(ends.last(), Some(&(switch, 3 * SEGMENT)), "left {left}");
+        assert!(walker.stopped().is_none());
+        let mut seen = 0;
+        walker.feed(&wal.bytes[2 * SEGMENT as usize..], |r| seen = r.lsn.0);
+        assert_eq!(seen, next);
+
+        // Seen alone, the middle segment is complete, and the others do not look like it.
+        let segments: Vec<_> = wal.bytes.chunks(SEGMENT as usize).collect();
+        assert!(begins_with_end_of_switch(segments[1]));
+        assert!(!begins_with_end_of_switch(segments[0]) && !begins_with_end_of_switch(segments[2]));
+    }
+}
+
+#[test]
+fn a_switch_at_the_very_end_of_a_segment_ends_it() {
+    let mut wal = Wal::new(SEGMENT);
+    wal.fill(RECORD_HEADER as u64);
+    wal.record(rmgr::XLOG, XLOG_SWITCH, 0);
+    let mut end = 0;
+    let mut walker = Walker::new(Lsn(SEGMENT), SEGMENT);
+    walker.feed(&wal.bytes, |r| end = r.end.0);
+    assert_eq!(end, 2 * SEGMENT);
+}
+
+#[test]
+fn a_record_that_was_never_finished_is_overwritten() {
+    let mut wal = Wal::new(SEGMENT);
+    wal.record(10, 0, 8000);
+    let page_end = wal.bytes.len().next_multiple_of(WAL_PAGE);
+    // As after a crash: the rest of the page holds the beginning of a record that is not continued.
+    let broken = wal.position();
+    wal.bytes.extend_from_slice(&20_000u32.to_le_bytes());
+    wal.bytes.resize(page_end, 0xAB);
+    let at = wal.bytes.len();
+    let last = wal.prev;
+    wal.page_header(0);
+    wal.bytes[at + 2] |= OVERWRITE_CONTRECORD as u8;
+    wal.prev = last;
+    let next = wal.record(10, 0, 100);
+    wal.bytes.resize(wal.bytes.len().next_multiple_of(WAL_PAGE), 0);
+    let mut walker = Walker::new(Lsn(SEGMENT), SEGMENT);
+    let mut seen = Vec::new();
+    walker.feed(&wal.bytes, |r| seen.push(r.lsn.0));
+    assert_eq!(seen, [last, next]);
+    assert!(broken < next && walker.last_record() == Some(Lsn(next)));
+}

@@ -1,0 +1,103 @@
+//! Keys, log, snapshots and index runs: what everything else is found and opened with.
+
+use std::collections::BTreeSet;
+
+use fairvault_format::{limits, names, sha256};
+
+use super::Report;
+use crate::commit::Log;
+use crate::error::{Error, Result};
+use crate::stanza::{Access, Stanza, opens, read_repository, read_slot};
+
+/// Checks `fairvault.json` and the key slots: each can be read, and the configured secret opens one.
+pub async fn check_keys(access: &Access, stanza: &Stanza, report: &mut Report) -> Result<()> {
+    report.objects += 1;
+    match read_repository(&access.repository).await {
+        Ok(repository) if repository.id()? == stanza.scope().repository => {}
+        Ok(_) => report.add(names::REPOSITORY, "it has another id than the keys of this stanza"),
+        Err(error) => report.note(names::REPOSITORY, &error),
+    }
+    let mut opened = false;
+    for (name, _) in stanza.store().list(names::KEYS).await? {
+        report.objects += 1;
+        match read_slot(stanza.store(), &name, &stanza.scope().repository).await {
+            Ok(slot) => opened |= opens(&slot, access, stanza.scope()),
+            Err(error) => report.note(name, &error),
+        }
+    }
+    if !opened {
+        report.add(
+            names::KEYS,
+            "no slot is opened by the configured key: without what this host remembers, nothing could be restored",
+        );
+    }
+    Ok(())
+}
+
+/// Reads all of the log, and the snapshots. It was opened from what this host remembers or from a snapshot.
+pub async fn check_log(log: &Log, report: &mut Report) {
+    let mut fresh = Log::empty(log.stanza().clone());
+    if let Err(error) = fresh.refresh_proven().await {
+        report.note(names::log_context(fresh.state().seq + 1), &error);
+    } else if fresh.state().seq < log.state().seq {
+        report.add(
+            names::log_context(fresh.state().seq + 1),
+            "it is missing, and later entries were seen before",
+        );
+    }
+    report.objects += fresh.state().seq;
+    let store = log.stanza().store();
+    let listed = match store.list(names::SNAPSHOTS).await {
+        Ok(listed) => listed,
+        Err(error) => return report.note(names::SNAPSHOTS, &error),
+    };
+    for (name, _) in listed {
+        report.objects += 1;
+        let hash = name
+            .rsplit('/')
+            .next()
+            .and_then(names::parse_snapshot)
+            .map(|(_, hash)| hash);
+        match store.get(&name, limits::OBJECT_BYTES).await {
+            Ok(bytes) if hash == Some(sha256(&bytes)) => {}
+            Ok(_) => report.add(
+                &name,
+                "it does not match its name; the log is read from an older one instead",
+            ),
+            Err(error) => report.note(&name, &error),
+        }
+    }
+}
+
+/// Checks index runs; returns the packs that they name.
+pub async fn check_runs(log: &Log, report: &mut Report) -> BTreeSet<[u8; 32]> {
+    let mut packs = BTreeSet::new();
+    let stanza = log.stanza();
+    for run in &log.state().index_runs {
+        let Ok(hash) = <[u8; 32]>::try_from(run.as_slice()) else {
+            continue;
+        };
+        let name = names::index_run(&hash);
+        report.objects += 1;
+        let opened = async {
+            let bytes = stanza.store().get(&name, limits::OBJECT_BYTES).await?;
+            if sha256(&bytes) != hash {
+                return Err(Error::damaged(format!(
+                    "its {} bytes do not match its name; it only speeds up backups and can be rebuilt from packs",
+                    bytes.len()
+                )));
+            }
+            let keys = stanza.keys_for(&bytes, &name)?;
+            let run = fairvault_format::index::open_run(keys, stanza.scope(), &bytes, &name)?;
+            Ok((run, bytes.len() as u64))
+        };
+        match opened.await {
+            Ok((run, len)) => {
+                report.bytes += len;
+                packs.extend(run.packs.iter().map(|p| p.name));
+            }
+            Err(error) => report.note(&name, &error),
+        }
+    }
+    packs
+}

@@ -1,0 +1,156 @@
+//! The WAL archive: every object opens, and what each backup needs of it is there.
+
+use std::collections::BTreeSet;
+
+use fairvault_format::header::Kind as ObjectKind;
+use fairvault_format::proto::{CommittedBackup, PieceSeal};
+use fairvault_format::{limits, names, object, wal};
+use futures::StreamExt;
+
+use super::{BackupVerdict, CONCURRENT, Level, Report};
+use crate::commit::Log;
+use crate::error::{Error, Kind, Result};
+use crate::postgres::lsn::Lsn;
+use crate::postgres::segment::History;
+use crate::progress::Progress;
+use crate::restore::target::{Reader, info};
+use crate::stanza::Stanza;
+use crate::wal::archive::Archive;
+use crate::wal::coverage::Coverage;
+
+/// The kind of a WAL object, by its name.
+fn kind(object: &str) -> Option<ObjectKind> {
+    let mut parts = object.rsplit('/');
+    let (file, folder) = (parts.next()?, parts.next()?);
+    if folder.ends_with(".d") {
+        return match (file.starts_with("seal."), names::parse_piece(file)) {
+            (true, _) => Some(ObjectKind::PieceSeal),
+            (false, Some(_)) => Some(ObjectKind::WalPiece),
+            (false, None) => None,
+        };
+    }
+    names::parse_wal_file(file).map(|(name, _)| match name.len() {
+        24 => ObjectKind::WalSegment,
+        _ => ObjectKind::WalSide,
+    })
+}
+
+async fn open(stanza: &Stanza, object: &str) -> Result<u64> {
+    let kind = kind(object).ok_or_else(|| Error::damaged("its name is not that of a WAL object"))?;
+    let bytes = stanza.store().get(object, limits::WAL_OBJECT_BYTES).await?;
+    let keys = stanza.keys_for(&bytes, object)?;
+    match kind {
+        ObjectKind::PieceSeal => {
+            _ = object::open_message::<PieceSeal>(keys, stanza.scope(), kind, &bytes, object, object)?;
+        }
+        _ => _ = wal::open_wal(keys, stanza.scope(), kind, &bytes, object)?,
+    }
+    Ok(bytes.len() as u64)
+}
+
+/// Opens every WAL object; returns the names of those that are bad.
+pub async fn check_objects(log: &Log, report: &mut Report, progress: &Progress) -> Result<BTreeSet<String>> {
+    let stanza = log.stanza();
+    let mut bad = BTreeSet::new();
+    let objects = stanza.store().list(names::WAL).await?;
+    let checks = objects.into_iter().map(|(object, _)| async move {
+        let opened = open(stanza, &object).await;
+        (object, opened)
+    });
+    let mut checks = futures::stream::iter(checks).buffer_unordered(CONCURRENT);
+    while let Some((object, opened)) = checks.next().await {
+        report.objects += 1;
+        match opened {
+            Ok(len) => {
+                report.bytes += len;
+                progress.read_bytes.add(len);
+            }
+            Err(error) => {
+                report.note(&object, &error);
+                bad.insert(object);
+            }
+        }
+    }
+    Ok(bad)
+}
+
+/// The WAL that a backup needs for itself, and whether WAL after it has holes.
+pub async fn check_backup(
+    log: &Log,
+    backup: &CommittedBackup,
+    level: Level,
+    bad: &BTreeSet<String>,
+    verdict: &mut BackupVerdict,
+    report: &mut Report,
+) -> Result<()> {
+    let info = info(backup);
+    let archive = Archive::open(log, Some(info.system_identifier), 3)?;
+    let coverage = Coverage::read(&archive).await?;
+    let known = coverage.timelines.get(&info.stop_timeline);
+    let history = match known.and_then(|wal| wal.history.clone()) {
+        Some(history) => history,
+        None if info.stop_timeline == 1 => History {
+            timeline: 1,
+            ancestors: Vec::new(),
+        },
+        None => {
+            let why = known.and_then(|wal| wal.history_problem.clone());
+            verdict.problems.push(format!(
+                "the history of its timeline {} {}",
+                info.stop_timeline,
+                why.map_or("is missing".to_owned(), |why| format!("cannot be read: {why}"))
+            ));
+            return Ok(());
+        }
+    };
+    let (start, stop) = (Lsn(info.start_lsn), Lsn(info.stop_lsn));
+    let reach = coverage.reach(&history, start);
+    let name = reach.missing.name(archive.segment_size);
+    let reader = Reader::new(&archive, &history);
+    let folder = names::wal_folder(info.system_identifier, reach.missing.timeline);
+    // Backups that brought their own WAL promise nothing about what comes after them.
+    if reach.is_hole
+        && (info.wal_method == "archive" || reach.end < stop)
+        && let Some(proof) = coverage.proof_of_more(&history, reach.missing)
+    {
+        let part = if reach.has_part {
+            "only a part is there"
+        } else {
+            "it is missing"
+        };
+        report.add(
+            format!("{folder}/{name}"),
+            format_args!("{part}, and {proof}: recovery from earlier backups ends before it"),
+        );
+    }
+    if reach.end < stop && !reach.has_part {
+        verdict.problems.push(format!("{name} of its own WAL is missing"));
+        return Ok(());
+    }
+    for segment in reader.segments(start, stop.min(reach.end)) {
+        let name = segment.name(archive.segment_size);
+        let folder = names::wal_folder(info.system_identifier, segment.timeline);
+        if bad
+            .iter()
+            .any(|object| object.starts_with(&format!("{folder}/{name}.")))
+        {
+            // A part may be bad while the whole is good: reading tells.
+            if let Err(error) = archive.segment_or_parts(segment).await {
+                if error.kind() == Kind::Temporary {
+                    return Err(error);
+                }
+                verdict.problems.push(format!("{name} of its own WAL is damaged"));
+                return Ok(());
+            }
+        }
+    }
+    if level == Level::Data || reach.end < stop {
+        let end = reader.walk(start, stop, |_| {}).await?.end;
+        if end < stop {
+            verdict
+                .problems
+                .push(format!("its own WAL cannot be read beyond {end}; it needs {stop}"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,212 @@
+//! A server, a directory repository with a key, and a stanza `acme`: where most tests begin.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{Scratch, Server, code, run};
+
+/// How a fixture is to be.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape<'a> {
+    /// Major version of the server.
+    pub major: u32,
+    /// archive_command is `fairvault wal push`.
+    pub archiving: bool,
+    /// The stanza is created; otherwise the first backup with options does it.
+    pub stanza: bool,
+    /// Options on the command line instead of a configuration file.
+    pub flags: bool,
+    /// More lines for postgresql.conf.
+    pub settings: &'a str,
+    /// Arguments for initdb.
+    pub initdb: &'a [&'a str],
+}
+
+impl Default for Shape<'_> {
+    fn default() -> Self {
+        Self {
+            major: 15,
+            archiving: false,
+            stanza: true,
+            flags: false,
+            settings: "",
+            initdb: &["-k"],
+        }
+    }
+}
+
+/// The fixture.
+#[derive(Debug)]
+pub struct Fixture {
+    /// Its folder.
+    pub scratch: Scratch,
+    /// Its server.
+    pub server: Server,
+    /// The options that say where repository, key and server are.
+    pub options: Vec<String>,
+}
+
+impl Fixture {
+    /// Sets it up.
+    pub fn new(name: &str, shape: Shape<'_>) -> Result<Self> {
+        let scratch = Scratch::new(name)?;
+        let dir = scratch.path().display().to_string();
+        run(&mut scratch.fairvault(&["key", "generate", &format!("{dir}/key")]))?;
+        let text = format!(
+            "[repo.main]\nurl = \"file://{dir}/vault\"\n[stanza.acme]\nconninfo = \"host={dir} port=5432 user=postgres\"\nkey = {{ file = \"{dir}/key\" }}\n"
+        );
+        let config = scratch.write("fairvault.toml", text.as_bytes())?.display().to_string();
+        let archive = match shape.archiving {
+            true => {
+                format!("archive_mode = on\narchive_command = '{dir}/fairvault --config {config} wal push acme %p'\n")
+            }
+            false => String::new(),
+        };
+        let settings = format!("{archive}{}", shape.settings);
+        let server = Server::create_with(&scratch, shape.major, 5432, &settings, shape.initdb)?;
+        let options = match shape.flags {
+            false => vec!["--config".to_owned(), config],
+            true => [
+                "--repo-url",
+                &format!("file://{dir}/vault"),
+                "--key-file",
+                &format!("{dir}/key"),
+                "--conninfo",
+                &server.conninfo(),
+            ]
+            .map(str::to_owned)
+            .to_vec(),
+        };
+        let this = Self {
+            scratch,
+            server,
+            options,
+        };
+        if shape.stanza {
+            this.ok(&["stanza", "create", "acme"])?;
+        }
+        Ok(this)
+    }
+
+    /// The command, to be run by the caller.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut all: Vec<&str> = self.options.iter().map(String::as_str).collect();
+        all.extend(arguments);
+        self.scratch.fairvault(&all)
+    }
+
+    /// Exit code and everything printed.
+    pub fn fairvault(&self, arguments: &[&str]) -> (i32, String) {
+        code(&mut self.command(arguments))
+    }
+
+    /// Everything printed by a run that must succeed.
+    pub fn ok(&self, arguments: &[&str]) -> Result<String> {
+        let (exit, text) = self.fairvault(arguments);
+        ensure!(exit == 0, "fairvault {arguments:?} ended with {exit}:\n{text}");
+        Ok(text)
+    }
+
+    /// A backup; returns what it printed.
+    pub fn backup(&self) -> Result<String> {
+        self.ok(&["backup", "acme", "--fast", "--progress", "none"])
+    }
+
+    /// The id of a new backup.
+    pub fn backup_id(&self, more: &[&str]) -> Result<String> {
+        let mut all = vec!["backup", "acme", "--fast", "--progress", "none", "--output", "json"];
+        all.extend(more);
+        field(&self.ok(&all)?, "id")
+    }
+
+    /// SQL in database postgres of the server.
+    pub fn sql(&self, sql: &str) -> Result<String> {
+        self.server.sql(&self.scratch, sql)
+    }
+
+    /// A path in the folder.
+    pub fn path(&self, name: &str) -> String {
+        self.scratch.join(name).display().to_string()
+    }
+
+    /// `restore acme --to <name>`.
+    pub fn restore(&self, name: &str, more: &[&str]) -> (i32, String) {
+        let to = self.path(name);
+        let mut all = vec!["restore", "acme", "--to", &to, "--progress", "none"];
+        all.extend(more);
+        self.fairvault(&all)
+    }
+
+    /// A restored copy, not started.
+    pub fn copy(&self, name: &str, port: u16) -> Server {
+        Server::existing(&self.scratch, self.server.major(), self.path(name), port)
+    }
+
+    /// Starts a restored copy and waits for the end of recovery.
+    pub fn start(&self, name: &str, port: u16) -> Result<Server> {
+        let server = self.copy(name, port);
+        server.start(&self.scratch)?;
+        server.wait_for(&self.scratch, "select pg_is_in_recovery()", "f")?;
+        Ok(server)
+    }
+
+    /// Ends the current segment and waits until it is archived. Returns its name.
+    pub fn flush_archive(&self, server: &Server) -> Result<String> {
+        let segment = server.sql(&self.scratch, "select pg_walfile_name(pg_current_wal_lsn())")?;
+        server.sql(
+            &self.scratch,
+            "create table if not exists fill (x int); insert into fill values (1); select pg_switch_wal()",
+        )?;
+        server.wait_for(
+            &self.scratch,
+            &format!("select last_archived_wal >= '{segment}' from pg_stat_archiver"),
+            "t",
+        )?;
+        Ok(segment)
+    }
+
+    /// Objects of the stanza below a folder, sorted.
+    pub fn objects(&self, folder: &str) -> Vec<PathBuf> {
+        files(&self.scratch.join("vault/acme").join(folder))
+    }
+}
+
+/// Every file below a folder, sorted.
+pub fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut out = Vec::new();
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        match entry.path() {
+            path if path.is_dir() => out.extend(files(&path)),
+            path => out.push(path),
+        }
+    }
+    out.sort();
+    out
+}
+
+/// A field of JSON output, wherever it is: strings without quotes.
+pub fn field(text: &str, key: &str) -> Result<String> {
+    let rest = text.split(&format!("\"{key}\":")).nth(1);
+    let value = rest.and_then(|rest| rest.split([',', '}']).next());
+    Ok(value
+        .with_context(|| format!("no {key} in {text}"))?
+        .trim_matches('"')
+        .to_owned())
+}
+
+/// Fails unless a run ended with this code and said this.
+pub fn refused((exit, text): (i32, String), expected: i32, word: &str) -> Result<()> {
+    ensure!(
+        exit == expected && text.contains(word),
+        "expected {expected} and {word:?}, got {exit}: {text}"
+    );
+    Ok(())
+}
+
+/// Sends a signal to a program that [`Fixture::command`] started.
+pub fn signal(child: &Child, name: &str) -> Result<()> {
+    run(Command::new("kill").arg(format!("-{name}")).arg(child.id().to_string()))?;
+    Ok(())
+}

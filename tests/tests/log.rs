@@ -1,0 +1,298 @@
+//! The log: one order of everything, that nobody can rewrite, shorten or forge unseen.
+
+mod stores;
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use fairvault_engine::commit::Log;
+use fairvault_engine::commit::session::Session;
+use fairvault_engine::commit::state;
+use fairvault_engine::error::{Error, Kind};
+use fairvault_engine::stanza::create::create;
+use fairvault_engine::stanza::memory::Memory;
+use fairvault_engine::stanza::{Access, Stanza};
+use fairvault_engine::store::Store;
+use fairvault_format::keys::{self, EpochKeys};
+use fairvault_format::log::seal_entry;
+use fairvault_format::proto::{self, log_entry::Kind as Entry};
+use fairvault_tests::Scratch;
+
+use stores::{CLUSTER, access, key, memory};
+
+fn entry(seq: u64) -> String {
+    format!("acme/log/{seq:020}")
+}
+
+async fn open(store: &Store) -> Result<Log, Error> {
+    Log::open(Stanza::open(&access(store, key(1))).await?).await
+}
+
+/// A stanza with `sessions` sessions that were begun and aborted.
+async fn with_sessions(store: &Store, sessions: usize) -> Result<Log> {
+    let mut log = create(&access(store, key(1)), CLUSTER, "main").await?;
+    for _ in 0..sessions {
+        Session::begin(&mut log, "test", |_| "x".into())
+            .await?
+            .abort(&mut log, "")
+            .await?;
+    }
+    Ok(log)
+}
+
+fn expect<T>(result: Result<T, Error>, kind: Kind, word: &str) -> Result<()> {
+    let error = result.err().context("it went well")?;
+    ensure!(
+        error.kind() == kind && error.to_string().contains(word),
+        "{:?} {error}",
+        error.kind()
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_dead_creator_leaves_nothing_in_the_way() -> Result<()> {
+    let store = memory();
+    create(&access(&store, key(1)), CLUSTER, "main").await?;
+    // As if it had died between the key slot and the first log entry.
+    store.delete(&[format!("acme/log/{:020}", 1)]).await?;
+    ensure!(create(&access(&store, key(1)), CLUSTER, "main").await?.state().seq == 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn lost_key_slots_are_not_replaced_by_new_ones() -> Result<()> {
+    let scratch = Scratch::new("slots")?;
+    let store = memory();
+    with_sessions(&store, 1).await?;
+    for (name, _) in store.list("acme/keys").await? {
+        store.delete(&[name]).await?;
+    }
+    expect(
+        create(&access(&store, key(1)), CLUSTER, "main").await,
+        Kind::Refused,
+        "no key slots",
+    )?;
+    // The same with only packs left, and with nothing left but what this host remembers.
+    let store = memory();
+    store.put_hashed("acme/packs/00/00", Bytes::new().into()).await?;
+    expect(
+        create(&access(&store, key(1)), CLUSTER, "main").await,
+        Kind::Refused,
+        "no key slots",
+    )?;
+    let remembering = |store: &Store| Access {
+        memory: Some(Memory::new(scratch.join("cache"))),
+        ..access(store, key(1))
+    };
+    create(&remembering(&memory()), CLUSTER, "main").await?;
+    expect(
+        create(&remembering(&memory()), CLUSTER, "main").await,
+        Kind::Refused,
+        "this host knows",
+    )?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_bad_slot_does_not_lock_out_the_others() -> Result<()> {
+    let store = memory();
+    let log = with_sessions(&store, 0).await?;
+    store
+        .put_hashed("acme/keys/00000001/aaa", Bytes::from_static(b"garbage").into())
+        .await?;
+    let foreign = keys::Scope {
+        stanza: [9; 16],
+        ..*log.stanza().scope()
+    };
+    let sealed = keys::seal_slot(
+        &foreign,
+        log.stanza().keys(),
+        "bbb",
+        key(7).as_ref(),
+        keys::default_argon2(),
+        [1; 32],
+        0,
+    )?;
+    store
+        .put_hashed("acme/keys/00000001/bbb", Bytes::from(sealed).into())
+        .await?;
+    open(&store).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_log_that_was_rolled_back_is_refused() -> Result<()> {
+    let scratch = Scratch::new("memory")?;
+    let store = memory();
+    let with_memory = Access {
+        memory: Some(Memory::new(scratch.join("cache"))),
+        ..access(&store, key(1))
+    };
+    let mut log = create(&with_memory, CLUSTER, "main").await?;
+    for _ in 0..3 {
+        Session::begin(&mut log, "test", |_| "x".into())
+            .await?
+            .abort(&mut log, "")
+            .await?;
+    }
+    store.delete(&[format!("acme/log/{:020}", log.state().seq)]).await?;
+    let error = Log::open(Stanza::open(&with_memory).await?)
+        .await
+        .err()
+        .map(|e| e.to_string())
+        .unwrap_or_default();
+    ensure!(error.contains("rolled back"), "{error}");
+    // A host without a memory cannot know.
+    Log::open(Stanza::open(&access(&store, key(1))).await?).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_missing_entry_is_not_taken_for_the_end() -> Result<()> {
+    let store = memory();
+    let mut log = with_sessions(&store, 4).await?;
+    store.delete(&[entry(5)]).await?;
+    expect(open(&store).await, Kind::Damaged, "is missing")?;
+    // Whoever has read it before goes on, and a new entry never fills the gap.
+    log.append(Entry::Hold(proto::Hold::default()), |_| Ok(())).await?;
+    ensure!(store.len(&entry(5)).await?.is_none() && store.len(&entry(10)).await?.is_some());
+    Ok(())
+}
+
+#[tokio::test]
+async fn two_backups_of_one_second_get_two_names() -> Result<()> {
+    let store = memory();
+    let mut log = with_sessions(&store, 0).await?;
+    let mut other = open(&store).await?;
+    let name = |now: &proto::Snapshot| {
+        let free = ["a", "b", "c"].into_iter().find(|id| !state::is_taken(now, id));
+        free.unwrap_or_default().to_owned()
+    };
+    let first = Session::begin(&mut log, "backup", name).await?;
+    let second = Session::begin(&mut other, "backup", name).await?;
+    ensure!((first.backup(), second.backup()) == ("a", "b"));
+    for (session, log) in [(first, &mut log), (second, &mut other)] {
+        let info = proto::BackupInfo {
+            id: session.backup().to_owned(),
+            ..Default::default()
+        };
+        session.commit(log, [0; 32], info).await?;
+    }
+    // A writer that commits a taken id all the same, in a session of another name: it is void, and the log opens.
+    let session = Session::begin(&mut other, "backup", |_| "c".into()).await?;
+    let info = proto::BackupInfo {
+        id: "a".into(),
+        ..Default::default()
+    };
+    session.commit(&mut other, [1; 32], info).await?;
+    let log = open(&store).await?;
+    ensure!(log.state().backups.len() == 2, "{}", log.state().backups.len());
+    ensure!(log.backup("a")?.root == [0; 32]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_fenced_session_cannot_commit() -> Result<()> {
+    let store = memory();
+    let mut log = create(&access(&store, key(1)), CLUSTER, "main").await?;
+    let mut other = Log::open(Stanza::open(&access(&store, key(1))).await?).await?;
+    let session = Session::begin(&mut log, "backup", |_| "b".into()).await?;
+    other.refresh().await?;
+    let begun = other.state().open_sessions[0].begin.clone().unwrap_or_default();
+    let fence = proto::Fence {
+        fence: 1,
+        sessions: vec![begun.session],
+        reason: "test".into(),
+    };
+    other.append(Entry::SetFence(fence), |_| Ok(())).await?;
+    let error = session
+        .commit(&mut log, [0; 32], proto::BackupInfo::default())
+        .await
+        .err();
+    ensure!(error.is_some_and(|e| e.kind() == Kind::Held));
+    ensure!(log.state().backups.is_empty());
+    Ok(())
+}
+
+#[tokio::test]
+async fn tampering_with_the_log_is_found() -> Result<()> {
+    let store = memory();
+    let mut log = create(&access(&store, key(1)), CLUSTER, "main").await?;
+    Session::begin(&mut log, "test", |_| "x".into())
+        .await?
+        .abort(&mut log, "")
+        .await?;
+    for (seq, from) in [(2u64, 3u64), (3, 2)] {
+        let name = |n: u64| format!("acme/log/{n:020}");
+        let (there, other) = (
+            store.get(&name(seq), 1 << 20).await?,
+            store.get(&name(from), 1 << 20).await?,
+        );
+        store.put_hashed(&name(seq), other.into()).await?;
+        let error = Log::open(Stanza::open(&access(&store, key(1))).await?)
+            .await
+            .err()
+            .map(|e| e.to_string())
+            .unwrap_or_default();
+        ensure!(error.contains("does not open"), "an entry in another's place: {error}");
+        let mut flipped = there.to_vec();
+        flipped[100] ^= 1;
+        store.put_hashed(&name(seq), Bytes::from(flipped).into()).await?;
+        ensure!(Log::open(Stanza::open(&access(&store, key(1))).await?).await.is_err());
+        let mut newer = there.to_vec();
+        newer[4] = 2;
+        store.put_hashed(&name(seq), Bytes::from(newer).into()).await?;
+        let error = Log::open(Stanza::open(&access(&store, key(1))).await?).await.err();
+        ensure!(
+            error.is_some_and(|e| e.kind() == Kind::Unsupported),
+            "a newer version is unsupported, not damaged"
+        );
+        store.put_hashed(&name(seq), there.into()).await?;
+    }
+    Log::open(Stanza::open(&access(&store, key(1))).await?).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_log_that_is_signed_by_others_is_forged() -> Result<()> {
+    let store = memory();
+    let log = with_sessions(&store, 0).await?;
+    let stanza = log.stanza().clone();
+    // Somebody who knows the metadata key, but not the signing keys, writes a log of their own.
+    let forged = EpochKeys {
+        writer_seed: Some([8; 32]),
+        operator_seed: Some([9; 32]),
+        ..stanza.keys().clone()
+    };
+    let bundle = forged.to_bundle();
+    let mut genesis = log.state().genesis.clone().context("genesis")?;
+    if let Some(epoch) = &mut genesis.key_epoch {
+        epoch.writer_public_key = bundle.writer_public_key;
+        epoch.operator_public_key = bundle.operator_public_key;
+    }
+    let first = proto::LogEntry {
+        seq: 1,
+        previous: vec![0; 32],
+        kind: Some(Entry::Genesis(genesis)),
+        ..Default::default()
+    };
+    let sealed = seal_entry(&forged, stanza.scope(), [3; 32], &first)?;
+    store.put_hashed(&entry(1), Bytes::from(sealed).into()).await?;
+    expect(open(&store).await, Kind::Damaged, "forged")?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn damaged_snapshots_only_cost_reading() -> Result<()> {
+    let store = memory();
+    let log = with_sessions(&store, 40).await?;
+    let snapshots = store.list("acme/snapshots").await?;
+    ensure!(snapshots.len() >= 4);
+    for (name, _) in snapshots {
+        let mut bytes = store.get(&name, 1 << 20).await?.to_vec();
+        bytes[100] ^= 1;
+        store.put_hashed(&name, Bytes::from(bytes).into()).await?;
+    }
+    ensure!(open(&store).await?.state() == log.state());
+    Ok(())
+}

@@ -1,0 +1,320 @@
+//! What PostgreSQL does with a restored copy: it reaches exactly what was promised, or it stops and says why.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use fairvault_tests::fixture::refused;
+use fairvault_tests::{Fixture, Server, Shape, run};
+
+fn set_up(name: &str, settings: &str) -> Result<Fixture> {
+    Fixture::new(
+        name,
+        Shape {
+            archiving: true,
+            settings,
+            ..Default::default()
+        },
+    )
+}
+
+fn restored(s: &Fixture, name: &str, more: &[&str]) -> Result<String> {
+    let (exit, text) = s.restore(name, more);
+    ensure!(exit == 0, "{name}: {exit} {text}");
+    Ok(text)
+}
+
+/// Waits until a server has ended by itself, and returns its log.
+fn ended(server: &Server) -> Result<String> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while server.is_running() {
+        ensure!(Instant::now() < deadline, "it still runs:\n{}", server.log_text());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(server.log_text())
+}
+
+#[test]
+fn a_hole_that_opens_after_the_plan_stops_recovery() -> Result<()> {
+    let s = set_up("hole", "")?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    let mut segments = Vec::new();
+    for i in 1..=3 {
+        s.sql(&format!("insert into t values ({i})"))?;
+        segments.push(s.flush_archive(&s.server)?);
+    }
+    restored(&s, "r", &[])?;
+    let middle = s
+        .objects("wal")
+        .into_iter()
+        .find(|p| p.display().to_string().contains(&segments[1]))
+        .context("the middle segment")?;
+    std::fs::remove_file(&middle)?;
+    let copy = s.copy("r", 5450);
+    // It may accept connections for a moment; then it must end, and never promote.
+    let _ = copy.try_start(&s.scratch, true);
+    let log = ended(&copy)?;
+    ensure!(
+        log.contains("is missing") && log.contains("this recovery has to reach"),
+        "{log}"
+    );
+    ensure!(!log.contains("selected new timeline"), "{log}");
+    Ok(())
+}
+
+#[test]
+fn latest_before_a_hole_and_a_time_after_the_last_commit_end_where_the_plan_says() -> Result<()> {
+    let s = set_up("until", "")?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    s.sql("insert into t values (1)")?;
+    s.flush_archive(&s.server)?;
+    let text = restored(&s, "by-time", &["--target-time", "2099-01-01T00:00:00Z"])?;
+    ensure!(text.contains("no commit after"), "{text}");
+    restored(&s, "by-end", &[])?;
+    // The original goes on, and so does its archive: that is after the plan.
+    s.sql("insert into t values (2)")?;
+    let lost = s.flush_archive(&s.server)?;
+    s.sql("insert into t values (3)")?;
+    s.flush_archive(&s.server)?;
+    let rows = |server: &Server| server.sql(&s.scratch, "select string_agg(x::text, ',') from t");
+    let copy = s.start("by-time", 5450)?;
+    ensure!(
+        rows(&copy)? == "1",
+        "a target in time is never overshot: {}",
+        rows(&copy)?
+    );
+    drop(copy);
+    let copy = s.start("by-end", 5451)?;
+    ensure!(rows(&copy)? == "1,2,3", "the end is the end: {}", rows(&copy)?);
+    drop(copy);
+    let stored = s.objects("wal");
+    let hole = stored.iter().find(|p| p.display().to_string().contains(&lost));
+    std::fs::remove_file(hole.context("the segment")?)?;
+    let text = restored(&s, "before-hole", &[])?;
+    ensure!(text.contains(&lost), "{text}");
+    let copy = s.start("before-hole", 5452)?;
+    ensure!(rows(&copy)? == "1", "{}", rows(&copy)?);
+    Ok(())
+}
+
+#[test]
+fn recovery_across_wal_level_minimal_is_refused_beforehand() -> Result<()> {
+    let s = set_up("minimal", "")?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    let before = s.sql("select pg_current_wal_insert_lsn()")?;
+    s.sql("insert into t values (1)")?;
+    let conf = s.server.data.join("postgresql.auto.conf");
+    s.server.stop(&s.scratch, "fast")?;
+    let good = std::fs::read_to_string(&conf)?;
+    std::fs::write(
+        &conf,
+        format!("{good}wal_level = minimal\nmax_wal_senders = 0\narchive_mode = off\n"),
+    )?;
+    s.server.start(&s.scratch)?;
+    let (exit, text) = s.fairvault(&["backup", "acme", "--fast", "--progress", "none"]);
+    ensure!(exit != 0 && text.contains("max_wal_senders"), "{exit} {text}");
+    s.sql("insert into t values (2)")?;
+    s.server.stop(&s.scratch, "fast")?;
+    std::fs::write(&conf, good)?;
+    s.server.start(&s.scratch)?;
+    s.sql("insert into t values (3)")?;
+    s.flush_archive(&s.server)?;
+    refused(s.restore("r", &[]), 3, "wal_level = minimal")?;
+    ensure!(!Path::new(&s.path("r")).exists());
+    restored(&s, "earlier", &["--target-lsn", &before])?;
+    s.start("earlier", 5450)?;
+    // From a newer backup on, all is well.
+    s.backup()?;
+    restored(&s, "r", &[])?;
+    ensure!(s.start("r", 5451)?.sql(&s.scratch, "select count(*) from t")? == "3");
+    Ok(())
+}
+
+#[test]
+fn settings_of_the_original_do_not_disturb_the_copy() -> Result<()> {
+    let s = set_up("inherited", "")?;
+    let pid_file = s.path("original.pid");
+    for setting in [
+        "recovery_target_name = 'elsewhere'",
+        "recovery_target_action = 'shutdown'",
+        "restore_command = 'false'",
+        &format!("recovery_end_command = 'touch {}'", s.path("touched")),
+        "primary_conninfo = 'host=/nonexistent'",
+        "recovery_min_apply_delay = '1h'",
+        &format!("external_pid_file = '{pid_file}'"),
+    ] {
+        s.sql(&format!("alter system set {setting}"))?;
+    }
+    s.server.stop(&s.scratch, "fast")?;
+    s.server.start(&s.scratch)?;
+    let original = std::fs::read_to_string(&pid_file)?;
+    s.sql("create table t as select 1 as x")?;
+    s.backup()?;
+    s.sql("insert into t values (2)")?;
+    s.sql("select pg_create_restore_point('here')")?;
+    s.sql("insert into t values (3)")?;
+    s.flush_archive(&s.server)?;
+    restored(&s, "r", &["--target-name", "here"])?;
+    let copy = s.start("r", 5450)?;
+    ensure!(copy.sql(&s.scratch, "select count(*) from t")? == "2");
+    ensure!(!Path::new(&s.path("touched")).exists(), "a command of the original ran");
+    ensure!(
+        std::fs::read_to_string(&pid_file)? == original,
+        "the original's pid file"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_time_means_what_it_says_to_the_microsecond() -> Result<()> {
+    let s = set_up("exact", "track_commit_timestamp = on\n")?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    let xid = s.sql("begin; insert into t values (1); select pg_current_xact_id(); commit")?;
+    let xid = xid
+        .lines()
+        .find(|l| l.parse::<u32>().is_ok())
+        .context("xid")?
+        .to_owned();
+    let time = s.sql(&format!(
+        "select to_char(pg_xact_commit_timestamp('{xid}') at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS.US\"+00\"')"
+    ))?;
+    s.sql("insert into t values (2)")?;
+    s.flush_archive(&s.server)?;
+    for (name, port, more, expected) in [
+        ("inclusive", 5450, None, "1"),
+        ("exclusive", 5451, Some("--target-exclusive"), ""),
+    ] {
+        let mut all = vec!["--target-time", time.as_str()];
+        all.extend(more);
+        restored(&s, name, &all)?;
+        let copy = s.start(name, port)?;
+        let rows = copy.sql(&s.scratch, "select string_agg(x::text, ',') from t")?;
+        ensure!(rows == expected, "{name}: {rows:?}, expected {expected:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn positions_that_no_record_reaches_are_refused() -> Result<()> {
+    let s = set_up("positions", "")?;
+    s.backup()?;
+    s.sql("create table t (x int)")?;
+    let segment = s.flush_archive(&s.server)?;
+    // Behind the record that ended the last archived segment.
+    let end = s.sql(&format!(
+        "select pg_lsn('0/0') + (('x' || right('{segment}', 8))::bit(32)::bigint + 1) * 16777216 - 64"
+    ))?;
+    refused(s.restore("r", &["--target-lsn", &end]), 3, "never reached")?;
+    Ok(())
+}
+
+#[test]
+fn tablespaces_of_others_are_not_touched_even_by_force() -> Result<()> {
+    let s = set_up("foreign", "")?;
+    run(s
+        .scratch
+        .command("mkdir")
+        .args([s.path("ts1"), s.path("ts2"), s.path("foreign")]))?;
+    s.scratch.write("foreign/precious", b"do not touch")?;
+    for name in ["ts1", "ts2"] {
+        s.sql(&format!("create tablespace {name} location '{}'", s.path(name)))?;
+        s.sql(&format!(
+            "create table {name} tablespace {name} as select generate_series(1, 1000) as x"
+        ))?;
+    }
+    s.backup()?;
+    let map = |old: &str, new: &str| format!("{}={}", s.path(old), s.path(new));
+    let (first, second) = (map("ts1", "r-ts1"), map("ts2", "r-ts2"));
+    let good = ["--tablespace-map", &first, "--tablespace-map", &second];
+    let foreign = map("ts2", "foreign");
+    let same = map("ts2", "r-ts1");
+    let nested = map("ts2", "r-ts1/below");
+    for more in [&[][..], &["--delta"], &["--force"]] {
+        let with = |mapped: &str| {
+            let mut all = vec!["--tablespace-map", &first, "--tablespace-map", mapped];
+            all.extend(more);
+            s.restore("r", &all)
+        };
+        refused(with(&foreign), 1, "nothing shows that it belongs")?;
+        refused(with(&same), 2, "a folder of its own")?;
+        refused(with(&nested), 2, "a folder of its own")?;
+    }
+    ensure!(std::fs::read(s.path("foreign/precious"))? == b"do not touch");
+    // Our own are used again, and what else stands beside the version's folder stays.
+    restored(&s, "r", &good)?;
+    s.scratch.write("r-ts1/beside", b"not ours")?;
+    restored(&s, "r", &[&good[..], &["--delta"]].concat())?;
+    restored(&s, "r", &[&good[..], &["--force"]].concat())?;
+    ensure!(std::fs::read(s.path("r-ts1/beside"))? == b"not ours");
+    // Died half-way: the links are gone, and the marker knows whose the folders are.
+    for link in std::fs::read_dir(s.path("r/pg_tblspc"))? {
+        std::fs::remove_file(link?.path())?;
+    }
+    std::fs::remove_file(s.path("r/global/pg_control"))?;
+    let marker = format!("tablespace {}\ntablespace {}\n", s.path("r-ts1"), s.path("r-ts2"));
+    s.scratch.write("r/fairvault.restoring", marker.as_bytes())?;
+    restored(&s, "r", &good)?;
+    let copy = s.start("r", 5450)?;
+    ensure!(
+        copy.sql(
+            &s.scratch,
+            "select (select count(*) from ts1) + (select count(*) from ts2)"
+        )? == "2000"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_backup_of_a_promoted_copy_carries_its_history_and_no_leftovers() -> Result<()> {
+    let s = set_up("promoted", "")?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    s.sql("insert into t values (1)")?;
+    s.flush_archive(&s.server)?;
+    restored(&s, "copy", &[])?;
+    let copy = s.start("copy", 5450)?;
+    ensure!(copy.sql(&s.scratch, "select timeline_id from pg_control_checkpoint()")? == "2");
+    copy.sql(&s.scratch, "insert into t values (2)")?;
+    ensure!(Path::new(&s.path("copy/fairvault.restored")).exists());
+    // ALTER SYSTEM writes the file anew, without comments.
+    copy.sql(&s.scratch, "alter system set work_mem = '5MB'")?;
+    let id = s.backup_id(&["--conninfo", &copy.conninfo()])?;
+    let histories = s
+        .objects("wal")
+        .iter()
+        .filter(|p| p.display().to_string().contains(".history"))
+        .count();
+    ensure!(
+        histories == 1,
+        "nobody archives there, so the backup brings the history"
+    );
+    drop(copy);
+    restored(&s, "r", &["--backup", &id, "--archiving", "keep"])?;
+    ensure!(!Path::new(&s.path("r/fairvault.restored")).exists());
+    let conf = std::fs::read_to_string(s.path("r/postgresql.auto.conf"))?;
+    ensure!(!conf.contains("archive_mode") && conf.contains("work_mem"), "{conf}");
+    ensure!(conf.matches("restore_command").count() == 1, "{conf}");
+    let copy = s.start("r", 5451)?;
+    ensure!(copy.sql(&s.scratch, "select string_agg(x::text, ',') from t")? == "1,2");
+    // Without the history, the plan says so before anything is written.
+    drop(copy);
+    let stored = s.objects("wal");
+    let history = stored.iter().find(|p| p.display().to_string().contains(".history"));
+    std::fs::remove_file(history.context("history")?)?;
+    let current = ["--backup", &id, "--target-timeline", "current"];
+    refused(s.restore("r2", &current), 4, "00000002.history")?;
+    let (exit, text) = s.fairvault(&["verify", "acme", "--progress", "none"]);
+    ensure!(
+        exit == 4 && text.contains("history of its timeline 2 is missing"),
+        "{text}"
+    );
+    // The older backup does not need it.
+    let first = s.ok(&["info", "acme", "--output", "json"])?;
+    let first = fairvault_tests::fixture::field(&first, "id")?;
+    restored(&s, "r3", &["--backup", &first, "--target-timeline", "current"])?;
+    Ok(())
+}

@@ -1,0 +1,240 @@
+//! What makes base backups hard: pages torn while they are read, large files, servers that change roles.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use fairvault_tests::{Fixture, Shape, code, run};
+
+/// Waits until the server sends files of a base backup.
+fn wait_for_streaming(s: &Fixture, server: &fairvault_tests::Server) -> Result<()> {
+    server.wait_for(
+        &s.scratch,
+        "select count(*) from pg_stat_progress_basebackup where phase = 'streaming database files'",
+        "1",
+    )
+}
+
+#[test]
+fn a_page_that_was_torn_while_it_was_read_is_benign() -> Result<()> {
+    let s = Fixture::new("torn", Shape::default())?;
+    // The tablespace is sent first, slowly: meanwhile a page of the table in the main directory changes.
+    run(s.scratch.command("mkdir").arg(s.path("ts")))?;
+    s.sql(&format!("create tablespace ts location '{}'", s.path("ts")))?;
+    s.sql("create table filler tablespace ts as select i, md5(i::text) from generate_series(1, 200000) i")?;
+    s.sql("create table t as select i, 0 as v from generate_series(1, 10000) i")?;
+    s.sql("create table untouched as select i from generate_series(1, 10000) i")?;
+    s.sql("checkpoint")?;
+    let path = s.sql("select pg_relation_filepath('t')")?;
+    let arguments = [
+        "backup",
+        "acme",
+        "--fast",
+        "--max-rate",
+        "4MiB",
+        "--progress",
+        "none",
+        "--output",
+        "json",
+    ];
+    let (exit, text) = std::thread::scope(|scope| -> Result<(i32, String)> {
+        let backup = scope.spawn(|| code(&mut s.command(&arguments)));
+        wait_for_streaming(&s, &s.server)?;
+        s.sql("update t set v = 1 where i <= 100")?;
+        // Half of the page as the server would write it, half as it was: here, garbage.
+        let file = std::fs::File::options().write(true).open(s.server.data.join(&path))?;
+        file.write_all_at(&[0x5A; 4096], 4096)?;
+        backup.join().map_err(|_| anyhow::anyhow!("panicked"))
+    })?;
+    ensure!(exit == 0, "{exit} {text}");
+    ensure!(
+        text.contains("benign: torn while it was read") && text.contains(&path) && text.contains("\"damaged_pages\":0"),
+        "{text}"
+    );
+    ensure!(
+        s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
+            .contains("all good")
+    );
+    let map = format!("all={}", s.path("r-ts"));
+    let (exit, text) = s.restore("r", &["--tablespace-map", &map]);
+    ensure!(exit == 0, "{text}");
+    let copy = s.start("r", 5450)?;
+    ensure!(copy.sql(&s.scratch, "select sum(v), count(*) from t")? == "100|10000");
+    Ok(())
+}
+
+#[test]
+fn files_beyond_one_gibibyte_and_a_linked_pg_wal() -> Result<()> {
+    let wal = std::env::temp_dir().join(format!("fv-linked-wal-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&wal);
+    let wal_text = wal.display().to_string();
+    let s = Fixture::new(
+        "large",
+        Shape {
+            initdb: &["-k", "-X", &wal_text],
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table big (x int); insert into big values (0)")?;
+    let path = s.sql("select pg_relation_filepath('big')")?;
+    s.server.stop(&s.scratch, "fast")?;
+    // Pages of zeros are new pages: the next rows go into a second file.
+    std::fs::File::options()
+        .write(true)
+        .open(s.server.data.join(&path))?
+        .set_len(1 << 30)?;
+    s.server.start(&s.scratch)?;
+    s.sql("insert into big select generate_series(1, 100000)")?;
+    ensure!(s.server.data.join(format!("{path}.1")).exists());
+    let text = s.backup()?;
+    ensure!(!text.contains("checksum"), "{text}");
+    ensure!(
+        s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
+            .contains("all good")
+    );
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(
+        std::fs::symlink_metadata(s.path("r/pg_wal"))?.is_dir(),
+        "a copy keeps its WAL to itself"
+    );
+    let copy = s.start("r", 5450)?;
+    ensure!(copy.sql(&s.scratch, "select count(*), sum(x) from big")? == "100001|5000050000");
+    copy.stop(&s.scratch, "fast")?;
+    run(s
+        .scratch
+        .command(fairvault_tests::tools::bin(15).join("pg_checksums"))
+        .args(["--check", "-D", &s.path("r")]))?;
+    s.server.stop(&s.scratch, "fast")?;
+    std::fs::remove_dir_all(&wal)?;
+    Ok(())
+}
+
+#[test]
+fn a_checkpoint_that_takes_its_time_is_waited_for() -> Result<()> {
+    let settings = "checkpoint_timeout = 30s\ncheckpoint_completion_target = 0.2\n";
+    let s = Fixture::new(
+        "spread",
+        Shape {
+            settings,
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table t as select i, md5(i::text) from generate_series(1, 100000) i")?;
+    let started = Instant::now();
+    let (exit, text) = s.fairvault(&["backup", "acme", "--progress", "plain"]);
+    ensure!(
+        exit == 0 && text.contains("waiting for the server's checkpoint"),
+        "{text}"
+    );
+    ensure!(
+        started.elapsed() > Duration::from_secs(1),
+        "the checkpoint was not spread"
+    );
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(s.start("r", 5450)?.sql(&s.scratch, "select count(*) from t")? == "100000");
+    Ok(())
+}
+
+#[test]
+fn a_promotion_during_a_backup_fails_it() -> Result<()> {
+    let s = Fixture::new(
+        "promotion",
+        Shape {
+            archiving: true,
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table t as select i, md5(i::text) from generate_series(1, 300000) i")?;
+    s.backup()?;
+    s.flush_archive(&s.server)?;
+    let (exit, text) = s.restore("standby", &["--standby"]);
+    ensure!(exit == 0, "{text}");
+    let conf = s.path("standby/postgresql.auto.conf");
+    let text = std::fs::read_to_string(&conf)?
+        + &format!("primary_conninfo = '{}'\nfull_page_writes = on\n", s.server.conninfo());
+    std::fs::write(&conf, text)?;
+    let standby = s.copy("standby", 5460);
+    standby.start(&s.scratch)?;
+    // A standby cannot have its last segment archived.
+    let conninfo = standby.conninfo();
+    let (exit, text) = s.fairvault(&["--conninfo", &conninfo, "backup", "acme", "--wal", "archive"]);
+    ensure!(exit == 2 && text.contains("needs a primary"), "{exit} {text}");
+    let arguments = [
+        "--conninfo",
+        &conninfo,
+        "backup",
+        "acme",
+        "--fast",
+        "--max-rate",
+        "4MiB",
+        "--progress",
+        "none",
+    ];
+    let (exit, text) = std::thread::scope(|scope| -> Result<(i32, String)> {
+        let backup = scope.spawn(|| code(&mut s.command(&arguments)));
+        wait_for_streaming(&s, &standby)?;
+        run(standby
+            .program(&s.scratch, "pg_ctl")
+            .args(["promote", "-w", "-D"])
+            .arg(&standby.data))?;
+        backup.join().map_err(|_| anyhow::anyhow!("panicked"))
+    })?;
+    ensure!(exit != 0 && text.contains("promoted"), "{exit} {text}");
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(!info.contains("unfinished"), "the session was ended: {info}");
+    ensure!(info.matches(" full ").count() == 1, "{info}");
+    // The new primary is backed up as it is, on its own timeline.
+    let id = s.backup_id(&["--conninfo", &conninfo])?;
+    let (exit, text) = s.restore("r", &["--backup", &id]);
+    ensure!(exit == 0, "{text}");
+    ensure!(s.start("r", 5461)?.sql(&s.scratch, "select count(*) from t")? == "300000");
+    Ok(())
+}
+
+#[test]
+fn progress_is_told_to_people_and_to_machines() -> Result<()> {
+    let s = Fixture::new("progress", Shape::default())?;
+    s.sql("create table t as select i, md5(i::text) from generate_series(1, 200000) i")?;
+    let (exit, text) = s.fairvault(&[
+        "backup",
+        "acme",
+        "--fast",
+        "--max-rate",
+        "16MiB",
+        "--progress",
+        "json",
+        "--output",
+        "json",
+    ]);
+    ensure!(exit == 0, "{text}");
+    let events: Vec<serde_json::Value> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    let copying: Vec<_> = events
+        .iter()
+        .filter(|e| e["kind"] == "progress" && e["phase"] == "copying")
+        .collect();
+    ensure!(copying.len() >= 2, "{text}");
+    let read: Vec<u64> = copying.iter().filter_map(|e| e["read_bytes"].as_u64()).collect();
+    ensure!(read.is_sorted() && read.last() > read.first(), "{read:?}");
+    ensure!(
+        copying.iter().all(|e| e["total_bytes"].as_u64() > Some(10 << 20)),
+        "{text}"
+    );
+    let result = events.iter().find(|e| e["kind"] == "backup");
+    ensure!(
+        result.is_some_and(|e| e["plain_bytes"].as_u64() >= read.last().copied()),
+        "{text}"
+    );
+    // Not a terminal: plain lines, without control characters.
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0 && !text.contains("copying"), "--progress none: {text}");
+    let (exit, text) = s.fairvault(&["restore", "acme", "--to", &s.path("r2")]);
+    ensure!(
+        exit == 0 && text.contains("planning …") && text.contains("copying") && !text.contains('\x1b'),
+        "{text}"
+    );
+    ensure!(Path::new(&s.path("r2/global/pg_control")).exists());
+    Ok(())
+}

@@ -1,0 +1,141 @@
+//! Stores for the tests that run inside the engine: in memory, and failing in one chosen way.
+
+#![allow(dead_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use fairvault_engine::env::SystemEnv;
+use fairvault_engine::stanza::Access;
+use fairvault_engine::stanza::create::Cluster;
+use fairvault_engine::store::{Store, StoreSettings};
+use fairvault_format::keys::Secret;
+use futures::stream::BoxStream;
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult,
+};
+
+/// A cluster that nothing is asked of.
+pub const CLUSTER: Cluster = Cluster {
+    system_identifier: 7,
+    major: 17,
+    wal_segment_size: 16 << 20,
+};
+
+/// How tests open the stanza.
+pub fn access(store: &Store, secret: Option<Secret>) -> Access {
+    Access {
+        repository: store.clone(),
+        stanza: "acme".into(),
+        secret,
+        memory: None,
+        may_stretch: true,
+        env: Arc::new(SystemEnv),
+    }
+}
+
+/// A key file's secret.
+pub fn key(byte: u8) -> Option<Secret> {
+    Some(Secret::Key([byte; 32]))
+}
+
+/// A store in memory.
+pub fn memory() -> Store {
+    Store::new(
+        Arc::new(object_store::memory::InMemory::new()),
+        "",
+        "memory://",
+        StoreSettings::default(),
+    )
+}
+
+/// What goes wrong in a [`Faulty`] store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing; requests are counted.
+    None,
+    /// Every third create is carried out and then answered with an error.
+    LostAnswers,
+    /// Create overwrites.
+    NoConditionalCreate,
+}
+
+/// A store that counts requests and fails in one way.
+#[derive(Debug)]
+pub struct Faulty {
+    /// What holds the objects.
+    pub inner: object_store::memory::InMemory,
+    /// Requests so far.
+    pub requests: AtomicU64,
+    fault: Fault,
+}
+
+impl std::fmt::Display for Faulty {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "faulty")
+    }
+}
+
+impl Faulty {
+    /// A new one.
+    pub fn new(fault: Fault) -> Arc<Self> {
+        Arc::new(Self {
+            inner: object_store::memory::InMemory::new(),
+            requests: AtomicU64::new(0),
+            fault,
+        })
+    }
+
+    /// As a repository.
+    pub fn store(self: &Arc<Self>) -> Store {
+        Store::new(self.clone(), "", "faulty://", StoreSettings::default())
+    }
+
+    fn count(&self) -> u64 {
+        self.requests.fetch_add(1, Ordering::Relaxed) + 1
+    }
+}
+
+type Answer<T> = object_store::Result<T>;
+
+#[async_trait::async_trait]
+impl ObjectStore for Faulty {
+    async fn put_opts(&self, l: &Path, p: PutPayload, mut o: PutOptions) -> Answer<PutResult> {
+        let number = self.count();
+        let creating = matches!(o.mode, PutMode::Create);
+        if creating && self.fault == Fault::NoConditionalCreate {
+            o.mode = PutMode::Overwrite;
+        }
+        let result = self.inner.put_opts(l, p, o).await;
+        if creating && self.fault == Fault::LostAnswers && number.is_multiple_of(3) {
+            return Err(object_store::Error::Generic {
+                store: "faulty",
+                source: "the answer was lost".into(),
+            });
+        }
+        result
+    }
+    async fn put_multipart_opts(&self, l: &Path, o: PutMultipartOptions) -> Answer<Box<dyn MultipartUpload>> {
+        self.inner.put_multipart_opts(l, o).await
+    }
+    async fn get_opts(&self, l: &Path, o: GetOptions) -> Answer<GetResult> {
+        self.count();
+        self.inner.get_opts(l, o).await
+    }
+    fn delete_stream(&self, l: BoxStream<'static, Answer<Path>>) -> BoxStream<'static, Answer<Path>> {
+        self.inner.delete_stream(l)
+    }
+    fn list(&self, p: Option<&Path>) -> BoxStream<'static, Answer<ObjectMeta>> {
+        self.count();
+        self.inner.list(p)
+    }
+    async fn list_with_delimiter(&self, p: Option<&Path>) -> Answer<ListResult> {
+        self.count();
+        self.inner.list_with_delimiter(p).await
+    }
+    async fn copy_opts(&self, f: &Path, t: &Path, o: CopyOptions) -> Answer<()> {
+        self.inner.copy_opts(f, t, o).await
+    }
+}
