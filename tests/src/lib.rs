@@ -5,6 +5,7 @@
 //! user `postgres`.
 
 pub mod fixture;
+pub mod rgw;
 pub mod s3;
 pub mod scratch;
 pub mod server;

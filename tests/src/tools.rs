@@ -20,6 +20,9 @@ const PACKAGES: [(u32, &str); 4] = [
 /// The version of the S3 server.
 const MINISTACK: &str = "ministack==1.5.33";
 
+/// The version of the S3 server whose probe must fail.
+const S3S_FS: &str = "0.14.1";
+
 /// Folder of everything that is installed.
 pub fn folder() -> PathBuf {
     std::env::var_os("FAIRVAULT_TOOLS").map_or_else(|| PathBuf::from("/var/tmp/fairvault-tools"), PathBuf::from)
@@ -153,6 +156,35 @@ pub fn install_ministack() -> Result<PathBuf> {
     Ok(python("ministack", &[MINISTACK])?.join("ministack"))
 }
 
+/// An S3 server that only pretends to create conditionally.
+pub fn install_s3s_fs() -> Result<PathBuf> {
+    let root = folder().join("cargo");
+    let binary = root.join("bin/s3s-fs");
+    if !binary.is_file() {
+        eprintln!("building s3s-fs (some minutes)");
+        run(
+            Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+                .args(["install", "--quiet", "--locked", "--root"])
+                .arg(&root)
+                .args(["s3s-fs", "--version", S3S_FS, "--features", "binary"]),
+        )?;
+    }
+    Ok(binary)
+}
+
+/// GNU time, which tells peak memory.
+pub fn install_time() -> Result<()> {
+    match Path::new("/usr/bin/time").exists() {
+        true => Ok(()),
+        false => apt(&["time"]),
+    }
+}
+
+/// Whether the full run was asked for.
+pub fn is_full() -> bool {
+    std::env::var_os("FAIRVAULT_FULL").is_some()
+}
+
 /// Debian sid in a folder with PostgreSQL 17, 18 and 19 and all their tools. Needs root.
 pub fn install_sid() -> Result<()> {
     let root = sid();
@@ -196,25 +228,11 @@ pub fn install_sid() -> Result<()> {
             command
         };
         run(apt().args(["update", "-q"]))?;
-        run(apt().args([
-            "install",
-            "-y",
-            "-q",
-            "--no-install-recommends",
-            "-t",
-            "experimental",
-            "postgresql-19",
-            "postgresql-client-19",
-            "libpq5",
-        ]))?;
-        run(apt().args([
-            "install",
-            "-y",
-            "-q",
-            "--no-install-recommends",
-            "postgresql-18",
-            "postgresql-17",
-        ]))?;
+        // Only these from experimental: its other packages do not fit those of sid.
+        run(apt()
+            .args(["install", "-y", "-q", "--no-install-recommends"])
+            .args(["postgresql-19/experimental", "postgresql-client-19/experimental"])
+            .args(["libpq5/experimental", "postgresql-18", "postgresql-17"]))?;
         std::fs::write(root.join(".complete"), "")?;
     }
     mount_sid()

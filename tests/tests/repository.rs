@@ -18,8 +18,9 @@ use fairvault_engine::store::probe::probe;
 use fairvault_engine::store::url::RepositoryUrl;
 use fairvault_engine::store::{Created, Store, StoreSettings};
 use fairvault_format::keys::Secret;
-use fairvault_tests::Scratch;
-use fairvault_tests::s3::S3;
+use fairvault_tests::rgw::{self, Rgw};
+use fairvault_tests::s3::{S3, free_port};
+use fairvault_tests::{Scratch, tools};
 use object_store::path::Path;
 use object_store::{Attribute, ObjectStoreExt};
 
@@ -126,6 +127,74 @@ async fn conformance_on_s3() -> Result<()> {
         ..Default::default()
     };
     conformance(&url.open(false)?).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn conformance_on_radosgw() -> Result<()> {
+    if !tools::is_full() {
+        eprintln!("Ceph's radosgw is part of `cargo xtask test --full`");
+        return Ok(());
+    }
+    let scratch = Scratch::new("rgw")?;
+    let server = Rgw::start(&scratch)?;
+    server.bucket("bucket")?;
+    let url = RepositoryUrl {
+        url: "s3://bucket/some/prefix".into(),
+        endpoint: Some(server.endpoint()),
+        region: Some("us-east-1".into()),
+        access_key: Some(rgw::ACCESS_KEY.into()),
+        secret_key: Some(rgw::SECRET_KEY.into()),
+        ..Default::default()
+    };
+    conformance(&url.open(false)?).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_probe_sees_through_s3s_fs() -> Result<()> {
+    if !tools::is_full() {
+        eprintln!("s3s-fs is part of `cargo xtask test --full`");
+        return Ok(());
+    }
+    let scratch = Scratch::new("s3s")?;
+    let root = scratch.join("root");
+    std::fs::create_dir_all(root.join("bucket"))?;
+    let port = free_port()?.to_string();
+    let mut server = std::process::Command::new(tools::install_s3s_fs()?)
+        .args([
+            "--access-key",
+            "test",
+            "--secret-key",
+            "testsecret",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            &port,
+        ])
+        .arg(&root)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()?;
+    let url = RepositoryUrl {
+        url: "s3://bucket".into(),
+        endpoint: Some(format!("http://127.0.0.1:{port}")),
+        region: Some("us-east-1".into()),
+        access_key: Some("test".into()),
+        secret_key: Some("testsecret".into()),
+        retry_timeout: Some(std::time::Duration::from_secs(10)),
+        ..Default::default()
+    };
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    let probed = probe(&url.open(false)?, &SystemEnv).await;
+    server.kill()?;
+    server.wait()?;
+    let error = probed.err().map(|e| (e.kind(), e.to_string()));
+    ensure!(
+        error
+            .as_ref()
+            .is_some_and(|(kind, text)| *kind == Kind::Refused && text.contains("conditionally")),
+        "{error:?}"
+    );
+    Ok(())
 }
 
 #[tokio::test]

