@@ -367,9 +367,9 @@ pub struct GetArgs {
     /// Recovery must not get beyond this position: what was archived after the restore was planned
     #[arg(long, value_name = "LSN")]
     pub until: Option<String>,
-    /// Recovery follows this timeline
-    #[arg(long, value_name = "N")]
-    pub timeline: Option<u32>,
+    /// Recovery follows this timeline, or the latest
+    #[arg(long, value_name = "N|latest")]
+    pub timeline: Option<String>,
     /// System identifier of the cluster, where the stanza has had several
     #[arg(long, value_name = "N")]
     pub system_identifier: Option<u64>,

@@ -58,6 +58,14 @@ fn exact(text: &str, now: &Zoned) -> Option<Result<Zoned>> {
     if let Ok(time) = text.parse::<Timestamp>() {
         return Some(Ok(time.to_zoned(now.time_zone().clone())));
     }
+    // A zone in brackets, as RFC 9557 has it.
+    if let Some((time, name)) = text.strip_suffix(']').and_then(|t| t.split_once('[')) {
+        let zone = TimeZone::get(name).ok()?;
+        return match time.parse::<Timestamp>() {
+            Ok(time) => Some(Ok(time.to_zoned(zone))),
+            Err(_) => civil(time).map(|t| on_the_wall(&zone, t)),
+        };
+    }
     // A zone name behind the time.
     if let Some((time, name)) = text.rsplit_once(' ')
         && name.chars().next().is_some_and(char::is_alphabetic)
@@ -93,6 +101,10 @@ fn offset(text: &str) -> Option<jiff::tz::Offset> {
 }
 
 fn civil(text: &str) -> Option<DateTime> {
+    // An annotation would be passed over.
+    if text.contains('[') {
+        return None;
+    }
     if let Ok(time) = text.parse::<DateTime>() {
         return Some(time);
     }
@@ -201,6 +213,8 @@ mod tests {
             ("friday 12:00", "2026-11-20T11:00:00Z"),
             ("2 hours ago", "2026-11-22T07:00:00Z"),
             ("now", "2026-11-22T09:00:00Z"),
+            ("2026-11-21T12:00:00[America/New_York]", "2026-11-21T17:00:00Z"),
+            ("2026-11-21T12:00:00-05:00[America/New_York]", "2026-11-21T17:00:00Z"),
         ] {
             assert_eq!(at(text).as_deref(), Some(expected), "{text}");
         }

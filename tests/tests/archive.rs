@@ -265,6 +265,22 @@ fn a_passphrase_is_never_stretched_while_archiving() -> Result<()> {
     let (exit, text) = with("cache2", &pass, &["info", "acme"]);
     ensure!(exit == 0, "{text}");
     ensure!(with("cache2", &pass, &push).0 == 0);
+    // A second passphrase opens the stanza too, on hosts that remember the first one.
+    s.scratch.write("second", b"another one\n")?;
+    let second = format!("{dir}/second");
+    ensure!(
+        with(
+            "cache2",
+            &pass,
+            &["key", "add-slot", "acme", "more", "--secret-file", &second]
+        )
+        .0 == 0
+    );
+    for cache in ["cache1", "cache2"] {
+        let (exit, text) = with(cache, &second, &["info", "acme"]);
+        ensure!(exit == 0, "{cache}: {text}");
+        ensure!(with(cache, &second, &push).0 == 0);
+    }
     // A wrong passphrase is never helped by the cache.
     s.scratch.write("wrong", b"wrong\n")?;
     let (exit, text) = with("cache2", &format!("{dir}/wrong"), &["info", "acme"]);
@@ -315,8 +331,15 @@ fn parts_of_a_segment_end_a_recovery_and_never_stand_for_the_whole() -> Result<(
     let got = std::fs::read(s.scratch.join("fetched"))?;
     ensure!(got[..short_len] == wal[..short_len] && got[short_len..].iter().all(|&b| b == 0));
     ensure!(s.get(&name_of, &["--until", &at(0)?]).0 == 1);
-    // The whole takes over.
+    // Later WAL shows that the part is not the end: however often it is asked for.
     s.sql("select pg_switch_wal()")?;
+    let next = s.segments(1)?.remove(0);
+    ensure!(s.push(&next).0 == 0);
+    for _ in 0..2 {
+        let (exit, text) = s.get(&name_of, &[]);
+        ensure!(exit == 200 && text.contains("hole"), "{exit} {text}");
+    }
+    // The whole takes over.
     let whole = s.server.data.join("pg_wal").join(&name_of);
     ensure!(s.push(&whole).0 == 0 && s.get(&name_of, &[]).0 == 0);
     ensure!(std::fs::read(s.scratch.join("fetched"))? == std::fs::read(&whole)?);

@@ -94,6 +94,50 @@ async fn lost_key_slots_are_not_replaced_by_new_ones() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_creation_that_died_is_not_continued_with_keys_that_are_gone() -> Result<()> {
+    let scratch = Scratch::new("died")?;
+    let store = memory();
+    let remembering = Access {
+        memory: Some(Memory::new(scratch.join("cache"))),
+        ..access(&store, key(1))
+    };
+    create(&remembering, CLUSTER, "main").await?;
+    // As if it had died before its log was remembered, and then everything was deleted.
+    for head in fairvault_tests::fixture::files(&scratch.join("cache")) {
+        if head.ends_with("head") {
+            std::fs::remove_file(head)?;
+        }
+    }
+    for (name, _) in store.list("acme").await? {
+        store.delete(&[name]).await?;
+    }
+    expect(
+        create(&remembering, CLUSTER, "main").await,
+        Kind::Refused,
+        "this host knows",
+    )
+}
+
+#[tokio::test]
+async fn a_lost_log_and_a_lost_description_are_not_made_anew() -> Result<()> {
+    let store = memory();
+    let log = with_sessions(&store, 1).await?;
+    store.put_hashed("acme/roots/00", Bytes::new().into()).await?;
+    // The description's id is in every slot.
+    store.delete(&["fairvault.json".to_owned()]).await?;
+    let again = create(&access(&store, key(1)), CLUSTER, "main").await?;
+    ensure!(again.stanza().scope() == log.stanza().scope() && again.state() == log.state());
+    for (name, _) in store.list("acme/log").await? {
+        store.delete(&[name]).await?;
+    }
+    expect(
+        create(&access(&store, key(1)), CLUSTER, "main").await,
+        Kind::Damaged,
+        "its log was lost",
+    )
+}
+
+#[tokio::test]
 async fn a_bad_slot_does_not_lock_out_the_others() -> Result<()> {
     let store = memory();
     let log = with_sessions(&store, 0).await?;

@@ -318,3 +318,101 @@ fn a_backup_of_a_promoted_copy_carries_its_history_and_no_leftovers() -> Result<
     restored(&s, "r3", &["--backup", &first, "--target-timeline", "current"])?;
     Ok(())
 }
+
+#[test]
+fn what_lies_behind_the_target_does_not_matter() -> Result<()> {
+    // Two backups that brought their own WAL, and nothing in between: PostgreSQL reads ahead of what it replays.
+    let s = Fixture::new("behind", Shape::default())?;
+    s.sql("create table t as select 1 as x")?;
+    let first = s.backup_id(&[])?;
+    for _ in 0..2 {
+        s.sql("insert into t values (2); select pg_switch_wal()")?;
+    }
+    s.backup_id(&[])?;
+    restored(&s, "hole", &["--backup", &first, "--target", "immediate"])?;
+    ensure!(s.start("hole", 5450)?.sql(&s.scratch, "select count(*) from t")? == "1");
+
+    // Damage in a later segment.
+    let s = set_up("later", "")?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    s.sql("insert into t values (1)")?;
+    s.sql("select pg_create_restore_point('good')")?;
+    let lsn = s.sql("select pg_current_wal_insert_lsn()")?;
+    s.sql("insert into t values (2)")?;
+    s.flush_archive(&s.server)?;
+    s.sql("insert into t values (3)")?;
+    let later = s.flush_archive(&s.server)?;
+    s.flush_archive(&s.server)?;
+    let stored = s.objects("wal");
+    let object = stored.iter().find(|p| p.display().to_string().contains(&later));
+    std::fs::write(object.context("the segment")?, b"rubbish")?;
+    for (name, port, target) in [
+        ("by-lsn", 5451, ["--target-lsn", &lsn]),
+        ("by-name", 5452, ["--target-name", "good"]),
+    ] {
+        restored(&s, name, &target)?;
+        let copy = s.start(name, port)?;
+        let rows = copy.sql(&s.scratch, "select count(*) from t where x = 1")?;
+        ensure!(rows == "1", "{name}: {rows}");
+    }
+    refused(s.restore("by-end", &[]), 4, &later)?;
+    Ok(())
+}
+
+#[test]
+fn a_standby_follows_what_it_can_and_waits_for_its_target() -> Result<()> {
+    let s = set_up("follow", "")?;
+    let before = s.sql("select pg_current_wal_insert_lsn()")?;
+    s.backup()?;
+    s.flush_archive(&s.server)?;
+    let conf = |name: &str| std::fs::read_to_string(s.path(&format!("{name}/postgresql.auto.conf")));
+    restored(&s, "newest", &["--standby"])?;
+    ensure!(
+        conf("newest")?.contains("recovery_target_timeline = 'latest'")
+            && conf("newest")?.contains("--timeline latest")
+    );
+    // A time that has not come: it waits there, instead of going on for ever.
+    restored(&s, "waiting", &["--standby", "--target-time", "2099-01-01T00:00:00Z"])?;
+    ensure!(
+        conf("waiting")?.contains("recovery_target_time = '2099-01-01"),
+        "{}",
+        conf("waiting")?
+    );
+    // A branch that left before the backup: PostgreSQL's latest would go there, and fail.
+    let history = format!("1\t{before}\tno recovery target specified\n");
+    let history = s.scratch.write("00000002.history", history.as_bytes())?;
+    s.ok(&["wal", "push", "acme", &history.display().to_string()])?;
+    let text = restored(&s, "pinned", &["--standby"])?;
+    ensure!(text.contains("stays on timeline 1"), "{text}");
+    ensure!(conf("pinned")?.contains("recovery_target_timeline = '1'"));
+    let follower = s.copy("pinned", 5450);
+    follower.start(&s.scratch)?;
+    s.sql("create table later (x int)")?;
+    s.flush_archive(&s.server)?;
+    follower.wait_for(
+        &s.scratch,
+        "select count(*) from pg_tables where tablename = 'later'",
+        "1",
+    )?;
+    Ok(())
+}
+
+#[test]
+fn a_tablespace_that_is_made_after_the_plan_is_not_replayed_into_the_original() -> Result<()> {
+    let s = set_up("after-plan", "")?;
+    run(s.scratch.command("mkdir").arg(s.path("ts")))?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    s.flush_archive(&s.server)?;
+    restored(&s, "r", &[])?;
+    s.sql(&format!("create tablespace ts location '{}'", s.path("ts")))?;
+    s.sql("create table l tablespace ts as select generate_series(1, 1000) as x")?;
+    s.flush_archive(&s.server)?;
+    let copy = s.copy("r", 5450);
+    let _ = copy.try_start(&s.scratch, true);
+    let log = ended(&copy)?;
+    ensure!(log.contains("creates a tablespace"), "{log}");
+    ensure!(s.sql("select count(*) from l")? == "1000");
+    Ok(())
+}

@@ -271,6 +271,20 @@ async fn lost_answers_are_resolved() -> Result<()> {
 }
 
 #[tokio::test]
+async fn throttled_lists_are_asked_again() -> Result<()> {
+    let store = Faulty::new(Fault::ThrottledLists).store();
+    let mut log = create(&access(&store, key(1)), CLUSTER, "main").await?;
+    for _ in 0..10 {
+        Session::begin(&mut log, "test", |_| "x".into())
+            .await?
+            .abort(&mut log, "")
+            .await?;
+        store.list("acme/log").await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_store_that_overwrites_is_refused() -> Result<()> {
     let faulty = Faulty::new(Fault::NoConditionalCreate);
     let error = create(&access(&faulty.store(), key(1)), CLUSTER, "main").await.err();

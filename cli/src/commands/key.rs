@@ -107,6 +107,9 @@ async fn add_slot(context: &Context, stanza: &str, name: &str, secret_file: &std
                 Error::refused(format!("stanza {stanza} already has a slot {name:?}")).remedy("choose another name")
             );
         }
+        if let Some(memory) = &access.memory {
+            memory.forget_slots(&access);
+        }
         output::line(format_args!("{repository}: slot {name} opens stanza {stanza} now"));
     }
     Ok(Outcome::Done)

@@ -189,6 +189,12 @@ pub async fn run(context: &Context, args: RestoreArgs) -> Result<Outcome> {
     for note in &report.plan.reachable.notes {
         output::line(format_args!("note: {note}"));
     }
+    if options.standby && !report.plan.reachable.is_newest {
+        output::line(format_args!(
+            "note: the standby stays on timeline {}: it will not follow a promotion of its primary",
+            report.plan.reachable.history.timeline
+        ));
+    }
     if !options.keep_archiving {
         output::line(
             "note: this copy does not archive WAL; see docs/restore.md for how to let it replace the original",

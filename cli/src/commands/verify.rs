@@ -28,7 +28,11 @@ pub async fn run(context: &Context, stanza: &str, level: VerifyLevel, mode: Prog
         let result = verify::run(&log, &access, level, progress).await;
         drop(display);
         let report = result?;
-        good &= report.findings.is_empty() && report.backups.iter().all(|b| b.restorable || !report.unread.is_empty());
+        good &= report.findings.is_empty()
+            && report
+                .backups
+                .iter()
+                .all(|b| b.problems.is_empty() && b.lost_file_count == 0);
         unread += report.unread.len();
         if context.global.output == Output::Json {
             output::json(
@@ -49,6 +53,14 @@ pub async fn run(context: &Context, stanza: &str, level: VerifyLevel, mode: Prog
         for backup in &report.backups {
             if backup.restorable {
                 output::line(format_args!("backup {}: can be restored", backup.id));
+                continue;
+            }
+            if backup.problems.is_empty() && backup.lost_file_count == 0 {
+                output::line(format_args!(
+                    "backup {}: NOT KNOWN, {} objects that it needs could not be read now",
+                    backup.id,
+                    backup.unknown.len()
+                ));
                 continue;
             }
             output::line(format_args!("backup {}: CANNOT be restored completely", backup.id));

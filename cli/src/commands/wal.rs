@@ -6,7 +6,7 @@ use fairvault_engine::commit::Log;
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::stanza::Stanza;
 use fairvault_engine::wal::archive::Archive;
-use fairvault_engine::wal::get::{self, Needs};
+use fairvault_engine::wal::get::{self, Follow, Needs};
 use fairvault_engine::wal::push;
 
 use super::Outcome;
@@ -68,7 +68,15 @@ pub async fn get(context: &Context, args: GetArgs) -> Result<Outcome> {
     let needs = Needs {
         through: lsn(&args.through)?,
         until: lsn(&args.until)?,
-        timeline: args.timeline,
+        follow: match args.timeline.as_deref() {
+            None => Follow::Unknown,
+            Some("latest") => Follow::Newest,
+            Some(number) => Follow::Timeline(
+                number
+                    .parse()
+                    .map_err(|_| Error::usage(format!("--timeline {number:?}: a number or latest")))?,
+            ),
+        },
     };
     let is_standby = std::path::Path::new("standby.signal").exists();
     let mut attempt = 0;

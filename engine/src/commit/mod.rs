@@ -57,7 +57,7 @@ impl Log {
         }
         if this.state.seq == 0 {
             return Err(Error::not_found(format!("{} has keys and no log", this.stanza.shown()))
-                .remedy("an interrupted `stanza create` leaves that; run it again"));
+                .remedy("an interrupted `stanza create` leaves that, and can be run again; if there were backups, the objects below log/ were lost"));
         }
         this.check_pins()?;
         if remembered.is_some_and(|r| r.seq == this.state.seq) {
@@ -96,15 +96,17 @@ impl Log {
     /// A snapshot counts if the entry after it names it and follows its head.
     async fn try_snapshot(&self, seq: u64, hash: [u8; 32]) -> Result<Option<Snapshot>> {
         let store = self.stanza.store();
-        let (Some(bytes), Some(entry)) = (
-            store
-                .get_opt(&names::snapshot(seq, &hash), limits::OBJECT_BYTES)
-                .await?,
-            store
-                .get_opt(&names::log_context(seq + 1), limits::LOG_ENTRY_BYTES)
-                .await?,
-        ) else {
-            return Ok(None);
+        let read = async {
+            let bytes = store.get(&names::snapshot(seq, &hash), limits::OBJECT_BYTES).await?;
+            let entry = store.get(&names::log_context(seq + 1), limits::LOG_ENTRY_BYTES).await?;
+            Ok::<_, Error>((bytes, entry))
+        };
+        let (bytes, entry) = match read.await {
+            Ok(read) => read,
+            Err(error) => {
+                tracing::debug!("log snapshot {seq} is not used: {error}");
+                return Ok(None);
+            }
         };
         if sha256(&bytes) != hash {
             return Ok(None);

@@ -3,14 +3,14 @@
 //! The index of all live runs is a sorted array of 48 bytes a chunk. What this session meets, new or not,
 //! gets a *handle*: a number that is known at once, while its place in a pack may come later.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 
 use fairvault_format::index::{self, IndexEntry, PackRef};
 use fairvault_format::proto::Snapshot;
 use fairvault_format::{limits, names, sha256};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::stanza::Stanza;
 
 /// Runs fetched at once.
@@ -30,12 +30,10 @@ impl Index {
     pub async fn load(stanza: &Stanza, state: &Snapshot) -> Result<Self> {
         let mut this = Self::default();
         let mut listed: HashMap<[u8; 32], u64> = list_packs(stanza).await?;
-        for (name, _) in stanza.store().list(names::DISTRUSTED).await? {
-            if let Some(hash) = names::parse_hash(&name) {
-                listed.remove(&hash);
-            }
+        for hash in distrusted(stanza).await? {
+            listed.remove(&hash);
         }
-        let marked: std::collections::HashSet<&[u8]> = state
+        let marked: HashSet<&[u8]> = state
             .open_marks
             .iter()
             .flat_map(|m| m.packs.iter().map(Vec::as_slice))
@@ -65,7 +63,6 @@ impl Index {
             for run in fetched {
                 match run {
                     Ok(run) => this.add(run, stanza.keys().epoch, &listed, &marked),
-                    Err(error) if error.kind() == Kind::Temporary => return Err(error.context("loading the index")),
                     Err(error) => {
                         tracing::warn!("a part of the index cannot be used, and what it names is stored again: {error}")
                     }
@@ -77,27 +74,26 @@ impl Index {
         Ok(this)
     }
 
-    fn add(
-        &mut self,
-        run: index::IndexRun,
-        epoch: u32,
-        listed: &HashMap<[u8; 32], u64>,
-        marked: &std::collections::HashSet<&[u8]>,
-    ) {
+    fn add(&mut self, run: index::IndexRun, epoch: u32, listed: &HashMap<[u8; 32], u64>, marked: &HashSet<&[u8]>) {
         let base = self.packs.len() as u32;
-        // The length up to which frames of a pack can be relied on.
-        let usable: Vec<u64> = run
+        let mut need = vec![0u64; run.packs.len()];
+        for e in &run.entries {
+            let end = u64::from(e.offset) + u64::from(e.stored_len);
+            need[e.pack as usize] = need[e.pack as usize].max(end);
+        }
+        let usable: Vec<bool> = run
             .packs
             .iter()
-            .map(|p| match p.header.epoch == epoch && !marked.contains(&p.name[..]) {
-                true => listed.get(&p.name).copied().unwrap_or(0),
-                false => 0,
+            .zip(need)
+            .map(|(p, need)| {
+                let there = listed.get(&p.name).is_some_and(|&len| len >= need);
+                there && p.header.epoch == epoch && !marked.contains(&p.name[..])
             })
             .collect();
         self.entries.extend(
             run.entries
                 .iter()
-                .filter(|e| u64::from(e.offset) + u64::from(e.stored_len) <= usable[e.pack as usize])
+                .filter(|e| usable[e.pack as usize])
                 .map(|e| IndexEntry {
                     pack: base + e.pack,
                     ..*e
@@ -133,10 +129,17 @@ async fn list_packs(stanza: &Stanza) -> Result<HashMap<[u8; 32], u64>> {
         .collect())
 }
 
+/// The packs that were found damaged.
+async fn distrusted(stanza: &Stanza) -> Result<HashSet<[u8; 32]>> {
+    let listed = stanza.store().list(names::DISTRUSTED).await?;
+    Ok(listed.iter().filter_map(|(name, _)| names::parse_hash(name)).collect())
+}
+
 /// Fails unless every pack that a backup relies on is in the store, as long as its frames need it: asked
 /// before the backup counts, for packs that were just stored too.
 pub async fn confirm_packs(stanza: &Stanza, known: &[Known], packs: &[PackRef]) -> Result<()> {
     let listed = list_packs(stanza).await?;
+    let distrusted = distrusted(stanza).await?;
     let mut need = vec![0u64; packs.len()];
     for place in known.iter().filter_map(|k| k.place) {
         let end = u64::from(place.offset) + u64::from(place.stored_len);
@@ -150,13 +153,17 @@ pub async fn confirm_packs(stanza: &Stanza, known: &[Known], packs: &[PackRef]) 
             Some(&len) => Some(len),
             None => stanza.store().len(&name).await?,
         };
-        if len.is_none_or(|len| len < need) {
-            return Err(Error::damaged(format!(
-                "{}/{name}, which this backup needs, {}",
-                stanza.shown(),
-                len.map_or("is not there".to_owned(), |len| format!("has only {len} bytes"))
-            ))
-            .remedy("the backup does not count; start it again: it will store the content anew"));
+        let problem = match len {
+            None => Some("is not there".to_owned()),
+            Some(len) if len < need => Some(format!("has only {len} bytes")),
+            Some(_) if distrusted.contains(&pack.name) => Some("was found damaged meanwhile".to_owned()),
+            Some(_) => None,
+        };
+        if let Some(problem) = problem {
+            return Err(
+                Error::damaged(format!("{}/{name}, which this backup needs, {problem}", stanza.shown(),))
+                    .remedy("the backup does not count; start it again: it will store the content anew"),
+            );
         }
     }
     Ok(())

@@ -162,6 +162,11 @@ impl History {
             }
             ancestors.push(Ancestor { timeline: number, end });
         }
+        // A recovery that ended before an earlier switch of the timeline that it followed writes ends that
+        // decrease: what counts is where the way to this timeline left each of them.
+        for at in (1..ancestors.len()).rev() {
+            ancestors[at - 1].end = ancestors[at - 1].end.min(ancestors[at].end);
+        }
         Ok(Self { timeline, ancestors })
     }
 
@@ -279,6 +284,11 @@ mod tests {
             .collect();
         assert_eq!(names, [(1, 2), (2, 3), (2, 4), (3, 5), (3, 6)]);
         assert!(history.end_of(4).is_err());
+        // A recovery along timeline 2 that ended before timeline 1 did.
+        let early = History::parse(3, b"1\t0/60164E0\tx\n2\t0/4000090\tx\n").unwrap();
+        assert_eq!(early.end_of(1), Ok(Some(Lsn(0x4000090))));
+        assert_eq!(early.timeline_at(Lsn(0x4000080)), 1);
+        assert_eq!(early.timeline_at(Lsn(0x4000090)), 3);
         assert!(History::parse(2, b"2 0/1 x").is_err());
         assert!(History::parse(2, b"nonsense").is_err());
     }

@@ -11,7 +11,7 @@ use fairvault_format::proto::FileKind;
 
 use super::layout::Layout;
 use super::plan::Plan;
-use super::target::{Action, TimelineChoice};
+use super::target::{Action, Target, format_time};
 use super::{Options, sync_directory};
 use crate::error::{Error, Result};
 use crate::stanza::Stanza;
@@ -71,18 +71,21 @@ fn restore_command(plan: &Plan, options: &Options, stanza: &Stanza) -> String {
         plan.info.system_identifier,
         plan.reachable.through
     );
-    if !follows_newest(options) {
-        command += &format!(" --timeline {}", plan.reachable.history.timeline);
+    match follows_newest(plan, options) {
+        true => command += " --timeline latest",
+        false => command += &format!(" --timeline {}", plan.reachable.history.timeline),
     }
-    if let Some(until) = plan.reachable.until.filter(|_| !options.standby) {
+    // A standby without a target goes on with whatever is archived later.
+    let is_open_ended = options.standby && plan.reachable.setting.is_none();
+    if let Some(until) = plan.reachable.until.filter(|_| !is_open_ended) {
         command += &format!(" --until {until}");
     }
     command
 }
 
-/// A standby without a chosen timeline goes with every promotion of its primary.
-fn follows_newest(options: &Options) -> bool {
-    options.standby && options.timeline == TimelineChoice::Latest
+/// A standby goes with every promotion of its primary, if PostgreSQL finds the planned timeline by itself.
+fn follows_newest(plan: &Plan, options: &Options) -> bool {
+    options.standby && plan.reachable.is_newest
 }
 
 fn block(plan: &Plan, options: &Options, stanza: &Stanza, has_pid_file: bool) -> String {
@@ -107,7 +110,7 @@ fn block(plan: &Plan, options: &Options, stanza: &Stanza, has_pid_file: bool) ->
         set(name, "");
     }
     set("restore_command", &restore_command(plan, options, stanza));
-    match follows_newest(options) {
+    match follows_newest(plan, options) {
         true => set("recovery_target_timeline", "latest"),
         false => set("recovery_target_timeline", &plan.reachable.history.timeline.to_string()),
     }
@@ -115,8 +118,11 @@ fn block(plan: &Plan, options: &Options, stanza: &Stanza, has_pid_file: bool) ->
         "recovery_target_inclusive",
         if options.exclusive { "off" } else { "on" },
     );
-    if let Some((name, value)) = &plan.reachable.setting {
-        set(name, value);
+    match (&plan.reachable.setting, &options.target) {
+        (Some((name, value)), _) => set(name, value),
+        // A standby waits for a time that has not come yet; any other recovery would fail at the end.
+        (None, Target::Time(time_us)) if options.standby => set("recovery_target_time", &format_time(*time_us)),
+        _ => {}
     }
     let action = match options.action {
         Action::Pause => "pause",

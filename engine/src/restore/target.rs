@@ -1,5 +1,7 @@
 //! Which moment: targets as the user says them, and the proof that the repository can reach them.
 
+use std::ops::ControlFlow;
+
 use fairvault_format::proto::{self, BackupInfo};
 
 use crate::commit::Log;
@@ -62,6 +64,8 @@ pub struct Reachable {
     pub wal_end: Lsn,
     /// Recovery must not read beyond this: the target is the end of what is there now.
     pub until: Option<Lsn>,
+    /// The timeline is the newest that is known, and PostgreSQL will find it by itself, and those that follow.
+    pub is_newest: bool,
     /// The target as PostgreSQL is to be told; `None` for the end of WAL.
     pub setting: Option<(&'static str, String)>,
     /// Things that the user should know.
@@ -150,12 +154,19 @@ impl<'a> Reader<'a> {
             if let Some(event) = record.event() {
                 on_event(&event);
             }
+            ControlFlow::Continue(())
         })
         .await
     }
 
-    /// The same for every record.
-    pub async fn walk_records(&self, from: Lsn, to: Lsn, mut on_record: impl FnMut(&Record<'_>)) -> Result<Walked> {
+    /// The same for every record, until one of them is enough: then no further segment is fetched.
+    pub async fn walk_records(
+        &self,
+        from: Lsn,
+        to: Lsn,
+        mut on_record: impl FnMut(&Record<'_>) -> ControlFlow<()>,
+    ) -> Result<Walked> {
+        let mut enough = false;
         let size = self.archive.segment_size;
         let mut walker: Option<Walker> = None;
         for segment in self.segments(from, to) {
@@ -166,8 +177,10 @@ impl<'a> Reader<'a> {
             let full = content.len() as u64 == size;
             // A part may end inside a page: its last records count too.
             content.resize(content.len().next_multiple_of(WAL_PAGE), 0);
-            walker.feed(&content, &mut on_record);
-            if walker.stopped().is_some() || !full {
+            walker.feed(&content, |record| {
+                enough = enough || on_record(record).is_break();
+            });
+            if enough || walker.stopped().is_some() || !full {
                 break;
             }
         }
@@ -394,7 +407,15 @@ impl<'a> Choice<'a> {
             history: history.clone(),
             through: stop,
             wal_end: end,
-            until: None,
+            // What lies behind a hole is never asked for; PostgreSQL reads ahead of what it replays.
+            until: reach.is_hole.then_some(end),
+            is_newest: choice == TimelineChoice::Latest
+                && self
+                    .coverage
+                    .timelines
+                    .keys()
+                    .all(|&timeline| timeline <= history.timeline)
+                && (2..=history.timeline).all(|t| self.coverage.histories().any(|h| h.timeline == t)),
             setting: None,
             notes: Vec::new(),
         };
@@ -410,7 +431,6 @@ impl<'a> Choice<'a> {
             Target::Latest => {
                 if reach.is_hole {
                     found.notes.push(self.hole_note(&reach));
-                    found.until = Some(end);
                 }
                 found.through = self.records_end(&reader, start.max(stop), end).await?;
             }
@@ -424,6 +444,11 @@ impl<'a> Choice<'a> {
                 self.search(&reader, &info, target, exclusive, &reach, &mut found)
                     .await?
             }
+        }
+        if found.setting.is_some() {
+            // Nothing behind the segment of the target is needed, whatever becomes of it.
+            let size = self.archive.segment_size;
+            found.until = Some(Lsn(found.through.0.div_ceil(size) * size));
         }
         Ok(found)
     }
@@ -504,9 +529,11 @@ impl<'a> Choice<'a> {
         let mut stops_at = None;
         let walked = reader
             .walk_records(segment_start.max(Lsn(info.start_lsn)), found.wal_end, |record| {
-                if record.lsn >= lsn && stops_at.is_none() {
-                    stops_at = Some(record.end);
+                if record.lsn < lsn {
+                    return ControlFlow::Continue(());
                 }
+                stops_at = Some(record.end);
+                ControlFlow::Break(())
             })
             .await?;
         let Some(stops_at) = stops_at else {
@@ -533,15 +560,20 @@ impl<'a> Choice<'a> {
         let stop = Lsn(info.stop_lsn);
         let mut hit = None;
         reader
-            .walk(Lsn(info.start_lsn), found.wal_end, |event| {
+            .walk_records(Lsn(info.start_lsn), found.wal_end, |record| {
+                let Some(event) = record.event() else {
+                    return ControlFlow::Continue(());
+                };
                 let matches = match (&event.what, target) {
                     (What::TransactionEnd { xid, .. }, Target::Xid(wanted)) => xid == wanted,
                     (What::RestorePoint { name, .. }, Target::Name(wanted)) => name == wanted,
                     _ => false,
                 };
-                if matches && hit.is_none() {
-                    hit = Some(event.end);
+                if !matches {
+                    return ControlFlow::Continue(());
                 }
+                hit = Some(event.end);
+                ControlFlow::Break(())
             })
             .await?;
         let shown = match target {

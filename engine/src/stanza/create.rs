@@ -65,6 +65,12 @@ pub async fn create(access: &Access, cluster: Cluster, slot: &str) -> Result<Log
             ));
         }
     }
+    // From the store: what this host remembers must not stand in for what the repository holds.
+    let from_store = Access {
+        memory: None,
+        ..access.clone()
+    };
+    Stanza::open(&from_store).await?;
     let stanza = Stanza::open(access).await?;
     let log = match Log::open(stanza.clone()).await {
         Err(error) if error.kind() == Kind::NotFound => begin_log(stanza, access, cluster, slot).await?,
@@ -78,13 +84,11 @@ pub async fn create(access: &Access, cluster: Cluster, slot: &str) -> Result<Log
 /// little, must not be written over.
 async fn check_unused(access: &Access, store: &Store) -> Result<()> {
     let first = names::log_context(1);
-    let has_log = store.get_opt(&first, limits::LOG_ENTRY_BYTES).await?.is_some();
-    let mut found = has_log.then_some(first.as_str());
-    for folder in [names::LOG, names::PACKS, names::INDEX, names::ROOTS, names::WAL] {
-        if found.is_none() && store.has_any(folder).await? {
-            found = Some(folder);
-        }
-    }
+    let has_log = store.get_opt(&first, limits::LOG_ENTRY_BYTES).await?.is_some() || store.has_any(names::LOG).await?;
+    let found = match has_log {
+        true => Some(names::LOG),
+        false => content(store).await?,
+    };
     if let Some(found) = found {
         return Err(Error::refused(format!(
             "{} has no key slots and yet holds {found}: its keys were lost, and new ones would not open what is there",
@@ -103,13 +107,44 @@ async fn check_unused(access: &Access, store: &Store) -> Result<()> {
     }
 }
 
+/// A folder with something that only a stanza with a log can have.
+async fn content(store: &Store) -> Result<Option<&'static str>> {
+    for folder in [names::PACKS, names::INDEX, names::ROOTS, names::SNAPSHOTS, names::WAL] {
+        if store.has_any(folder).await? {
+            return Ok(Some(folder));
+        }
+    }
+    Ok(None)
+}
+
 async fn ensure_repository(store: &Store, env: &dyn Env) -> Result<Repository> {
+    // Every key slot carries the repository's id: if only the description was lost, it keeps its id.
+    let known = async || -> Result<Option<[u8; 16]>> {
+        for stanza in store.folders().await? {
+            for (name, _) in store.list(&format!("{stanza}/{}", names::KEYS)).await? {
+                let bytes = store.get(&name, limits::SLOT_BYTES).await?;
+                if let Ok(slot) = keys::decode_slot(&bytes, &name) {
+                    tracing::warn!(
+                        "{} of {} was lost and is written again",
+                        names::REPOSITORY,
+                        store.shown()
+                    );
+                    return Ok(Some(keys::slot_scope(&slot).repository));
+                }
+            }
+        }
+        Ok(None)
+    };
     if store
         .get_opt(names::REPOSITORY, limits::REPOSITORY_JSON_BYTES)
         .await?
         .is_none()
     {
-        let created = Repository::new(env::id(env)?);
+        let id = match known().await? {
+            Some(id) => id,
+            None => env::id(env)?,
+        };
+        let created = Repository::new(id);
         store
             .create(
                 names::REPOSITORY,
@@ -135,6 +170,13 @@ pub fn new_keys(env: &dyn Env, epoch: u32) -> Result<EpochKeys> {
 }
 
 async fn begin_log(stanza: Arc<Stanza>, access: &Access, cluster: Cluster, slot: &str) -> Result<Log> {
+    if let Some(found) = content(stanza.store()).await? {
+        return Err(Error::damaged(format!(
+            "{} has no log and yet holds {found}: its log was lost",
+            stanza.shown()
+        ))
+        .remedy("bring back the objects below log/ from a copy, or from older versions where the bucket keeps them: without them no backup can be found"));
+    }
     let bundle = stanza.keys().to_bundle();
     let genesis = proto::Genesis {
         repository_id: stanza.scope().repository.to_vec(),

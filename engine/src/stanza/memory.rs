@@ -98,10 +98,18 @@ impl Memory {
         self.write(&self.access_folder(access), "slots", &snapshot.encode_to_vec());
     }
 
-    /// Where a stanza is remembered, if its log was seen before.
+    /// Where a stanza is remembered, if anything of it is.
     pub fn knows(&self, access: &Access) -> Option<PathBuf> {
         let folder = self.access_folder(access);
-        folder.join("head").exists().then_some(folder)
+        ["head", "slots", "keys"]
+            .iter()
+            .any(|file| folder.join(file).exists())
+            .then_some(folder)
+    }
+
+    /// Forgets the slots of a stanza, because there is a new one.
+    pub fn forget_slots(&self, access: &Access) {
+        let _ = std::fs::remove_file(self.access_folder(access).join("slots"));
     }
 
     /// Where a stanza is remembered.

@@ -76,22 +76,32 @@ impl Stanza {
         if let Some((scope, epochs)) = access.memory.as_ref().and_then(|m| m.keys(access)) {
             return Ok(Arc::new(Self::new(store, access, scope, epochs)));
         }
-        let slots = match access.memory.as_ref().and_then(|m| m.slots(access)) {
-            Some(slots) => slots,
-            None => {
-                let repository = read_repository(&access.repository).await?;
-                let slots = read_slots(&store, &access.stanza, &repository).await?;
-                if let Some(memory) = &access.memory {
-                    memory.remember_slots(access, &slots);
-                }
-                slots
-            }
+        let remembered = access.memory.as_ref().and_then(|m| m.slots(access));
+        let opened = remembered.map(|slots| open_slots(&slots, access));
+        let (scope, epochs) = match opened {
+            Some(Ok(opened)) => opened,
+            // What is remembered does not open: a slot may have been added since.
+            Some(Err(_)) | None => Self::open_from_store(access, &store).await?,
         };
-        let (scope, epochs) = open_slots(&slots, access)?;
         if let Some(memory) = &access.memory {
             memory.remember_keys(access, &scope, &epochs);
         }
         Ok(Arc::new(Self::new(store, access, scope, epochs)))
+    }
+
+    async fn open_from_store(access: &Access, store: &Store) -> Result<(Scope, Vec<EpochKeys>)> {
+        let repository = read_repository(&access.repository).await?;
+        let (slots, unusable) = read_slots(store, &access.stanza, &repository).await?;
+        match open_slots(&slots, access) {
+            Ok(opened) => {
+                if let Some(memory) = access.memory.as_ref().filter(|_| unusable.is_empty()) {
+                    memory.remember_slots(access, &slots);
+                }
+                Ok(opened)
+            }
+            // The one that would have opened may be among those that could not be read.
+            Err(error) => Err(unusable.into_iter().next().unwrap_or(error)),
+        }
     }
 
     fn new(store: Store, access: &Access, scope: Scope, epochs: Vec<EpochKeys>) -> Self {
@@ -171,13 +181,13 @@ impl Stanza {
 
 type Slots = Vec<proto::Slot>;
 
-async fn read_slots(store: &Store, stanza: &str, repository: &Repository) -> Result<Slots> {
+/// The slots that can be read, and why others cannot.
+async fn read_slots(store: &Store, stanza: &str, repository: &Repository) -> Result<(Slots, Vec<Error>)> {
     let mut slots = Slots::new();
     let mut unusable = Vec::new();
     for (name, _) in store.list(names::KEYS).await? {
         match read_slot(store, &name, &repository.id()?).await {
             Ok(slot) => slots.push(slot),
-            Err(error) if error.kind() == Kind::Temporary => return Err(error),
             Err(error) => unusable.push(error),
         }
     }
@@ -192,7 +202,7 @@ async fn read_slots(store: &Store, stanza: &str, repository: &Repository) -> Res
             )),
         });
     }
-    Ok(slots)
+    Ok((slots, unusable))
 }
 
 /// Reads a key slot of a repository, without opening it.

@@ -61,6 +61,8 @@ impl Default for StoreSettings {
 #[derive(Debug, Clone)]
 pub struct Store {
     inner: Arc<dyn ObjectStore>,
+    /// For uploads: over HTTP, a limit for silence would also limit how long a body may take.
+    uploads: Arc<dyn ObjectStore>,
     prefix: String,
     shown: String,
     settings: StoreSettings,
@@ -70,11 +72,18 @@ impl Store {
     /// A store below `prefix`; `shown` is how it is called in messages.
     pub fn new(inner: Arc<dyn ObjectStore>, prefix: &str, shown: &str, settings: StoreSettings) -> Self {
         Self {
+            uploads: inner.clone(),
             inner,
             prefix: prefix.trim_matches('/').to_owned(),
             shown: shown.trim_end_matches('/').to_owned(),
             settings,
         }
+    }
+
+    /// The same store with another client for uploads.
+    #[must_use]
+    pub fn with_uploads(self, uploads: Arc<dyn ObjectStore>) -> Self {
+        Self { uploads, ..self }
     }
 
     /// The same store, one folder deeper.
@@ -122,6 +131,9 @@ impl Store {
             E::Generic { .. } if is_permission_io(&error) => Error::new(Kind::Failed, what)
                 .remedy("check who owns the repository folder and its permissions")
                 .caused_by(error),
+            E::Generic { .. } if is_bad_medium(&error) => {
+                Error::damaged(format!("{what}: it cannot be read")).caused_by(error)
+            }
             E::Generic { .. } | E::JoinError { .. } => Error::temporary(what).caused_by(error),
             _ => Error::failed(what).caused_by(error),
         }
@@ -161,7 +173,7 @@ impl Store {
             attributes,
             ..Default::default()
         };
-        self.throttled(|| self.inner.put_opts(&path, payload.clone(), options.clone()))
+        self.throttled(|| self.uploads.put_opts(&path, payload.clone(), options.clone()))
             .await
             .map_err(|e| self.error("writing", name, e))?;
         Ok(())
@@ -181,7 +193,7 @@ impl Store {
                 mode: PutMode::Create,
                 ..Default::default()
             };
-            let unclear = match self.inner.put_opts(&path, bytes.clone().into(), options).await {
+            let unclear = match self.uploads.put_opts(&path, bytes.clone().into(), options).await {
                 Ok(_) => return Ok(Created::Won),
                 Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
                     match self.get_opt(name, limit).await? {
@@ -224,7 +236,14 @@ impl Store {
         if let Some(there) = self.get_opt(name, limit).await? {
             return Ok(compare(there));
         }
-        self.put_hashed(name, bytes.clone().into()).await?;
+        // An unclear answer is followed by the same bytes again: a late write of ours must not meet another's.
+        let deadline = tokio::time::Instant::now() + self.settings.retry_timeout;
+        while let Err(error) = self.put_hashed(name, bytes.clone().into()).await {
+            if error.kind() != Kind::Temporary || tokio::time::Instant::now() > deadline {
+                return Err(error);
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
         match self.get_opt(name, limit).await? {
             Some(there) => Ok(compare(there)),
             None => Err(Error::temporary(format!(
@@ -315,11 +334,14 @@ impl Store {
     pub async fn list(&self, folder: &str) -> Result<Vec<(String, u64)>> {
         let path = self.path(folder)?;
         let skip = self.key("").len();
+        let listing = || {
+            self.inner
+                .list(Some(&path))
+                .map_ok(|meta| (meta.location.as_ref()[skip..].to_owned(), meta.size))
+                .try_collect()
+        };
         let mut found: Vec<(String, u64)> = self
-            .inner
-            .list(Some(&path))
-            .map_ok(|meta| (meta.location.as_ref()[skip..].to_owned(), meta.size))
-            .try_collect()
+            .throttled(listing)
             .await
             .map_err(|e| self.error("listing", folder, e))?;
         found.sort();
@@ -332,24 +354,30 @@ impl Store {
         let (path, offset) = (self.path(folder)?, self.path(name)?);
         let skip = self.key("").len();
         let ordered = self.settings.ordered_lists;
-        let mut listed = self.inner.list_with_offset(Some(&path), &offset);
-        let mut found = Vec::new();
-        while let Some(meta) = listed.try_next().await.map_err(|e| self.error("listing", folder, e))? {
-            let name = &meta.location.as_ref()[skip..];
-            if name.starts_with(prefix) {
-                found.push(name.to_owned());
-            } else if ordered && name > prefix {
-                break;
+        let listing = || async {
+            let mut listed = self.inner.list_with_offset(Some(&path), &offset);
+            let mut found = Vec::new();
+            while let Some(meta) = listed.try_next().await? {
+                let name = &meta.location.as_ref()[skip..];
+                if name.starts_with(prefix) {
+                    found.push(name.to_owned());
+                } else if ordered && name > prefix {
+                    break;
+                }
             }
-        }
-        found.sort();
-        Ok(found)
+            found.sort();
+            Ok(found)
+        };
+        self.throttled(listing)
+            .await
+            .map_err(|e| self.error("listing", folder, e))
     }
 
     /// Whether anything is listed below `folder`.
     pub async fn has_any(&self, folder: &str) -> Result<bool> {
         let path = self.path(folder)?;
-        let first = self.inner.list(Some(&path)).try_next().await;
+        let listing = || async { self.inner.list(Some(&path)).try_next().await };
+        let first = self.throttled(listing).await;
         Ok(first.map_err(|e| self.error("listing", folder, e))?.is_some())
     }
 
@@ -357,8 +385,7 @@ impl Store {
     pub async fn folders(&self) -> Result<Vec<String>> {
         let prefix = (!self.prefix.is_empty()).then(|| Path::from(self.prefix.as_str()));
         let result = self
-            .inner
-            .list_with_delimiter(prefix.as_ref())
+            .throttled(|| self.inner.list_with_delimiter(prefix.as_ref()))
             .await
             .map_err(|e| self.error("listing", "", e))?;
         let mut names: Vec<String> = result
@@ -393,18 +420,29 @@ fn is_throttle(error: &object_store::Error) -> bool {
     }
 }
 
-fn is_permission_io(error: &object_store::Error) -> bool {
+/// The first I/O error among the causes.
+fn io_cause(error: &object_store::Error) -> Option<&std::io::Error> {
     let mut source: Option<&dyn std::error::Error> = Some(error);
     while let Some(cause) = source {
         if let Some(io) = cause.downcast_ref::<std::io::Error>() {
-            return matches!(
-                io.kind(),
-                std::io::ErrorKind::PermissionDenied
-                    | std::io::ErrorKind::ReadOnlyFilesystem
-                    | std::io::ErrorKind::NotADirectory
-            );
+            return Some(io);
         }
         source = cause.source();
     }
-    false
+    None
+}
+
+/// EIO: asking again does not help.
+fn is_bad_medium(error: &object_store::Error) -> bool {
+    io_cause(error).is_some_and(|io| io.raw_os_error() == Some(5))
+}
+
+fn is_permission_io(error: &object_store::Error) -> bool {
+    use std::io::ErrorKind as K;
+    io_cause(error).is_some_and(|io| {
+        matches!(
+            io.kind(),
+            K::PermissionDenied | K::ReadOnlyFilesystem | K::NotADirectory
+        )
+    })
 }

@@ -56,7 +56,11 @@ async fn race(store: &Store, name: &str) -> Result<()> {
 /// One create without the certainty that [`Store::create`] adds.
 async fn raw_create(store: &Store, name: &str, bytes: Bytes) -> Result<bool> {
     let path = store.path(name)?;
-    match store.inner.put_opts(&path, bytes.into(), PutMode::Create.into()).await {
+    match store
+        .uploads
+        .put_opts(&path, bytes.into(), PutMode::Create.into())
+        .await
+    {
         Ok(_) => Ok(true),
         Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(false),
         Err(error @ (object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. })) => {

@@ -47,6 +47,9 @@ pub struct RepositoryUrl {
     pub retry_timeout: Option<Duration>,
 }
 
+/// How long one upload may take: a WAL segment of 1 GiB at 5 Mbit/s.
+const UPLOAD_LIMIT: Duration = Duration::from_secs(1800);
+
 /// Classes whose objects cannot be read until they were brought back from an archive.
 fn is_archival(class: &str) -> bool {
     matches!(
@@ -82,12 +85,15 @@ impl RepositoryUrl {
                 }
                 // Required once per process before the first HTTPS client; a second call is harmless.
                 let _ = rustls::crypto::ring::default_provider().install_default();
-                let store: Arc<dyn ObjectStore> = match scheme {
-                    "s3" => Arc::new(self.s3(bucket)?),
-                    "gs" => Arc::new(self.gcs(bucket)?),
-                    _ => Arc::new(self.azure(bucket)?),
+                let make = |uploads: bool| -> Result<Arc<dyn ObjectStore>> {
+                    Ok(match scheme {
+                        "s3" => Arc::new(self.s3(bucket, uploads)?),
+                        "gs" => Arc::new(self.gcs(bucket, uploads)?),
+                        _ => Arc::new(self.azure(bucket, uploads)?),
+                    })
                 };
-                (store, prefix)
+                let store = Store::new(make(false)?, prefix, &self.url, settings);
+                return Ok(store.with_uploads(make(true)?));
             }
             _ => return Err(self.bad("its scheme is not known")),
         };
@@ -123,13 +129,18 @@ impl RepositoryUrl {
         Ok(Store::new(Arc::new(store), "", &self.url, settings))
     }
 
-    fn client(&self, allow_http: bool) -> Result<ClientOptions> {
-        // The whole-request limit covers the body: a 64 MiB pack over a slow line must fit.
+    fn client(&self, allow_http: bool, uploads: bool) -> Result<ClientOptions> {
         let mut options = ClientOptions::new()
-            .with_timeout(Duration::from_secs(600))
             .with_connect_timeout(Duration::from_secs(10))
-            .with_read_timeout(self.request_timeout.unwrap_or(Duration::from_secs(60)))
             .with_allow_http(allow_http);
+        // The limit for silence runs from the request to the answer's first byte, with the body of an upload
+        // in between: there, only the whole is limited, so that a pack over a slow line still fits.
+        options = match uploads {
+            true => options.with_read_timeout_disabled().with_timeout(UPLOAD_LIMIT),
+            false => options
+                .with_read_timeout(self.request_timeout.unwrap_or(Duration::from_secs(60)))
+                .with_timeout(Duration::from_secs(600)),
+        };
         if let Some(file) = &self.ca_file {
             let pem = std::fs::read(file).map_err(|e| Error::io(format_args!("reading the CA file {file}"), e))?;
             let certificates = Certificate::from_pem_bundle(&pem)
@@ -157,10 +168,10 @@ impl RepositoryUrl {
         }
     }
 
-    fn s3(&self, bucket: &str) -> Result<impl ObjectStore> {
+    fn s3(&self, bucket: &str, uploads: bool) -> Result<impl ObjectStore> {
         let plain = self.endpoint.as_deref().is_some_and(|e| e.starts_with("http://"));
         let mut builder = AmazonS3Builder::from_env()
-            .with_client_options(self.client(plain)?)
+            .with_client_options(self.client(plain, uploads)?)
             .with_retry(self.retry())
             .with_bucket_name(bucket)
             .with_virtual_hosted_style_request(self.virtual_host)
@@ -201,9 +212,10 @@ impl RepositoryUrl {
             .map_err(|e| self.bad("the S3 client cannot be made").caused_by(e))
     }
 
-    fn gcs(&self, bucket: &str) -> Result<impl ObjectStore> {
+    fn gcs(&self, bucket: &str, uploads: bool) -> Result<impl ObjectStore> {
+        let plain = self.endpoint.as_deref().is_some_and(|e| e.starts_with("http://"));
         let mut builder = GoogleCloudStorageBuilder::from_env()
-            .with_client_options(self.client(self.endpoint.as_deref().is_some_and(|e| e.starts_with("http://")))?)
+            .with_client_options(self.client(plain, uploads)?)
             .with_retry(self.retry())
             .with_bucket_name(bucket);
         if let Some(endpoint) = &self.endpoint {
@@ -214,10 +226,10 @@ impl RepositoryUrl {
             .map_err(|e| self.bad("the GCS client cannot be made").caused_by(e))
     }
 
-    fn azure(&self, container: &str) -> Result<impl ObjectStore> {
+    fn azure(&self, container: &str, uploads: bool) -> Result<impl ObjectStore> {
         let plain = self.endpoint.as_deref().is_some_and(|e| e.starts_with("http://"));
         let mut builder = MicrosoftAzureBuilder::from_env()
-            .with_client_options(self.client(plain)?)
+            .with_client_options(self.client(plain, uploads)?)
             .with_retry(self.retry())
             .with_container_name(container);
         if let Some(endpoint) = &self.endpoint {

@@ -6,19 +6,23 @@ use fairvault_format::{limits, names, sha256};
 
 use super::Report;
 use crate::commit::Log;
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::stanza::{Access, Stanza, opens, read_repository, read_slot};
 
 /// Checks `fairvault.json` and the key slots: each can be read, and the configured secret opens one.
-pub async fn check_keys(access: &Access, stanza: &Stanza, report: &mut Report) -> Result<()> {
+pub async fn check_keys(access: &Access, stanza: &Stanza, report: &mut Report) {
     report.objects += 1;
     match read_repository(&access.repository).await {
-        Ok(repository) if repository.id()? == stanza.scope().repository => {}
+        Ok(repository) if repository.id().is_ok_and(|id| id == stanza.scope().repository) => {}
         Ok(_) => report.add(names::REPOSITORY, "it has another id than the keys of this stanza"),
         Err(error) => report.note(names::REPOSITORY, &error),
     }
     let mut opened = false;
-    for (name, _) in stanza.store().list(names::KEYS).await? {
+    let listed = match stanza.store().list(names::KEYS).await {
+        Ok(listed) => listed,
+        Err(error) => return report.note(names::KEYS, &error),
+    };
+    for (name, _) in listed {
         report.objects += 1;
         match read_slot(stanza.store(), &name, &stanza.scope().repository).await {
             Ok(slot) => opened |= opens(&slot, access, stanza.scope()),
@@ -31,7 +35,6 @@ pub async fn check_keys(access: &Access, stanza: &Stanza, report: &mut Report) -
             "no slot is opened by the configured key: without what this host remembers, nothing could be restored",
         );
     }
-    Ok(())
 }
 
 /// Reads all of the log, and the snapshots. It was opened from what this host remembers or from a snapshot.

@@ -51,6 +51,18 @@ pub struct BackupVerdict {
     pub lost_file_count: u64,
     /// What is wrong with it.
     pub problems: Vec<String>,
+    /// What could not be looked at just now: without it nothing is known.
+    pub unknown: Vec<String>,
+}
+
+impl BackupVerdict {
+    fn note(&mut self, what: &str, error: &Error) {
+        let list = match error.kind() {
+            Kind::Damaged | Kind::NotFound | Kind::Unsupported => &mut self.problems,
+            _ => &mut self.unknown,
+        };
+        list.push(format!("{what}: {error}"));
+    }
 }
 
 /// Files listed per backup.
@@ -87,8 +99,8 @@ impl Report {
     /// Notes an error about one object: as damage, or as something to ask again later. The rest goes on.
     fn note(&mut self, object: impl Into<String>, error: &Error) {
         let list = match error.kind() {
-            Kind::Temporary => &mut self.unread,
-            _ => &mut self.findings,
+            Kind::Damaged | Kind::NotFound | Kind::Unsupported => &mut self.findings,
+            _ => &mut self.unread,
         };
         list.push(Finding {
             object: object.into(),
@@ -106,7 +118,7 @@ pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progres
     let stanza = log.stanza().clone();
     let mut report = Report::default();
     progress.phase("verifying keys, log and index");
-    metadata::check_keys(access, &stanza, &mut report).await?;
+    metadata::check_keys(access, &stanza, &mut report).await;
     metadata::check_log(log, &mut report).await;
     let indexed = metadata::check_runs(log, &mut report).await;
 
@@ -124,10 +136,10 @@ pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progres
     wanted.add_packs(indexed);
     progress.total_bytes.set(wanted.bytes());
     progress.phase("verifying packs");
-    let lost = packs::check(&stanza, &wanted, level, &mut report, &progress).await;
+    let checked = packs::check(&stanza, &wanted, level, &mut report, &progress).await;
     drop(wanted);
     progress.phase("verifying WAL");
-    let bad_wal = wal::check_objects(log, &mut report, &progress).await?;
+    let mut archives = wal::Archives::check_objects(log, &mut report, &progress).await;
     for (manifest, backup) in manifests.into_iter().zip(&log.state().backups) {
         let mut verdict = BackupVerdict {
             id: info(backup).id,
@@ -135,22 +147,28 @@ pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progres
             lost_files: Vec::new(),
             lost_file_count: 0,
             problems: Vec::new(),
+            unknown: Vec::new(),
         };
-        if let Err(error) = manifest {
-            report.note(
-                names::root(&backup.root.as_slice().try_into().unwrap_or([0; 32])),
-                &error,
-            );
-            verdict.problems.push(format!("its manifest cannot be read: {error}"));
-        } else if !lost.is_empty() {
-            let manifest = Manifest::read(&stanza, &backup.root).await?;
-            packs::lost_files(&manifest, &lost, &mut verdict);
+        let again = match manifest {
+            Ok(()) if checked.is_clean() => Ok(()),
+            Ok(()) => Manifest::read(&stanza, &backup.root)
+                .await
+                .map(|manifest| packs::judge(&manifest, &checked, &mut verdict)),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = again {
+            let root = backup.root.as_slice().try_into().unwrap_or([0; 32]);
+            report.note(names::root(&root), &error);
+            verdict.note("its manifest cannot be read", &error);
         }
-        if let Err(error) = wal::check_backup(log, backup, level, &bad_wal, &mut verdict, &mut report).await {
+        if let Err(error) = archives
+            .check_backup(log, backup, level, &mut verdict, &mut report)
+            .await
+        {
             report.note(format!("WAL of backup {}", verdict.id), &error);
-            verdict.problems.push(format!("its own WAL cannot be read: {error}"));
+            verdict.note("its own WAL cannot be read", &error);
         }
-        verdict.restorable = verdict.problems.is_empty() && verdict.lost_file_count == 0;
+        verdict.restorable = verdict.problems.is_empty() && verdict.lost_file_count == 0 && verdict.unknown.is_empty();
         report.backups.push(verdict);
     }
     for list in [&mut report.findings, &mut report.unread] {

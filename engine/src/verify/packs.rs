@@ -22,8 +22,24 @@ use crate::stanza::Stanza;
 const PAGE: u64 = 8192;
 const BLOCKS_PER_SEGMENT: u32 = 131_072;
 
-/// Lost frames, by pack and ordinal.
-pub type Lost = BTreeSet<([u8; 32], u32)>;
+/// What is lost, and what is not known.
+#[derive(Default)]
+pub struct Checked {
+    /// Lost frames, by pack and ordinal.
+    lost: BTreeSet<([u8; 32], u32)>,
+    /// Packs that could not be looked at just now.
+    unknown: BTreeSet<[u8; 32]>,
+}
+
+impl Checked {
+    /// Nothing is lost, and everything was looked at.
+    pub fn is_clean(&self) -> bool {
+        self.lost.is_empty() && self.unknown.is_empty()
+    }
+}
+
+/// Findings listed for one pack.
+const MAX_PER_PACK: usize = 20;
 
 /// Which checksummed pages a frame holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,40 +136,50 @@ impl Wanted {
 }
 
 #[derive(Default)]
-struct Checked {
+struct PackCheck {
+    name: [u8; 32],
     bytes: u64,
     findings: Vec<Finding>,
     unread: Option<Finding>,
-    lost: Vec<([u8; 32], u32)>,
-    rotten: Option<[u8; 32]>,
+    lost: Vec<u32>,
+    rotten: bool,
 }
 
-/// Checks packs; returns the frames that are lost.
+/// Checks packs.
 pub async fn check(
     stanza: &Arc<Stanza>,
     wanted: &Wanted,
     level: Level,
     report: &mut Report,
     progress: &Progress,
-) -> Lost {
-    let mut lost = Lost::new();
+) -> Checked {
+    let mut all = Checked::default();
     let checks = wanted
         .packs
         .iter()
         .map(|(name, wanted)| check_pack(stanza, name, wanted, level));
     let mut checks = futures::stream::iter(checks).buffer_unordered(CONCURRENT);
-    while let Some(checked) = checks.next().await {
+    while let Some(mut checked) = checks.next().await {
         report.objects += 1;
         report.bytes += checked.bytes;
         progress.read_bytes.add(checked.bytes);
+        let more = checked.findings.len().saturating_sub(MAX_PER_PACK);
+        checked.findings.truncate(MAX_PER_PACK);
         report.findings.extend(checked.findings);
-        report.unread.extend(checked.unread);
-        lost.extend(checked.lost);
-        if let Some(name) = checked.rotten {
-            distrust(stanza, &name).await;
+        if more > 0 {
+            report.add(names::pack(&checked.name), format_args!("and {more} more problems"));
+        }
+        if let Some(unread) = checked.unread {
+            report.unread.push(unread);
+            all.unknown.insert(checked.name);
+        }
+        all.lost
+            .extend(checked.lost.iter().map(|&ordinal| (checked.name, ordinal)));
+        if checked.rotten {
+            distrust(stanza, &checked.name).await;
         }
     }
-    lost
+    all
 }
 
 /// Marks a damaged pack, so that no later backup relies on it.
@@ -170,51 +196,62 @@ async fn distrust(stanza: &Stanza, name: &[u8; 32]) {
     }
 }
 
-async fn check_pack(stanza: &Stanza, name: &[u8; 32], wanted: &WantedPack, level: Level) -> Checked {
+async fn check_pack(stanza: &Stanza, name: &[u8; 32], wanted: &WantedPack, level: Level) -> PackCheck {
     let object = names::pack(name);
     let finding = |problem: String| Finding {
         object: object.clone(),
         problem,
     };
-    let mut out = Checked::default();
-    let (bytes, whole) = match stanza.store().get(&object, limits::PACK_BYTES).await {
-        Ok(bytes) if sha256(&bytes) != *name => {
-            out.rotten = Some(*name);
-            let problem = format!(
-                "its {} bytes do not match its name: it was changed or cut off",
-                bytes.len()
-            );
-            (bytes, Err(problem))
-        }
-        Ok(bytes) => (bytes, Ok(())),
-        Err(error) if error.kind() == Kind::Temporary => {
-            out.unread = Some(finding(error.to_string()));
-            return out;
-        }
-        Err(error) if error.kind() == Kind::NotFound => (bytes::Bytes::new(), Err("it is missing".to_owned())),
-        Err(error) => (bytes::Bytes::new(), Err(error.to_string())),
+    let mut out = PackCheck {
+        name: *name,
+        ..Default::default()
+    };
+    let bytes = match stanza.store().get(&object, limits::PACK_BYTES).await {
+        Ok(bytes) => bytes,
+        Err(error) => match error.kind() {
+            Kind::Damaged | Kind::NotFound => {
+                out.rotten = error.kind() == Kind::Damaged;
+                out.findings.push(finding(match out.rotten {
+                    true => error.to_string(),
+                    false => "it is missing".to_owned(),
+                }));
+                out.lost = wanted.frames.keys().copied().collect();
+                return out;
+            }
+            _ => {
+                out.unread = Some(finding(error.to_string()));
+                return out;
+            }
+        },
     };
     out.bytes = bytes.len() as u64;
-    if let Err(problem) = &whole {
-        out.findings.push(finding(problem.clone()));
+    if sha256(&bytes) != *name {
+        out.rotten = true;
+        out.findings.push(finding(format!(
+            "its {} bytes do not match its name: it was changed or cut off",
+            bytes.len()
+        )));
     } else {
         let opened = stanza
             .keys_for(&bytes, &object)
             .and_then(|keys| Ok(pack::open_pack(keys, stanza.scope(), &bytes, &object)?));
         if let Err(error) = opened {
+            out.rotten = error.kind() == Kind::Damaged;
             out.findings.push(finding(error.to_string()));
         }
     }
-    // In a damaged pack, frames that still open are not lost.
-    if whole.is_err() || level == Level::Data {
+    // In a damaged pack, frames that still open are not lost. In one that matches its name, a frame that
+    // does not open was spoilt before it was stored.
+    if out.rotten || level == Level::Data {
         for (&ordinal, frame) in &wanted.frames {
             let reference = wanted.reference.as_ref();
             match reference.map_or(Ok(None), |reference| check_frame(stanza, reference, frame, &bytes)) {
                 Ok(None) => {}
                 Ok(Some(problem)) => out.findings.push(finding(problem)),
                 Err(error) => {
+                    out.rotten |= error.kind() == Kind::Damaged;
                     out.findings.push(finding(error.to_string()));
-                    out.lost.push((*name, ordinal));
+                    out.lost.push(ordinal);
                 }
             }
         }
@@ -246,15 +283,20 @@ fn check_frame(stanza: &Stanza, reference: &PackRef, frame: &Frame, pack_bytes: 
     Ok(None)
 }
 
-/// Notes which files of a backup are lost with the frames.
-pub fn lost_files(manifest: &Manifest, bad: &Lost, verdict: &mut BackupVerdict) {
+/// Notes which files of a backup are lost with the frames, and what is not known of it.
+pub fn judge(manifest: &Manifest, checked: &Checked, verdict: &mut BackupVerdict) {
     let mut lost: BTreeSet<u32> = BTreeSet::new();
     for p in &manifest.placements {
         let frame = &manifest.frames[p.frame as usize];
-        if bad.contains(&(manifest.packs[frame.pack as usize].name, frame.ordinal)) {
+        let pack = manifest.packs[frame.pack as usize].name;
+        if checked.lost.contains(&(pack, frame.ordinal)) {
             lost.insert(p.file);
         }
     }
+    let unknown = manifest.packs.iter().filter(|p| checked.unknown.contains(&p.name));
+    verdict
+        .unknown
+        .extend(unknown.take(MAX_LISTED).map(|p| names::pack(&p.name)));
     verdict.lost_file_count = lost.len() as u64;
     verdict.lost_files = lost
         .iter()

@@ -1,6 +1,7 @@
 //! The WAL archive: every object opens, and what each backup needs of it is there.
 
-use std::collections::BTreeSet;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap};
 
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::proto::{CommittedBackup, PieceSeal};
@@ -48,35 +49,82 @@ async fn open(stanza: &Stanza, object: &str) -> Result<u64> {
     Ok(bytes.len() as u64)
 }
 
-/// Opens every WAL object; returns the names of those that are bad.
-pub async fn check_objects(log: &Log, report: &mut Report, progress: &Progress) -> Result<BTreeSet<String>> {
-    let stanza = log.stanza();
-    let mut bad = BTreeSet::new();
-    let objects = stanza.store().list(names::WAL).await?;
-    let checks = objects.into_iter().map(|(object, _)| async move {
-        let opened = open(stanza, &object).await;
-        (object, opened)
-    });
-    let mut checks = futures::stream::iter(checks).buffer_unordered(CONCURRENT);
-    while let Some((object, opened)) = checks.next().await {
-        report.objects += 1;
-        match opened {
-            Ok(len) => {
-                report.bytes += len;
-                progress.read_bytes.add(len);
-            }
-            Err(error) => {
-                report.note(&object, &error);
-                bad.insert(object);
-            }
-        }
-    }
-    Ok(bad)
+/// The WAL of every incarnation, listed once, and the objects that are bad.
+pub struct Archives {
+    bad: BTreeSet<String>,
+    known: HashMap<u64, (Archive, Coverage)>,
 }
 
-/// The WAL that a backup needs for itself, and whether WAL after it has holes.
-pub async fn check_backup(
-    log: &Log,
+impl Archives {
+    /// Opens every WAL object.
+    pub async fn check_objects(log: &Log, report: &mut Report, progress: &Progress) -> Self {
+        let stanza = log.stanza();
+        let mut bad = BTreeSet::new();
+        let objects = match stanza.store().list(names::WAL).await {
+            Ok(objects) => objects,
+            Err(error) => {
+                report.note(names::WAL, &error);
+                Vec::new()
+            }
+        };
+        let checks = objects.into_iter().map(|(object, _)| async move {
+            let opened = open(stanza, &object).await;
+            (object, opened)
+        });
+        let mut checks = futures::stream::iter(checks).buffer_unordered(CONCURRENT);
+        while let Some((object, opened)) = checks.next().await {
+            report.objects += 1;
+            match opened {
+                Ok(len) => {
+                    report.bytes += len;
+                    progress.read_bytes.add(len);
+                }
+                Err(error) => {
+                    report.note(&object, &error);
+                    bad.insert(object);
+                }
+            }
+        }
+        Self {
+            bad,
+            known: HashMap::new(),
+        }
+    }
+
+    async fn of(&mut self, log: &Log, system_identifier: u64) -> Result<(&Archive, &Coverage)> {
+        let (archive, coverage) = match self.known.entry(system_identifier) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(slot) => {
+                let archive = Archive::open(log, Some(system_identifier), 3)?;
+                let coverage = Coverage::read(&archive).await?;
+                slot.insert((archive, coverage))
+            }
+        };
+        Ok((archive, coverage))
+    }
+
+    /// The WAL that a backup needs for itself, and whether WAL after it has holes.
+    pub async fn check_backup(
+        &mut self,
+        log: &Log,
+        backup: &CommittedBackup,
+        level: Level,
+        verdict: &mut BackupVerdict,
+        report: &mut Report,
+    ) -> Result<()> {
+        let bad = std::mem::take(&mut self.bad);
+        let checked = match self.of(log, info(backup).system_identifier).await {
+            Ok((archive, coverage)) => check_backup(archive, coverage, backup, level, &bad, verdict, report).await,
+            Err(error) => Err(error),
+        };
+        self.bad = bad;
+        checked
+    }
+}
+
+async fn check_backup(
+    archive: &Archive,
+    coverage: &Coverage,
     backup: &CommittedBackup,
     level: Level,
     bad: &BTreeSet<String>,
@@ -84,8 +132,6 @@ pub async fn check_backup(
     report: &mut Report,
 ) -> Result<()> {
     let info = info(backup);
-    let archive = Archive::open(log, Some(info.system_identifier), 3)?;
-    let coverage = Coverage::read(&archive).await?;
     let known = coverage.timelines.get(&info.stop_timeline);
     let history = match known.and_then(|wal| wal.history.clone()) {
         Some(history) => history,
@@ -106,7 +152,7 @@ pub async fn check_backup(
     let (start, stop) = (Lsn(info.start_lsn), Lsn(info.stop_lsn));
     let reach = coverage.reach(&history, start);
     let name = reach.missing.name(archive.segment_size);
-    let reader = Reader::new(&archive, &history);
+    let reader = Reader::new(archive, &history);
     let folder = names::wal_folder(info.system_identifier, reach.missing.timeline);
     // Backups that brought their own WAL promise nothing about what comes after them.
     if reach.is_hole

@@ -54,6 +54,11 @@ pub struct Coverage {
     proven: Vec<(u32, Lsn)>,
 }
 
+/// Everything of an incarnation.
+fn folder(archive: &Archive) -> String {
+    format!("{}/{:016x}", names::WAL, archive.system_identifier)
+}
+
 /// How far WAL goes without a hole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reach {
@@ -70,40 +75,71 @@ pub struct Reach {
 impl Coverage {
     /// Lists what is there.
     pub async fn read(archive: &Archive) -> Result<Self> {
-        let folder = format!("{}/{:016x}", names::WAL, archive.system_identifier);
-        let mut this = Self {
+        let mut this = Self::empty(archive);
+        let folder = folder(archive);
+        for (object, size) in archive.stanza.store().list(&folder).await? {
+            this.add(&object[folder.len() + 1..], size);
+        }
+        this.read_histories(archive).await?;
+        Ok(this)
+    }
+
+    /// The same from a segment on: one request a timeline where there is little behind it.
+    pub async fn read_from(archive: &Archive, number: u64) -> Result<Self> {
+        let mut this = Self::empty(archive);
+        let folder = folder(archive);
+        let store = archive.stanza.store();
+        for name in store.folder(&folder).folders().await? {
+            let Ok(timeline) = u32::from_str_radix(&name, 16) else {
+                continue;
+            };
+            this.timelines.entry(timeline).or_default();
+            let first = Segment { timeline, number }.name(archive.segment_size);
+            let of_timeline = format!("{folder}/{name}");
+            let listed = store
+                .list_after(&of_timeline, &format!("{of_timeline}/{first}"), &of_timeline)
+                .await?;
+            for object in listed {
+                this.add(&object[folder.len() + 1..], 0);
+            }
+        }
+        this.read_histories(archive).await?;
+        Ok(this)
+    }
+
+    fn empty(archive: &Archive) -> Self {
+        Self {
             segment_size: archive.segment_size,
             proven: archive.backups.clone(),
             ..Default::default()
-        };
-        for (object, size) in archive.stanza.store().list(&folder).await? {
-            let rest: Vec<&str> = object[folder.len() + 1..].split('/').collect();
-            let Some(timeline) = rest.first().and_then(|t| u32::from_str_radix(t, 16).ok()) else {
-                continue;
-            };
-            let wal = this.timelines.entry(timeline).or_default();
-            wal.stored_bytes += size;
-            match rest.as_slice() {
-                [_, file] => {
-                    let Some((name, _)) = names::parse_wal_file(file) else {
-                        continue;
-                    };
-                    match WalFile::parse(name, archive.segment_size) {
-                        Ok(WalFile::Segment(segment)) => _ = wal.segments.insert(segment.number),
-                        Ok(WalFile::Partial(segment)) => _ = wal.parts.insert(segment.number),
-                        _ => {}
-                    }
-                }
-                [_, folder, _] => {
-                    let name = folder.trim_end_matches(".d");
-                    if let Ok(WalFile::Segment(segment)) = WalFile::parse(name, archive.segment_size) {
-                        wal.parts.insert(segment.number);
-                    }
-                }
-                _ => {}
-            }
         }
-        for (&timeline, wal) in &mut this.timelines {
+    }
+
+    /// Adds an object, by its name below the incarnation's folder.
+    fn add(&mut self, object: &str, size: u64) {
+        let rest: Vec<&str> = object.split('/').collect();
+        let Some(timeline) = rest.first().and_then(|t| u32::from_str_radix(t, 16).ok()) else {
+            return;
+        };
+        let wal = self.timelines.entry(timeline).or_default();
+        wal.stored_bytes += size;
+        let file = match rest.as_slice() {
+            [_, file] => names::parse_wal_file(file).map(|(name, _)| (name, false)),
+            [_, folder, _] => Some((folder.trim_end_matches(".d"), true)),
+            _ => None,
+        };
+        let parsed = file.map(|(name, is_piece)| (WalFile::parse(name, self.segment_size), is_piece));
+        match parsed {
+            Some((Ok(WalFile::Segment(segment)), false)) => _ = wal.segments.insert(segment.number),
+            Some((Ok(WalFile::Segment(segment) | WalFile::Partial(segment)), _)) => {
+                wal.parts.insert(segment.number);
+            }
+            _ => {}
+        }
+    }
+
+    async fn read_histories(&mut self, archive: &Archive) -> Result<()> {
+        for (&timeline, wal) in &mut self.timelines {
             // A history that is damaged matters only to who follows it.
             match archive.history(timeline).await {
                 Ok(history) => wal.history = history,
@@ -111,7 +147,7 @@ impl Coverage {
                 Err(error) => wal.history_problem = Some(error.to_string()),
             }
         }
-        Ok(this)
+        Ok(())
     }
 
     /// The histories that are known.

@@ -154,11 +154,11 @@ impl Archive {
             return Ok(Some(content));
         }
         let part = self.parts(segment).await?;
-        if !part.is_empty() {
-            return Ok(Some(part));
+        // It may have been completed since, and its parts removed under our eyes.
+        if let Some(content) = self.whole_segment(segment).await? {
+            return Ok(Some(content));
         }
-        // It may have been completed between the two looks.
-        self.whole_segment(segment).await
+        Ok((!part.is_empty()).then_some(part))
     }
 
     /// The history of a timeline; for timeline 1 there is none to read.

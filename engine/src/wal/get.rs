@@ -10,10 +10,12 @@ use std::path::Path;
 
 use super::archive::Archive;
 use super::coverage::Coverage;
-use crate::error::{Error, Result};
+use fairvault_format::names;
+
+use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
-use crate::postgres::walker::Walker;
+use crate::postgres::walker::{Record, Walker, What, rmgr};
 
 /// What the recovery is known to need.
 #[derive(Debug, Clone, Copy, Default)]
@@ -22,8 +24,20 @@ pub struct Needs {
     pub through: Option<Lsn>,
     /// Recovery must not get further: what is archived later was not part of the plan.
     pub until: Option<Lsn>,
-    /// It follows the history of this timeline.
-    pub timeline: Option<u32>,
+    /// Which history it follows.
+    pub follow: Follow,
+}
+
+/// The history that a recovery follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Follow {
+    /// Not known.
+    #[default]
+    Unknown,
+    /// That of this timeline.
+    Timeline(u32),
+    /// That of the newest timeline that the requested one leads to.
+    Newest,
 }
 
 /// How a request ended.
@@ -60,7 +74,10 @@ pub async fn get<R>(
             Ok((whole(&archive, name, needs).await?, archive))
         };
         match answer.await {
-            Ok((Answer::Content(content), _)) => return deliver(destination, &content),
+            Ok((Answer::Content(content), archive)) => {
+                check_tablespaces(&archive, name, &content, needs).await?;
+                return deliver(destination, &content);
+            }
             Ok((Answer::NotWanted, _)) => return Ok(Outcome::Absent),
             Ok((Answer::Missing, archive)) => archives.push(archive),
             Err(error) => failure = Some(error),
@@ -70,6 +87,7 @@ pub async fn get<R>(
         return Err(error);
     }
     let mut best: Option<(Vec<u8>, Request)> = None;
+    let mut proof = Ok(());
     for archive in &archives {
         let WalFile::Segment(segment) = WalFile::parse(name, archive.segment_size)? else {
             continue;
@@ -77,20 +95,66 @@ pub async fn get<R>(
         let request = Request::new(archive, segment, needs).await?;
         let mut part = archive.parts(segment).await?;
         request.cut(&mut part);
+        proof = proof.and(check_end(archive, &request, name, part.len()).await);
         if part.len() > best.as_ref().map_or(0, |(content, _)| content.len()) {
             best = Some((part, request));
         }
     }
-    if let Some((part, request)) = best {
-        return deliver_part(&request, name, destination, part);
-    }
+    // The segment may have been completed since the first look, and its parts removed under our eyes.
     for archive in &archives {
-        let WalFile::Segment(segment) = WalFile::parse(name, archive.segment_size)? else {
-            continue;
-        };
-        prove_absent(archive, &Request::new(archive, segment, needs).await?, name).await?;
+        if let Answer::Content(content) = whole(archive, name, needs).await? {
+            check_tablespaces(archive, name, &content, needs).await?;
+            return deliver(destination, &content);
+        }
     }
-    Ok(Outcome::Absent)
+    match best {
+        Some((part, request)) => deliver_part(&request, name, destination, part, proof),
+        None => proof.map(|()| Outcome::Absent),
+    }
+}
+
+/// The plan of a restore has looked at the WAL that it knew. What was archived since may create a tablespace
+/// in a folder of this host that is not the copy's: replaying that could destroy another server's data.
+async fn check_tablespaces(archive: &Archive, name: &str, content: &[u8], needs: Needs) -> Result<()> {
+    let size = archive.segment_size;
+    let (Ok(WalFile::Segment(segment)), Some(through)) = (WalFile::parse(name, size), needs.through) else {
+        return Ok(());
+    };
+    if segment.end(size) <= through {
+        return Ok(());
+    }
+    let mut found = None;
+    let mut walker = Walker::new(segment.start(size), size);
+    let mut look = |record: &Record<'_>| {
+        if let Some(What::TablespaceCreate { oid, location }) = record.event().map(|event| event.what)
+            && record.lsn >= through
+            && is_of_another(oid, &location)
+        {
+            found = Some((record.lsn, location));
+        }
+    };
+    walker.feed(content, &mut look);
+    // A record that crosses into the next segment.
+    if matches!(walker.unfinished(), Some(None | Some(rmgr::TBLSPC)))
+        && let Some(next) = archive.whole_segment(segment.next()).await?
+    {
+        walker.feed(&next, &mut look);
+    }
+    match found {
+        None => Ok(()),
+        Some((lsn, location)) => Err(Error::refused(format!(
+            "{name} creates a tablespace at {lsn} in {location}, which exists on this host and is not of this copy"
+        ))
+        .remedy(
+            "it was created after the restore was planned: restore again with a target before it, or on another host",
+        )),
+    }
+}
+
+/// Whether a folder exists and is not where this data directory (restore_command runs in it) has the tablespace.
+fn is_of_another(oid: u32, location: &str) -> bool {
+    let ours = std::fs::read_link(format!("pg_tblspc/{oid}")).is_ok_and(|link| link == Path::new(location));
+    !location.is_empty() && !ours && Path::new(location).exists()
 }
 
 /// Looks for a file as a whole.
@@ -110,7 +174,7 @@ async fn whole(archive: &Archive, name: &str, needs: Needs) -> Result<Answer> {
     }
     match (archive.file(&file, name).await?, file) {
         (Some(content), _) => Ok(Answer::Content(content)),
-        (None, WalFile::History(timeline)) if needs.timeline == Some(timeline) && timeline > 1 => {
+        (None, WalFile::History(timeline)) if needs.follow == Follow::Timeline(timeline) && timeline > 1 => {
             Err(Error::damaged(format!(
                 "{name} is needed for this recovery and is not in {}",
                 archive.stanza.shown()
@@ -118,6 +182,30 @@ async fn whole(archive: &Archive, name: &str, needs: Needs) -> Result<Answer> {
         }
         (None, _) => Ok(Answer::Missing),
     }
+}
+
+/// The newest history in the archive that `timeline` is a part of.
+async fn newest_history(archive: &Archive, timeline: u32) -> Result<Option<History>> {
+    let folder = format!("{}/{:016x}", names::WAL, archive.system_identifier);
+    let mut known: Vec<u32> = archive
+        .stanza
+        .store()
+        .folder(&folder)
+        .folders()
+        .await?
+        .iter()
+        .filter_map(|name| u32::from_str_radix(name, 16).ok())
+        .filter(|&t| t >= timeline)
+        .collect();
+    known.sort_unstable();
+    for candidate in known.into_iter().rev() {
+        match archive.history(candidate).await {
+            Ok(Some(history)) if history.end_of(timeline).is_ok() => return Ok(Some(history)),
+            Err(error) if error.kind() == Kind::Temporary => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(None)
 }
 
 /// A request for a segment, with what it is for.
@@ -132,9 +220,10 @@ struct Request {
 
 impl Request {
     async fn new(archive: &Archive, segment: Segment, needs: Needs) -> Result<Self> {
-        let history = match needs.timeline {
-            None => None,
-            Some(timeline) => Some(archive.history(timeline).await?.ok_or_else(|| {
+        let history = match needs.follow {
+            Follow::Unknown => None,
+            Follow::Newest => newest_history(archive, segment.timeline).await?,
+            Follow::Timeline(timeline) => Some(archive.history(timeline).await?.ok_or_else(|| {
                 Error::damaged(format!(
                     "the history of timeline {timeline}, which this recovery follows, is not in {}",
                     archive.stanza.shown()
@@ -200,70 +289,73 @@ impl Request {
     }
 }
 
-fn deliver_part(request: &Request, name: &str, destination: &Path, mut part: Vec<u8>) -> Result<Outcome> {
-    if longer_copy_at_hand(destination, name, request, part.len()) {
-        return Ok(Outcome::Absent);
+/// A part ends recovery where it ends, so it is given only if nothing speaks against that.
+fn deliver_part(
+    request: &Request,
+    name: &str,
+    destination: &Path,
+    mut part: Vec<u8>,
+    proof: Result<()>,
+) -> Result<Outcome> {
+    let local = copy_at_hand(destination, name, request);
+    let have = request.start().0 + part.len().max(local) as u64;
+    let cut_on_purpose = request.switch().is_some_and(|end| end.0 == have);
+    if !cut_on_purpose && request.needs.through.is_some_and(|through| through.0 > have) {
+        return Err(request.hole(name, format_args!("only the part up to {} is there", Lsn(have))));
     }
-    let have = Lsn(request.start().0 + part.len() as u64);
-    let cut_on_purpose = request.switch() == Some(have);
-    if !cut_on_purpose && request.needs.through.is_some_and(|through| through > have) {
-        return Err(request.hole(name, format_args!("only the part up to {have} is there")));
+    proof?;
+    if local > part.len() {
+        return Ok(Outcome::Absent);
     }
     part.resize(request.size as usize, 0);
     deliver(destination, &part)
 }
 
-async fn prove_absent(archive: &Archive, request: &Request, name: &str) -> Result<()> {
+/// Proves that recovery may end with the first `part` bytes of the segment, which may be none.
+async fn check_end(archive: &Archive, request: &Request, name: &str, part: usize) -> Result<()> {
     let through = request.needs.through.unwrap_or_default();
     let segment = request.segment;
-    let newer_has_it = match &request.history {
-        Some(history) if request.is_superseded() => {
-            let timeline = history.timeline_at(Lsn(request.end().0 - 1));
-            archive.segment_header(Segment { timeline, ..segment }).await?.is_some()
+    if part == 0 && through > request.begin() {
+        let newer_has_it = match &request.history {
+            Some(history) if request.is_superseded() => {
+                let timeline = history.timeline_at(Lsn(request.end().0 - 1));
+                archive.segment_header(Segment { timeline, ..segment }).await?.is_some()
+            }
+            _ => false,
+        };
+        if !newer_has_it {
+            return Err(request.hole(name, format_args!("this recovery has to reach {through}")));
         }
-        _ => false,
-    };
-    let from = if request.is_superseded() {
-        request.start()
-    } else {
-        request.begin()
-    };
-    if through > from && !newer_has_it {
-        return Err(request.hole(name, format_args!("this recovery has to reach {through}")));
     }
-    if request.is_superseded() {
+    let planned = request.needs.until.is_some_and(|until| request.end() >= until);
+    if request.is_superseded() || planned {
         return Ok(());
     }
-    let coverage = Coverage::read(archive).await?;
+    let coverage = Coverage::read_from(archive, segment.number).await?;
     let own = History {
         timeline: segment.timeline,
         ancestors: Vec::new(),
     };
     let history = request.history.as_ref().unwrap_or(&own);
-    let within_plan = |until: Lsn| request.end() >= until;
-    if let Some(proof) = coverage.proof_of_more(history, segment)
-        && !request.needs.until.is_some_and(within_plan)
-    {
-        // It may have been archived between the two looks.
-        if archive.segment_or_parts(segment).await?.is_some() {
-            return Err(Error::temporary(format!("{name} was archived just now: ask again")));
-        }
-        return Err(request.hole(name, format_args!("{proof}, so this is a hole, not the end")));
+    match coverage.proof_of_more(history, segment) {
+        None => Ok(()),
+        Some(proof) => Err(request.hole(name, format_args!("{proof}, so this is a hole, not the end"))),
     }
-    Ok(())
 }
 
-/// pg_wal may hold a copy of the segment that is valid beyond what we have.
-fn longer_copy_at_hand(destination: &Path, name: &str, request: &Request, ours: usize) -> bool {
+/// Valid bytes of a copy of the segment that pg_wal holds.
+fn copy_at_hand(destination: &Path, name: &str, request: &Request) -> usize {
     let Some(local) = destination.parent().map(|p| p.join(name)) else {
-        return false;
+        return 0;
     };
-    let Ok(content) = std::fs::read(local) else {
-        return false;
-    };
+    let Ok(content) = std::fs::read(local) else { return 0 };
     let mut walker = Walker::new(request.start(), request.size);
     walker.feed(&content, |_| {});
-    content.len() as u64 == request.size && walker.next_record().0.saturating_sub(request.start().0) as usize > ours
+    if content.len() as u64 != request.size {
+        return 0;
+    }
+    let end = walker.stopped().map_or(walker.next_record(), |stop| stop.at);
+    usize::try_from(end.0.saturating_sub(request.start().0)).unwrap_or(0)
 }
 
 fn deliver(destination: &Path, content: &[u8]) -> Result<Outcome> {

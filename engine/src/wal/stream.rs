@@ -130,6 +130,8 @@ async fn receive(
             if content.len() as u64 == size {
                 let done = std::mem::replace(&mut content, Vec::with_capacity(size as usize));
                 hand_over(&mut stream, &full, &mut durable, (segment, done)).await?;
+                // The time that the store took is not the server's.
+                still_since = tokio::time::Instant::now();
                 segment = segment.next();
             }
         }

@@ -10,6 +10,7 @@ use fairvault_engine::stanza::Access;
 use fairvault_engine::stanza::create::Cluster;
 use fairvault_engine::store::{Store, StoreSettings};
 use fairvault_format::keys::Secret;
+use futures::StreamExt;
 use futures::stream::BoxStream;
 use object_store::path::Path;
 use object_store::{
@@ -60,6 +61,8 @@ pub enum Fault {
     LostAnswers,
     /// Create overwrites.
     NoConditionalCreate,
+    /// Every other LIST is throttled the way Wasabi does it.
+    ThrottledLists,
 }
 
 /// A store that counts requests and fails in one way.
@@ -128,7 +131,14 @@ impl ObjectStore for Faulty {
         self.inner.delete_stream(l)
     }
     fn list(&self, p: Option<&Path>) -> BoxStream<'static, Answer<ObjectMeta>> {
-        self.count();
+        let number = self.count();
+        if self.fault == Fault::ThrottledLists && number.is_multiple_of(2) {
+            let error = object_store::Error::Generic {
+                store: "faulty",
+                source: "400 Bad Request: <Code>RequestRateLimitExceeded</Code>".into(),
+            };
+            return futures::stream::once(async { Err(error) }).boxed();
+        }
         self.inner.list(p)
     }
     async fn list_with_delimiter(&self, p: Option<&Path>) -> Answer<ListResult> {

@@ -254,11 +254,17 @@ impl Walker {
         } else if !self.first && (!self.record.is_empty() || self.skip != 0) {
             return self.halt(self.record_at, "the record is not continued on the next page");
         }
+        // A switch that began in the segment before leaves the rest of this one empty.
+        let ends_switch = self.first && begins_with_end_of_switch(page);
         self.first = false;
         if self.skip > 0 {
             let here = self.skip.min(WAL_PAGE - offset);
             self.skip -= here;
             offset += here.next_multiple_of(8).min(WAL_PAGE - offset);
+        }
+        if ends_switch {
+            self.switched = true;
+            return;
         }
         let mut offset = if self.record.is_empty() {
             offset

@@ -123,6 +123,11 @@ fn a_switch_that_crosses_into_the_next_segment_ends_that_one() {
         // Seen alone, the middle segment is complete, and the others do not look like it.
         let segments: Vec<_> = wal.bytes.chunks(SEGMENT as usize).collect();
         assert!(begins_with_end_of_switch(segments[1]));
+        let mut alone = Walker::new(Lsn(2 * SEGMENT), SEGMENT);
+        let mut records = 0;
+        alone.feed(&wal.bytes[SEGMENT as usize..], |_| records += 1);
+        assert_eq!(records, 1, "that of the segment after");
+        assert!(alone.stopped().is_some_and(|stop| stop.at.0 > next));
         assert!(!begins_with_end_of_switch(segments[0]) && !begins_with_end_of_switch(segments[2]));
     }
 }
