@@ -154,7 +154,15 @@ impl Rgw {
     /// Makes a bucket.
     pub fn bucket(&self, name: &str) -> Result<()> {
         run(Command::new("curl")
-            .args(["-fs", "-X", "PUT", "--aws-sigv4", "aws:amz:us-east-1:s3", "--user"])
+            .args([
+                "-sS",
+                "--fail-with-body",
+                "-X",
+                "PUT",
+                "-H",
+                "x-amz-content-sha256: UNSIGNED-PAYLOAD",
+            ])
+            .args(["--aws-sigv4", "aws:amz:us-east-1:s3", "--user"])
             .arg(format!("{ACCESS_KEY}:{SECRET_KEY}"))
             .arg(format!("{}/{name}", self.endpoint())))?;
         Ok(())
