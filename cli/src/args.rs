@@ -341,6 +341,36 @@ pub enum WalCommand {
     Push(PushArgs),
     /// Fetch a file: restore_command = 'fairvault wal get STANZA %f "%p"'
     Get(GetArgs),
+    /// Receive WAL as it is written, until stopped
+    Receive(ReceiveArgs),
+}
+
+/// `wal receive`
+#[derive(Debug, Args)]
+pub struct ReceiveArgs {
+    /// Stanza
+    pub stanza: String,
+    /// Replication slot; made if it is not there [default: fairvault_STANZA]
+    #[arg(long, value_name = "NAME", conflicts_with = "no_slot")]
+    pub slot: Option<String>,
+    /// Without a slot: the server may remove WAL that was not received
+    #[arg(long)]
+    pub no_slot: bool,
+    /// Store whatever arrives at once: for a member of synchronous_standby_names
+    #[arg(long)]
+    pub synchronous: bool,
+    /// How long WAL may wait before it is stored [default: 5s]
+    #[arg(long, value_name = "DURATION")]
+    pub flush_interval: Option<String>,
+    /// Bytes that do not wait [default: 4MiB]
+    #[arg(long, value_name = "SIZE")]
+    pub piece_size: Option<String>,
+    /// Seal the pieces of a segment instead of storing it anew: where deleting costs as much as keeping
+    #[arg(long)]
+    pub keep_pieces: bool,
+    /// Pass over WAL that is missing and cannot be had any more: take a new backup then
+    #[arg(long)]
+    pub skip_gap: bool,
 }
 
 /// `wal push`

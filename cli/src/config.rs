@@ -123,6 +123,24 @@ pub struct StanzaConfig {
     pub compression: Option<Compression>,
     /// How long archived WAL of a backup may take to arrive.
     pub archive_timeout: Option<String>,
+    /// WAL.
+    #[serde(default)]
+    pub wal: WalConfig,
+}
+
+/// `wal = { … }`
+#[derive(Debug, Default, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WalConfig {
+    /// `wal receive`: how long WAL may wait before it is stored.
+    pub flush_interval: Option<String>,
+    /// `wal receive`: bytes that do not wait.
+    pub piece_size: Option<String>,
+    /// `wal receive`: replication slot.
+    pub slot: Option<String>,
+    /// `wal receive`: seal pieces instead of storing segments anew.
+    #[serde(default)]
+    pub keep_pieces: bool,
 }
 
 impl Config {
@@ -238,6 +256,20 @@ fn set(table: &mut toml::Table, keys: &[String], value: &str) -> Option<()> {
         parsed.unwrap_or_else(|| toml::Value::String(value.to_owned())),
     );
     Some(())
+}
+
+/// Bytes from a size such as "20MiB".
+pub fn size(key: &str, text: &str) -> Result<u64> {
+    let bad = || Error::usage(format!("{key} {text:?} is no size")).remedy("write it as 500KiB, 20MiB or 1GiB");
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let number: u64 = text[..digits].parse().map_err(|_| bad())?;
+    let unit = match text[digits..].trim().to_ascii_lowercase().as_str() {
+        "kib" | "k" | "kb" => 1 << 10,
+        "mib" | "m" | "mb" => 1 << 20,
+        "gib" | "g" | "gb" => 1 << 30,
+        _ => return Err(bad()),
+    };
+    number.checked_mul(unit).ok_or_else(bad)
 }
 
 /// A duration such as "30s", "5m" or "2h".

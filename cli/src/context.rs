@@ -16,7 +16,7 @@ use fairvault_format::keys::Secret;
 use zeroize::Zeroizing;
 
 use crate::args::Global;
-use crate::config::{self, Config, KeySource, Repo, StanzaConfig};
+use crate::config::{self, Config, KeySource, Repo, StanzaConfig, WalConfig};
 
 /// Name of the repository that --repo-url makes.
 const FLAG_REPO: &str = "url";
@@ -171,6 +171,11 @@ impl Context {
             .clone()
             .or_else(|| self.stanza(stanza).and_then(|s| s.conninfo.clone()));
         ConnInfo::parse(&text.unwrap_or_default())
+    }
+
+    /// Settings for WAL.
+    pub fn wal(&self, stanza: &str) -> WalConfig {
+        self.stanza(stanza).map(|s| s.wal.clone()).unwrap_or_default()
     }
 
     /// zstd level.

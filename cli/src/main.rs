@@ -189,6 +189,7 @@ async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
         Command::Restore(args) => commands::restore::run(&context, args).await,
         Command::Wal(WalCommand::Push(args)) | Command::ArchivePush(args) => commands::wal::push(&context, args).await,
         Command::Wal(WalCommand::Get(args)) | Command::ArchiveGet(args) => commands::wal::get(&context, args).await,
+        Command::Wal(WalCommand::Receive(args)) => commands::wal::receive(&context, args).await,
         Command::Info { stanza } => commands::info::run(&context, stanza).await,
         Command::Verify {
             stanza,

@@ -11,20 +11,13 @@ use fairvault_engine::progress::Progress;
 
 use super::{Outcome, stanza, stop_signal};
 use crate::args::{BackupArgs, Output, WalArg};
+use crate::config;
 use crate::context::Context;
 use crate::output;
 
 /// KiB a second from a size such as "20MiB".
 fn rate_kib(text: &str) -> Result<u32> {
-    let bad = || Error::usage(format!("--max-rate {text:?} is no size")).remedy("write it as 500KiB, 20MiB or 1GiB");
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let number: u64 = text[..digits].parse().map_err(|_| bad())?;
-    let kib = match text[digits..].trim().to_ascii_lowercase().as_str() {
-        "kib" | "k" | "kb" => number,
-        "mib" | "m" | "mb" => number.saturating_mul(1024),
-        "gib" | "g" | "gb" => number.saturating_mul(1024 * 1024),
-        _ => return Err(bad()),
-    };
+    let kib = config::size("--max-rate", text)? >> 10;
     u32::try_from(kib)
         .ok()
         .filter(|k| (32..=1_048_576).contains(k))

@@ -1,4 +1,4 @@
-//! `wal push` and `wal get`.
+//! `wal push`, `wal get` and `wal receive`.
 
 use std::time::Duration;
 
@@ -8,9 +8,11 @@ use fairvault_engine::stanza::Stanza;
 use fairvault_engine::wal::archive::Archive;
 use fairvault_engine::wal::get::{self, Follow, Needs};
 use fairvault_engine::wal::push;
+use fairvault_engine::wal::receive::{self, Options};
 
-use super::Outcome;
-use crate::args::{GetArgs, PushArgs};
+use super::{Outcome, stop_signal};
+use crate::args::{GetArgs, PushArgs, ReceiveArgs};
+use crate::config;
 use crate::context::Context;
 
 /// How long `wal get` of a standby retries before it says "later".
@@ -103,4 +105,55 @@ async fn get_once(context: &Context, args: &GetArgs, needs: Needs) -> Result<get
         Archive::open(&log, args.system_identifier, 3)
     };
     get::get(&repositories, open_archive, &args.name, &args.destination, needs).await
+}
+
+/// What may wait, and how long, if nothing else is said.
+const FLUSH_INTERVAL: Duration = Duration::from_secs(5);
+const PIECE_SIZE: u64 = 4 << 20;
+
+/// `wal receive`: into every repository, each over a connection and through a slot of its own.
+pub async fn receive(context: &Context, args: ReceiveArgs) -> Result<Outcome> {
+    let stanza = &args.stanza;
+    let configured = context.wal(stanza);
+    let interval = args.flush_interval.as_ref().or(configured.flush_interval.as_ref());
+    let piece_size = args.piece_size.as_ref().or(configured.piece_size.as_ref());
+    let repositories = context.repositories(Some(stanza))?;
+    let own_slot = args.slot.clone().or(configured.slot);
+    let receivers = repositories.iter().map(|repository| {
+        let named = own_slot.clone().unwrap_or_else(|| slot_name(&["fairvault", stanza]));
+        let slot = match repositories.len() {
+            1 => named,
+            _ => slot_name(&[&named, repository]),
+        };
+        let options = Options {
+            conninfo: context.conninfo(stanza)?,
+            slot: (!args.no_slot).then_some(slot),
+            flush_interval: interval.map_or(Ok(FLUSH_INTERVAL), |text| config::duration("flush_interval", text))?,
+            piece_size: piece_size.map_or(Ok(PIECE_SIZE), |text| config::size("piece_size", text))?,
+            synchronous: args.synchronous,
+            keep_pieces: args.keep_pieces || configured.keep_pieces,
+            skip_gap: args.skip_gap,
+            level: context.level(stanza, None)?,
+        };
+        Ok(async move {
+            let mut log = context.open_log_in(repository, stanza, true).await?;
+            receive::run(&mut log, &options, stop_signal())
+                .await
+                .context(|| format!("receiving WAL of {stanza} into {repository}"))
+        })
+    });
+    let receivers: Vec<_> = receivers.collect::<Result<_>>()?;
+    futures::future::try_join_all(receivers).await?;
+    Ok(Outcome::Done)
+}
+
+/// A slot's name from parts: what may not stand in one becomes an underscore.
+fn slot_name(parts: &[&str]) -> String {
+    let mut name = parts.join("_").to_lowercase();
+    name = name
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
+        .collect();
+    name.truncate(63);
+    name
 }

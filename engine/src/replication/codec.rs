@@ -85,6 +85,8 @@ pub fn server_error(fields: ErrorFields<'_>) -> Error {
     }
     let kind = match code.get(..2).unwrap_or_default() {
         "08" | "53" | "57" => Kind::Temporary,
+        // Such as a replication slot that is still in use by the connection before this one.
+        _ if code == "55006" => Kind::Temporary,
         _ => Kind::Failed,
     };
     let mut text = format!("PostgreSQL: {message} (SQLSTATE {code})");

@@ -1,7 +1,6 @@
 //! START_REPLICATION PHYSICAL: WAL as the server writes it.
 //!
-//! The caller reports what is durable; nothing is reported on its own. Keepalives that ask for an answer
-//! are answered with the last report.
+//! The caller reports what is durable, and answers when the server asks; nothing is sent on its own.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use postgres_protocol::message::backend::Message as M;
@@ -27,6 +26,8 @@ pub enum WalItem {
     Idle {
         /// End of WAL on the server.
         end: Lsn,
+        /// It wants to hear from us now: the caller reports.
+        wants_answer: bool,
     },
     /// The timeline ended: the next one and where it begins.
     TimelineEnd {
@@ -71,7 +72,7 @@ impl WalStream {
         }
     }
 
-    /// The next item. Cancelling it loses nothing.
+    /// The next item. Cancelling it loses nothing: until the end of a timeline, it only reads.
     pub async fn next(&mut self) -> Result<WalItem> {
         loop {
             match self.connection.wire.receive().await? {
@@ -89,10 +90,8 @@ impl WalStream {
                         data.advance(1);
                         let end = Lsn(data.get_u64());
                         data.advance(8);
-                        if data.get_u8() == 1 {
-                            self.send_status().await?;
-                        }
-                        return Ok(WalItem::Idle { end });
+                        let wants_answer = data.get_u8() == 1;
+                        return Ok(WalItem::Idle { end, wants_answer });
                     }
                     _ => return Err(broken("a strange message in a WAL stream")),
                 },
@@ -128,10 +127,16 @@ impl WalStream {
     /// Tells the server that everything below `lsn` is durable here.
     pub async fn report(&mut self, lsn: Lsn) -> Result<()> {
         self.durable = self.durable.max(lsn);
-        self.send_status().await
+        self.send_status(false).await
     }
 
-    async fn send_status(&mut self) -> Result<()> {
+    /// The same, and asks for an answer: a server that is gone gives none.
+    pub async fn ask(&mut self, lsn: Lsn) -> Result<()> {
+        self.durable = self.durable.max(lsn);
+        self.send_status(true).await
+    }
+
+    async fn send_status(&mut self, wants_answer: bool) -> Result<()> {
         let mut body = BytesMut::with_capacity(34);
         body.put_u8(b'r');
         for _ in 0..2 {
@@ -139,7 +144,7 @@ impl WalStream {
         }
         body.put_u64(0);
         body.put_i64(jiff::Timestamp::now().as_microsecond() - EPOCH_2000_US);
-        body.put_u8(0);
+        body.put_u8(wants_answer.into());
         let mut out = BytesMut::new();
         frontend::CopyData::new(body.freeze())
             .map_err(|e| Error::failed("a status message").caused_by(e))?

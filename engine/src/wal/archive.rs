@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use fairvault_format::header::{Kind as ObjectKind, ObjectHeader};
-use fairvault_format::{limits, names, proto, wal};
+use fairvault_format::{limits, names, object, proto, wal};
 
 use super::summary;
 use crate::commit::state;
@@ -139,16 +139,7 @@ impl Archive {
             Created::Won => return Ok(Stored::New),
             Created::Lost(there) if self.content_id(kind, &there, &object)? == id => return Ok(Stored::Same),
             Created::Lost(_) if matches!(file, WalFile::Partial(_)) => {}
-            Created::Lost(_) => {
-                return Err(Error::refused(format!(
-                    "{}/{object} exists with other content; nothing was overwritten",
-                    self.stanza.shown()
-                ))
-                .remedy(
-                    "two clusters or two histories archive under one name: a restored copy, an old primary that came \
-                     back, or a stanza used twice. Find the other one before you archive again",
-                ));
-            }
+            Created::Lost(_) => return Err(other_content(&self.stanza, &object)),
         }
         let beside = format!("{name}-{}", hex::encode(&id[..4]));
         let object = self.object_name(&file, &beside);
@@ -169,27 +160,137 @@ impl Archive {
         }
     }
 
-    /// Stores the bytes of a segment from its start up to where WAL was written, as a piece.
-    pub async fn put_piece(&self, segment: Segment, content: Vec<u8>) -> Result<Stored> {
-        let start = segment.start(self.segment_size);
+    /// Stores bytes of a segment from `offset` on as a piece. Returns its object name too.
+    pub async fn put_piece(&self, segment: Segment, offset: u64, content: Vec<u8>) -> Result<(Stored, String)> {
+        let start = Lsn(segment.start(self.segment_size).0 + offset);
         let end = Lsn(start.0 + content.len() as u64);
         let name = segment.name(self.segment_size);
-        let epoch = self.epoch(segment.timeline, start);
+        let epoch = self.epoch(segment.timeline, segment.start(self.segment_size));
         let object = names::wal_piece(self.system_identifier, segment.timeline, &name, start.0, end.0, epoch);
         let id = self.stanza.keys().chunk_id(&content);
-        let header = self.header(&WalFile::Segment(segment), &name, &content);
+        let header = proto::WalHeader {
+            start_lsn: start.0,
+            end_lsn: end.0,
+            ..self.plain_header(segment.timeline, &name)
+        };
         let sealed = self.seal(ObjectKind::WalPiece, object.clone(), header, content).await?;
-        match self
-            .stanza
+        let stored = self.create_same(ObjectKind::WalPiece, &object, sealed.0, id).await?;
+        Ok((stored, object))
+    }
+
+    /// Stores a complete segment whose summary was made while it arrived.
+    pub async fn put_whole(&self, segment: Segment, summary: proto::WalSummary, content: Vec<u8>) -> Result<Stored> {
+        let name = segment.name(self.segment_size);
+        let object = self.object_name(&WalFile::Segment(segment), &name);
+        let id = self.stanza.keys().chunk_id(&content);
+        let header = self.segment_facts(segment, summary);
+        let sealed = self
+            .seal(ObjectKind::WalSegment, object.clone(), header, content)
+            .await?;
+        self.create_same(ObjectKind::WalSegment, &object, sealed.0, id).await
+    }
+
+    fn segment_facts(&self, segment: Segment, summary: proto::WalSummary) -> proto::WalHeader {
+        proto::WalHeader {
+            start_lsn: segment.start(self.segment_size).0,
+            end_lsn: segment.end(self.segment_size).0,
+            summary: Some(summary),
+            ..self.plain_header(segment.timeline, &segment.name(self.segment_size))
+        }
+    }
+
+    fn plain_header(&self, timeline: u32, name: &str) -> proto::WalHeader {
+        proto::WalHeader {
+            name: name.to_owned(),
+            system_identifier: self.system_identifier,
+            timeline,
+            segment_size: self.segment_size,
+            ..Default::default()
+        }
+    }
+
+    /// The name of the seal that makes a segment's pieces the segment.
+    pub fn seal_name(&self, segment: Segment) -> String {
+        let name = segment.name(self.segment_size);
+        let epoch = self.epoch(segment.timeline, segment.start(self.segment_size));
+        names::wal_seal(self.system_identifier, segment.timeline, &name, epoch)
+    }
+
+    /// Makes pieces, in the order of their ranges, the complete segment. `content_id` is that of the whole.
+    pub async fn put_seal(
+        &self,
+        segment: Segment,
+        summary: proto::WalSummary,
+        content_id: [u8; 32],
+        pieces: &[(u64, u64, String)],
+    ) -> Result<()> {
+        let object = self.seal_name(segment);
+        let file = |name: &String| name.rsplit('/').next().unwrap_or_default().to_owned();
+        let seal = proto::PieceSeal {
+            header: Some(proto::WalHeader {
+                content_id: content_id.to_vec(),
+                content_len: self.segment_size,
+                ..self.segment_facts(segment, summary)
+            }),
+            pieces: pieces.iter().map(|(_, _, name)| file(name)).collect(),
+        };
+        let stanza = &self.stanza;
+        let salt = env::salt(stanza.env())?;
+        let sealed = object::seal_message(
+            stanza.keys(),
+            stanza.scope(),
+            ObjectKind::PieceSeal,
+            salt,
+            &object,
+            &seal,
+        )?;
+        match stanza
             .store()
-            .create(&object, sealed.0.into(), limits::WAL_OBJECT_BYTES)
+            .create(&object, sealed.into(), limits::OBJECT_BYTES)
             .await?
         {
+            Created::Won => Ok(()),
+            Created::Lost(there) => {
+                let there = self.open_seal(&there, &object)?;
+                match there.header.is_some_and(|h| h.content_id == content_id) {
+                    true => Ok(()),
+                    false => Err(other_content(&self.stanza, &object)),
+                }
+            }
+        }
+    }
+
+    /// Reads a seal.
+    pub fn open_seal(&self, bytes: &[u8], object: &str) -> Result<proto::PieceSeal> {
+        let keys = self.stanza.keys_for(bytes, object)?;
+        let scope = self.stanza.scope();
+        Ok(object::open_message(
+            keys,
+            scope,
+            ObjectKind::PieceSeal,
+            bytes,
+            object,
+            object,
+        )?)
+    }
+
+    /// Removes pieces that something whole has replaced. What cannot be removed stays: it does no harm.
+    pub async fn delete_pieces(&self, pieces: &[(u64, u64, String)]) {
+        let names: Vec<String> = pieces.iter().map(|(_, _, name)| name.clone()).collect();
+        if !names.is_empty()
+            && let Err(error) = self.stanza.store().delete(&names).await
+        {
+            tracing::debug!("{} pieces stay beside their segment: {error}", names.len());
+        }
+    }
+
+    /// Creates an object; the same content under the name is success, other content is an error.
+    async fn create_same(&self, kind: ObjectKind, object: &str, sealed: Vec<u8>, id: [u8; 32]) -> Result<Stored> {
+        let store = self.stanza.store();
+        match store.create(object, sealed.into(), limits::WAL_OBJECT_BYTES).await? {
             Created::Won => Ok(Stored::New),
-            Created::Lost(there) if self.content_id(ObjectKind::WalPiece, &there, &object)? == id => Ok(Stored::Same),
-            Created::Lost(_) => Err(Error::refused(format!(
-                "{object} exists with other content; nothing was overwritten"
-            ))),
+            Created::Lost(there) if self.content_id(kind, &there, object)? == id => Ok(Stored::Same),
+            Created::Lost(_) => Err(other_content(&self.stanza, object)),
         }
     }
 
@@ -253,4 +354,15 @@ impl Archive {
             .remedy("see `fairvault info` for who fenced it")),
         }
     }
+}
+
+fn other_content(stanza: &Stanza, object: &str) -> Error {
+    Error::refused(format!(
+        "{}/{object} exists with other content; nothing was overwritten",
+        stanza.shown()
+    ))
+    .remedy(
+        "two clusters or two histories archive under one name: a restored copy, an old primary that came back, or a \
+         stanza used twice. Find the other one before you archive again",
+    )
 }

@@ -125,7 +125,7 @@ impl Coverage {
         wal.stored_bytes += size;
         let file = match rest.as_slice() {
             [_, file] => names::parse_wal_file(file).map(|(name, _)| (name, false)),
-            [_, folder, _] => Some((folder.trim_end_matches(".d"), true)),
+            [_, folder, file] => Some((folder.trim_end_matches(".d"), !file.starts_with("seal."))),
             _ => None,
         };
         let parsed = file.map(|(name, is_piece)| (WalFile::parse(name, self.segment_size), is_piece));
@@ -153,6 +153,30 @@ impl Coverage {
     /// The histories that are known.
     pub fn histories(&self) -> impl DoubleEndedIterator<Item = &History> {
         self.timelines.values().filter_map(|wal| wal.history.as_ref())
+    }
+
+    /// The oldest segment of which anything is there along a history.
+    pub fn oldest(&self, history: &History) -> Option<Segment> {
+        self.along(history, |wal| {
+            wal.segments.first().into_iter().chain(wal.parts.first()).min().copied()
+        })
+        .min_by_key(|segment| segment.number)
+    }
+
+    /// The newest whole segment along a history.
+    pub fn newest(&self, history: &History) -> Option<Segment> {
+        self.along(history, |wal| wal.segments.last().copied())
+            .max_by_key(|segment| segment.number)
+    }
+
+    /// One segment of each timeline of a history, as far as it belongs to it.
+    fn along(&self, history: &History, choose: impl Fn(&TimelineWal) -> Option<u64>) -> impl Iterator<Item = Segment> {
+        self.timelines.iter().filter_map(move |(&timeline, wal)| {
+            let end = history.end_of(timeline).ok()?;
+            let number = choose(wal)?;
+            let limit = end.map_or(u64::MAX, |end| end.0.saturating_sub(1) / self.segment_size);
+            (number <= limit).then_some(Segment { timeline, number })
+        })
     }
 
     fn has_whole(&self, timeline: u32, number: u64) -> bool {

@@ -45,7 +45,9 @@ impl Archive {
         let store = self.stanza.store();
         let mut bytes = match store.get_range(&object, 0..HEADER_GUESS).await {
             Ok(bytes) => bytes,
-            Err(error) if error.kind() == Kind::NotFound => return Ok(None),
+            Err(error) if error.kind() == Kind::NotFound => {
+                return Ok(self.seal_of(segment).await?.and_then(|seal| seal.header));
+            }
             Err(error) => return Err(error),
         };
         let keys = self.stanza.keys_for(&bytes, &object)?;
@@ -62,10 +64,64 @@ impl Archive {
         )?))
     }
 
-    /// The whole segment, if it is there.
+    /// The whole segment, if it is there: as an object, or as sealed pieces.
     pub async fn whole_segment(&self, segment: Segment) -> Result<Option<Vec<u8>>> {
         let name = segment.name(self.segment_size);
-        self.file(&WalFile::Segment(segment), &name).await
+        if let Some(content) = self.file(&WalFile::Segment(segment), &name).await? {
+            return Ok(Some(content));
+        }
+        let Some(seal) = self.seal_of(segment).await? else {
+            return Ok(None);
+        };
+        let folder = format!(
+            "{}/{name}.d",
+            names::wal_folder(self.system_identifier, segment.timeline)
+        );
+        let pieces = seal
+            .pieces
+            .iter()
+            .filter_map(|file| Some((names::parse_piece(file)?, format!("{folder}/{file}"))))
+            .collect();
+        let content = self.join_pieces(segment, pieces).await?;
+        let expected = seal.header.unwrap_or_default();
+        if content.len() as u64 != self.segment_size || self.stanza.keys().chunk_id(&content)[..] != expected.content_id
+        {
+            return Err(Error::damaged(format!(
+                "{}/{folder}: the sealed pieces are not the segment",
+                self.stanza.shown()
+            )));
+        }
+        Ok(Some(content))
+    }
+
+    /// The seal of a segment's pieces, if there is one.
+    async fn seal_of(&self, segment: Segment) -> Result<Option<proto::PieceSeal>> {
+        let object = self.seal_name(segment);
+        let bytes = self.stanza.store().get_opt(&object, limits::OBJECT_BYTES).await?;
+        bytes.map(|bytes| self.open_seal(&bytes, &object)).transpose()
+    }
+
+    /// What the pieces of a segment hold from its start on, without a hole, and the pieces: start, end, object.
+    pub async fn pieces(&self, segment: Segment) -> Result<(Vec<u8>, Vec<(u64, u64, String)>)> {
+        let name = segment.name(self.segment_size);
+        let folder = format!(
+            "{}/{name}.d",
+            names::wal_folder(self.system_identifier, segment.timeline)
+        );
+        let mut pieces: Vec<_> = self
+            .stanza
+            .store()
+            .list(&folder)
+            .await?
+            .into_iter()
+            .filter_map(|(object, _)| Some((names::parse_piece(object.rsplit('/').next()?)?, object)))
+            .collect();
+        pieces.sort();
+        let known = pieces
+            .iter()
+            .map(|((start, end, _), object)| (*start, *end, object.clone()))
+            .collect();
+        Ok((self.join_pieces(segment, pieces).await?, known))
     }
 
     /// The longest beginning of a segment that its pieces and partial files amount to; empty if there are

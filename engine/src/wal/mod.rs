@@ -1,12 +1,13 @@
 //! WAL in and out of the repository.
 //!
 //! [`archive`] stores, [`push`] is `archive_command`, [`fetch`] reads, [`get`] is `restore_command`,
-//! [`coverage`] knows what is there, [`stream`] takes WAL from the server during a backup.
+//! [`coverage`] knows what is there, [`stream`] takes WAL from the server during a backup, [`receive`] all the time.
 
 pub mod archive;
 pub mod coverage;
 pub mod fetch;
 pub mod get;
 pub mod push;
+pub mod receive;
 pub mod stream;
 pub mod summary;

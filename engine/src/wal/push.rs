@@ -70,7 +70,7 @@ pub async fn push(log: &mut Log, name: &str, content: Vec<u8>, level: i32) -> Re
                 && let Filled::UpTo(end) = check_filled(&archive, name, *segment, &content).await?
             {
                 let len = (end.0 - segment.start(archive.segment_size).0) as usize;
-                let stored = archive.put_piece(*segment, content[..len].to_vec()).await?;
+                let (stored, _) = archive.put_piece(*segment, 0, content[..len].to_vec()).await?;
                 archive.check_fence(log).await?;
                 return Ok(stored);
             }

@@ -47,7 +47,7 @@ pub async fn capture(
     let storing = store(&archive, full_out, durable_in);
     let ((segment, rest), ()) = tokio::try_join!(receiving, storing)?;
     if !rest.is_empty() {
-        archive.put_piece(segment, rest).await?;
+        archive.put_piece(segment, 0, rest).await?;
     }
     Ok(())
 }
@@ -107,7 +107,13 @@ async fn receive(
         };
         let (start, bytes) = match item {
             WalItem::Data { start, bytes } => (start, bytes),
-            WalItem::Idle { .. } => continue,
+            WalItem::Idle { wants_answer, .. } => {
+                if wants_answer {
+                    let reached = *durable.borrow_and_update();
+                    stream.report(reached).await?;
+                }
+                continue;
+            }
             WalItem::TimelineEnd { .. } => {
                 return Err(Error::failed(
                     "the server was promoted during the backup; this backup cannot be completed",

@@ -1,0 +1,381 @@
+//! `wal receive`: what the server has committed is in the repository within seconds, whatever happens.
+
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use fairvault_tests::fixture::signal;
+use fairvault_tests::{Fixture, Server, Shape, run};
+
+/// A receiver; killed when dropped.
+struct Receiver {
+    child: Child,
+    log: std::path::PathBuf,
+}
+
+impl Receiver {
+    fn start(s: &Fixture, more: &[&str]) -> Result<Self> {
+        let log = s
+            .scratch
+            .join(&format!("receive-{}.log", std::fs::read_dir(s.scratch.path())?.count()));
+        let file = std::fs::File::create(&log)?;
+        let mut all = vec!["wal", "receive", "acme"];
+        all.extend(more);
+        let child = s
+            .command(&all)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .spawn()?;
+        let mut this = Self { child, log };
+        this.wait_for_line("receiving WAL from")?;
+        Ok(this)
+    }
+
+    fn text(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    fn wait_for_line(&mut self, word: &str) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !self.text().contains(word) {
+            ensure!(Instant::now() < deadline, "no {word:?} in {}", self.text());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    /// A polite stop: everything that was received is stored.
+    fn stop(mut self) -> Result<String> {
+        signal(&self.child, "TERM")?;
+        let status = self.child.wait()?;
+        ensure!(status.success(), "{status}: {}", self.text());
+        Ok(self.text())
+    }
+
+    fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Until the server says that everything is flushed by the receiver.
+fn wait_until_durable(s: &Fixture, server: &Server) -> Result<()> {
+    let now = server.sql(&s.scratch, "select pg_current_wal_flush_lsn()")?;
+    server.wait_for(
+        &s.scratch,
+        &format!(
+            "select count(*) from pg_stat_replication where application_name = 'fairvault' and flush_lsn >= '{now}'"
+        ),
+        "1",
+    )
+}
+
+fn rows(s: &Fixture, server: &Server) -> Result<String> {
+    server.sql(&s.scratch, "select count(*) from t")
+}
+
+#[test]
+fn what_was_committed_is_there_although_its_segment_is_not_full() -> Result<()> {
+    let s = Fixture::new("receive", Shape::default())?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "200ms"])?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    s.sql("insert into t select generate_series(1, 1000)")?;
+    wait_until_durable(&s, &s.server)?;
+    let pieces = s
+        .objects("wal")
+        .iter()
+        .filter(|p| p.display().to_string().contains(".d/"))
+        .count();
+    ensure!(pieces > 0, "{:?}", s.objects("wal"));
+    // The machine is gone.
+    receiver.kill()?;
+    s.server.stop(&s.scratch, "immediate")?;
+    std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(rows(&s, &s.start("r", 5450)?)? == "1000");
+    ensure!(
+        s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
+            .contains("all good")
+    );
+    Ok(())
+}
+
+#[test]
+fn restarts_go_on_exactly_and_full_segments_take_over() -> Result<()> {
+    let s = Fixture::new(
+        "resume",
+        Shape {
+            initdb: &["-k", "--wal-segsize=1"],
+            ..Default::default()
+        },
+    )?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "100ms", "--piece-size", "64KiB"])?;
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    let fill = "insert into t select md5(i::text) from generate_series(1, 3000) i";
+    for _ in 0..5 {
+        s.sql(fill)?;
+    }
+    wait_until_durable(&s, &s.server)?;
+    receiver.kill()?;
+    for _ in 0..5 {
+        s.sql(fill)?;
+    }
+    // While nobody received, the slot has kept everything.
+    let receiver = Receiver::start(&s, &["--flush-interval", "100ms"])?;
+    s.sql(fill)?;
+    wait_until_durable(&s, &s.server)?;
+    let text = receiver.stop()?;
+    ensure!(!text.contains("trying again"), "{text}");
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(!info.contains("gap") && !info.contains("MISSING"), "{info}");
+    // Whole segments have replaced their pieces.
+    let objects = s.objects("wal");
+    let whole: Vec<String> = objects
+        .iter()
+        .filter(|p| !p.display().to_string().contains(".d/"))
+        .filter_map(|p| Some(p.file_name()?.to_str()?[..24].to_owned()))
+        .collect();
+    ensure!(whole.len() > 3, "{whole:?}");
+    for object in &objects {
+        let text = object.display().to_string();
+        ensure!(!whole.iter().any(|name| text.contains(&format!("{name}.d"))), "{text}");
+    }
+    s.server.stop(&s.scratch, "immediate")?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(rows(&s, &s.start("r", 5450)?)? == "33000");
+    ensure!(
+        s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
+            .contains("all good")
+    );
+    Ok(())
+}
+
+#[test]
+fn pieces_can_be_sealed_instead() -> Result<()> {
+    let s = Fixture::new(
+        "sealed",
+        Shape {
+            initdb: &["-k", "--wal-segsize=1"],
+            ..Default::default()
+        },
+    )?;
+    let receiver = Receiver::start(
+        &s,
+        &["--flush-interval", "100ms", "--piece-size", "256KiB", "--keep-pieces"],
+    )?;
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    for _ in 0..20 {
+        s.sql("insert into t select md5(i::text) from generate_series(1, 1500) i")?;
+    }
+    wait_until_durable(&s, &s.server)?;
+    receiver.stop()?;
+    let objects = s.objects("wal");
+    let seals = objects
+        .iter()
+        .filter(|p| p.display().to_string().contains(".d/seal."))
+        .count();
+    ensure!(seals > 2, "{objects:?}");
+    ensure!(
+        objects.iter().all(|p| p.display().to_string().contains(".d/")),
+        "{objects:?}"
+    );
+    s.server.stop(&s.scratch, "immediate")?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(rows(&s, &s.start("r", 5450)?)? == "30000");
+    ensure!(
+        s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
+            .contains("all good")
+    );
+    // A piece that a seal names is damaged: its segment is not delivered.
+    let sealed = objects
+        .iter()
+        .find(|p| p.display().to_string().contains("seal"))
+        .context("seal")?;
+    let piece = objects
+        .iter()
+        .find(|p| p.parent() == sealed.parent() && *p != sealed)
+        .context("piece")?;
+    std::fs::write(piece, b"rubbish")?;
+    ensure!(s.fairvault(&["verify", "acme", "--progress", "none"]).0 == 4);
+    let folder = sealed.parent().and_then(|p| p.file_name()).context("folder")?;
+    let name = folder.to_string_lossy().trim_end_matches(".d").to_owned();
+    let (exit, text) = s.fairvault(&["wal", "get", "acme", &name, &s.path("fetched")]);
+    ensure!(exit == 200, "{exit} {text}");
+    Ok(())
+}
+
+#[test]
+fn acknowledged_commits_are_never_lost_in_synchronous_mode() -> Result<()> {
+    let s = Fixture::new(
+        "sync",
+        Shape {
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = on\n",
+            ..Default::default()
+        },
+    )?;
+    s.sql("set synchronous_commit = local; create table t (x int)")?;
+    s.backup()?;
+    let mut acknowledged = 0;
+    for round in 0..3 {
+        let receiver = Receiver::start(&s, &["--synchronous"])?;
+        s.server.wait_for(
+            &s.scratch,
+            "select string_agg(sync_state, ',') from pg_stat_replication",
+            "sync",
+        )?;
+        // One commit after the other; each psql call returns when its commit was acknowledged.
+        for _ in 0..5 + round * 3 {
+            s.sql("insert into t values (1)")?;
+            acknowledged += 1;
+        }
+        receiver.kill()?;
+    }
+    s.server.stop(&s.scratch, "immediate")?;
+    std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    let conf = s.path("r/postgresql.auto.conf");
+    let text = std::fs::read_to_string(&conf)? + "synchronous_standby_names = ''\n";
+    std::fs::write(&conf, text)?;
+    let there: u32 = rows(&s, &s.start("r", 5450)?)?.parse()?;
+    ensure!(there >= acknowledged, "{there} of {acknowledged}");
+    Ok(())
+}
+
+#[test]
+fn a_promotion_is_followed() -> Result<()> {
+    let s = Fixture::new("failover", Shape::default())?;
+    // Two hosts in one conninfo: whoever is the primary is received from.
+    let hosts = format!(
+        "host={0},{0} port=5432,5460 user=postgres target_session_attrs=primary",
+        s.scratch.path().display()
+    );
+    let receiver = Receiver::start(&s, &["--conninfo", &hosts, "--flush-interval", "100ms"])?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    wait_until_durable(&s, &s.server)?;
+    let (exit, text) = s.restore("standby", &["--standby"]);
+    ensure!(exit == 0, "{text}");
+    let conf = s.path("standby/postgresql.auto.conf");
+    let text = std::fs::read_to_string(&conf)? + &format!("primary_conninfo = '{}'\n", s.server.conninfo());
+    std::fs::write(&conf, text)?;
+    let standby = s.copy("standby", 5460);
+    standby.start(&s.scratch)?;
+    s.sql("insert into t values (1)")?;
+    standby.wait_for(&s.scratch, "select count(*) from t", "1")?;
+    wait_until_durable(&s, &s.server)?;
+    s.server.stop(&s.scratch, "fast")?;
+    run(standby
+        .program(&s.scratch, "pg_ctl")
+        .args(["promote", "-w", "-D"])
+        .arg(&standby.data))?;
+    standby.sql(&s.scratch, "insert into t values (2)")?;
+    wait_until_durable(&s, &standby)?;
+    let text = receiver.stop()?;
+    ensure!(text.contains("on timeline 2"), "{text}");
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(info.contains("restorable on timeline 2"), "{info}");
+    drop(standby);
+    for (name, port, more, expected) in [
+        ("latest", 5461, vec![], "2"),
+        ("current", 5462, vec!["--target-timeline", "current"], "1"),
+        ("number", 5463, vec!["--target-timeline", "2"], "2"),
+    ] {
+        let (exit, text) = s.restore(name, &more);
+        ensure!(exit == 0, "{name}: {text}");
+        let copy = s.start(name, port)?;
+        ensure!(
+            rows(&s, &copy)? == expected,
+            "{name}: {}\n{}",
+            rows(&s, &copy)?,
+            copy.log_text()
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_server_that_was_set_back_is_refused() -> Result<()> {
+    let s = Fixture::new("back", Shape::default())?;
+    s.sql("create table t (x int)")?;
+    s.sql("checkpoint")?;
+    s.server.stop(&s.scratch, "fast")?;
+    run(s
+        .scratch
+        .command("cp")
+        .args(["-a", &s.path("data5432"), &s.path("snapshot")]))?;
+    s.server.start(&s.scratch)?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "100ms", "--no-slot"])?;
+    s.backup()?;
+    s.sql("insert into t select generate_series(1, 10000)")?;
+    std::thread::sleep(Duration::from_secs(1));
+    receiver.stop()?;
+    s.server.stop(&s.scratch, "immediate")?;
+    std::fs::rename(&s.server.data, s.scratch.join("gone"))?;
+    run(s
+        .scratch
+        .command("cp")
+        .args(["-a", &s.path("snapshot"), &s.path("data5432")]))?;
+    s.server.start(&s.scratch)?;
+    let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--no-slot"]);
+    ensure!(exit == 1 && text.contains("set back"), "{exit} {text}");
+    // It has gone on beyond what is stored, with other WAL: the difference is seen.
+    s.sql("insert into t select generate_series(1, 200000)")?;
+    let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--no-slot"]);
+    ensure!(exit == 1 && text.contains("other WAL"), "{exit} {text}");
+    Ok(())
+}
+
+#[test]
+fn store_and_server_may_go_away_for_a_while() -> Result<()> {
+    let s = Fixture::new(
+        "away",
+        Shape {
+            archiving: true,
+            ..Default::default()
+        },
+    )?;
+    // Pushed and received at once: the same segment from both is one object.
+    let mut receiver = Receiver::start(&s, &["--flush-interval", "100ms"])?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    s.sql("insert into t values (1)")?;
+    s.flush_archive(&s.server)?;
+    wait_until_durable(&s, &s.server)?;
+    std::fs::rename(s.path("vault"), s.path("hidden"))?;
+    s.sql("insert into t values (2)")?;
+    receiver.wait_for_line("trying again")?;
+    std::fs::rename(s.path("hidden"), s.path("vault"))?;
+    wait_until_durable(&s, &s.server)?;
+    s.server.stop(&s.scratch, "immediate")?;
+    std::thread::sleep(Duration::from_secs(1));
+    s.server.start(&s.scratch)?;
+    s.sql("insert into t values (3)")?;
+    s.flush_archive(&s.server)?;
+    wait_until_durable(&s, &s.server)?;
+    receiver.stop()?;
+    s.server.stop(&s.scratch, "immediate")?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(rows(&s, &s.start("r", 5450)?)? == "3");
+    ensure!(
+        s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
+            .contains("all good")
+    );
+    Ok(())
+}
