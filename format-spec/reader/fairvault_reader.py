@@ -478,9 +478,16 @@ class Wal:
         kind = WAL_SEGMENT if self.is_segment else WAL_FILE
         stored, pieces = self._newest(self.folder, self.name), None
         if stored is None and self.is_segment:
-            pieces = self._pieces(f"{self.folder}/{self.name}.d")
+            pieces = self._pieces()
             stored = None if pieces else self._newest(self.folder, self.name)  # it may have come meanwhile
+        if stored and self._is_seal(stored):
+            return self._pieces(stored)
         return self._object(stored, kind)[1] if stored else pieces
+
+    def _is_seal(self, context: str) -> bool:
+        """Whether the object under a segment's name is a seal of pieces."""
+        with open_named(self.stanza.folder / context, context) as stream:
+            return self.is_segment and stream.read(6)[5:] == bytes([PIECE_SEAL])
 
     def _newest(self, folder: str, stem: str) -> Optional[str]:
         """The object `<stem>.<epoch>` of the highest archive epoch in a folder."""
@@ -508,11 +515,12 @@ class Wal:
         self._check(wal, header.epoch, bytes(content), context)
         return wal, bytes(content)
 
-    def _pieces(self, folder: str) -> Optional[bytes]:
+    def _pieces(self, context: Optional[str] = None) -> Optional[bytes]:
         """A segment assembled from pieces, those that a seal names or all that there are; None if there are none."""
-        path, form, seal, header = self.stanza.folder / folder, r"([0-9A-F]{16})-([0-9A-F]{16})\.[0-9]{4,}", None, None
+        folder, form, seal, header = f"{self.folder}/{self.name}.d", r"([0-9A-F]{16})-([0-9A-F]{16})\.[0-9]{4,}", None, None
+        path = self.stanza.folder / folder
         names = sorted(f.name for f in path.iterdir() if re.fullmatch(form, f.name)) if path.is_dir() else []
-        if context := self._newest(folder, "seal"):
+        if context:
             with open_named(self.stanza.folder / context, context) as stream:
                 (header, plain), *more = self.keys.sections(stream, PIECE_SEAL, context, context)
             seal = decode("PieceSeal", plain, context)
@@ -534,7 +542,7 @@ class Wal:
             content += part[len(shared):]
         content += bytes(size - len(content))
         if seal is not None and header is not None:
-            self._check(seal.header, header.epoch, bytes(content), f"{folder}, as sealed")
+            self._check(seal.header, header.epoch, bytes(content), f"{context}, as sealed")
         return bytes(content) if names else None
 
 def read_wal(stanza: Stanza, name: str) -> bytes:

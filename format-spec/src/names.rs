@@ -123,14 +123,6 @@ pub fn wal_piece(
     )
 }
 
-/// The seal that makes pieces a segment.
-pub fn wal_seal(system_identifier: u64, timeline: u32, segment: &str, archive_epoch: u32) -> String {
-    format!(
-        "{}/{segment}.d/seal.{archive_epoch:04}",
-        wal_folder(system_identifier, timeline)
-    )
-}
-
 /// Start, end and archive epoch in the file name of a piece.
 pub fn parse_piece(file: &str) -> Option<(u64, u64, u32)> {
     let (range, epoch) = file.split_once('.')?;

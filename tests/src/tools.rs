@@ -20,6 +20,8 @@ const PACKAGES: [(u32, &str); 4] = [
 /// The version of the S3 server.
 const MINISTACK: &str = "ministack==1.5.33";
 
+/// The version of the emulator of Azure.
+const AZURITE: &str = "azurite@3.35.0";
 /// The version of the S3 server whose probe must fail.
 const S3S_FS: &str = "0.14.1";
 
@@ -172,6 +174,21 @@ pub fn install_s3s_fs() -> Result<PathBuf> {
     Ok(binary)
 }
 
+/// Microsoft's emulator of Azure's blob store.
+pub fn install_azurite() -> Result<PathBuf> {
+    let root = folder().join("azurite");
+    let binary = root.join("node_modules/.bin/azurite-blob");
+    if !binary.exists() {
+        eprintln!("installing azurite from npm");
+        std::fs::create_dir_all(&root)?;
+        run(Command::new("npm")
+            .args(["install", "--silent", "--no-fund", "--no-audit", "--prefix"])
+            .arg(&root)
+            .arg(AZURITE))?;
+    }
+    Ok(binary)
+}
+
 /// GNU time, which tells peak memory.
 pub fn install_time() -> Result<()> {
     match Path::new("/usr/bin/time").exists() {
@@ -264,4 +281,19 @@ pub fn unmount_sid() {
             .stderr(std::process::Stdio::null())
             .status();
     }
+}
+
+/// Runs the independent reader of the format.
+pub fn reader(arguments: &[&str]) -> Result<String> {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../format-spec/reader");
+    let requirements = std::fs::read_to_string(folder.join("requirements.txt"))?;
+    let packages: Vec<&str> = requirements
+        .lines()
+        .map(str::trim)
+        .filter(|l| !l.is_empty() && !l.starts_with('#'))
+        .collect();
+    let interpreter = python("reader", &packages)?.join("python");
+    run(Command::new(interpreter)
+        .arg(folder.join("fairvault_reader.py"))
+        .args(arguments))
 }

@@ -2,25 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use anyhow::{Result, ensure};
-use fairvault_tests::{Scratch, Server, run, tools};
-
-fn reader(arguments: &[&str]) -> Result<String> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../format-spec/reader");
-    let requirements = std::fs::read_to_string(folder.join("requirements.txt"))?;
-    let packages: Vec<&str> = requirements
-        .lines()
-        .map(str::trim)
-        .filter(|l| !l.is_empty() && !l.starts_with('#'))
-        .collect();
-    let python = tools::python("reader", &packages)?.join("python");
-    run(Command::new(python)
-        .arg(folder.join("fairvault_reader.py"))
-        .args(arguments))
-}
+use fairvault_tests::tools::reader;
+use fairvault_tests::{Scratch, Server, run};
 
 /// Path → mode and content, of files.
 fn tree(root: &Path, folder: &Path, out: &mut BTreeMap<String, (u32, Vec<u8>)>) -> Result<()> {

@@ -150,6 +150,62 @@ async fn conformance_on_radosgw() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn conformance_on_azure() -> Result<()> {
+    if !tools::is_full() {
+        eprintln!("the emulator of Azure is part of `cargo xtask test --full`");
+        return Ok(());
+    }
+    // The account of the emulator, which is the same everywhere.
+    const ACCOUNT: &str = "devstoreaccount1";
+    const KEY: &str = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==";
+    let scratch = Scratch::new("azure")?;
+    let port = free_port()?.to_string();
+    let mut server = std::process::Command::new(tools::install_azurite()?)
+        .args([
+            "--inMemoryPersistence",
+            "--skipApiVersionCheck",
+            "--silent",
+            "--blobPort",
+            &port,
+        ])
+        .current_dir(scratch.path())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()?;
+    let endpoint = format!("http://127.0.0.1:{port}/{ACCOUNT}");
+    let url = RepositoryUrl {
+        url: "az://vault/some/prefix".into(),
+        endpoint: Some(endpoint),
+        access_key: Some(ACCOUNT.into()),
+        secret_key: Some(KEY.into()),
+        ..Default::default()
+    };
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    let made = fairvault_tests::run(std::process::Command::new("python3").args(["-c", MAKE_CONTAINER, &port, KEY]));
+    let result = match made {
+        Ok(_) => conformance(&url.open(false)?).await,
+        Err(error) => Err(error),
+    };
+    server.kill()?;
+    server.wait()?;
+    result
+}
+
+/// Makes the container `vault` on the Azure emulator, by a request signed with the account's key.
+const MAKE_CONTAINER: &str = r#"
+import base64, email.utils, hashlib, hmac, sys, urllib.request
+port, key = sys.argv[1:]
+date = email.utils.formatdate(usegmt=True)
+resource = "/devstoreaccount1/devstoreaccount1/vault\nrestype:container"
+text = "PUT" + "\n" * 12 + f"x-ms-date:{date}\nx-ms-version:2021-08-06\n{resource}"
+signature = base64.b64encode(hmac.new(base64.b64decode(key), text.encode(), hashlib.sha256).digest()).decode()
+request = urllib.request.Request(
+    f"http://127.0.0.1:{port}/devstoreaccount1/vault?restype=container", method="PUT",
+    headers={"x-ms-date": date, "x-ms-version": "2021-08-06", "Authorization": f"SharedKey devstoreaccount1:{signature}"})
+urllib.request.urlopen(request).read()
+"#;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_probe_sees_through_s3s_fs() -> Result<()> {
     if !tools::is_full() {
         eprintln!("s3s-fs is part of `cargo xtask test --full`");

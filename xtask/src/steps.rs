@@ -95,6 +95,7 @@ pub fn test(full: bool) -> Result<()> {
         tools::install_sid()?;
         rgw::install()?;
         tools::install_s3s_fs()?;
+        tools::install_azurite()?;
         return with_full();
     }
     cargo(&["build", "--workspace"])?;

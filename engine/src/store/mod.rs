@@ -7,6 +7,7 @@ pub mod probe;
 pub mod url;
 
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,6 +42,8 @@ pub struct StoreSettings {
     pub storage_class: Option<String>,
     /// The store lists names in order.
     pub ordered_lists: bool,
+    /// The folder of a directory repository, as it was when it was opened.
+    pub root: Option<Root>,
     /// File that processes of this host lock around creates where `single_writer` is promised.
     pub lock_file: Option<PathBuf>,
 }
@@ -52,8 +55,34 @@ impl Default for StoreSettings {
             single_writer: false,
             storage_class: None,
             ordered_lists: false,
+            root: None,
             lock_file: None,
         }
+    }
+}
+
+/// A folder on this machine that must stay what it was: a disk may be unmounted under a process that runs
+/// for weeks, and writing would then make the folders anew on the disk below.
+#[derive(Debug, Clone)]
+pub struct Root {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Root {
+    /// The folder as it is now.
+    pub fn of(path: &std::path::Path) -> std::io::Result<Self> {
+        let meta = std::fs::metadata(path)?;
+        Ok(Self {
+            path: path.to_owned(),
+            identity: (meta.dev(), meta.ino()),
+        })
+    }
+
+    /// Still the same folder, or another one with this repository in it.
+    fn is_there(&self) -> bool {
+        Self::of(&self.path).is_ok_and(|now| now.identity == self.identity)
+            || self.path.join(names::REPOSITORY).is_file()
     }
 }
 
@@ -159,8 +188,20 @@ impl Store {
         }
     }
 
+    fn check_root(&self) -> Result<()> {
+        match &self.settings.root {
+            Some(root) if !root.is_there() => Err(Error::temporary(format!(
+                "the repository folder {} is gone",
+                root.path.display()
+            ))
+            .remedy("was it unmounted? Nothing is written until it is back")),
+            _ => Ok(()),
+        }
+    }
+
     /// Writes an object that is named by its hash; the same bytes may be there already.
     pub async fn put_hashed(&self, name: &str, payload: PutPayload) -> Result<()> {
+        self.check_root()?;
         let path = self.path(name)?;
         let mut attributes = object_store::Attributes::new();
         let is_pack = name
@@ -182,6 +223,7 @@ impl Store {
     /// Creates an object if its name is free. The outcome is certain: an unclear answer is followed by the
     /// same bytes again until the name is occupied, and then by a comparison. `limit` bounds what may be there.
     pub async fn create(&self, name: &str, bytes: Bytes, limit: u64) -> Result<Created> {
+        self.check_root()?;
         let path = self.path(name)?;
         if self.settings.single_writer {
             return self.create_single_writer(name, bytes, limit).await;
@@ -358,10 +400,14 @@ impl Store {
             let mut listed = self.inner.list_with_offset(Some(&path), &offset);
             let mut found = Vec::new();
             while let Some(meta) = listed.try_next().await? {
-                let name = &meta.location.as_ref()[skip..];
-                if name.starts_with(prefix) {
-                    found.push(name.to_owned());
-                } else if ordered && name > prefix {
+                let found_name = &meta.location.as_ref()[skip..];
+                // Not every store knows where to begin, and says so.
+                if meta.location <= offset {
+                    continue;
+                }
+                if found_name.starts_with(prefix) {
+                    found.push(found_name.to_owned());
+                } else if ordered && found_name > prefix {
                     break;
                 }
             }

@@ -9,7 +9,7 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::{BackoffConfig, Certificate, ClientOptions, ObjectStore, RetryConfig};
 
-use super::{Store, StoreSettings};
+use super::{Root, Store, StoreSettings};
 use crate::error::{Error, Result};
 
 /// Where a repository is and how to reach it. Secrets come from files or the environment.
@@ -66,6 +66,7 @@ impl RepositoryUrl {
             single_writer: self.single_writer,
             storage_class: self.storage_class.clone(),
             ordered_lists: matches!(self.url.split("://").next(), Some("s3" | "gs" | "az")),
+            root: None,
             lock_file: self.lock_file.clone(),
         };
         if let Some(class) = self.storage_class.as_deref().filter(|class| is_archival(class)) {
@@ -126,6 +127,8 @@ impl RepositoryUrl {
             .map_err(|e| Error::failed(format!("opening the repository folder {path}")).caused_by(e))?
             .with_fsync(true);
         settings.retry_timeout = self.retry_timeout.unwrap_or(Duration::from_secs(5));
+        let root = Root::of(std::path::Path::new(path));
+        settings.root = Some(root.map_err(|e| Error::io(format_args!("looking at {path}"), e))?);
         Ok(Store::new(Arc::new(store), "", &self.url, settings))
     }
 

@@ -4,8 +4,9 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
 
 use fairvault_format::header::Kind as ObjectKind;
+use fairvault_format::header::ObjectHeader;
 use fairvault_format::proto::{CommittedBackup, PieceSeal};
-use fairvault_format::{limits, names, object, wal};
+use fairvault_format::{limits, names, object as objects, wal};
 use futures::StreamExt;
 
 use super::{BackupVerdict, CONCURRENT, Level, Report};
@@ -19,16 +20,12 @@ use crate::stanza::Stanza;
 use crate::wal::archive::Archive;
 use crate::wal::coverage::Coverage;
 
-/// The kind of a WAL object, by its name.
+/// The kind of a WAL object, by its name; a seal has the name of its segment.
 fn kind(object: &str) -> Option<ObjectKind> {
     let mut parts = object.rsplit('/');
     let (file, folder) = (parts.next()?, parts.next()?);
     if folder.ends_with(".d") {
-        return match (file.starts_with("seal."), names::parse_piece(file)) {
-            (true, _) => Some(ObjectKind::PieceSeal),
-            (false, Some(_)) => Some(ObjectKind::WalPiece),
-            (false, None) => None,
-        };
+        return names::parse_piece(file).map(|_| ObjectKind::WalPiece);
     }
     names::parse_wal_file(file).map(|(name, _)| match name.len() {
         24 => ObjectKind::WalSegment,
@@ -37,12 +34,15 @@ fn kind(object: &str) -> Option<ObjectKind> {
 }
 
 async fn open(stanza: &Stanza, object: &str) -> Result<u64> {
-    let kind = kind(object).ok_or_else(|| Error::damaged("its name is not that of a WAL object"))?;
+    let mut kind = kind(object).ok_or_else(|| Error::damaged("its name is not that of a WAL object"))?;
     let bytes = stanza.store().get(object, limits::WAL_OBJECT_BYTES).await?;
     let keys = stanza.keys_for(&bytes, object)?;
+    if kind == ObjectKind::WalSegment && ObjectHeader::decode(&bytes, object)?.kind == ObjectKind::PieceSeal {
+        kind = ObjectKind::PieceSeal;
+    }
     match kind {
         ObjectKind::PieceSeal => {
-            _ = object::open_message::<PieceSeal>(keys, stanza.scope(), kind, &bytes, object, object)?;
+            _ = objects::open_message::<PieceSeal>(keys, stanza.scope(), kind, &bytes, object, object)?;
         }
         _ => _ = wal::open_wal(keys, stanza.scope(), kind, &bytes, object)?,
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use fairvault_format::header::{Kind as ObjectKind, ObjectHeader};
+use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::{limits, names, object, proto, wal};
 
 use super::summary;
@@ -137,7 +137,7 @@ impl Archive {
             .await?
         {
             Created::Won => return Ok(Stored::New),
-            Created::Lost(there) if self.content_id(kind, &there, &object)? == id => return Ok(Stored::Same),
+            Created::Lost(there) if self.content_id(kind, &there, &object).await? == id => return Ok(Stored::Same),
             Created::Lost(_) if matches!(file, WalFile::Partial(_)) => {}
             Created::Lost(_) => return Err(other_content(&self.stanza, &object)),
         }
@@ -153,7 +153,7 @@ impl Archive {
             .await?
         {
             Created::Won => Ok(Stored::Beside),
-            Created::Lost(there) if self.content_id(kind, &there, &object)? == id => Ok(Stored::Same),
+            Created::Lost(there) if self.content_id(kind, &there, &object).await? == id => Ok(Stored::Same),
             Created::Lost(_) => Err(Error::refused(format!(
                 "{object} exists with other content; nothing was overwritten"
             ))),
@@ -209,22 +209,17 @@ impl Archive {
         }
     }
 
-    /// The name of the seal that makes a segment's pieces the segment.
-    pub fn seal_name(&self, segment: Segment) -> String {
-        let name = segment.name(self.segment_size);
-        let epoch = self.epoch(segment.timeline, segment.start(self.segment_size));
-        names::wal_seal(self.system_identifier, segment.timeline, &name, epoch)
-    }
-
-    /// Makes pieces, in the order of their ranges, the complete segment. `content_id` is that of the whole.
+    /// Makes pieces, in the order of their ranges, the complete segment: under its name, as if it was stored
+    /// as one. `content_id` is that of the whole.
     pub async fn put_seal(
         &self,
         segment: Segment,
         summary: proto::WalSummary,
         content_id: [u8; 32],
         pieces: &[(u64, u64, String)],
-    ) -> Result<()> {
-        let object = self.seal_name(segment);
+    ) -> Result<Stored> {
+        let name = segment.name(self.segment_size);
+        let object = self.object_name(&WalFile::Segment(segment), &name);
         let file = |name: &String| name.rsplit('/').next().unwrap_or_default().to_owned();
         let seal = proto::PieceSeal {
             header: Some(proto::WalHeader {
@@ -244,34 +239,8 @@ impl Archive {
             &object,
             &seal,
         )?;
-        match stanza
-            .store()
-            .create(&object, sealed.into(), limits::OBJECT_BYTES)
-            .await?
-        {
-            Created::Won => Ok(()),
-            Created::Lost(there) => {
-                let there = self.open_seal(&there, &object)?;
-                match there.header.is_some_and(|h| h.content_id == content_id) {
-                    true => Ok(()),
-                    false => Err(other_content(&self.stanza, &object)),
-                }
-            }
-        }
-    }
-
-    /// Reads a seal.
-    pub fn open_seal(&self, bytes: &[u8], object: &str) -> Result<proto::PieceSeal> {
-        let keys = self.stanza.keys_for(bytes, object)?;
-        let scope = self.stanza.scope();
-        Ok(object::open_message(
-            keys,
-            scope,
-            ObjectKind::PieceSeal,
-            bytes,
-            object,
-            object,
-        )?)
+        self.create_same(ObjectKind::WalSegment, &object, sealed, content_id)
+            .await
     }
 
     /// Removes pieces that something whole has replaced. What cannot be removed stays: it does no harm.
@@ -289,7 +258,7 @@ impl Archive {
         let store = self.stanza.store();
         match store.create(object, sealed.into(), limits::WAL_OBJECT_BYTES).await? {
             Created::Won => Ok(Stored::New),
-            Created::Lost(there) if self.content_id(kind, &there, object)? == id => Ok(Stored::Same),
+            Created::Lost(there) if self.content_id(kind, &there, object).await? == id => Ok(Stored::Same),
             Created::Lost(_) => Err(other_content(&self.stanza, object)),
         }
     }
@@ -324,21 +293,18 @@ impl Archive {
     }
 
     /// The content id of what is stored, comparable with ours only within one key epoch.
-    fn content_id(&self, kind: ObjectKind, bytes: &[u8], object: &str) -> Result<[u8; 32]> {
-        let epoch = ObjectHeader::decode(bytes, object)?.epoch;
-        let keys = self.stanza.keys_of(epoch)?;
-        let result = if epoch == self.stanza.keys().epoch {
-            let header = wal::open_header(keys, self.stanza.scope(), kind, bytes, object)?;
-            header
-                .content_id
-                .as_slice()
-                .try_into()
+    async fn content_id(&self, kind: ObjectKind, bytes: &[u8], object: &str) -> Result<[u8; 32]> {
+        let result = async {
+            if self.stanza.keys_for(bytes, object)?.epoch != self.stanza.keys().epoch {
+                let (_, content) = self.content_in(kind, bytes, object).await?;
+                return Ok(self.stanza.keys().chunk_id(&content));
+            }
+            let id = self.header_in(kind, bytes, object)?.content_id;
+            id.try_into()
                 .map_err(|_| Error::damaged(format!("{object} has no content id")))
-        } else {
-            let (_, content) = wal::open_wal(keys, self.stanza.scope(), kind, bytes, object)?;
-            Ok(self.stanza.keys().chunk_id(&content))
         };
-        result.context(|| format!("comparing with {}/{object}", self.stanza.shown()))
+        let id: Result<[u8; 32]> = result.await;
+        id.context(|| format!("comparing with {}/{object}", self.stanza.shown()))
     }
 
     /// Fails if the stanza was fenced since `fence` was read.

@@ -125,7 +125,7 @@ impl Coverage {
         wal.stored_bytes += size;
         let file = match rest.as_slice() {
             [_, file] => names::parse_wal_file(file).map(|(name, _)| (name, false)),
-            [_, folder, file] => Some((folder.trim_end_matches(".d"), !file.starts_with("seal."))),
+            [_, folder, _] => Some((folder.trim_end_matches(".d"), true)),
             _ => None,
         };
         let parsed = file.map(|(name, is_piece)| (WalFile::parse(name, self.segment_size), is_piece));

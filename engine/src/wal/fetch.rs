@@ -1,7 +1,8 @@
 //! Reading WAL back: whole segments, pieces put together, partial segments, histories.
 
 use fairvault_format::header::Kind as ObjectKind;
-use fairvault_format::{limits, names, proto, wal};
+use fairvault_format::header::ObjectHeader;
+use fairvault_format::{limits, names, object as objects, proto, wal};
 
 use super::archive::Archive;
 use crate::error::{Error, Kind, Result};
@@ -34,8 +35,63 @@ impl Archive {
         let Some(bytes) = self.stanza.store().get_opt(object, limits::WAL_OBJECT_BYTES).await? else {
             return Ok(None);
         };
-        let keys = self.stanza.keys_for(&bytes, object)?;
-        Ok(Some(wal::open_wal(keys, self.stanza.scope(), kind, &bytes, object)?))
+        Ok(Some(self.content_in(kind, &bytes, object).await?))
+    }
+
+    /// The header in a stored object. Under a segment's name there may be a seal of pieces.
+    pub fn header_in(&self, kind: ObjectKind, bytes: &[u8], object: &str) -> Result<proto::WalHeader> {
+        let keys = self.stanza.keys_for(bytes, object)?;
+        let Some(seal) = self.seal_in(kind, bytes, object)? else {
+            return Ok(wal::open_header(keys, self.stanza.scope(), kind, bytes, object)?);
+        };
+        seal.header
+            .ok_or_else(|| Error::damaged(format!("{}/{object} is a seal without a header", self.stanza.shown())))
+    }
+
+    /// Header and content of a stored object; of a seal, what its pieces make up.
+    pub async fn content_in(
+        &self,
+        kind: ObjectKind,
+        bytes: &[u8],
+        object: &str,
+    ) -> Result<(proto::WalHeader, Vec<u8>)> {
+        let keys = self.stanza.keys_for(bytes, object)?;
+        let Some(seal) = self.seal_in(kind, bytes, object)? else {
+            return Ok(wal::open_wal(keys, self.stanza.scope(), kind, bytes, object)?);
+        };
+        let header = self.header_in(kind, bytes, object)?;
+        let WalFile::Segment(segment) = WalFile::parse(&header.name, self.segment_size)? else {
+            return Err(Error::damaged(format!("{object} is a seal of {}", header.name)));
+        };
+        let folder = format!("{}/{}.d", self.folder(segment.timeline), header.name);
+        let pieces = seal
+            .pieces
+            .iter()
+            .filter_map(|file| Some((names::parse_piece(file)?, format!("{folder}/{file}"))))
+            .collect();
+        let content = self.join_pieces(segment, pieces).await?;
+        if content.len() as u64 != self.segment_size || keys.chunk_id(&content)[..] != header.content_id {
+            return Err(Error::damaged(format!(
+                "{}/{object}: the sealed pieces are not the segment",
+                self.stanza.shown()
+            )));
+        }
+        Ok((header, content))
+    }
+
+    fn seal_in(&self, kind: ObjectKind, bytes: &[u8], object: &str) -> Result<Option<proto::PieceSeal>> {
+        let is_seal =
+            kind == ObjectKind::WalSegment && ObjectHeader::decode(bytes, object)?.kind == ObjectKind::PieceSeal;
+        if !is_seal {
+            return Ok(None);
+        }
+        let (keys, scope) = (self.stanza.keys_for(bytes, object)?, self.stanza.scope());
+        let seal = objects::open_message(keys, scope, ObjectKind::PieceSeal, bytes, object, object)?;
+        Ok(Some(seal))
+    }
+
+    fn folder(&self, timeline: u32) -> String {
+        names::wal_folder(self.system_identifier, timeline)
     }
 
     /// The header of an archived segment, without its content.
@@ -45,69 +101,29 @@ impl Archive {
         let store = self.stanza.store();
         let mut bytes = match store.get_range(&object, 0..HEADER_GUESS).await {
             Ok(bytes) => bytes,
-            Err(error) if error.kind() == Kind::NotFound => {
-                return Ok(self.seal_of(segment).await?.and_then(|seal| seal.header));
-            }
+            Err(error) if error.kind() == Kind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
         let keys = self.stanza.keys_for(&bytes, &object)?;
-        let need = wal::header_len(keys, self.stanza.scope(), ObjectKind::WalSegment, &bytes, &object)?;
+        let kind = ObjectHeader::decode(&bytes, &object)?.kind;
+        // Of a seal, the first section is all there is.
+        let need = wal::header_len(keys, self.stanza.scope(), kind, &bytes, &object)?;
         if need > bytes.len() {
             bytes = store.get_range(&object, 0..need as u64).await?;
         }
-        Ok(Some(wal::open_header(
-            keys,
-            self.stanza.scope(),
-            ObjectKind::WalSegment,
-            &bytes,
-            &object,
-        )?))
+        Ok(Some(self.header_in(ObjectKind::WalSegment, &bytes, &object)?))
     }
 
     /// The whole segment, if it is there: as an object, or as sealed pieces.
     pub async fn whole_segment(&self, segment: Segment) -> Result<Option<Vec<u8>>> {
         let name = segment.name(self.segment_size);
-        if let Some(content) = self.file(&WalFile::Segment(segment), &name).await? {
-            return Ok(Some(content));
-        }
-        let Some(seal) = self.seal_of(segment).await? else {
-            return Ok(None);
-        };
-        let folder = format!(
-            "{}/{name}.d",
-            names::wal_folder(self.system_identifier, segment.timeline)
-        );
-        let pieces = seal
-            .pieces
-            .iter()
-            .filter_map(|file| Some((names::parse_piece(file)?, format!("{folder}/{file}"))))
-            .collect();
-        let content = self.join_pieces(segment, pieces).await?;
-        let expected = seal.header.unwrap_or_default();
-        if content.len() as u64 != self.segment_size || self.stanza.keys().chunk_id(&content)[..] != expected.content_id
-        {
-            return Err(Error::damaged(format!(
-                "{}/{folder}: the sealed pieces are not the segment",
-                self.stanza.shown()
-            )));
-        }
-        Ok(Some(content))
-    }
-
-    /// The seal of a segment's pieces, if there is one.
-    async fn seal_of(&self, segment: Segment) -> Result<Option<proto::PieceSeal>> {
-        let object = self.seal_name(segment);
-        let bytes = self.stanza.store().get_opt(&object, limits::OBJECT_BYTES).await?;
-        bytes.map(|bytes| self.open_seal(&bytes, &object)).transpose()
+        self.file(&WalFile::Segment(segment), &name).await
     }
 
     /// What the pieces of a segment hold from its start on, without a hole, and the pieces: start, end, object.
     pub async fn pieces(&self, segment: Segment) -> Result<(Vec<u8>, Vec<(u64, u64, String)>)> {
         let name = segment.name(self.segment_size);
-        let folder = format!(
-            "{}/{name}.d",
-            names::wal_folder(self.system_identifier, segment.timeline)
-        );
+        let folder = format!("{}/{name}.d", self.folder(segment.timeline));
         let mut pieces: Vec<_> = self
             .stanza
             .store()
@@ -127,7 +143,7 @@ impl Archive {
     /// The longest beginning of a segment that its pieces and partial files amount to; empty if there are
     /// none. A damaged part is passed over as long as another one is good.
     pub async fn parts(&self, segment: Segment) -> Result<Vec<u8>> {
-        let folder = names::wal_folder(self.system_identifier, segment.timeline);
+        let folder = self.folder(segment.timeline);
         let start = format!("{folder}/{}.", segment.name(self.segment_size));
         let listed = self.stanza.store().list_after(&folder, &start, &start).await?;
         let mut pieces = Vec::new();
@@ -189,8 +205,10 @@ impl Archive {
                 // A hole between pieces: what is behind it cannot be used.
                 break;
             }
-            let opened = self.open_object(&object, ObjectKind::WalPiece).await?;
-            let (_, piece) = opened.ok_or_else(|| bad("it vanished"))?;
+            let stored = self.stanza.store().get_opt(&object, limits::WAL_OBJECT_BYTES).await?;
+            let stored = stored.ok_or_else(|| bad("it vanished"))?;
+            let keys = self.stanza.keys_for(&stored, &object)?;
+            let (_, piece) = wal::open_wal(keys, self.stanza.scope(), ObjectKind::WalPiece, &stored, &object)?;
             if piece.len() as u64 != end - start {
                 return Err(bad("its length is not that of its range"));
             }
