@@ -380,6 +380,9 @@ pub struct PushArgs {
     pub stanza: String,
     /// The file, %p
     pub path: PathBuf,
+    /// Be the background worker
+    #[arg(long, hide = true)]
+    pub worker: bool,
 }
 
 /// `wal get`
@@ -403,6 +406,9 @@ pub struct GetArgs {
     /// System identifier of the cluster, where the stanza has had several
     #[arg(long, value_name = "N")]
     pub system_identifier: Option<u64>,
+    /// Be the background worker
+    #[arg(long, hide = true)]
+    pub worker: bool,
 }
 
 /// Verbs of `key`.

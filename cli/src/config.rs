@@ -141,6 +141,19 @@ pub struct WalConfig {
     /// `wal receive`: seal pieces instead of storing segments anew.
     #[serde(default)]
     pub keep_pieces: bool,
+    /// `wal push`: a background worker stores what is ready, several files at a time.
+    #[serde(default, rename = "async")]
+    pub asynchronous: bool,
+    /// `wal push` and `wal get`: files that a background worker moves at once.
+    pub parallel: Option<usize>,
+    /// `wal push` with a background worker: how long one call waits before it says "try again".
+    pub push_timeout: Option<String>,
+    /// `wal push`: WAL that may wait in pg_wal before every call raises an alarm.
+    pub max_backlog: Option<String>,
+    /// `wal get`: WAL that is fetched ahead of recovery; 0 for none.
+    pub prefetch: Option<String>,
+    /// Folder for what background workers leave for the commands that PostgreSQL runs.
+    pub spool: Option<PathBuf>,
 }
 
 impl Config {
@@ -264,6 +277,7 @@ pub fn size(key: &str, text: &str) -> Result<u64> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let number: u64 = text[..digits].parse().map_err(|_| bad())?;
     let unit = match text[digits..].trim().to_ascii_lowercase().as_str() {
+        "" if number == 0 => 1,
         "kib" | "k" | "kb" => 1 << 10,
         "mib" | "m" | "mb" => 1 << 20,
         "gib" | "g" | "gb" => 1 << 30,

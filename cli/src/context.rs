@@ -84,17 +84,28 @@ impl Context {
             }
             .open(create);
         }
-        let repo = self.config.repo.get(name).ok_or_else(|| {
-            let known: Vec<_> = self.config.repo.keys().map(String::as_str).collect();
-            Error::usage(format!("there is no [repo.{name}] in the configuration"))
-                .remedy(format!("repositories: {}", known.join(", ")))
-        })?;
-        let url = repository_url(repo).context(|| format!("[repo.{name}]"))?;
+        let url = repository_url(self.repository(name)?).context(|| format!("[repo.{name}]"))?;
         RepositoryUrl {
             lock_file: self.lock_file(),
             ..url
         }
         .open(create)
+    }
+
+    fn repository(&self, name: &str) -> Result<&Repo> {
+        self.config.repo.get(name).ok_or_else(|| {
+            let known: Vec<_> = self.config.repo.keys().map(String::as_str).collect();
+            Error::usage(format!("there is no [repo.{name}] in the configuration"))
+                .remedy(format!("repositories: {}", known.join(", ")))
+        })
+    }
+
+    /// Where a repository is.
+    pub fn url(&self, name: &str) -> Result<String> {
+        match &self.global.repo_url {
+            Some(url) if name == FLAG_REPO => Ok(url.clone()),
+            _ => Ok(self.repository(name)?.url.clone()),
+        }
     }
 
     /// What keeps the processes of this host apart where one writer is promised.
@@ -171,6 +182,12 @@ impl Context {
             .clone()
             .or_else(|| self.stanza(stanza).and_then(|s| s.conninfo.clone()));
         ConnInfo::parse(&text.unwrap_or_default())
+    }
+
+    /// Where background workers leave what they did.
+    pub fn spool(&self, stanza: &str) -> Option<PathBuf> {
+        let chosen = self.stanza(stanza).and_then(|s| s.wal.spool.clone());
+        chosen.or_else(|| Some(self.memory()?.root().join("spool")))
     }
 
     /// Settings for WAL.

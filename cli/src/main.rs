@@ -178,7 +178,7 @@ fn start_log(global: &Global) {
 }
 
 async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
-    let context = context::Context::load(cli.global)?;
+    let context = std::sync::Arc::new(context::Context::load(cli.global)?);
     match cli.command {
         Command::Stanza(args::StanzaCommand::Create(args)) | Command::StanzaCreate(args) => {
             commands::stanza::create(&context, args).await
@@ -187,9 +187,11 @@ async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
         Command::Check { stanza } => commands::check::run(&context, &stanza).await,
         Command::Backup(args) => commands::backup::run(&context, args).await,
         Command::Restore(args) => commands::restore::run(&context, args).await,
-        Command::Wal(WalCommand::Push(args)) | Command::ArchivePush(args) => commands::wal::push(&context, args).await,
-        Command::Wal(WalCommand::Get(args)) | Command::ArchiveGet(args) => commands::wal::get(&context, args).await,
-        Command::Wal(WalCommand::Receive(args)) => commands::wal::receive(&context, args).await,
+        Command::Wal(WalCommand::Push(args)) | Command::ArchivePush(args) => {
+            commands::wal::push::run(context, args).await
+        }
+        Command::Wal(WalCommand::Get(args)) | Command::ArchiveGet(args) => commands::wal::get::run(context, args).await,
+        Command::Wal(WalCommand::Receive(args)) => commands::wal::receive::run(&context, args).await,
         Command::Info { stanza } => commands::info::run(&context, stanza).await,
         Command::Verify {
             stanza,

@@ -16,6 +16,8 @@ pub struct Shape<'a> {
     pub archiving: bool,
     /// The stanza is created; otherwise the first backup with options does it.
     pub stanza: bool,
+    /// More lines of the stanza in the configuration.
+    pub more: &'a str,
     /// Options on the command line instead of a configuration file.
     pub flags: bool,
     /// More lines for postgresql.conf.
@@ -30,6 +32,7 @@ impl Default for Shape<'_> {
             major: 15,
             archiving: false,
             stanza: true,
+            more: "",
             flags: false,
             settings: "",
             initdb: &["-k"],
@@ -55,7 +58,8 @@ impl Fixture {
         let dir = scratch.path().display().to_string();
         run(&mut scratch.fairvault(&["key", "generate", &format!("{dir}/key")]))?;
         let text = format!(
-            "[repo.main]\nurl = \"file://{dir}/vault\"\n[stanza.acme]\nconninfo = \"host={dir} port=5432 user=postgres\"\nkey = {{ file = \"{dir}/key\" }}\n"
+            "cache = \"{dir}/cache\"\n[repo.main]\nurl = \"file://{dir}/vault\"\n[stanza.acme]\nconninfo = \"host={dir} port=5432 user=postgres\"\nkey = {{ file = \"{dir}/key\" }}\n{}\n",
+            shape.more
         );
         let config = scratch.write("fairvault.toml", text.as_bytes())?.display().to_string();
         let archive = match shape.archiving {

@@ -5,7 +5,6 @@
 //! the position that this recovery has to reach. Everything else is an error that stops recovery. A part of
 //! a segment also ends recovery: it is given only when no repository has the whole.
 
-use std::io::Write;
 use std::path::Path;
 
 use super::archive::Archive;
@@ -155,6 +154,18 @@ async fn check_tablespaces(archive: &Archive, name: &str, content: &[u8], needs:
 fn is_of_another(oid: u32, location: &str) -> bool {
     let ours = std::fs::read_link(format!("pg_tblspc/{oid}")).is_ok_and(|link| link == Path::new(location));
     !location.is_empty() && !ours && Path::new(location).exists()
+}
+
+/// A whole segment that the recovery is known to need, for fetching ahead; `None` if there is any doubt.
+pub async fn ahead(archive: &Archive, segment: Segment, needs: Needs) -> Result<Option<Vec<u8>>> {
+    let size = archive.segment_size;
+    if needs.through.is_none_or(|through| segment.end(size) > through) {
+        return Ok(None);
+    }
+    match whole(archive, &segment.name(size), needs).await? {
+        Answer::Content(content) => Ok(Some(content)),
+        Answer::NotWanted | Answer::Missing => Ok(None),
+    }
 }
 
 /// Looks for a file as a whole.
@@ -360,9 +371,7 @@ fn copy_at_hand(destination: &Path, name: &str, request: &Request) -> usize {
 
 fn deliver(destination: &Path, content: &[u8]) -> Result<Outcome> {
     let what = || format!("writing {}", destination.display());
-    let mut file = std::fs::File::create(destination).map_err(|e| Error::io(what(), e))?;
-    file.write_all(content)
-        .and_then(|()| file.sync_all())
-        .map_err(|e| Error::io(what(), e))?;
+    // Not synced: after a crash, recovery asks again, and what it keeps it syncs itself.
+    std::fs::write(destination, content).map_err(|e| Error::io(what(), e))?;
     Ok(Outcome::Delivered)
 }

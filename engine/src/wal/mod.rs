@@ -1,9 +1,11 @@
 //! WAL in and out of the repository.
 //!
 //! [`archive`] stores, [`push`] is `archive_command`, [`fetch`] reads, [`get`] is `restore_command`,
-//! [`coverage`] knows what is there, [`stream`] takes WAL from the server during a backup, [`receive`] all the time.
+//! [`coverage`] knows what is there, [`stream`] takes WAL from the server during a backup, [`receive`] all the
+//! time; [`background`] works ahead of PostgreSQL's commands.
 
 pub mod archive;
+pub mod background;
 pub mod coverage;
 pub mod fetch;
 pub mod get;

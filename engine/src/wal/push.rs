@@ -91,6 +91,59 @@ pub async fn push(log: &mut Log, name: &str, content: Vec<u8>, level: i32) -> Re
     Ok(stored)
 }
 
+/// Whether `name` is the segment after `before`, or the same one, on one timeline, by their names.
+pub fn follows(before: &str, name: &str) -> bool {
+    // Names wrap at every 4 GiB: there, the answer is no, which costs a look.
+    let number = |name: &str| {
+        let (timeline, rest) = name.split_at_checked(8)?;
+        (name.len() == 24).then_some(())?;
+        Some((timeline.to_owned(), u64::from_str_radix(rest, 16).ok()?))
+    };
+    match (number(before), number(name)) {
+        (Some((old, a)), Some((new, b))) => old == new && (b == a || b == a + 1),
+        _ => false,
+    }
+}
+
+/// Whether WAL that the archive once had goes on to this segment: else, which segment is missing. Costs one
+/// small request unless something is missing.
+pub async fn gap_before(log: &Log, name: &str, content: &[u8]) -> Result<Option<String>> {
+    let Some((_, long)) = first_page(name, content)? else {
+        return Ok(None);
+    };
+    let archive = Archive::open(log, Some(long.system_identifier), 0)?;
+    let WalFile::Segment(segment) = WalFile::parse(name, archive.segment_size)? else {
+        return Ok(None);
+    };
+    let Some(number) = segment.number.checked_sub(1) else {
+        return Ok(None);
+    };
+    let previous = Segment { number, ..segment };
+    let before = previous.name(archive.segment_size);
+    let object = archive.object_name(&WalFile::Segment(previous), &before);
+    if archive.stanza.store().len(&object).await?.is_some() {
+        return Ok(None);
+    }
+    let coverage = Coverage::read(&archive).await?;
+    let Some(history) = archive.history(segment.timeline).await? else {
+        return Ok(None);
+    };
+    let Some(oldest) = coverage
+        .oldest(&history)
+        .filter(|oldest| oldest.number < segment.number)
+    else {
+        return Ok(None);
+    };
+    let missing = coverage.reach(&history, oldest.start(archive.segment_size)).missing;
+    Ok((missing.number < segment.number).then(|| {
+        let first = missing.name(archive.segment_size);
+        match first == before {
+            true => first,
+            false => format!("{first} to {before}"),
+        }
+    }))
+}
+
 /// The first page's header, for files that have one.
 fn first_page(name: &str, content: &[u8]) -> Result<Option<(PageHeader, LongHeader)>> {
     if name.ends_with(".history") || name.ends_with(".backup") {

@@ -1,0 +1,145 @@
+//! `wal get`: delivered, proven absent, or an error that stops recovery.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fairvault_engine::error::{Context as _, Error, Result};
+use fairvault_engine::postgres::segment::{Segment, WalFile};
+use fairvault_engine::wal::archive::Archive;
+use fairvault_engine::wal::background::Exchange;
+use fairvault_engine::wal::background::get::{self as background, Taken, Window};
+use fairvault_engine::wal::get::{self, Follow, Needs};
+
+use super::{PARALLEL, destinations, exchange, open, start_worker};
+use crate::args::GetArgs;
+use crate::commands::Outcome;
+use crate::config;
+use crate::context::Context;
+
+/// How long `wal get` of a standby retries before it says "later".
+const STANDBY_TRIES: u32 = 3;
+/// WAL that is fetched ahead, if nothing else is said.
+const PREFETCH_BYTES: u64 = 128 << 20;
+
+/// Runs it.
+pub async fn run(context: Arc<Context>, args: GetArgs) -> Result<Outcome> {
+    let lsn = |text: &Option<String>| text.as_deref().map(|t| t.parse().map_err(Error::usage)).transpose();
+    let needs = Needs {
+        through: lsn(&args.through)?,
+        until: lsn(&args.until)?,
+        follow: match args.timeline.as_deref() {
+            None => Follow::Unknown,
+            Some("latest") => Follow::Newest,
+            Some(number) => Follow::Timeline(
+                number
+                    .parse()
+                    .map_err(|_| Error::usage(format!("--timeline {number:?}: a number or latest")))?,
+            ),
+        },
+    };
+    let configured = context.wal(&args.stanza).prefetch;
+    let prefetch = configured.map_or(Ok(PREFETCH_BYTES), |text| config::size("prefetch", &text))?;
+    let repositories = context.repositories(Some(&args.stanza))?;
+    // Only what a restore planned is fetched ahead: there, it is known what recovery needs.
+    let ahead = match prefetch > 0 && needs.through.is_some() && is_segment(&args.name) {
+        true => spool(&context, &args, &repositories)?,
+        false => None,
+    };
+    if let Some(exchange) = ahead {
+        if args.worker {
+            work(context, &args, needs, &repositories, &exchange, prefetch).await?;
+            return Ok(Outcome::Done);
+        }
+        // A worker that cannot be had is no reason to fail.
+        match background::take(&exchange, &args.name, &args.destination).await {
+            Ok(Taken::Delivered) => return Ok(Outcome::Done),
+            Ok(Taken::NotHere) => {}
+            Ok(Taken::NoWorker) => {
+                let _ = start_worker(&exchange).inspect_err(|e| tracing::warn!("{e}; fetching one at a time"));
+            }
+            Err(error) => tracing::warn!("{error}; fetching one at a time"),
+        }
+    }
+    let is_standby = std::path::Path::new("standby.signal").exists();
+    let mut attempt = 0;
+    loop {
+        attempt += 1;
+        let open_archive = async |repository: &String| open_archive(&context, &args, repository).await;
+        match get::get(&repositories, open_archive, &args.name, &args.destination, needs).await {
+            Err(error) if is_standby && attempt < STANDBY_TRIES => {
+                tracing::warn!("{}: {error}; trying again", args.name);
+                tokio::time::sleep(Duration::from_secs(5)).await;
+            }
+            Ok(get::Outcome::Delivered) => return Ok(Outcome::Done),
+            Ok(get::Outcome::Absent) => return Ok(Outcome::Absent),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+async fn open_archive(context: &Context, args: &GetArgs, repository: &str) -> Result<Archive> {
+    let log = open(context, repository, &args.stanza)
+        .await
+        .context(|| format!("repository {repository}"))?;
+    Archive::open(&log, args.system_identifier, 3)
+}
+
+fn is_segment(name: &str) -> bool {
+    name.len() == 24 && name.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// Where this recovery (restore_command runs in its data directory) and its worker meet.
+fn spool(context: &Context, args: &GetArgs, repositories: &[String]) -> Result<Option<Exchange>> {
+    let from = destinations(context, &args.stanza, repositories)?;
+    let matters = (from, &args.through, &args.until, &args.timeline, args.system_identifier);
+    let opened = exchange(context, &args.stanza, "get", Path::new("."), matters);
+    Ok(opened.unwrap_or_else(|error| {
+        tracing::warn!("{error}; fetching one at a time");
+        None
+    }))
+}
+
+/// The worker: segments from the first repository that has them.
+async fn work(
+    context: Arc<Context>,
+    args: &GetArgs,
+    needs: Needs,
+    repositories: &[String],
+    exchange: &Exchange,
+    prefetch: u64,
+) -> Result<()> {
+    let mut archives = Vec::new();
+    for repository in repositories {
+        match open_archive(&context, args, repository).await {
+            Ok(archive) => archives.push(archive),
+            Err(error) => tracing::warn!("{error}"),
+        }
+    }
+    let Some(size) = archives.first().map(|archive| archive.segment_size) else {
+        return Ok(());
+    };
+    let WalFile::Segment(first) = WalFile::parse(&args.name, size)? else {
+        return Ok(());
+    };
+    let window = Window {
+        segments: (prefetch / size).max(1),
+        parallel: context.wal(&args.stanza).parallel.unwrap_or(PARALLEL).clamp(1, 64),
+    };
+    let archives = Arc::new(archives);
+    let fetch = |segment: Segment| {
+        let archives = archives.clone();
+        async move {
+            let mut failure = None;
+            for archive in archives.iter() {
+                match get::ahead(archive, segment, needs).await {
+                    Ok(Some(content)) => return Ok(Some(content)),
+                    Ok(None) => {}
+                    Err(error) => failure = Some(error),
+                }
+            }
+            failure.map_or(Ok(None), Err)
+        }
+    };
+    background::work(exchange, first, size, window, fetch).await
+}

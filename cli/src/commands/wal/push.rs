@@ -1,0 +1,194 @@
+//! `wal push`: durable in every repository, or an error.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use fairvault_engine::commit::Log;
+use fairvault_engine::error::{Context as _, Error, Kind, Result};
+use fairvault_engine::wal::background::push as background;
+use fairvault_engine::wal::push;
+
+use super::{PARALLEL, destinations, exchange, file_name, folder_of, open, start_worker};
+use crate::args::PushArgs;
+use crate::commands::Outcome;
+use crate::config;
+use crate::context::Context;
+
+/// How long one call waits for the background worker, if nothing else is said.
+const TIMEOUT: Duration = Duration::from_secs(60);
+/// Segments in flight hold memory: bytes of WAL in flight, whatever `parallel` says.
+const IN_FLIGHT_BYTES: u64 = 256 << 20;
+
+/// Runs it.
+pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
+    push::check_adopted(&args.path)?;
+    let name = file_name(&args.path)?;
+    let pg_wal = folder_of(&args.path);
+    let wal = context.wal(&args.stanza);
+    alarm(&pg_wal, &args, wal.max_backlog.as_deref())?;
+    let repositories = context.repositories(Some(&args.stanza))?;
+    let everywhere = Arc::new(Everywhere {
+        level: context.level(&args.stanza, None)?,
+        context: context.clone(),
+        stanza: args.stanza.clone(),
+        logs: repositories.iter().map(|_| Mutex::default()).collect(),
+        repositories,
+    });
+    // A file that PostgreSQL has not marked as ready is pushed by a person: the worker would not find it.
+    let is_ready = pg_wal.join("archive_status").join(format!("{name}.ready")).exists();
+    if !wal.asynchronous || !(is_ready || args.worker) {
+        let content = push::read_file(&args.path)?;
+        everywhere.push(&name, &content).await?;
+        everywhere.look_for_gap(&name, &content).await;
+        return Ok(Outcome::Done);
+    }
+    let shown = destinations(&context, &args.stanza, &everywhere.repositories)?;
+    let exchange = exchange(&context, &args.stanza, "push", &pg_wal, &shown)?.ok_or_else(no_spool)?;
+    if args.worker {
+        let bytes = std::fs::metadata(&args.path).map_or(16 << 20, |m| m.len().max(1 << 20));
+        let parallel = wal.parallel.unwrap_or(PARALLEL).clamp(1, 64);
+        let parallel = parallel.min(usize::try_from(IN_FLIGHT_BYTES / bytes).unwrap_or(parallel).max(1));
+        let one = |name: String| {
+            let (everywhere, path) = (everywhere.clone(), pg_wal.join(&name));
+            async move {
+                let content = push::read_file(&path)?;
+                everywhere.push(&name, &content).await?;
+                Ok(content)
+            }
+        };
+        // Files that come one after the other leave no gap between them.
+        let last = Mutex::new(String::new());
+        let stored = async |name: &str, content: &[u8]| {
+            let before = std::mem::replace(&mut *lock(&last), name.to_owned());
+            if !push::follows(&before, name) {
+                everywhere.look_for_gap(name, content).await;
+            }
+        };
+        background::work(&exchange, &pg_wal, &shown, parallel, one, stored).await?;
+        return Ok(Outcome::Done);
+    }
+    let timeout = wal.push_timeout.as_deref();
+    let patience = timeout.map_or(Ok(TIMEOUT), |text| config::duration("push_timeout", text))?;
+    let content = push::read_file(&args.path)?;
+    background::hand_over(&exchange, &name, &content, &shown, patience, || start_worker(&exchange))
+        .await
+        .context(|| not_archived(&name, &pg_wal))?;
+    Ok(Outcome::Done)
+}
+
+fn no_spool() -> Error {
+    Error::usage("async = true needs a folder for the background worker")
+        .remedy("set `spool` in the stanza's wal = { … }, or `cache`, to a folder of the server's user")
+}
+
+fn not_archived(name: &str, pg_wal: &Path) -> String {
+    let waiting = background::waiting(pg_wal).map_or(0, |names| names.len());
+    match waiting {
+        0 | 1 => format!("{name} is not archived"),
+        _ => format!("{name} is not archived; {waiting} files wait"),
+    }
+}
+
+/// Says loudly that WAL piles up; nothing is ever dropped for it.
+fn alarm(pg_wal: &Path, args: &PushArgs, max_backlog: Option<&str>) -> Result<()> {
+    let Some(limit) = max_backlog.map(|text| config::size("max_backlog", text)).transpose()? else {
+        return Ok(());
+    };
+    let names = background::waiting(pg_wal).unwrap_or_default();
+    let lengths = names
+        .iter()
+        .filter_map(|name| std::fs::metadata(pg_wal.join(name)).ok());
+    let bytes: u64 = lengths.map(|meta| meta.len()).sum();
+    if bytes > limit {
+        tracing::error!(
+            "ALARM: {} MiB of WAL in {} files wait to be archived for {}, more than max_backlog: the archive does not keep up, \
+             and pg_wal fills the server's disk",
+            bytes >> 20,
+            names.len(),
+            args.stanza
+        );
+    }
+    Ok(())
+}
+
+/// A stanza in all of its repositories.
+struct Everywhere {
+    context: Arc<Context>,
+    stanza: String,
+    repositories: Vec<String>,
+    level: i32,
+    /// Opened logs of each repository that nobody uses just now.
+    logs: Vec<Mutex<Vec<Log>>>,
+}
+
+impl Everywhere {
+    /// Stores a file in every repository.
+    async fn push(&self, name: &str, content: &[u8]) -> Result<()> {
+        let pushes = (0..self.repositories.len()).map(|at| self.push_into(at, name, content));
+        // All of them are tried, whatever one says: then a retry has less to do.
+        let mut worst: Option<Error> = None;
+        for (result, repository) in futures::future::join_all(pushes)
+            .await
+            .into_iter()
+            .zip(&self.repositories)
+        {
+            if let Err(error) = result {
+                let error = match self.repositories.len() {
+                    1 => error,
+                    _ => error.context(format_args!("repository {repository}")),
+                };
+                if worst.as_ref().is_none_or(|w| w.kind() == Kind::Temporary) {
+                    worst = Some(error);
+                }
+            }
+        }
+        match worst {
+            None => Ok(()),
+            Some(error) => Err(error).context(|| format!("{name} is not archived")),
+        }
+    }
+
+    async fn push_into(&self, at: usize, name: &str, content: &[u8]) -> Result<()> {
+        let mut log = self.log(at).await?;
+        let stored = push::push(&mut log, name, content.to_vec(), self.level).await?;
+        tracing::debug!("{name}: {stored:?} in {}", self.repositories[at]);
+        lock(&self.logs[at]).push(log);
+        Ok(())
+    }
+
+    async fn log(&self, at: usize) -> Result<Log> {
+        let idle = lock(&self.logs[at]).pop();
+        match idle {
+            Some(log) => Ok(log),
+            None => open(&self.context, &self.repositories[at], &self.stanza).await,
+        }
+    }
+
+    /// Says loudly that WAL before a stored segment is missing. It is stored all the same: what comes next
+    /// is worth as much as before.
+    async fn look_for_gap(&self, name: &str, content: &[u8]) {
+        for (at, repository) in self.repositories.iter().enumerate() {
+            let found = match self.log(at).await {
+                Ok(log) => {
+                    let found = push::gap_before(&log, name, content).await;
+                    lock(&self.logs[at]).push(log);
+                    found
+                }
+                Err(error) => Err(error),
+            };
+            match found {
+                Ok(None) => {}
+                Ok(Some(missing)) => tracing::error!(
+                    "GAP: {missing} of {} is missing in {repository}: no recovery gets across it. If the server still has it in pg_wal,                      archive it with `fairvault wal push`; else take a new backup",
+                    self.stanza
+                ),
+                Err(error) => tracing::warn!("whether WAL before {name} is complete is not known: {error}"),
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
