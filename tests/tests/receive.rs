@@ -8,6 +8,17 @@ use fairvault_tests::fixture::signal;
 use fairvault_tests::tools::reader;
 use fairvault_tests::{Fixture, Server, Shape, run};
 
+/// Segments of 1 MiB.
+const SMALL: Shape<'static> = Shape {
+    major: 15,
+    archiving: false,
+    stanza: true,
+    more: "",
+    flags: false,
+    settings: "",
+    initdb: &["-k", "--wal-segsize=1"],
+};
+
 /// A receiver; killed when dropped.
 struct Receiver {
     child: Child,
@@ -16,6 +27,10 @@ struct Receiver {
 
 impl Receiver {
     fn start(s: &Fixture, more: &[&str]) -> Result<Self> {
+        Self::start_until(s, more, "receiving WAL from")
+    }
+
+    fn start_until(s: &Fixture, more: &[&str], word: &str) -> Result<Self> {
         let log = s
             .scratch
             .join(&format!("receive-{}.log", std::fs::read_dir(s.scratch.path())?.count()));
@@ -29,7 +44,7 @@ impl Receiver {
             .stderr(file)
             .spawn()?;
         let mut this = Self { child, log };
-        this.wait_for_line("receiving WAL from")?;
+        this.wait_for_line(word)?;
         Ok(this)
     }
 
@@ -114,13 +129,7 @@ fn what_was_committed_is_there_although_its_segment_is_not_full() -> Result<()> 
 
 #[test]
 fn restarts_go_on_exactly_and_full_segments_take_over() -> Result<()> {
-    let s = Fixture::new(
-        "resume",
-        Shape {
-            initdb: &["-k", "--wal-segsize=1"],
-            ..Default::default()
-        },
-    )?;
+    let s = Fixture::new("resume", SMALL)?;
     let receiver = Receiver::start(&s, &["--flush-interval", "100ms", "--piece-size", "64KiB"])?;
     s.sql("create table t (x text)")?;
     s.backup()?;
@@ -166,13 +175,7 @@ fn restarts_go_on_exactly_and_full_segments_take_over() -> Result<()> {
 
 #[test]
 fn pieces_can_be_sealed_instead() -> Result<()> {
-    let s = Fixture::new(
-        "sealed",
-        Shape {
-            initdb: &["-k", "--wal-segsize=1"],
-            ..Default::default()
-        },
-    )?;
+    let s = Fixture::new("sealed", SMALL)?;
     let receiver = Receiver::start(
         &s,
         &["--flush-interval", "100ms", "--piece-size", "256KiB", "--keep-pieces"],
@@ -389,5 +392,101 @@ fn store_and_server_may_go_away_for_a_while() -> Result<()> {
         s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
             .contains("all good")
     );
+    Ok(())
+}
+
+#[test]
+fn what_the_server_still_has_is_filled_in() -> Result<()> {
+    let s = Fixture::new("fill", SMALL)?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "100ms"])?;
+    s.sql("create table t (x text)")?;
+    let first = s.backup_id(&[])?;
+    wait_until_durable(&s, &s.server)?;
+    receiver.kill()?;
+    let fill = "insert into t select md5(i::text) from generate_series(1, 3000) i";
+    for _ in 0..10 {
+        s.sql(fill)?;
+    }
+    // This backup brings its own WAL, far ahead of where the receiver stopped.
+    s.backup()?;
+    ensure!(s.ok(&["info", "acme"])?.contains("gap"), "there is no gap to fill");
+    let mut receiver = Receiver::start_until(&s, &["--flush-interval", "100ms"], "filling what is missing")?;
+    s.sql(fill)?;
+    wait_until_durable(&s, &s.server)?;
+    receiver.wait_for_line("filling what is missing")?;
+    // A server that shuts down does not wait for ever for what a receiver says.
+    s.server.stop(&s.scratch, "fast")?;
+    receiver.stop()?;
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(!info.contains("gap"), "{info}");
+    let (exit, text) = s.restore("r", &["--backup", &first]);
+    ensure!(exit == 0, "{text}");
+    ensure!(rows(&s, &s.start("r", 5450)?)? == "33000");
+    Ok(())
+}
+
+#[test]
+fn wal_that_nobody_has_any_more_needs_a_word() -> Result<()> {
+    let s = Fixture::new(
+        "removed",
+        Shape {
+            settings: "max_wal_size = 2MB\nmin_wal_size = 2MB\n",
+            ..SMALL
+        },
+    )?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "100ms", "--no-slot"])?;
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    // Without a slot, the server does not wait for the receiver, but it can shut down beside it.
+    s.server.stop(&s.scratch, "fast")?;
+    receiver.kill()?;
+    s.server.start(&s.scratch)?;
+    for _ in 0..10 {
+        s.sql("insert into t select md5(i::text) from generate_series(1, 9000) i; checkpoint")?;
+    }
+    let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--no-slot"]);
+    ensure!(exit == 1 && text.contains("--skip-gap"), "{exit} {text}");
+    let mut receiver = Receiver::start(&s, &["--no-slot", "--skip-gap", "--flush-interval", "100ms"])?;
+    receiver.wait_for_line("is passed over")?;
+    std::thread::sleep(Duration::from_secs(2));
+    s.sql("insert into t values ('after')")?;
+    std::thread::sleep(Duration::from_secs(1));
+    receiver.stop()?;
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(info.contains("MISSING"), "{info}");
+    // With a new backup the hole is history, and no word is needed.
+    s.backup()?;
+    let word = "recovery from backups before it ends there";
+    let receiver = Receiver::start_until(&s, &["--no-slot", "--flush-interval", "100ms"], word)?;
+    std::thread::sleep(Duration::from_secs(1));
+    s.sql("insert into t values ('later')")?;
+    std::thread::sleep(Duration::from_secs(1));
+    receiver.stop()?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(rows(&s, &s.start("r", 5450)?)? == "90002");
+    Ok(())
+}
+
+#[test]
+fn what_a_dying_server_has_sent_is_stored() -> Result<()> {
+    let s = Fixture::new("dying", Shape::default())?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    // Nothing would be stored for a minute: only the server's end makes it.
+    let receiver = Receiver::start(&s, &["--flush-interval", "60s"])?;
+    s.sql("insert into t select generate_series(1, 1000)")?;
+    s.server.wait_for(
+        &s.scratch,
+        "select count(*) from pg_stat_replication where write_lsn >= pg_current_wal_flush_lsn()",
+        "1",
+    )?;
+    s.server.stop(&s.scratch, "immediate")?;
+    std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
+    std::thread::sleep(Duration::from_secs(2));
+    receiver.kill()?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(rows(&s, &s.start("r", 5450)?)? == "1000");
     Ok(())
 }

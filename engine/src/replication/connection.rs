@@ -109,7 +109,8 @@ impl Connection {
             for host in &info.hosts {
                 match Self::open_host(info, host, mode).await {
                     Ok(connection) if connection.acceptable(*attrs) => return Ok(connection),
-                    Ok(_) => failures.push(Error::failed(format!(
+                    // It may become one: a failover is on its way.
+                    Ok(_) => failures.push(Error::temporary(format!(
                         "{} port {}: not the kind of server that target_session_attrs asks for",
                         host.name, host.port
                     ))),

@@ -29,17 +29,14 @@ pub enum WalItem {
         /// It wants to hear from us now: the caller reports.
         wants_answer: bool,
     },
-    /// The timeline ended: the next one and where it begins.
-    TimelineEnd {
-        /// Next timeline and its start, if the server told.
-        next: Option<(u32, Lsn)>,
-    },
+    /// The timeline ended: [`WalStream::finish`] asks what comes next.
+    TimelineEnd,
 }
 
 /// A stream of WAL.
 pub struct WalStream {
     connection: Connection,
-    durable: Lsn,
+    flushed: Lsn,
 }
 
 impl WalStream {
@@ -54,12 +51,12 @@ impl WalStream {
                 Message::CopyBoth => {
                     return Ok(Self {
                         connection,
-                        durable: Lsn(0),
+                        flushed: Lsn(0),
                     });
                 }
                 Message::Other(M::ErrorResponse(body)) => {
                     let error = server_error(body.fields());
-                    return Err(match error.to_string().contains("has already been removed") {
+                    return Err(match error.to_string().contains("SQLSTATE 58P01") {
                         true => error.remedy(
                             "the server no longer has this WAL; use a replication slot, or take a new full backup",
                         ),
@@ -72,7 +69,7 @@ impl WalStream {
         }
     }
 
-    /// The next item. Cancelling it loses nothing: until the end of a timeline, it only reads.
+    /// The next item. Cancelling it loses nothing: it only reads.
     pub async fn next(&mut self) -> Result<WalItem> {
         loop {
             match self.connection.wire.receive().await? {
@@ -95,14 +92,15 @@ impl WalStream {
                     }
                     _ => return Err(broken("a strange message in a WAL stream")),
                 },
-                Message::CopyDone => return self.timeline_end().await,
+                Message::CopyDone => return Ok(WalItem::TimelineEnd),
                 Message::Other(M::ErrorResponse(body)) => return Err(server_error(body.fields())),
                 _ => {}
             }
         }
     }
 
-    async fn timeline_end(&mut self) -> Result<WalItem> {
+    /// After the end of a timeline: the next one and where it begins, if the server tells.
+    pub async fn finish(&mut self) -> Result<Option<(u32, Lsn)>> {
         let mut out = BytesMut::new();
         frontend::copy_done(&mut out);
         self.connection.wire.send(&out).await?;
@@ -117,31 +115,22 @@ impl WalStream {
                         next = Some((timeline, start));
                     }
                 }
-                Message::Other(M::ReadyForQuery(_)) => return Ok(WalItem::TimelineEnd { next }),
+                Message::Other(M::ReadyForQuery(_)) => return Ok(next),
                 Message::Other(M::ErrorResponse(body)) => return Err(server_error(body.fields())),
                 _ => {}
             }
         }
     }
 
-    /// Tells the server that everything below `lsn` is durable here.
-    pub async fn report(&mut self, lsn: Lsn) -> Result<()> {
-        self.durable = self.durable.max(lsn);
-        self.send_status(false).await
-    }
-
-    /// The same, and asks for an answer: a server that is gone gives none.
-    pub async fn ask(&mut self, lsn: Lsn) -> Result<()> {
-        self.durable = self.durable.max(lsn);
-        self.send_status(true).await
-    }
-
-    async fn send_status(&mut self, wants_answer: bool) -> Result<()> {
+    /// Tells the server what has arrived and what is durable here (0: nothing is promised). `wants_answer`
+    /// asks for an answer: a server that is gone gives none.
+    pub async fn report(&mut self, received: Lsn, flushed: Lsn, wants_answer: bool) -> Result<()> {
+        self.flushed = self.flushed.max(flushed);
         let mut body = BytesMut::with_capacity(34);
         body.put_u8(b'r');
-        for _ in 0..2 {
-            body.put_u64(self.durable.0);
-        }
+        // A server that shuts down waits until everything is written, or flushed if that is told.
+        body.put_u64(received.max(self.flushed).0);
+        body.put_u64(self.flushed.0);
         body.put_u64(0);
         body.put_i64(jiff::Timestamp::now().as_microsecond() - EPOCH_2000_US);
         body.put_u8(wants_answer.into());
@@ -153,7 +142,7 @@ impl WalStream {
     }
 
     /// Ends the stream politely.
-    pub async fn stop(mut self) {
+    pub async fn stop(&mut self) {
         let mut out = BytesMut::new();
         frontend::copy_done(&mut out);
         frontend::terminate(&mut out);

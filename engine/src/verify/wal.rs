@@ -33,7 +33,8 @@ fn kind(object: &str) -> Option<ObjectKind> {
     })
 }
 
-async fn open(stanza: &Stanza, object: &str) -> Result<u64> {
+/// Opens an object; of a seal, the pieces that it names must be there.
+async fn open(stanza: &Stanza, object: &str, listed: &BTreeSet<String>) -> Result<u64> {
     let mut kind = kind(object).ok_or_else(|| Error::damaged("its name is not that of a WAL object"))?;
     let bytes = stanza.store().get(object, limits::WAL_OBJECT_BYTES).await?;
     let keys = stanza.keys_for(&bytes, object)?;
@@ -42,7 +43,12 @@ async fn open(stanza: &Stanza, object: &str) -> Result<u64> {
     }
     match kind {
         ObjectKind::PieceSeal => {
-            _ = objects::open_message::<PieceSeal>(keys, stanza.scope(), kind, &bytes, object, object)?;
+            let seal: PieceSeal = objects::open_message(keys, stanza.scope(), kind, &bytes, object, object)?;
+            let folder = object.rsplit_once('.').map_or(object, |(name, _)| name);
+            let mut named = seal.pieces.iter().map(|piece| format!("{folder}.d/{piece}"));
+            if let Some(missing) = named.find(|piece| !listed.contains(piece)) {
+                return Err(Error::damaged(format!("it seals {missing}, which is not there")));
+            }
         }
         _ => _ = wal::open_wal(keys, stanza.scope(), kind, &bytes, object)?,
     }
@@ -67,9 +73,10 @@ impl Archives {
                 Vec::new()
             }
         };
-        let checks = objects.into_iter().map(|(object, _)| async move {
-            let opened = open(stanza, &object).await;
-            (object, opened)
+        let listed: BTreeSet<String> = objects.into_iter().map(|(object, _)| object).collect();
+        let checks = listed.iter().map(|object| async {
+            let opened = open(stanza, object, &listed).await;
+            (object.clone(), opened)
         });
         let mut checks = futures::stream::iter(checks).buffer_unordered(CONCURRENT);
         while let Some((object, opened)) = checks.next().await {
@@ -79,6 +86,8 @@ impl Archives {
                     report.bytes += len;
                     progress.read_bytes.add(len);
                 }
+                // Whoever receives replaces pieces; what is missing for good shows in what backups need.
+                Err(error) if error.kind() == Kind::NotFound && kind(&object) == Some(ObjectKind::WalPiece) => {}
                 Err(error) => {
                     report.note(&object, &error);
                     bad.insert(object);

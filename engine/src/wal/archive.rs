@@ -5,6 +5,7 @@ use std::sync::Arc;
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::{limits, names, object, proto, wal};
 
+use super::fetch::Piece;
 use super::summary;
 use crate::commit::state;
 use crate::env;
@@ -75,7 +76,7 @@ impl Archive {
         })
     }
 
-    fn epoch(&self, timeline: u32, lsn: Lsn) -> u32 {
+    pub(super) fn epoch(&self, timeline: u32, lsn: Lsn) -> u32 {
         let snapshot = proto::Snapshot {
             archive_epochs: self.epochs.clone(),
             ..Default::default()
@@ -160,8 +161,8 @@ impl Archive {
         }
     }
 
-    /// Stores bytes of a segment from `offset` on as a piece. Returns its object name too.
-    pub async fn put_piece(&self, segment: Segment, offset: u64, content: Vec<u8>) -> Result<(Stored, String)> {
+    /// Stores bytes of a segment from `offset` on as a piece.
+    pub async fn put_piece(&self, segment: Segment, offset: u64, content: Vec<u8>) -> Result<(Stored, Piece)> {
         let start = Lsn(segment.start(self.segment_size).0 + offset);
         let end = Lsn(start.0 + content.len() as u64);
         let name = segment.name(self.segment_size);
@@ -175,7 +176,12 @@ impl Archive {
         };
         let sealed = self.seal(ObjectKind::WalPiece, object.clone(), header, content).await?;
         let stored = self.create_same(ObjectKind::WalPiece, &object, sealed.0, id).await?;
-        Ok((stored, object))
+        let piece = Piece {
+            start: start.0,
+            end: end.0,
+            object,
+        };
+        Ok((stored, piece))
     }
 
     /// Stores a complete segment whose summary was made while it arrived.
@@ -216,7 +222,7 @@ impl Archive {
         segment: Segment,
         summary: proto::WalSummary,
         content_id: [u8; 32],
-        pieces: &[(u64, u64, String)],
+        pieces: &[Piece],
     ) -> Result<Stored> {
         let name = segment.name(self.segment_size);
         let object = self.object_name(&WalFile::Segment(segment), &name);
@@ -227,7 +233,7 @@ impl Archive {
                 content_len: self.segment_size,
                 ..self.segment_facts(segment, summary)
             }),
-            pieces: pieces.iter().map(|(_, _, name)| file(name)).collect(),
+            pieces: pieces.iter().map(|piece| file(&piece.object)).collect(),
         };
         let stanza = &self.stanza;
         let salt = env::salt(stanza.env())?;
@@ -244,8 +250,8 @@ impl Archive {
     }
 
     /// Removes pieces that something whole has replaced. What cannot be removed stays: it does no harm.
-    pub async fn delete_pieces(&self, pieces: &[(u64, u64, String)]) {
-        let names: Vec<String> = pieces.iter().map(|(_, _, name)| name.clone()).collect();
+    pub async fn delete_pieces(&self, pieces: &[Piece]) {
+        let names: Vec<String> = pieces.iter().map(|piece| piece.object.clone()).collect();
         if !names.is_empty()
             && let Err(error) = self.stanza.store().delete(&names).await
         {

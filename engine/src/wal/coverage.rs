@@ -78,7 +78,7 @@ impl Coverage {
         let mut this = Self::empty(archive);
         let folder = folder(archive);
         for (object, size) in archive.stanza.store().list(&folder).await? {
-            this.add(&object[folder.len() + 1..], size);
+            this.add(archive, &object[folder.len() + 1..], size);
         }
         this.read_histories(archive).await?;
         Ok(this)
@@ -100,7 +100,7 @@ impl Coverage {
                 .list_after(&of_timeline, &format!("{of_timeline}/{first}"), &of_timeline)
                 .await?;
             for object in listed {
-                this.add(&object[folder.len() + 1..], 0);
+                this.add(archive, &object[folder.len() + 1..], 0);
             }
         }
         this.read_histories(archive).await?;
@@ -115,8 +115,9 @@ impl Coverage {
         }
     }
 
-    /// Adds an object, by its name below the incarnation's folder.
-    fn add(&mut self, object: &str, size: u64) {
+    /// Adds an object, by its name below the incarnation's folder. Of a segment, only what stands under the
+    /// ruling archive epoch counts.
+    fn add(&mut self, archive: &Archive, object: &str, size: u64) {
         let rest: Vec<&str> = object.split('/').collect();
         let Some(timeline) = rest.first().and_then(|t| u32::from_str_radix(t, 16).ok()) else {
             return;
@@ -124,17 +125,22 @@ impl Coverage {
         let wal = self.timelines.entry(timeline).or_default();
         wal.stored_bytes += size;
         let file = match rest.as_slice() {
-            [_, file] => names::parse_wal_file(file).map(|(name, _)| (name, false)),
-            [_, folder, _] => Some((folder.trim_end_matches(".d"), true)),
+            [_, file] => names::parse_wal_file(file).map(|(name, epoch)| (name, epoch, false)),
+            [_, folder, file] => {
+                names::parse_piece(file).map(|(_, _, epoch)| (folder.trim_end_matches(".d"), epoch, true))
+            }
             _ => None,
         };
-        let parsed = file.map(|(name, is_piece)| (WalFile::parse(name, self.segment_size), is_piece));
-        match parsed {
-            Some((Ok(WalFile::Segment(segment)), false)) => _ = wal.segments.insert(segment.number),
-            Some((Ok(WalFile::Segment(segment) | WalFile::Partial(segment)), _)) => {
-                wal.parts.insert(segment.number);
-            }
-            _ => {}
+        let Some((name, epoch, is_piece)) = file else { return };
+        let Ok(WalFile::Segment(segment) | WalFile::Partial(segment)) = WalFile::parse(name, self.segment_size) else {
+            return;
+        };
+        if epoch != archive.epoch(timeline, segment.start(self.segment_size)) {
+            return;
+        }
+        match is_piece || name.len() != 24 {
+            true => _ = wal.parts.insert(segment.number),
+            false => _ = wal.segments.insert(segment.number),
         }
     }
 
@@ -179,7 +185,8 @@ impl Coverage {
         })
     }
 
-    fn has_whole(&self, timeline: u32, number: u64) -> bool {
+    /// Whether a segment is there as a whole.
+    pub fn has_whole(&self, timeline: u32, number: u64) -> bool {
         self.timelines
             .get(&timeline)
             .is_some_and(|t| t.segments.contains(&number))
@@ -201,6 +208,21 @@ impl Coverage {
                 .is_some_and(|t| t.segments.contains(&number) || t.parts.contains(&number))
         };
         std::iter::once(owner).chain(switched_inside).any(has)
+    }
+
+    /// The first segment from `number` on of which anything is there, along `history`.
+    pub fn next_any(&self, history: &History, number: u64) -> Option<u64> {
+        let firsts = self.timelines.iter().filter_map(|(&timeline, wal)| {
+            let end = history.end_of(timeline).ok()?;
+            let begin = history.start_of(timeline).map_or(0, |lsn| lsn.0 / self.segment_size);
+            let from = number.max(begin);
+            let first = [&wal.segments, &wal.parts].map(|known| known.range(from..).next().copied());
+            let first = first.into_iter().flatten().min()?;
+            // Of a timeline that ended, only segments that it filled lead on.
+            let filled = end.map_or(u64::MAX, |end| end.0 / self.segment_size);
+            (first < filled).then_some(first)
+        });
+        firsts.min()
     }
 
     /// How far recovery along `history` gets from `from` on.

@@ -9,8 +9,21 @@ use crate::error::{Error, Kind, Result};
 use crate::postgres::segment::{History, Segment, WalFile};
 use crate::postgres::walker::Walker;
 
+/// How often pieces are listed anew because one was replaced meanwhile.
+const LISTINGS: usize = 10;
 /// Bytes that are fetched to read the header of a WAL object.
 const HEADER_GUESS: u64 = 4096;
+
+/// A stored piece of a segment: LSNs of its first byte and behind its last one, and its object.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Piece {
+    /// Start.
+    pub start: u64,
+    /// End.
+    pub end: u64,
+    /// Object.
+    pub object: String,
+}
 
 impl Archive {
     /// The content of an archived file; `None` if there is no such object.
@@ -67,9 +80,13 @@ impl Archive {
         let pieces = seal
             .pieces
             .iter()
-            .filter_map(|file| Some((names::parse_piece(file)?, format!("{folder}/{file}"))))
+            .filter_map(|file| self.piece_of(segment, format!("{folder}/{file}")))
             .collect();
-        let content = self.join_pieces(segment, pieces).await?;
+        let joined = self.join_pieces(segment, pieces).await;
+        let content = joined.map_err(|error| match error.kind() {
+            Kind::NotFound => Error::damaged(format!("a piece of a sealed segment is missing: {error}")),
+            _ => error,
+        })?;
         if content.len() as u64 != self.segment_size || keys.chunk_id(&content)[..] != header.content_id {
             return Err(Error::damaged(format!(
                 "{}/{object}: the sealed pieces are not the segment",
@@ -96,22 +113,43 @@ impl Archive {
 
     /// The header of an archived segment, without its content.
     pub async fn segment_header(&self, segment: Segment) -> Result<Option<proto::WalHeader>> {
+        Ok(self.segment_stored(segment).await?.map(|(_, header)| header))
+    }
+
+    /// The header of an archived segment and the key epoch of its content's id.
+    pub async fn segment_stored(&self, segment: Segment) -> Result<Option<(u32, proto::WalHeader)>> {
         let name = segment.name(self.segment_size);
         let object = self.object_name(&WalFile::Segment(segment), &name);
-        let store = self.stanza.store();
-        let mut bytes = match store.get_range(&object, 0..HEADER_GUESS).await {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == Kind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        let keys = self.stanza.keys_for(&bytes, &object)?;
-        let kind = ObjectHeader::decode(&bytes, &object)?.kind;
-        // Of a seal, the first section is all there is.
-        let need = wal::header_len(keys, self.stanza.scope(), kind, &bytes, &object)?;
-        if need > bytes.len() {
-            bytes = store.get_range(&object, 0..need as u64).await?;
+        match self.header_of(ObjectKind::WalSegment, &object).await {
+            Ok(found) => Ok(Some(found)),
+            Err(error) if error.kind() == Kind::NotFound => Ok(None),
+            Err(error) => Err(error),
         }
-        Ok(Some(self.header_in(ObjectKind::WalSegment, &bytes, &object)?))
+    }
+
+    /// The header of a piece, without its content, and its key epoch.
+    pub async fn piece_header(&self, piece: &Piece) -> Result<(u32, proto::WalHeader)> {
+        self.header_of(ObjectKind::WalPiece, &piece.object).await
+    }
+
+    async fn header_of(&self, kind: ObjectKind, object: &str) -> Result<(u32, proto::WalHeader)> {
+        let store = self.stanza.store();
+        let mut bytes = store.get_range(object, 0..HEADER_GUESS).await?;
+        let header = ObjectHeader::decode(&bytes, object)?;
+        let keys = self.stanza.keys_of(header.epoch)?;
+        // Of a seal, the first section is all there is.
+        let need = wal::header_len(keys, self.stanza.scope(), header.kind, &bytes, object)?;
+        if need > bytes.len() {
+            bytes = store.get_range(object, 0..need as u64).await?;
+        }
+        Ok((header.epoch, self.header_in(kind, &bytes, object)?))
+    }
+
+    /// Whether the segment is there as a seal of pieces.
+    pub async fn is_sealed(&self, segment: Segment) -> Result<bool> {
+        let object = self.object_name(&WalFile::Segment(segment), &segment.name(self.segment_size));
+        let bytes = self.stanza.store().get_range(&object, 0..HEADER_GUESS).await?;
+        Ok(ObjectHeader::decode(&bytes, &object)?.kind == ObjectKind::PieceSeal)
     }
 
     /// The whole segment, if it is there: as an object, or as sealed pieces.
@@ -120,29 +158,48 @@ impl Archive {
         self.file(&WalFile::Segment(segment), &name).await
     }
 
-    /// What the pieces of a segment hold from its start on, without a hole, and the pieces: start, end, object.
-    pub async fn pieces(&self, segment: Segment) -> Result<(Vec<u8>, Vec<(u64, u64, String)>)> {
-        let name = segment.name(self.segment_size);
-        let folder = format!("{}/{name}.d", self.folder(segment.timeline));
-        let mut pieces: Vec<_> = self
-            .stanza
-            .store()
-            .list(&folder)
-            .await?
+    /// The pieces of a segment under the archive epoch that rules there, in the order of their ranges.
+    pub async fn piece_list(&self, segment: Segment) -> Result<Vec<Piece>> {
+        let folder = format!(
+            "{}/{}.d",
+            self.folder(segment.timeline),
+            segment.name(self.segment_size)
+        );
+        let listed = self.stanza.store().list(&folder).await?;
+        let mut pieces: Vec<Piece> = listed
             .into_iter()
-            .filter_map(|(object, _)| Some((names::parse_piece(object.rsplit('/').next()?)?, object)))
+            .filter_map(|(object, _)| self.piece_of(segment, object))
             .collect();
         pieces.sort();
-        let known = pieces
-            .iter()
-            .map(|((start, end, _), object)| (*start, *end, object.clone()))
-            .collect();
-        Ok((self.join_pieces(segment, pieces).await?, known))
+        Ok(pieces)
+    }
+
+    /// A piece by its object's name, if it is one of this segment under the ruling archive epoch.
+    fn piece_of(&self, segment: Segment, object: String) -> Option<Piece> {
+        let base = segment.start(self.segment_size);
+        let (start, end, epoch) = names::parse_piece(object.rsplit('/').next()?)?;
+        let is_inside = base.0 <= start && start < end && end <= base.0 + self.segment_size;
+        let rules = epoch == self.epoch(segment.timeline, base);
+        (is_inside && rules).then_some(Piece { start, end, object })
     }
 
     /// The longest beginning of a segment that its pieces and partial files amount to; empty if there are
     /// none. A damaged part is passed over as long as another one is good.
     pub async fn parts(&self, segment: Segment) -> Result<Vec<u8>> {
+        for _ in 0..LISTINGS {
+            match self.listed_parts(segment).await {
+                // Whoever receives has replaced it by a longer one, or by the whole.
+                Err(error) if error.kind() == Kind::NotFound => {}
+                other => return other,
+            }
+        }
+        Err(Error::temporary(format!(
+            "the pieces of {} change faster than they can be read",
+            segment.name(self.segment_size)
+        )))
+    }
+
+    async fn listed_parts(&self, segment: Segment) -> Result<Vec<u8>> {
         let folder = self.folder(segment.timeline);
         let start = format!("{folder}/{}.", segment.name(self.segment_size));
         let listed = self.stanza.store().list_after(&folder, &start, &start).await?;
@@ -150,9 +207,8 @@ impl Archive {
         let mut best: Vec<u8> = Vec::new();
         let mut failure: Option<Error> = None;
         for object in listed {
-            let file = object.rsplit('/').next().unwrap_or_default();
             if object[start.len()..].starts_with("d/") {
-                pieces.extend(names::parse_piece(file).map(|range| (range, object)));
+                pieces.extend(self.piece_of(segment, object));
             } else if object[start.len()..].starts_with("partial") {
                 match self.partial(segment, &object).await {
                     Ok(content) if content.len() > best.len() => best = content,
@@ -166,7 +222,7 @@ impl Archive {
         match self.join_pieces(segment, pieces).await {
             Ok(content) if content.len() > best.len() => best = content,
             Ok(_) => {}
-            Err(error) if error.kind() == Kind::Temporary => return Err(error),
+            Err(error) if matches!(error.kind(), Kind::Temporary | Kind::NotFound) => return Err(error),
             Err(error) => failure = Some(error),
         }
         match failure {
@@ -192,21 +248,17 @@ impl Archive {
         Ok(content)
     }
 
-    async fn join_pieces(&self, segment: Segment, pieces: Vec<((u64, u64, u32), String)>) -> Result<Vec<u8>> {
+    async fn join_pieces(&self, segment: Segment, pieces: Vec<Piece>) -> Result<Vec<u8>> {
         let base = segment.start(self.segment_size).0;
         let mut content: Vec<u8> = Vec::new();
-        for ((start, end, _), object) in pieces {
+        for Piece { start, end, object } in pieces {
             let bad = |why: &str| Error::damaged(format!("{}/{object}: {why}", self.stanza.shown()));
-            if start < base || end > base + self.segment_size || start >= end {
-                return Err(bad("its range is outside of its segment"));
-            }
             let at = (start - base) as usize;
             if at > content.len() {
                 // A hole between pieces: what is behind it cannot be used.
                 break;
             }
-            let stored = self.stanza.store().get_opt(&object, limits::WAL_OBJECT_BYTES).await?;
-            let stored = stored.ok_or_else(|| bad("it vanished"))?;
+            let stored = self.stanza.store().get(&object, limits::WAL_OBJECT_BYTES).await?;
             let keys = self.stanza.keys_for(&stored, &object)?;
             let (_, piece) = wal::open_wal(keys, self.stanza.scope(), ObjectKind::WalPiece, &stored, &object)?;
             if piece.len() as u64 != end - start {

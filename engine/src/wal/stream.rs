@@ -110,11 +110,11 @@ async fn receive(
             WalItem::Idle { wants_answer, .. } => {
                 if wants_answer {
                     let reached = *durable.borrow_and_update();
-                    stream.report(reached).await?;
+                    stream.report(reached, reached, false).await?;
                 }
                 continue;
             }
-            WalItem::TimelineEnd { .. } => {
+            WalItem::TimelineEnd => {
                 return Err(Error::failed(
                     "the server was promoted during the backup; this backup cannot be completed",
                 )
@@ -156,7 +156,7 @@ async fn hand_over(
     loop {
         let waited = tokio::time::timeout(STATUS_INTERVAL, full.reserve()).await;
         let reached = *durable.borrow_and_update();
-        stream.report(reached).await?;
+        stream.report(reached, reached, false).await?;
         match waited {
             Ok(Ok(room)) => {
                 room.send(item);

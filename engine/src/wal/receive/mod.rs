@@ -1,23 +1,30 @@
 //! `wal receive`: WAL in the repository seconds after it was written.
 //!
 //! What always holds: the server is told that WAL is flushed only once it is durable in the repository;
-//! WAL is stored in order and without a hole; what the server sends for a range that is stored already must
-//! be the same bytes. Everything that the network, the server or the store can do to us for a while is
-//! followed by another attempt, which begins exactly where the repository ends.
+//! WAL is stored in order, and a hole is filled from the server or said; what the server sends for a range
+//! that is stored already must be the same bytes. Everything that the network, the server or the store can
+//! do to us for a while is followed by another attempt, which begins exactly where the repository ends.
 
+mod known;
 mod pump;
 mod slot;
 mod start;
+mod storing;
 
 use std::time::Duration;
+
+use tokio::sync::watch;
 
 use super::archive::Archive;
 use crate::commit::Log;
 use crate::error::{Error, Kind, Result};
+use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, WalFile};
 use crate::replication::connection::{Connection, Mode, SystemIdentity};
 use crate::replication::conninfo::ConnInfo;
 use crate::replication::wal_stream::WalStream;
+use start::{Lessons, Start, Why};
+use storing::Guard;
 
 /// What to do.
 #[derive(Debug, Clone)]
@@ -46,35 +53,36 @@ pub struct Options {
 enum Ended {
     /// We were asked to stop.
     Stopped,
-    /// The timeline ended, or somebody else ended the stream politely: go on with what comes next.
+    /// The timeline ended, or there is a better place to begin: go on with what comes next.
     Next,
 }
 
 /// Pause after a failure: the first and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
+/// How long a server may take to let us in and to answer what we ask it first.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Receives until `cancelled` completes, or until something needs a person.
-pub async fn run(log: &mut Log, options: &Options, cancelled: impl Future<Output = ()>) -> Result<()> {
+pub async fn run(log: Log, options: &Options, cancelled: impl Future<Output = ()>) -> Result<()> {
     tokio::pin!(cancelled);
-    let (stop_in, stop) = tokio::sync::watch::channel(false);
+    let (stop_in, stop) = watch::channel(false);
     let mut pause = PAUSES.0;
-    let mut stopping = false;
+    let mut lessons = Lessons::default();
+    let guard = Guard::new(log);
     loop {
         let began = tokio::time::Instant::now();
-        let attempt = once(log, options, stop.clone());
+        let attempt = once(&guard, options, &mut lessons, stop.clone());
         tokio::pin!(attempt);
         let outcome = loop {
             tokio::select! {
                 outcome = &mut attempt => break outcome,
-                () = &mut cancelled, if !stopping => {
-                    stopping = true;
-                    let _ = stop_in.send(true);
-                }
+                () = &mut cancelled, if !*stop.borrow() => { let _ = stop_in.send(true); }
             }
         };
+        let stopping = *stop.borrow();
         match outcome {
-            Ok(Ended::Stopped) => return Ok(()),
             Ok(Ended::Next) if !stopping => tokio::time::sleep(Duration::from_millis(200)).await,
+            Ok(_) => return Ok(()),
             Err(error) if error.kind() == Kind::Temporary && !stopping => {
                 if began.elapsed() > PAUSES.1 * 2 {
                     pause = PAUSES.0;
@@ -86,72 +94,127 @@ pub async fn run(log: &mut Log, options: &Options, cancelled: impl Future<Output
                 }
                 pause = (pause * 2).min(PAUSES.1);
             }
-            Ok(Ended::Next) => return Ok(()),
             Err(error) => return Err(error),
         }
     }
 }
 
-async fn once(log: &mut Log, options: &Options, stop: tokio::sync::watch::Receiver<bool>) -> Result<Ended> {
-    let mut connection = Connection::open(&options.conninfo, Mode::Replication).await?;
-    let server = connection.identify().await?;
-    log.refresh().await?;
-    let archive = Archive::open(log, Some(server.system_identifier), options.level)?;
-    if connection.wal_segment_size().await? != archive.segment_size {
+/// A server that let us in.
+struct Server {
+    connection: Connection,
+    identity: SystemIdentity,
+    segment_size: u64,
+    history: Option<Vec<u8>>,
+}
+
+async fn connect(options: &Options) -> Result<Server> {
+    let prepare = async {
+        let mut connection = Connection::open(&options.conninfo, Mode::Replication).await?;
+        let identity = connection.identify().await?;
+        let segment_size = connection.wal_segment_size().await?;
+        let history = connection.timeline_history(identity.timeline).await?;
+        if let Some(name) = &options.slot {
+            slot::ensure(&mut connection, name).await?;
+        }
+        Ok(Server {
+            connection,
+            identity,
+            segment_size,
+            history,
+        })
+    };
+    match tokio::time::timeout(PATIENCE, prepare).await {
+        Ok(server) => server,
+        Err(_) => Err(Error::temporary(format!(
+            "the server has not let us in within {} s",
+            PATIENCE.as_secs()
+        ))),
+    }
+}
+
+async fn once(
+    guard: &Guard,
+    options: &Options,
+    lessons: &mut Lessons,
+    mut stop: watch::Receiver<bool>,
+) -> Result<Ended> {
+    let server = tokio::select! {
+        server = connect(options) => server?,
+        _ = stop.wait_for(|stop| *stop) => return Ok(Ended::Stopped),
+    };
+    let archive = {
+        let mut log = guard.log().await;
+        log.refresh().await?;
+        Archive::open(&log, Some(server.identity.system_identifier), options.level)?
+    };
+    if server.segment_size != archive.segment_size {
         return Err(Error::refused(format!(
             "the server's WAL segments are not of {} bytes, as the stanza's are",
             archive.segment_size
         )));
     }
-    let history = store_history(&mut connection, &archive, server.timeline).await?;
-    if let Some(name) = &options.slot {
-        slot::ensure(&mut connection, name).await?;
-    }
-    let start = start::find(&archive, &history, &server, connection.in_recovery(), options.skip_gap).await?;
-    let from = start.segment.start(archive.segment_size);
-    tracing::info!(
-        "receiving WAL from {} on timeline {}{}",
-        start.durable(archive.segment_size),
-        start.segment.timeline,
-        options
-            .slot
-            .as_ref()
-            .map(|s| format!(" through slot {s}"))
-            .unwrap_or_default()
-    );
+    let history = store_history(&archive, server.identity.timeline, server.history).await?;
+    let in_recovery = server.connection.in_recovery();
+    let start = start::find(&archive, &history, &server.identity, in_recovery, lessons).await?;
+    say_start(&start, archive.segment_size, options);
+    let (segment, why) = (start.segment, start.why);
+    let from = segment.start(archive.segment_size);
     let slot = options.slot.as_deref();
-    let (stream, start) = match WalStream::start(connection, slot, from, start.segment.timeline).await {
-        Ok(stream) => (stream, start),
-        Err(error) if is_removed(&error) && options.skip_gap => {
-            tracing::warn!("{error}");
-            let start = start::at_server(&archive, &server);
-            tracing::warn!(
-                "WAL from {from} to {} is passed over: recovery across it is not possible, take a new backup",
-                start.durable(archive.segment_size)
-            );
-            let connection = Connection::open(&options.conninfo, Mode::Replication).await?;
-            let from = start.segment.start(archive.segment_size);
-            let stream = WalStream::start(connection, slot, from, start.segment.timeline).await?;
-            (stream, start)
-        }
-        Err(error) if is_removed(&error) => {
-            return Err(error.context(format_args!("receiving WAL from {from}")).remedy(
-                "if the missing segments are still anywhere, archive them with `fairvault wal push`; else take a new backup, and start with --skip-gap",
-            ));
-        }
-        Err(error) => return Err(error.context(format_args!("receiving WAL from {from}"))),
+    let received = match WalStream::start(server.connection, slot, from, segment.timeline).await {
+        Ok(stream) => pump::run(guard, &archive, options, stream, start, stop).await,
+        Err(error) => Err(error),
     };
-    pump::run(log, &archive, options, stream, start, stop).await
+    match received {
+        Err(error) if is_removed(&error) => {
+            lessons.removed.insert((segment.timeline, segment.number));
+            let name = segment.name(archive.segment_size);
+            match why {
+                Why::Compare => {}
+                Why::Hole { before_backup: true } => tracing::warn!(
+                    "WAL from {name} on is missing, and the server no longer has it: recovery from backups before it ends there"
+                ),
+                Why::Hole { .. } | Why::End if options.skip_gap => {
+                    tracing::warn!(
+                        "WAL from {name} on is missing and is passed over: recovery across it is not possible, take a new backup"
+                    );
+                }
+                Why::Hole { .. } | Why::End => {
+                    return Err(error.context(format_args!("receiving WAL from {from}")).remedy(
+                        "if the missing segments are still anywhere, archive them with `fairvault wal push`; else take a new backup, and start with --skip-gap",
+                    ));
+                }
+            }
+            Ok(Ended::Next)
+        }
+        Err(error) => Err(error.context(format_args!("receiving WAL from {from}"))),
+        Ok(ended) => Ok(ended),
+    }
 }
 
-/// The server no longer has the WAL.
+fn say_start(start: &Start, segment_size: u64, options: &Options) {
+    let through = options.slot.as_ref().map(|s| format!(" through slot {s}"));
+    let through = through.unwrap_or_default();
+    let timeline = start.segment.timeline;
+    match start.why {
+        Why::Hole { .. } => tracing::info!(
+            "filling what is missing from {} on, on timeline {timeline}{through}",
+            start.segment.name(segment_size)
+        ),
+        Why::End | Why::Compare => tracing::info!(
+            "receiving WAL from {} on timeline {timeline}{through}",
+            start.durable(segment_size)
+        ),
+    }
+}
+
+/// The server no longer has the WAL: 58P01, undefined_file.
 fn is_removed(error: &Error) -> bool {
-    error.to_string().contains("has already been removed")
+    error.to_string().contains("SQLSTATE 58P01")
 }
 
 /// Stores and reads the history of the server's timeline.
-async fn store_history(connection: &mut Connection, archive: &Archive, timeline: u32) -> Result<History> {
-    let Some(content) = connection.timeline_history(timeline).await? else {
+async fn store_history(archive: &Archive, timeline: u32, content: Option<Vec<u8>>) -> Result<History> {
+    let Some(content) = content else {
         return Ok(History {
             timeline,
             ancestors: Vec::new(),
@@ -165,7 +228,7 @@ async fn store_history(connection: &mut Connection, archive: &Archive, timeline:
 }
 
 /// Fails if the server is behind what is stored of its timeline.
-fn check_not_behind(server: &SystemIdentity, stored: crate::postgres::lsn::Lsn, in_recovery: bool) -> Result<()> {
+fn check_not_behind(server: &SystemIdentity, stored: Lsn, in_recovery: bool) -> Result<()> {
     if stored <= server.flush {
         return Ok(());
     }

@@ -4,44 +4,41 @@
 //! Memory: the segment that is being filled and the one that is being stored. Segments larger than
 //! [`WHOLE_BYTES`] are never held: their pieces are sealed.
 
-use std::pin::Pin;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::known::Known;
 use super::start::Start;
+use super::storing::{self, Done, Full, Guard, Storing};
 use super::{Ended, Options};
-use crate::commit::Log;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
 use crate::replication::wal_stream::{WalItem, WalStream};
 use crate::wal::archive::Archive;
+use crate::wal::fetch::Piece;
 use crate::wal::summary::Summarizer;
 
 /// Segments up to this size are held and stored as one object.
 const WHOLE_BYTES: u64 = 16 << 20;
-/// Pieces of a segment after which one piece from its beginning takes their place.
+/// The largest piece.
+const PIECE_BYTES: usize = 8 << 20;
+/// Pieces of about one size after which one takes their place.
 const MERGE_PIECES: usize = 32;
 /// How often the server hears from us at least.
 const STATUS: Duration = Duration::from_secs(10);
 /// A server that is silent for so long, although it was asked for an answer, is gone.
 const SILENCE: Duration = Duration::from_secs(60);
 
-/// What was stored.
-struct Done {
-    segment: Segment,
-    /// Up to where WAL is durable now.
-    durable: Lsn,
-    /// The piece, if it was one.
-    piece: Option<(u64, u64, String)>,
-    /// The segment is complete.
-    whole: bool,
+/// A stored piece, and how many generations of pieces it took the place of.
+struct Held {
+    piece: Piece,
+    generation: u8,
 }
-
-type Storing<'a> = Pin<Box<dyn Future<Output = Result<Done>> + Send + 'a>>;
 
 /// The segment that is being received.
 struct Current {
@@ -50,13 +47,13 @@ struct Current {
     buffer: Vec<u8>,
     /// Offset in the segment of the buffer's first byte.
     base: usize,
-    /// Offset up to which pieces are stored or being stored.
+    /// Offset up to which it is stored or being stored.
     stored: usize,
-    /// What was stored by an earlier run and must come again.
-    have: Vec<u8>,
+    /// What was stored by an earlier run; `None` while that is being found out.
+    known: Option<Known>,
     /// Since when something waits.
     waiting_since: Option<Instant>,
-    pieces: Vec<(u64, u64, String)>,
+    pieces: Vec<Held>,
     summary: Summarizer,
     /// Of the whole segment.
     hash: blake3::Hasher,
@@ -69,7 +66,7 @@ impl Current {
             buffer: Vec::new(),
             base: 0,
             stored: 0,
-            have: Vec::new(),
+            known: None,
             waiting_since: None,
             pieces: Vec::new(),
             summary: Summarizer::new(segment.start(archive.segment_size), archive.segment_size),
@@ -77,39 +74,73 @@ impl Current {
         }
     }
 
+    fn know(&mut self, mut known: Known) {
+        self.stored = known.end;
+        let pieces = std::mem::take(&mut known.pieces);
+        self.pieces = pieces.into_iter().map(|piece| Held { piece, generation: 0 }).collect();
+        self.known = Some(known);
+    }
+
     fn received(&self) -> usize {
         self.base + self.buffer.len()
+    }
+
+    fn is_known_whole(&self) -> bool {
+        self.known.as_ref().is_some_and(|known| known.is_whole)
     }
 }
 
 /// Receives until the stream ends or `stop` says so.
-pub async fn run(
-    log: &mut Log,
-    archive: &Archive,
-    options: &Options,
+pub async fn run<'a>(
+    guard: &'a Guard,
+    archive: &'a Archive,
+    options: &'a Options,
     stream: WalStream,
     start: Start,
     stop: watch::Receiver<bool>,
 ) -> Result<Ended> {
     let mut current = Current::new(archive, start.segment);
     let durable = start.durable(archive.segment_size);
-    current.stored = start.have.len();
-    current.have = start.have;
-    current.pieces = start.pieces;
-    Pump {
+    current.know(start.known);
+    let mut pump = Pump {
+        guard,
         archive,
         options,
         stream,
         current,
         durable,
         pending: None,
+        whole: start.whole,
         holds_whole: archive.segment_size <= WHOLE_BYTES && !options.keep_pieces,
+    };
+    let mut storing: Option<Storing<'a>> = None;
+    match pump.receive(&mut storing, stop).await {
+        // The server is gone, and what it sent is here: that may be all that is left of it.
+        Err(error) if error.kind() == Kind::Temporary => {
+            pump.drain(storing).await?;
+            Err(error)
+        }
+        other => other,
     }
-    .run(log, stop)
-    .await
+}
+
+/// How many of the last pieces are to be replaced by one, and its generation: a run of one generation, and
+/// the run before it if that makes one more of its own.
+fn many(pieces: &[Held]) -> (usize, u8) {
+    let (mut count, mut generation) = (0, 0);
+    loop {
+        let rest = pieces.iter().rev().skip(count);
+        let run = rest.take_while(|held| held.generation == generation).count();
+        if run < MERGE_PIECES - 1 {
+            return (count, generation);
+        }
+        count += run;
+        generation += 1;
+    }
 }
 
 struct Pump<'a> {
+    guard: &'a Guard,
     archive: &'a Archive,
     options: &'a Options,
     stream: WalStream,
@@ -117,28 +148,29 @@ struct Pump<'a> {
     durable: Lsn,
     /// WAL of the next segment that came with the end of this one.
     pending: Option<(Lsn, Bytes)>,
+    /// Whole segments of this timeline that the repository had at the start.
+    whole: BTreeSet<u64>,
     holds_whole: bool,
 }
 
 impl<'a> Pump<'a> {
-    async fn run(mut self, log: &mut Log, mut stop: watch::Receiver<bool>) -> Result<Ended> {
-        let size = self.archive.segment_size as usize;
-        let mut storing: Option<Storing<'a>> = None;
+    async fn receive(&mut self, storing: &mut Option<Storing<'a>>, mut stop: watch::Receiver<bool>) -> Result<Ended> {
         let (mut last_heard, mut last_said) = (Instant::now(), Instant::now());
         loop {
             if storing.is_none() {
-                storing = self.next_work(false);
+                *storing = self.next_work(false);
             }
-            if let Some((start, bytes)) = self.pending.take_if(|_| self.current.received() < size) {
-                self.take(start, bytes)?;
-                continue;
+            self.take_pending()?;
+            let room = self.has_room();
+            if !room {
+                last_heard = Instant::now();
             }
             let wake = self.wake_at(last_said, storing.is_some());
-            let room = self.pending.is_none() && self.current.received() < size;
             tokio::select! {
                 done = async { match storing.as_mut() { Some(work) => work.await, None => std::future::pending().await } } => {
-                    storing = None;
-                    self.finished(log, done?).await?;
+                    *storing = None;
+                    self.finished(done?);
+                    self.say(false).await?;
                     last_said = Instant::now();
                 }
                 item = self.stream.next(), if room => {
@@ -146,12 +178,13 @@ impl<'a> Pump<'a> {
                     match item? {
                         WalItem::Data { start, bytes } => self.take(start, bytes)?,
                         WalItem::Idle { wants_answer: true, .. } => {
-                            self.stream.report(self.reported()).await?;
+                            self.say(false).await?;
                             last_said = Instant::now();
                         }
                         WalItem::Idle { .. } => {}
-                        WalItem::TimelineEnd { next } => {
-                            self.drain(log, storing.take()).await?;
+                        WalItem::TimelineEnd => {
+                            let next = self.stream.finish().await?;
+                            self.drain(storing.take()).await?;
                             let next = next.map_or("a new one".to_owned(), |(timeline, at)| format!("timeline {timeline} from {at}"));
                             tracing::info!("timeline {} has ended at {}; going on with {next}", self.current.segment.timeline, self.durable);
                             return Ok(Ended::Next);
@@ -160,31 +193,51 @@ impl<'a> Pump<'a> {
                 }
                 () = tokio::time::sleep_until(wake) => {
                     if last_said.elapsed() >= STATUS {
-                        self.stream.ask(self.reported()).await?;
+                        self.say(true).await?;
                         last_said = Instant::now();
                     }
                     if room && last_heard.elapsed() > SILENCE {
                         return Err(Error::temporary("the server has been silent for a minute"));
                     }
                 }
-                changed = stop.changed() => {
-                    if changed.is_err() || *stop.borrow() {
-                        self.drain(log, storing.take()).await?;
-                        self.stream.report(self.reported()).await?;
-                        self.stream.stop().await;
-                        return Ok(Ended::Stopped);
-                    }
+                _ = stop.wait_for(|stop| *stop) => {
+                    self.drain(storing.take()).await?;
+                    self.say(false).await?;
+                    self.stream.stop().await;
+                    return Ok(Ended::Stopped);
                 }
             }
         }
     }
 
-    /// What the server is told to be flushed: nothing if no slot remembers it.
-    fn reported(&self) -> Lsn {
-        match self.options.slot.is_some() || self.options.synchronous {
-            true => self.durable,
-            false => Lsn(0),
+    fn has_room(&self) -> bool {
+        let current = &self.current;
+        let fits = self.holds_whole || current.is_known_whole() || current.buffer.len() < 2 * PIECE_BYTES;
+        let is_open = current.known.is_some() && current.received() < self.archive.segment_size as usize;
+        self.pending.is_none() && is_open && fits
+    }
+
+    fn take_pending(&mut self) -> Result<()> {
+        while self.pending.is_some()
+            && self.current.known.is_some()
+            && self.current.received() < self.archive.segment_size as usize
+        {
+            if let Some((start, bytes)) = self.pending.take() {
+                self.take(start, bytes)?;
+            }
         }
+        Ok(())
+    }
+
+    /// Tells the server what was received, and what is flushed: nothing if no slot remembers it, or while
+    /// what is stored has not been compared.
+    async fn say(&mut self, wants_answer: bool) -> Result<()> {
+        let counts = self.options.slot.is_some() || self.options.synchronous;
+        let is_compared = self.current.known.as_ref().is_none_or(Known::is_compared);
+        let flushed = if counts && is_compared { self.durable } else { Lsn(0) };
+        let start = self.current.segment.start(self.archive.segment_size);
+        let received = Lsn(start.0 + self.current.received() as u64);
+        self.stream.report(received, flushed, wants_answer).await
     }
 
     fn wake_at(&self, last_said: Instant, is_storing: bool) -> Instant {
@@ -197,44 +250,49 @@ impl<'a> Pump<'a> {
 
     /// Takes bytes from the stream; what belongs to the next segment waits until this one is stored.
     fn take(&mut self, start: Lsn, mut bytes: Bytes) -> Result<()> {
-        let size = self.archive.segment_size;
-        let expected = Lsn(self.current.segment.start(size).0 + self.current.received() as u64);
+        let size = self.archive.segment_size as usize;
+        let at = self.current.received();
+        let begin = self.current.segment.start(self.archive.segment_size);
+        let expected = Lsn(begin.0 + at as u64);
         if start != expected {
             return Err(Error::failed(format!(
                 "the server sent WAL of {start}, expected {expected}"
             )));
         }
-        let at = self.current.received();
-        let rest = bytes.split_off(bytes.len().min(size as usize - at));
+        let rest = bytes.split_off(bytes.len().min(size - at));
         if !rest.is_empty() {
             self.pending = Some((Lsn(start.0 + bytes.len() as u64), rest));
         }
-        let again = self.current.have.len().saturating_sub(at).min(bytes.len());
-        if self.current.have[at.min(self.current.have.len())..][..again] != bytes[..again] {
+        let current = &mut self.current;
+        let known = current.known.get_or_insert_default();
+        if let Err((from, to)) = known.compare(at, &bytes) {
             return Err(Error::refused(format!(
-                "the server sends other WAL at {start} than what is stored: it was set back or replaced"
+                "the server sends other WAL from {} to {} than what is stored: it was set back or replaced",
+                Lsn(begin.0 + from as u64),
+                Lsn(begin.0 + to as u64)
             ))
             .remedy("nothing was overwritten; find out which history is the right one, and promote the server to a new timeline"));
         }
-        self.current.summary.feed(&bytes);
-        if !self.holds_whole {
-            self.current.hash.update(&bytes);
-        } else if self.current.buffer.capacity() == 0 {
-            self.current.buffer.reserve_exact(size as usize);
+        if known.is_whole {
+            // It is there: nothing of it is held.
+            current.base += bytes.len();
+            return Ok(());
         }
-        self.current.buffer.extend_from_slice(&bytes);
+        current.summary.feed(&bytes);
+        if !self.holds_whole {
+            current.hash.update(&bytes);
+        } else if current.buffer.capacity() == 0 {
+            current.buffer.reserve_exact(size);
+        }
+        current.buffer.extend_from_slice(&bytes);
         if !self.holds_whole {
             // What is stored already need not be held.
-            let known = self
-                .current
-                .stored
-                .saturating_sub(self.current.base)
-                .min(self.current.buffer.len());
-            self.current.buffer.drain(..known);
-            self.current.base += known;
+            let known = current.stored.saturating_sub(current.base).min(current.buffer.len());
+            current.buffer.drain(..known);
+            current.base += known;
         }
-        if self.current.received() > self.current.stored && self.current.waiting_since.is_none() {
-            self.current.waiting_since = Some(Instant::now());
+        if current.received() > current.stored && current.waiting_since.is_none() {
+            current.waiting_since = Some(Instant::now());
         }
         Ok(())
     }
@@ -251,110 +309,91 @@ impl<'a> Pump<'a> {
             .current
             .waiting_since
             .is_some_and(|since| since.elapsed() >= self.options.flush_interval);
-        let now =
-            all || due || self.options.synchronous || waiting as u64 >= self.options.piece_size || received == size;
-        now.then(|| self.piece())
+        let enough = waiting as u64 >= self.options.piece_size || waiting >= PIECE_BYTES || received == size;
+        (all || due || self.options.synchronous || enough).then(|| self.piece())
     }
 
+    /// Stores what waits; together with the pieces before it, if there are many.
     fn piece(&mut self) -> Storing<'a> {
-        let (archive, segment) = (self.archive, self.current.segment);
-        let merge = self.holds_whole && self.current.pieces.len() >= MERGE_PIECES;
-        let from = if merge { 0 } else { self.current.stored };
-        let content = self.current.buffer[from - self.current.base..].to_vec();
+        let base = self.current.segment.start(self.archive.segment_size).0;
+        let (replaced, generation) = match self.holds_whole {
+            true => many(&self.current.pieces),
+            false => (0, 0),
+        };
+        let at = self.current.pieces.len() - replaced;
+        let replaced: Vec<Piece> = self.current.pieces.drain(at..).map(|held| held.piece).collect();
+        let starts = replaced.iter().map(|piece| (piece.start - base) as usize);
+        let from = starts.fold(self.current.stored, usize::min);
+        let content = &self.current.buffer[from - self.current.base..];
+        let content = match self.holds_whole {
+            true => content.to_vec(),
+            false => content[..content.len().min(PIECE_BYTES)].to_vec(),
+        };
         let end = from + content.len();
         self.current.stored = end;
-        self.current.waiting_since = None;
+        if end == self.current.received() {
+            self.current.waiting_since = None;
+        }
         if !self.holds_whole {
-            self.current.buffer.clear();
+            self.current.buffer.drain(..content.len());
             self.current.base = end;
         }
-        Box::pin(async move {
-            let start = segment.start(archive.segment_size).0 + from as u64;
-            let len = content.len() as u64;
-            let (_, object) = archive.put_piece(segment, from as u64, content).await?;
-            Ok(Done {
-                segment,
-                durable: Lsn(start + len),
-                piece: Some((start, start + len, object)),
-                whole: false,
-            })
-        })
+        self.current.pieces.push(Held {
+            // Its object's name is known once it is stored.
+            piece: Piece {
+                start: base + from as u64,
+                end: base + end as u64,
+                object: String::new(),
+            },
+            generation,
+        });
+        storing::piece(self.guard, self.archive, self.current.segment, from, content, replaced)
     }
 
     /// The segment is full: it becomes one object, or its pieces are sealed.
     fn complete(&mut self) -> Storing<'a> {
-        let archive = self.archive;
-        let next = Current::new(archive, self.current.segment.next());
+        let next = Current::new(self.archive, self.current.segment.next());
+        let next_is_known = self.whole.contains(&next.segment.number);
+        let is_known = self.current.is_known_whole();
         let done = std::mem::replace(&mut self.current, next);
-        let holds_whole = self.holds_whole;
-        Box::pin(async move {
-            let segment = done.segment;
-            let summary = done.summary.finish();
-            if summary.stopped_at != 0 && !summary.switched {
-                return Err(Error::refused(format!(
-                    "{} cannot be stored as complete: it cannot be read beyond {}: {}",
-                    segment.name(archive.segment_size),
-                    Lsn(summary.stopped_at),
-                    summary.stopped_why
-                ))
-                .remedy("its pieces stay; the server sends WAL that PostgreSQL could not replay either"));
-            }
-            let mut pieces = done.pieces;
-            if holds_whole {
-                archive.put_whole(segment, summary, done.buffer).await?;
-                archive.delete_pieces(&pieces).await;
-            } else {
-                pieces.sort();
-                let id = *done.hash.finalize().as_bytes();
-                archive.put_seal(segment, summary, id, &pieces).await?;
-            }
-            Ok(Done {
-                segment,
-                durable: segment.end(archive.segment_size),
-                piece: None,
-                whole: true,
-            })
-        })
+        let full = Full {
+            segment: done.segment,
+            is_known,
+            content: (self.holds_whole && !is_known).then_some(done.buffer),
+            pieces: done.pieces.into_iter().map(|held| held.piece).collect(),
+            summary: done.summary,
+            hash: done.hash,
+            next_is_known,
+        };
+        if !next_is_known {
+            self.current.know(Known::default());
+        }
+        storing::full(self.guard, self.archive, full)
     }
 
-    async fn finished(&mut self, log: &mut Log, done: Done) -> Result<()> {
+    fn finished(&mut self, done: Done) {
         self.durable = self.durable.max(done.durable);
-        if let Some((start, end, object)) = done.piece
+        if let Some(piece) = done.piece
             && done.segment == self.current.segment
+            && let Some(held) = self.current.pieces.last_mut()
         {
-            let (inside, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.current.pieces)
-                .into_iter()
-                .partition(|(s, e, _)| *s >= start && *e <= end);
-            self.current.pieces = rest;
-            if !self.options.keep_pieces && self.holds_whole {
-                let inside: Vec<_> = inside.into_iter().filter(|(_, _, name)| *name != object).collect();
-                self.archive.delete_pieces(&inside).await;
-            }
-            self.current.pieces.push((start, end, object));
+            held.piece = piece;
         }
-        self.stream.report(self.reported()).await?;
-        if done.whole {
-            self.archive.check_fence(log).await?;
+        if let Some(next) = done.next {
             tracing::debug!("{} is complete", done.segment.name(self.archive.segment_size));
+            if self.current.known.is_none() {
+                self.current.know(next);
+            }
         }
-        Ok(())
     }
 
     /// Stores everything that was received.
-    async fn drain(&mut self, log: &mut Log, storing: Option<Storing<'a>>) -> Result<()> {
+    async fn drain(&mut self, storing: Option<Storing<'a>>) -> Result<()> {
         let mut next = storing;
         loop {
+            self.take_pending()?;
             match next.take().or_else(|| self.next_work(true)) {
-                Some(work) => {
-                    let done = work.await?;
-                    self.durable = self.durable.max(done.durable);
-                    if done.whole {
-                        self.archive.check_fence(log).await?;
-                    }
-                    if let Some(piece) = done.piece.filter(|_| done.segment == self.current.segment) {
-                        self.current.pieces.push(piece);
-                    }
-                }
+                Some(work) => self.finished(work.await?),
                 None => return Ok(()),
             }
         }

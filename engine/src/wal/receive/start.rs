@@ -1,6 +1,10 @@
-//! Where to begin: exactly where the repository ends, on the server's history.
+//! Where to begin: where the repository has its oldest hole that the server can still fill, else exactly
+//! where the repository ends.
+
+use std::collections::BTreeSet;
 
 use super::check_not_behind;
+use super::known::Known;
 use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment};
@@ -8,29 +12,49 @@ use crate::replication::connection::SystemIdentity;
 use crate::wal::archive::Archive;
 use crate::wal::coverage::Coverage;
 
-/// The first segment to receive, from its beginning, and what is stored of it already.
+/// The first segment to receive, from its beginning.
 pub struct Start {
     /// Segment.
     pub segment: Segment,
-    /// What its pieces hold; the server must send the same.
-    pub have: Vec<u8>,
-    /// The pieces: start, end, object.
-    pub pieces: Vec<(u64, u64, String)>,
+    /// What is stored of it already.
+    pub known: Known,
+    /// Numbers of whole segments of its timeline: passed through, not stored again.
+    pub whole: BTreeSet<u64>,
+    /// Why here.
+    pub why: Why,
+}
+
+/// What a start is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    /// The repository ends here.
+    End,
+    /// The last whole segment: what the server has must be the same.
+    Compare,
+    /// WAL is missing from here on, and later WAL is there.
+    Hole {
+        /// The newest backup does not need it.
+        before_backup: bool,
+    },
 }
 
 impl Start {
     /// Up to where WAL is durable.
     pub fn durable(&self, segment_size: u64) -> Lsn {
-        Lsn(self.segment.start(segment_size).0 + self.have.len() as u64)
+        Lsn(self.segment.start(segment_size).0 + self.known.end as u64)
     }
 }
 
-/// From the segment that the server writes now.
-pub fn at_server(archive: &Archive, server: &SystemIdentity) -> Start {
-    Start {
-        segment: Segment::of(server.timeline, server.flush, archive.segment_size),
-        have: Vec::new(),
-        pieces: Vec::new(),
+/// What the attempts before this one have found out.
+#[derive(Debug, Default)]
+pub struct Lessons {
+    /// Segments that the server no longer has.
+    pub removed: BTreeSet<(u32, u64)>,
+}
+
+impl Lessons {
+    fn is_removed(&self, segment: Segment) -> bool {
+        self.removed.contains(&(segment.timeline, segment.number))
     }
 }
 
@@ -40,30 +64,37 @@ pub async fn find(
     history: &History,
     server: &SystemIdentity,
     in_recovery: bool,
-    skip_gap: bool,
+    lessons: &Lessons,
 ) -> Result<Start> {
     let size = archive.segment_size;
     let coverage = Coverage::read(archive).await?;
-    let segment = match anchor(archive, history, &coverage) {
+    let now = Segment::of(server.timeline, server.flush, size);
+    let (mut segment, mut why) = match coverage.oldest(history) {
         // Nothing is there: from the segment that is being written.
-        None => Segment::of(server.timeline, server.flush, size),
-        Some(from) => {
-            let reach = coverage.reach(history, from);
-            match reach.is_hole && skip_gap {
-                false => reach.missing,
-                true => {
-                    let newest = coverage.newest(history).unwrap_or(reach.missing);
-                    tracing::warn!(
-                        "WAL from {} on is missing and is passed over: recovery across it is not possible, take a new backup",
-                        reach.missing.name(size)
-                    );
-                    coverage.reach(history, newest.start(size)).missing
-                }
-            }
-        }
+        None => (now, Why::End),
+        Some(oldest) => first_to_receive(archive, &coverage, history, oldest, lessons).unwrap_or((now, Why::End)),
     };
-    let (have, pieces) = archive.pieces(segment).await?;
-    let start = Start { segment, have, pieces };
+    let mut known = Known::pieces(archive, segment).await?;
+    if why == Why::End && known.end == 0 {
+        let previous = segment
+            .number
+            .checked_sub(1)
+            .map(|number| Segment { number, ..segment });
+        let comparable = previous.filter(|p| !lessons.is_removed(*p) && coverage.has_whole(p.timeline, p.number));
+        if let Some(previous) = comparable
+            && let Some((epoch, header)) = archive.segment_stored(previous).await?
+        {
+            (segment, why) = (previous, Why::Compare);
+            known = Known::whole(archive, epoch, &header)?;
+        }
+    }
+    let whole = coverage.timelines.get(&segment.timeline);
+    let start = Start {
+        segment,
+        known,
+        whole: whole.map(|wal| wal.segments.clone()).unwrap_or_default(),
+        why,
+    };
     let is_current = segment.timeline == server.timeline;
     if is_current {
         check_not_behind(server, start.durable(size), in_recovery)?;
@@ -76,19 +107,38 @@ pub async fn find(
     Ok(start)
 }
 
-/// From where WAL must be continuous: the newest backup on this history, else the oldest WAL.
-fn anchor(archive: &Archive, history: &History, coverage: &Coverage) -> Option<Lsn> {
+/// `None` if the server no longer has what would come next.
+fn first_to_receive(
+    archive: &Archive,
+    coverage: &Coverage,
+    history: &History,
+    oldest: Segment,
+    lessons: &Lessons,
+) -> Option<(Segment, Why)> {
+    let size = archive.segment_size;
+    let backup = newest_backup(archive, history).unwrap_or_default();
+    let mut from = oldest.start(size);
+    loop {
+        let missing = coverage.reach(history, from).missing;
+        let next = coverage.next_any(history, missing.number + 1);
+        if !lessons.is_removed(missing) {
+            let before_backup = missing.end(size) <= backup;
+            return Some((missing, next.map_or(Why::End, |_| Why::Hole { before_backup })));
+        }
+        from = Lsn(next?.saturating_mul(size));
+    }
+}
+
+/// Where the newest backup of a history ended.
+fn newest_backup(archive: &Archive, history: &History) -> Option<Lsn> {
     let belongs = |timeline: u32, lsn: Lsn| match history.end_of(timeline) {
         Ok(None) => true,
         Ok(Some(end)) => lsn <= end,
         Err(_) => false,
     };
-    let backups = archive
-        .backups
-        .iter()
-        .filter(|(timeline, stop)| belongs(*timeline, *stop));
+    let backups = archive.backups.iter();
     backups
-        .map(|(_, stop)| Lsn(stop.0.saturating_sub(1)))
+        .filter(|(timeline, stop)| belongs(*timeline, *stop))
+        .map(|(_, stop)| *stop)
         .max()
-        .or_else(|| coverage.oldest(history).map(|s| s.start(archive.segment_size)))
 }

@@ -1,0 +1,185 @@
+//! What is stored, one thing at a time: pieces, complete segments, and what takes the place of both.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use tokio::sync::{Mutex, MutexGuard};
+use tokio::time::Instant;
+
+use super::known::Known;
+use crate::commit::Log;
+use crate::error::{Error, Kind, Result};
+use crate::postgres::lsn::Lsn;
+use crate::postgres::segment::Segment;
+use crate::wal::archive::{Archive, Stored};
+use crate::wal::fetch::Piece;
+use crate::wal::summary::Summarizer;
+
+/// How long the log is believed not to have grown, while pieces are stored.
+const FENCE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// What was stored.
+pub struct Done {
+    /// Of this segment.
+    pub segment: Segment,
+    /// Up to where WAL is durable now.
+    pub durable: Lsn,
+    /// The piece, if it was one.
+    pub piece: Option<Piece>,
+    /// What is stored of the next segment, if this one is complete.
+    pub next: Option<Known>,
+}
+
+/// Something that is being stored.
+pub type Storing<'a> = Pin<Box<dyn Future<Output = Result<Done>> + Send + 'a>>;
+
+/// Looks whether we may still write.
+pub struct Guard {
+    log: Mutex<Log>,
+    fence: u32,
+    looked: std::sync::Mutex<Instant>,
+}
+
+impl Guard {
+    /// Whoever fences the stanza from now on stops us.
+    pub fn new(log: Log) -> Self {
+        Self {
+            fence: log.state().fence,
+            log: Mutex::new(log),
+            looked: std::sync::Mutex::new(Instant::now()),
+        }
+    }
+
+    /// The log.
+    pub async fn log(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().await
+    }
+
+    /// Fails if the stanza was fenced, or if other archive epochs rule than those that `archive` knows.
+    async fn check(&self, archive: &Archive, patient: bool) -> Result<()> {
+        let looked = || self.looked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if patient && looked().elapsed() < FENCE_INTERVAL {
+            return Ok(());
+        }
+        let mut log = self.log().await;
+        log.refresh().await?;
+        *looked() = Instant::now();
+        if log.state().fence != self.fence {
+            return Err(Error::new(
+                Kind::Held,
+                "the stanza was fenced while this was written; it may not count",
+            )
+            .remedy("see `fairvault info` for who fenced it"));
+        }
+        match log.state().archive_epochs == archive.epochs {
+            true => Ok(()),
+            false => Err(Error::temporary("another archive epoch rules now")),
+        }
+    }
+}
+
+/// Stores `content` as the piece from offset `from` on. `replaced` is what it takes the place of.
+pub fn piece<'a>(
+    guard: &'a Guard,
+    archive: &'a Archive,
+    segment: Segment,
+    from: usize,
+    content: Vec<u8>,
+    replaced: Vec<Piece>,
+) -> Storing<'a> {
+    Box::pin(async move {
+        let (_, piece) = archive.put_piece(segment, from as u64, content).await?;
+        guard.check(archive, true).await?;
+        let replaced: Vec<Piece> = replaced.into_iter().filter(|p| p.object != piece.object).collect();
+        archive.delete_pieces(&replaced).await;
+        Ok(Done {
+            segment,
+            durable: Lsn(piece.end),
+            piece: Some(piece),
+            next: None,
+        })
+    })
+}
+
+/// A segment that has arrived as a whole.
+pub struct Full {
+    /// Which.
+    pub segment: Segment,
+    /// It was there already.
+    pub is_known: bool,
+    /// All of it, if it is to be stored as one object.
+    pub content: Option<Vec<u8>>,
+    /// Its pieces, in the order of their ranges.
+    pub pieces: Vec<Piece>,
+    /// Its summary.
+    pub summary: Summarizer,
+    /// Over all of it, keyed.
+    pub hash: blake3::Hasher,
+    /// The next one is there already.
+    pub next_is_known: bool,
+}
+
+/// Makes a full segment one object, or seals its pieces as the segment.
+pub fn full<'a>(guard: &'a Guard, archive: &'a Archive, full: Full) -> Storing<'a> {
+    Box::pin(async move {
+        let segment = full.segment;
+        if !full.is_known {
+            store(
+                archive,
+                full.segment,
+                full.summary,
+                full.content,
+                full.pieces,
+                full.hash,
+            )
+            .await?;
+        }
+        guard.check(archive, full.is_known).await?;
+        let next = match full.next_is_known {
+            true => archive.segment_stored(segment.next()).await?,
+            false => None,
+        };
+        let next = next.map(|(epoch, header)| Known::whole(archive, epoch, &header));
+        Ok(Done {
+            segment,
+            durable: segment.end(archive.segment_size),
+            piece: None,
+            next: Some(next.transpose()?.unwrap_or_default()),
+        })
+    })
+}
+
+async fn store(
+    archive: &Archive,
+    segment: Segment,
+    summary: Summarizer,
+    content: Option<Vec<u8>>,
+    mut pieces: Vec<Piece>,
+    hash: blake3::Hasher,
+) -> Result<()> {
+    let summary = summary.finish();
+    if summary.stopped_at != 0 && !summary.switched {
+        return Err(Error::refused(format!(
+            "{} cannot be stored as complete: it cannot be read beyond {}: {}",
+            segment.name(archive.segment_size),
+            Lsn(summary.stopped_at),
+            summary.stopped_why
+        ))
+        .remedy("its pieces stay; the server sends WAL that PostgreSQL could not replay either"));
+    }
+    pieces.sort_by_key(|piece| (piece.start, piece.end));
+    match content {
+        None => {
+            let id = *hash.finalize().as_bytes();
+            archive.put_seal(segment, summary, id, &pieces).await?;
+        }
+        Some(content) => {
+            let stored = archive.put_whole(segment, summary, content).await?;
+            // What was there already may be a seal of these very pieces.
+            if stored == Stored::New || !archive.is_sealed(segment).await? {
+                archive.delete_pieces(&pieces).await;
+            }
+        }
+    }
+    Ok(())
+}
