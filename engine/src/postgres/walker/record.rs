@@ -52,7 +52,9 @@ pub struct BlockRef {
     pub fork: u8,
     /// Block number in the relation.
     pub block: u32,
-    /// The record holds a full image of the block, or initialises it.
+    /// The record holds an image of the block.
+    pub has_image: bool,
+    /// Replay makes the whole block: from an image that is applied, or by initialising it.
     pub restores_whole: bool,
 }
 
@@ -98,6 +100,7 @@ impl<'a> Record<'a> {
                     let head = take(&mut rest, 3)?;
                     let flags = head[0];
                     data_len = data_len.checked_add(u16::from_le_bytes([head[1], head[2]]).into())?;
+                    let mut applied = false;
                     if flags & 0x10 != 0 {
                         let image = take(&mut rest, 5)?;
                         data_len = data_len.checked_add(u16::from_le_bytes([image[0], image[1]]).into())?;
@@ -107,6 +110,8 @@ impl<'a> Record<'a> {
                         } else {
                             bimg & 2 != 0
                         };
+                        // An image that only checks consistency is not applied.
+                        applied = bimg & if self.major >= 15 { 2 } else { 4 } != 0;
                         if bimg & 1 != 0 && compressed {
                             take(&mut rest, 2)?;
                         }
@@ -126,7 +131,8 @@ impl<'a> Record<'a> {
                         relation: relation.2,
                         fork: flags & 0x0F,
                         block,
-                        restores_whole: flags & 0x50 != 0,
+                        has_image: flags & 0x10 != 0,
+                        restores_whole: applied || flags & 0x40 != 0,
                     });
                 }
                 _ => return None,
@@ -136,6 +142,11 @@ impl<'a> Record<'a> {
             blocks,
             main: &rest[data_len..],
         })
+    }
+
+    /// Its length, bytes, without padding (xl_tot_len).
+    pub fn total_len(&self) -> u32 {
+        u32_at(self.bytes, 0)
     }
 
     /// Whether this is the record that ends a segment early.

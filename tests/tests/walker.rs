@@ -1,0 +1,272 @@
+//! The reader of WAL sees what PostgreSQL's own readers see, record by record.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use fairvault_engine::postgres::lsn::Lsn;
+use fairvault_engine::postgres::walker::Walker;
+use fairvault_tests::server::sid_program;
+use fairvault_tests::{Scratch, Server, run, tools};
+
+const SEGMENT: u64 = 16 << 20;
+
+/// One record, as every reader can tell it.
+#[derive(Debug, PartialEq, Eq)]
+struct Row {
+    lsn: u64,
+    prev: u64,
+    xid: u32,
+    rmgr: u8,
+    len: u32,
+    blocks: Vec<Block>,
+}
+
+/// Tablespace, database and relation; fork; block; whether there is an image.
+type Block = ([u32; 3], u8, u32, bool);
+
+/// In the order of `access/rmgrlist.h`.
+const RMGRS: [&str; 23] = [
+    "XLOG",
+    "Transaction",
+    "Storage",
+    "CLOG",
+    "Database",
+    "Tablespace",
+    "MultiXact",
+    "RelMap",
+    "Standby",
+    "Heap2",
+    "Heap",
+    "Btree",
+    "Hash",
+    "Gin",
+    "Gist",
+    "Sequence",
+    "SPGist",
+    "BRIN",
+    "CommitTs",
+    "ReplicationOrigin",
+    "Generic",
+    "LogicalMessage",
+    "XLOG2",
+];
+
+fn rmgr(name: &str) -> Result<u8> {
+    let at = RMGRS.iter().position(|known| *known == name.trim());
+    Ok(at.with_context(|| format!("rmgr {name:?}"))? as u8)
+}
+
+fn blocks(text: &str) -> Result<Vec<Block>> {
+    let forks = ["main", "fsm", "vm", "init"];
+    let mut out = Vec::new();
+    for part in text.split("blkref #").skip(1) {
+        let word = |name: &str| {
+            let rest = part.split_once(name)?.1;
+            rest.split([' ', '\n', ',', ';']).next()
+        };
+        let rel = word("rel ").context("rel")?;
+        let rel: Vec<u32> = rel.split('/').map(str::parse).collect::<Result<_, _>>()?;
+        let fork = word("fork ").unwrap_or("main");
+        let fork = forks.iter().position(|known| *known == fork).context("fork")? as u8;
+        let block = word("blk ").context("blk")?.parse()?;
+        out.push(([rel[0], rel[1], rel[2]], fork, block, part.contains("FPW")));
+    }
+    Ok(out)
+}
+
+fn lsn(text: &str) -> Result<u64> {
+    Ok(text.trim().parse::<Lsn>().map_err(anyhow::Error::msg)?.0)
+}
+
+fn by_waldump(mut program: Command, pg_wal: &Path, first: &str, last: &str) -> Result<Vec<Row>> {
+    let text = run(program.arg("-p").arg(pg_wal).args([first, last]))?;
+    let mut rows = Vec::new();
+    for line in text.lines().filter(|l| l.starts_with("rmgr: ")) {
+        let field = |name: &str| {
+            let rest = line.split_once(name).map(|(_, rest)| rest.trim_start());
+            rest.and_then(|rest| rest.split([' ', ',']).next()).unwrap_or_default()
+        };
+        let lengths = line.split_once("(rec/tot):").context("lengths")?.1;
+        let total = lengths.split_once('/').context("total")?.1;
+        let total = total.split(',').next().unwrap_or_default();
+        rows.push(Row {
+            lsn: lsn(field(", lsn: "))?,
+            prev: lsn(field(", prev "))?,
+            xid: field(", tx: ").parse()?,
+            rmgr: rmgr(field("rmgr: "))?,
+            len: total.trim().parse()?,
+            blocks: blocks(line)?,
+        });
+    }
+    Ok(rows)
+}
+
+fn by_walinspect(server: &Server, scratch: &Scratch, from: u64, to: u64) -> Result<Vec<Row>> {
+    server.sql(scratch, "create extension if not exists pg_walinspect")?;
+    let text = server.sql(
+        scratch,
+        &format!(
+            "select concat_ws('|', start_lsn, prev_lsn, xid, resource_manager, record_length, \
+             replace(coalesce(block_ref, ''), E'\\n', ' ')) from pg_get_wal_records_info('{}', '{}')",
+            Lsn(from),
+            Lsn(to)
+        ),
+    )?;
+    let mut rows = Vec::new();
+    for line in text.lines() {
+        let fields: Vec<&str> = line.splitn(6, '|').collect();
+        ensure!(fields.len() >= 5, "{line}");
+        rows.push(Row {
+            lsn: lsn(fields[0])?,
+            prev: lsn(fields[1])?,
+            xid: fields[2].parse()?,
+            rmgr: rmgr(fields[3])?,
+            len: fields[4].parse()?,
+            blocks: blocks(fields.get(5).copied().unwrap_or_default())?,
+        });
+    }
+    Ok(rows)
+}
+
+fn by_us(pg_wal: &Path, first: u64, last: u64) -> Result<Vec<Row>> {
+    let name = |number: u64| format!("{:08X}{:08X}{:08X}", 1, number / 256, number % 256);
+    let mut walker = Walker::new(Lsn(first * SEGMENT), SEGMENT);
+    let mut rows = Vec::new();
+    let mut strange = Vec::new();
+    for number in first..=last {
+        walker.feed(&std::fs::read(pg_wal.join(name(number)))?, |record| {
+            let Some(decoded) = record.decode() else {
+                strange.push(record.lsn);
+                return;
+            };
+            let block = |b: &fairvault_engine::postgres::walker::BlockRef| {
+                ([b.tablespace, b.database, b.relation], b.fork, b.block, b.has_image)
+            };
+            rows.push(Row {
+                lsn: record.lsn.0,
+                prev: record.prev.0,
+                xid: record.xid,
+                rmgr: record.rmgr,
+                len: record.total_len(),
+                blocks: decoded.blocks.iter().map(block).collect(),
+            });
+        });
+    }
+    ensure!(walker.stopped().is_none(), "{:?}", walker.stopped());
+    ensure!(strange.is_empty(), "cannot be taken apart: {strange:?}");
+    Ok(rows)
+}
+
+/// Whatever makes records of another kind.
+const WORKLOAD: &[&str] = &[
+    "create table h (i int primary key, t text, a int[], p point, r int4range, ts tsvector)",
+    "create index on h using hash (t); create index on h using gin (a); create index on h using gist (p)",
+    "create index on h using spgist (t); create index on h using brin (i); create index on h using gin (ts)",
+    "insert into h select i, md5(i::text), array[i, i % 7], point(i, i), int4range(i, i + 3), to_tsvector('x' || i) from generate_series(1, 3000) i",
+    "update h set t = t || 'x' where i % 3 = 0",
+    "delete from h where i % 5 = 0",
+    "vacuum h",
+    "begin; savepoint a; insert into h (i) values (100000); savepoint b; insert into h (i) values (100001); rollback to b; commit",
+    "begin; insert into h (i) values (100002); rollback",
+    "begin; insert into h (i) values (100003); prepare transaction 'one'",
+    "commit prepared 'one'",
+    "begin; insert into h (i) values (100004); prepare transaction 'two'",
+    "rollback prepared 'two'",
+    "begin; select i from h where i < 50 for share; savepoint a; select i from h where i < 50 for update; commit",
+    "create table toasted as select i, string_agg(md5((i * j)::text), '') as t from generate_series(1, 20) i, generate_series(1, 400) j group by i",
+    "create unlogged table u (i int); insert into u values (1); create sequence s; select nextval('s') from generate_series(1, 100)",
+    "select pg_logical_emit_message(true, 'large', repeat('x', 3000000))",
+    "select pg_replication_origin_create('there')",
+    "create materialized view v as select * from h; refresh materialized view v",
+    "reindex table h; cluster h using h_pkey",
+    "vacuum full h",
+    "truncate toasted; drop table u",
+    "create database another",
+    "drop database another",
+    "checkpoint",
+    "begin; lock table h in access exclusive mode; commit",
+    "select pg_create_restore_point('here')",
+    "update h set t = t || 'y'",
+    "vacuum (freeze) h",
+    "set wal_compression = on; checkpoint",
+    "begin; set local wal_compression = on; update h set t = t || 'z' where i % 2 = 0; commit",
+    "set wal_consistency_checking = 'all'; update h set t = 'w' where i < 100",
+    "set synchronous_commit = off; insert into h (i) values (200000)",
+];
+
+/// `waldump`: PostgreSQL's program; without it, its extension.
+fn compare(major: u32, waldump: Option<Command>) -> Result<()> {
+    let scratch = Scratch::new(&format!("walker{major}"))?;
+    let settings = "max_prepared_transactions = 5\ntrack_commit_timestamp = on\nwal_level = logical\nwal_keep_size = 4GB\nfsync = off\n";
+    let server = Server::create(&scratch, major, 5432, settings)?;
+    server.sql(&scratch, "select pg_switch_wal()")?;
+    let number = |text: String| Ok::<_, anyhow::Error>(lsn(&text)? / SEGMENT);
+    let first = number(server.sql(&scratch, "select pg_current_wal_lsn()")?)?;
+    for sql in WORKLOAD {
+        server.sql(&scratch, sql)?;
+    }
+    for compression in ["lz4", "zstd"] {
+        // Where the server was built with it.
+        let set = format!("set wal_compression = {compression}");
+        if major >= 15 && server.sql(&scratch, &set).is_ok() {
+            server.sql(&scratch, "checkpoint")?;
+            server.sql(&scratch, &format!("{set}; update h set t = t || 'c'"))?;
+        }
+    }
+    let last = number(server.sql(&scratch, "select pg_current_wal_lsn()")?)?;
+    server.sql(&scratch, "select pg_switch_wal(); checkpoint")?;
+    let pg_wal = server.data.join("pg_wal");
+    let ours = by_us(&pg_wal, first, last)?;
+    let name = |number: u64| format!("{:08X}{:08X}{:08X}", 1, number / 256, number % 256);
+    let theirs = match waldump {
+        Some(program) => by_waldump(program, &pg_wal, &name(first), &name(last))?,
+        None => by_walinspect(&server, &scratch, ours[0].lsn, (last + 1) * SEGMENT)?,
+    };
+    ensure!(ours.len() > 20_000, "{} records", ours.len());
+    for (a, b) in ours.iter().zip(&theirs) {
+        ensure!(a == b, "{major}: {a:?}\nPostgreSQL says {b:?}");
+    }
+    ensure!(
+        ours.len() == theirs.len(),
+        "{} and {} records",
+        ours.len(),
+        theirs.len()
+    );
+    let kinds: std::collections::BTreeSet<u8> = ours.iter().map(|row| row.rmgr).collect();
+    ensure!(kinds.len() >= 17, "only the resource managers {kinds:?}");
+    ensure!(ours.iter().flat_map(|row| &row.blocks).any(|b| b.3), "no images");
+    Ok(())
+}
+
+#[test]
+fn as_pg_waldump_of_15() -> Result<()> {
+    compare(15, Some(Command::new("/usr/lib/postgresql/15/bin/pg_waldump")))
+}
+
+#[test]
+fn as_pg_walinspect_of_16() -> Result<()> {
+    compare(16, None)
+}
+
+#[test]
+fn as_pg_walinspect_of_17() -> Result<()> {
+    compare(17, None)
+}
+
+#[test]
+fn as_pg_walinspect_of_18() -> Result<()> {
+    compare(18, None)
+}
+
+#[test]
+fn as_pg_waldump_of_17_18_and_19() -> Result<()> {
+    if !tools::is_full() {
+        eprintln!("the tools of 17 to 19 are part of `cargo xtask test --full`");
+        return Ok(());
+    }
+    for major in [17, 18, 19] {
+        compare(major, Some(sid_program(major, "pg_waldump")))?;
+    }
+    Ok(())
+}
