@@ -176,7 +176,7 @@ const WORKLOAD: &[&str] = &[
     "begin; select i from h where i < 50 for share; savepoint a; select i from h where i < 50 for update; commit",
     "create table toasted as select i, string_agg(md5((i * j)::text), '') as t from generate_series(1, 20) i, generate_series(1, 400) j group by i",
     "create unlogged table u (i int); insert into u values (1); create sequence s; select nextval('s') from generate_series(1, 100)",
-    "select pg_logical_emit_message(true, 'large', repeat('x', 3000000))",
+    "select pg_logical_emit_message(true, 'large', repeat('x', 9000000))",
     "select pg_replication_origin_create('there')",
     "create materialized view v as select * from h; refresh materialized view v",
     "reindex table h; cluster h using h_pkey",

@@ -19,6 +19,9 @@ pub const WAL_PAGE: usize = 8192;
 const RECORD_HEADER: usize = 24;
 const LONG_HEADER: usize = 40;
 const SHORT_HEADER: usize = 24;
+/// Bytes of a record that are kept: more than any but a logical message has (blocks, subtransactions, dropped
+/// relations come first).
+const HELD_BYTES: usize = 4 << 20;
 /// XLogRecordMaxSize.
 const RECORD_MAX: usize = 1020 << 20;
 
@@ -132,7 +135,11 @@ pub struct Stop {
 pub struct Walker {
     segment_size: u64,
     position: Lsn,
+    /// The beginning of the record that is not complete: up to [`HELD_BYTES`].
     record: Vec<u8>,
+    /// Bytes of it that have come, and their CRC behind the record header.
+    record_seen: usize,
+    record_crc: u32,
     record_at: Lsn,
     record_len: usize,
     skip: usize,
@@ -150,6 +157,8 @@ impl Walker {
             segment_size,
             position: start,
             record: Vec::new(),
+            record_seen: 0,
+            record_crc: 0,
             record_at: start,
             record_len: 0,
             skip: 0,
@@ -245,7 +254,7 @@ impl Walker {
                 self.skip = remaining;
             } else if self.record.is_empty() && self.skip == 0 {
                 return self.halt(at, "a continuation of a record that did not begin");
-            } else if self.skip == 0 && remaining != self.record_len.saturating_sub(self.record.len()) {
+            } else if self.skip == 0 && remaining != self.record_len.saturating_sub(self.record_seen) {
                 return self.halt(self.record_at, "the record and its continuation disagree");
             }
         } else if header.info & OVERWRITE_CONTRECORD != 0 {
@@ -283,20 +292,26 @@ impl Walker {
         major: u32,
         on_record: &mut impl FnMut(&Record<'_>),
     ) -> usize {
-        let here = (self.record_len - self.record.len()).min(WAL_PAGE - offset);
-        self.record.extend_from_slice(&page[offset..offset + here]);
+        let here = (self.record_len - self.record_seen).min(WAL_PAGE - offset);
+        self.hold(&page[offset..offset + here]);
         let end = (offset + here).next_multiple_of(8);
-        if self.record.len() == self.record_len {
+        if self.record_seen == self.record_len {
             let record = std::mem::take(&mut self.record);
-            self.complete(
-                &record,
-                self.record_at,
-                Lsn(self.position.0 + end as u64),
-                major,
-                on_record,
-            );
+            let crc = crc32c::crc32c_append(self.record_crc, record.get(..20).unwrap_or_default());
+            let end = Lsn(self.position.0 + end as u64);
+            self.complete(&record, crc, self.record_at, end, major, on_record);
         }
         end
+    }
+
+    /// Takes bytes of the record that is not complete. Of a huge one, only the beginning is kept: what a
+    /// record refers to stands there.
+    fn hold(&mut self, bytes: &[u8]) {
+        let header = RECORD_HEADER.saturating_sub(self.record_seen).min(bytes.len());
+        self.record_crc = crc32c::crc32c_append(self.record_crc, &bytes[header..]);
+        self.record_seen += bytes.len();
+        let room = HELD_BYTES.saturating_sub(self.record.len()).min(bytes.len());
+        self.record.extend_from_slice(&bytes[..room]);
     }
 
     fn begin_record(
@@ -319,20 +334,29 @@ impl Walker {
         match page.get(offset..offset + len) {
             Some(record) => {
                 let end = (offset + len).next_multiple_of(8);
-                self.complete(record, lsn, Lsn(self.position.0 + end as u64), major, on_record);
+                let crc = crc32c::crc32c_append(crc32c::crc32c(&record[RECORD_HEADER..]), &record[..20]);
+                self.complete(record, crc, lsn, Lsn(self.position.0 + end as u64), major, on_record);
                 end
             }
             None => {
                 self.record_at = lsn;
                 self.record_len = len;
-                self.record.extend_from_slice(&page[offset..]);
+                (self.record_seen, self.record_crc) = (0, 0);
+                self.hold(&page[offset..]);
                 WAL_PAGE
             }
         }
     }
 
-    fn complete(&mut self, bytes: &[u8], lsn: Lsn, end: Lsn, major: u32, on_record: &mut impl FnMut(&Record<'_>)) {
-        let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes[RECORD_HEADER..]), &bytes[..20]);
+    fn complete(
+        &mut self,
+        bytes: &[u8],
+        crc: u32,
+        lsn: Lsn,
+        end: Lsn,
+        major: u32,
+        on_record: &mut impl FnMut(&Record<'_>),
+    ) {
         if crc != u32_at(bytes, 20) {
             return self.halt(lsn, "the record's CRC is wrong (damage, or the end of the written WAL)");
         }

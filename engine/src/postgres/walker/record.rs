@@ -63,7 +63,7 @@ pub struct BlockRef {
 pub struct Decoded<'a> {
     /// Blocks that it refers to.
     pub blocks: Vec<BlockRef>,
-    /// Main data.
+    /// Main data; of a record of more than 4 MiB, its beginning.
     pub main: &'a [u8],
 }
 
@@ -71,6 +71,8 @@ impl<'a> Record<'a> {
     /// Takes the record apart; `None` if its inside contradicts itself.
     pub fn decode(&self) -> Option<Decoded<'a>> {
         let mut rest = &self.bytes[RECORD_HEADER..];
+        // Of a huge record, the end is not here.
+        let cut = (self.total_len() as usize).saturating_sub(self.bytes.len());
         let mut blocks: Vec<BlockRef> = Vec::new();
         let mut data_len = 0usize;
         let mut main_len = 0usize;
@@ -80,7 +82,7 @@ impl<'a> Record<'a> {
             *rest = tail;
             Some(head)
         };
-        while rest.len() > data_len + main_len {
+        while rest.len() + cut > data_len + main_len {
             match take(&mut rest, 1)?[0] {
                 255 => {
                     main_len = take(&mut rest, 1)?[0].into();
@@ -138,9 +140,9 @@ impl<'a> Record<'a> {
                 _ => return None,
             }
         }
-        (rest.len() == data_len + main_len).then(|| Decoded {
+        (rest.len() + cut == data_len + main_len).then(|| Decoded {
             blocks,
-            main: &rest[data_len..],
+            main: rest.get(data_len..).unwrap_or_default(),
         })
     }
 
