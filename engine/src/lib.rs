@@ -2,7 +2,7 @@
 //! travels through these modules.
 //!
 //! What always holds: no module prints or exits; errors are [`error::Error`]; time and randomness come from
-//! [`env`]; what comes from a server or a store is compared with a limit before it is believed.
+//! [`mod@env`]; what comes from a server or a store is compared with a limit before it is believed.
 
 pub mod backup;
 pub mod commit;

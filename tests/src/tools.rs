@@ -255,6 +255,25 @@ pub fn install_sid() -> Result<()> {
     mount_sid()
 }
 
+/// pgBackRest, in the Debian folder.
+pub fn install_pgbackrest() -> Result<()> {
+    let root = sid();
+    if !root.join("usr/bin/pgbackrest").exists() {
+        run(Command::new("chroot")
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .arg(&root)
+            .args([
+                "apt-get",
+                "install",
+                "-y",
+                "-q",
+                "--no-install-recommends",
+                "pgbackrest",
+            ]))?;
+    }
+    Ok(())
+}
+
 fn mount_sid() -> Result<()> {
     for folder in ["proc", "sys", "dev", "tmp"] {
         let target = sid().join(folder);

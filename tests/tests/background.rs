@@ -218,6 +218,11 @@ fn a_gap_is_said_as_soon_as_it_exists() -> Result<()> {
         let gaps = said.iter().filter(|l| l.contains("GAP: ")).count();
         ensure!(gaps == 1, "{gaps}: {said:#?}");
         ensure!(s.ok(&["info", "acme"])?.contains("gap"), "info does not know");
+        let (exit, text) = s.fairvault(&["check", "acme"]);
+        ensure!(
+            exit == 1 && text.contains("is missing, and later WAL is there"),
+            "{exit} {text}"
+        );
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
-//! `cargo xtask demo | test | ci | fuzz`: each does all of its own set-up.
+//! `cargo xtask demo | test | ci | fuzz | bench`: each does all of its own set-up.
 
+mod bench;
 mod demo;
 mod fuzz;
 mod steps;
@@ -12,6 +13,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   test --full    the same with PostgreSQL 19, the tools of 17 to 19, and Ceph's radosgw
   lint           formatting, clippy, licences and sources of dependencies
   fuzz [SECONDS] every fuzz target for some seconds each
+  bench wal [N]  archiving and fetching N segments (200) beside pgBackRest; needs root
   ci             lint, then test, then a short run of the fuzz targets";
 
 fn main() -> ExitCode {
@@ -24,6 +26,8 @@ fn main() -> ExitCode {
         ["lint"] => steps::lint(),
         ["fuzz"] => fuzz::run(60),
         ["fuzz", seconds] => seconds.parse().map_err(anyhow::Error::from).and_then(fuzz::run),
+        ["bench", "wal"] => bench::wal(200),
+        ["bench", "wal", segments] => segments.parse().map_err(anyhow::Error::from).and_then(bench::wal),
         ["ci"] => steps::lint()
             .and_then(|()| steps::test(false))
             .and_then(|()| fuzz::run(5)),

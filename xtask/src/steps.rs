@@ -100,7 +100,21 @@ pub fn test(full: bool) -> Result<()> {
     }
     cargo(&["build", "--workspace"])?;
     cargo(&["test", "--workspace"])?;
-    cargo(&["doc", "--workspace", "--no-deps", "--quiet"])
+    document()
+}
+
+/// The crates' documentation; a warning is an error.
+fn document() -> Result<()> {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(program)
+        .args(["doc", "--workspace", "--no-deps", "--quiet"])
+        .env("RUSTDOCFLAGS", "-D warnings")
+        .current_dir(top())
+        .status()?;
+    match status.success() {
+        true => Ok(()),
+        false => bail!("cargo doc ended with {status}"),
+    }
 }
 
 fn with_full() -> Result<()> {

@@ -2,6 +2,7 @@
 
 use fairvault_engine::env::SystemEnv;
 use fairvault_engine::error::{Error, Result};
+use fairvault_engine::inspect::info_of;
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::replication::connection::{Connection, Mode};
 use fairvault_engine::stanza::create::{Cluster, check_cluster};
@@ -157,14 +158,26 @@ async fn stanza_in(context: &Context, repository: &str, stanza: &str, server: Op
     check_cluster(&log, &server.cluster)?;
     let archive = Archive::open(&log, Some(server.cluster.system_identifier), 3)?;
     let coverage = Coverage::read(&archive).await?;
-    let newest = coverage
-        .timelines
-        .get(&server.timeline)
-        .and_then(|t| t.segments.last().copied());
+    let wal = coverage.timelines.get(&server.timeline);
+    // Pieces are what a receiver leaves of the segment that is being written.
+    let is_received = wal.is_some_and(|wal| !wal.parts.is_empty());
+    let newest = wal.and_then(|wal| wal.segments.last().max(wal.parts.last()).copied());
     let size = archive.segment_size;
     let current = server.flush.0 / size;
+    if server.archiving || is_received {
+        let info = info_of(&log).await?;
+        let mut windows = info.windows.iter().filter(|w| w.timeline == server.timeline);
+        if let Some(hole) = windows.find_map(|w| w.hole.as_ref()) {
+            return Err(Error::damaged(format!(
+                "WAL from {hole} on is missing, and later WAL is there: recovery from backups before it ends there"
+            ))
+            .remedy(
+                "archive it with `fairvault wal push` if the server's pg_wal still has it; else take a new backup",
+            ));
+        }
+    }
     match newest {
-        _ if !server.archiving => Ok(format!("opens, {} backups", log.state().backups.len())),
+        _ if !server.archiving && !is_received => Ok(format!("opens, {} backups", log.state().backups.len())),
         Some(newest) if newest + 2 >= current => {
             Ok(format!("opens, {} backups, WAL arrives", log.state().backups.len()))
         }
@@ -173,6 +186,9 @@ async fn stanza_in(context: &Context, repository: &str, stanza: &str, server: Op
             "the newest archived segment is {} segments behind the server",
             current - newest.map_or(0, |n| n.min(current))
         ))
-        .remedy("look at pg_stat_archiver and at the server's log for what archive_command says")),
+        .remedy(match server.archiving {
+            true => "look at pg_stat_archiver and at the server's log for what archive_command says",
+            false => "look at pg_stat_replication and at the log of `fairvault wal receive`",
+        })),
     }
 }
