@@ -100,11 +100,11 @@ impl Context {
         })
     }
 
-    /// Where a repository is.
-    pub fn url(&self, name: &str) -> Result<String> {
+    /// Whatever says which store a repository is; to be compared, not shown.
+    pub fn identity(&self, name: &str) -> Result<String> {
         match &self.global.repo_url {
-            Some(url) if name == FLAG_REPO => Ok(url.clone()),
-            _ => Ok(self.repository(name)?.url.clone()),
+            Some(url) if name == FLAG_REPO => Ok(format!("{url} {:?}", std::env::var("AWS_ENDPOINT_URL"))),
+            _ => Ok(format!("{:?}", self.repository(name)?)),
         }
     }
 

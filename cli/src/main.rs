@@ -24,7 +24,13 @@ enum Table {
     Ordinary,
     WalPush,
     WalGet,
+    /// A background worker: its result is in its spool folder. It may become a child of PostgreSQL itself (as
+    /// the first process of a container), which takes any other end than 0 for a crash of its own.
+    Worker,
 }
+
+/// Last argument of a background worker.
+const WORKER: &str = "--worker";
 
 /// Done, with warnings that need a person.
 const WARNINGS: u8 = 6;
@@ -39,6 +45,9 @@ const INTERRUPTED: u8 = 130;
 fn table(arguments: &[String]) -> Table {
     // Values of options and names of stanzas may look like verbs. Where there is doubt, the strictest table
     // rules: what it costs to be wrong is a recovery that ends early.
+    if arguments.last().is_some_and(|word| word == WORKER) {
+        return Table::Worker;
+    }
     let words: Vec<&str> = arguments.iter().skip(1).map(String::as_str).collect();
     let mut found = Table::Ordinary;
     for (at, word) in words.iter().enumerate() {
@@ -60,6 +69,8 @@ fn table(arguments: &[String]) -> Table {
 /// The table of a command that was understood.
 fn table_of(command: &Command) -> Table {
     match command {
+        Command::Wal(WalCommand::Get(args)) | Command::ArchiveGet(args) if args.worker => Table::Worker,
+        Command::Wal(WalCommand::Push(args)) | Command::ArchivePush(args) if args.worker => Table::Worker,
         Command::Wal(WalCommand::Get(_)) | Command::ArchiveGet(_) => Table::WalGet,
         Command::Wal(WalCommand::Push(_)) | Command::ArchivePush(_) => Table::WalPush,
         _ => Table::Ordinary,
@@ -71,6 +82,7 @@ static UNDERSTOOD: std::sync::OnceLock<Table> = std::sync::OnceLock::new();
 
 fn exit_code(table: Table, error: &Error) -> u8 {
     match (table, error.kind()) {
+        (Table::Worker, _) => 0,
         (Table::WalGet, _) => wal_get_failure(),
         (Table::WalPush, Kind::Temporary | Kind::Interrupted) => TEMPORARY,
         (Table::WalPush, _) => 1,
@@ -97,6 +109,7 @@ fn wal_get_failure() -> u8 {
 
 fn failure_code(table: Table, ordinary: u8) -> u8 {
     match table {
+        Table::Worker => 0,
         Table::WalGet => wal_get_failure(),
         Table::WalPush => 1,
         Table::Ordinary => ordinary,
@@ -211,6 +224,7 @@ mod tests {
         let of = |line: &str| table(&line.split(' ').map(str::to_owned).collect::<Vec<_>>());
         assert_eq!(of("fairvault --conifg x wal get acme"), Table::WalGet);
         assert_eq!(of("fairvault archive-get"), Table::WalGet);
+        assert_eq!(of("fairvault wal push acme x --worker"), Table::Worker);
         assert_eq!(of("fairvault wal --repo-url file:///x push"), Table::WalPush);
         assert_eq!(of("fairvault backup wal"), Table::Ordinary);
         assert_eq!(of("fairvault verify get"), Table::Ordinary);

@@ -490,3 +490,35 @@ fn what_a_dying_server_has_sent_is_stored() -> Result<()> {
     ensure!(rows(&s, &s.start("r", 5450)?)? == "1000");
     Ok(())
 }
+
+#[test]
+fn a_store_that_goes_away_leaves_no_seal_over_a_hole() -> Result<()> {
+    let s = Fixture::new("holes", SMALL)?;
+    let receiver = Receiver::start(
+        &s,
+        &["--flush-interval", "50ms", "--piece-size", "64KiB", "--keep-pieces"],
+    )?;
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    for _ in 0..3 {
+        std::fs::rename(s.path("vault"), s.path("hidden"))?;
+        for _ in 0..6 {
+            s.sql("insert into t select md5(i::text) from generate_series(1, 3000) i")?;
+        }
+        // Longer than what one operation waits for a store that is away.
+        std::thread::sleep(Duration::from_secs(7));
+        std::fs::rename(s.path("hidden"), s.path("vault"))?;
+        s.sql("insert into t values ('more')")?;
+        wait_until_durable(&s, &s.server)?;
+    }
+    receiver.stop()?;
+    s.server.stop(&s.scratch, "immediate")?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(rows(&s, &s.start("r", 5450)?)? == "54003");
+    ensure!(
+        s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
+            .contains("all good")
+    );
+    Ok(())
+}

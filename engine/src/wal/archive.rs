@@ -226,6 +226,16 @@ impl Archive {
     ) -> Result<Stored> {
         let name = segment.name(self.segment_size);
         let object = self.object_name(&WalFile::Segment(segment), &name);
+        // A seal that names less than the segment would be the end of it.
+        let mut end = segment.start(self.segment_size).0;
+        for piece in pieces {
+            if piece.start <= end {
+                end = end.max(piece.end);
+            }
+        }
+        if end != segment.end(self.segment_size).0 || pieces.iter().any(|piece| piece.object.is_empty()) {
+            return Err(Error::failed(format!("the pieces of {name} do not make it up")));
+        }
         let file = |name: &String| name.rsplit('/').next().unwrap_or_default().to_owned();
         let seal = proto::PieceSeal {
             header: Some(proto::WalHeader {

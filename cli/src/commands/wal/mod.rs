@@ -51,7 +51,7 @@ fn exchange(
 fn destinations(context: &Context, stanza: &str, repositories: &[String]) -> Result<String> {
     let shown = repositories
         .iter()
-        .map(|repository| Ok(format!("{repository} {}/{stanza}", context.url(repository)?)));
+        .map(|repository| Ok(format!("{repository} {stanza} {}", context.identity(repository)?)));
     Ok(shown.collect::<Result<Vec<_>>>()?.join("\n"))
 }
 

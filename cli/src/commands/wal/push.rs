@@ -46,9 +46,8 @@ pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
     let shown = destinations(&context, &args.stanza, &everywhere.repositories)?;
     let exchange = exchange(&context, &args.stanza, "push", &pg_wal, &shown)?.ok_or_else(no_spool)?;
     if args.worker {
-        let bytes = std::fs::metadata(&args.path).map_or(16 << 20, |m| m.len().max(1 << 20));
         let parallel = wal.parallel.unwrap_or(PARALLEL).clamp(1, 64);
-        let parallel = parallel.min(usize::try_from(IN_FLIGHT_BYTES / bytes).unwrap_or(parallel).max(1));
+        let parallel = parallel.min(fit(&pg_wal, everywhere.repositories.len()));
         let one = |name: String| {
             let (everywhere, path) = (everywhere.clone(), pg_wal.join(&name));
             async move {
@@ -71,10 +70,29 @@ pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
     let timeout = wal.push_timeout.as_deref();
     let patience = timeout.map_or(Ok(TIMEOUT), |text| config::duration("push_timeout", text))?;
     let content = push::read_file(&args.path)?;
-    background::hand_over(&exchange, &name, &content, &shown, patience, || start_worker(&exchange))
-        .await
-        .context(|| not_archived(&name, &pg_wal))?;
-    Ok(Outcome::Done)
+    let handed = background::hand_over(&exchange, &name, &content, &shown, patience, || start_worker(&exchange)).await;
+    match handed {
+        Ok(()) => Ok(Outcome::Done),
+        // A worker that cannot live (a full disk, say) must not keep PostgreSQL from freeing pg_wal.
+        Err(error) if !exchange.is_worked().unwrap_or(false) => {
+            tracing::warn!("without the background worker: {error}");
+            everywhere.push(&name, &content).await?;
+            Ok(Outcome::Done)
+        }
+        Err(error) => Err(error).context(|| not_archived(&name, &pg_wal)),
+    }
+}
+
+/// How many segments may be in flight: each is held as it is, and once more for each repository, sealed.
+fn fit(pg_wal: &Path, repositories: usize) -> usize {
+    let is_segment = |name: &str| name.len() == 24;
+    let names = background::waiting(pg_wal).unwrap_or_default();
+    let lengths = names.iter().filter(|name| is_segment(name)).filter_map(|name| {
+        let meta = std::fs::metadata(pg_wal.join(name)).ok()?;
+        Some(meta.len())
+    });
+    let each = lengths.max().unwrap_or(16 << 20).max(1 << 20) * (1 + 2 * repositories as u64);
+    usize::try_from(IN_FLIGHT_BYTES / each).unwrap_or(1).max(1)
 }
 
 fn no_spool() -> Error {

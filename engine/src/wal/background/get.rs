@@ -90,7 +90,12 @@ where
 {
     let Some(_lock) = exchange.lock()? else { return Ok(()) };
     for name in exchange.names()? {
-        let _ = std::fs::remove_dir_all(exchange.folder().join(name));
+        let old = exchange.folder().join(&name);
+        if old.is_dir() {
+            let _ = std::fs::remove_dir_all(old);
+        } else if [CURRENT, ASKED].contains(&name.as_str()) {
+            exchange.remove(&name)?;
+        }
     }
     let run = format!("{:x}", std::process::id());
     let folder = exchange.folder().join(&run);
@@ -106,6 +111,7 @@ where
         ended_at: None,
     };
     let mut fetches = JoinSet::new();
+    let mut count = 0u64;
     let mut heard = Instant::now();
     while heard.elapsed() < IDLE {
         let asked = exchange.read(ASKED)?;
@@ -121,14 +127,18 @@ where
             let coming = ahead.folder.join(part(&segment.name(segment_size)));
             std::fs::write(&coming, b"").map_err(|e| Error::io(format_args!("writing {}", coming.display()), e))?;
             let fetched = fetch(segment);
+            // Of its own: an older fetch of the same segment may still be on its way.
+            count += 1;
+            let temporary = ahead.folder.join(format!("{count}.tmp"));
             fetches.spawn(async move {
                 let content = fetched.await;
                 let stored = match &content {
                     Ok(Some(content)) => {
-                        std::fs::write(&coming, content).and_then(|()| std::fs::rename(&coming, &path))
+                        std::fs::write(&temporary, content).and_then(|()| std::fs::rename(&temporary, &path))
                     }
-                    _ => std::fs::remove_file(&coming),
+                    _ => Ok(()),
                 };
+                let _ = std::fs::remove_file(&coming);
                 if let Err(error) = &content {
                     tracing::warn!("{} was not fetched ahead: {error}", path.display());
                 }

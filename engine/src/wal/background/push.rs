@@ -139,6 +139,8 @@ where
     F: Future<Output = Result<Vec<u8>>> + Send + 'static,
 {
     let Some(_lock) = exchange.lock()? else { return Ok(()) };
+    // Answers of an earlier worker may be about a repository that is no more.
+    forget_archived(exchange, &[])?;
     let mut idle_since = Instant::now();
     loop {
         let mut queue = waiting(pg_wal)?;

@@ -160,11 +160,16 @@ async fn once(
     let (segment, why) = (start.segment, start.why);
     let from = segment.start(archive.segment_size);
     let slot = options.slot.as_deref();
-    let received = match WalStream::start(server.connection, slot, from, segment.timeline).await {
+    let (at, received) = match WalStream::start(server.connection, slot, from, segment.timeline).await {
         Ok(stream) => pump::run(guard, &archive, options, stream, start, stop).await,
-        Err(error) => Err(error),
+        Err(error) => (segment, Err(error)),
     };
     match received {
+        // The server removed WAL while we were on our way: the next start finds out what that means.
+        Err(error) if is_removed(&error) && at != segment => {
+            tracing::warn!("{error}");
+            Ok(Ended::Next)
+        }
         Err(error) if is_removed(&error) => {
             lessons.removed.insert((segment.timeline, segment.number));
             let name = segment.name(archive.segment_size);

@@ -90,7 +90,7 @@ impl Current {
     }
 }
 
-/// Receives until the stream ends or `stop` says so.
+/// Receives until the stream ends or `stop` says so. Returns the segment that it has got to as well.
 pub async fn run<'a>(
     guard: &'a Guard,
     archive: &'a Archive,
@@ -98,7 +98,7 @@ pub async fn run<'a>(
     stream: WalStream,
     start: Start,
     stop: watch::Receiver<bool>,
-) -> Result<Ended> {
+) -> (Segment, Result<Ended>) {
     let mut current = Current::new(archive, start.segment);
     let durable = start.durable(archive.segment_size);
     current.know(start.known);
@@ -110,18 +110,22 @@ pub async fn run<'a>(
         current,
         durable,
         pending: None,
-        whole: start.whole,
+        there: start.there,
+        store_failed: false,
         holds_whole: archive.segment_size <= WHOLE_BYTES && !options.keep_pieces,
     };
     let mut storing: Option<Storing<'a>> = None;
-    match pump.receive(&mut storing, stop).await {
-        // The server is gone, and what it sent is here: that may be all that is left of it.
-        Err(error) if error.kind() == Kind::Temporary => {
-            pump.drain(storing).await?;
-            Err(error)
-        }
-        other => other,
+    let mut ended = pump.receive(&mut storing, stop).await;
+    // The server is gone, and what it sent is here: that may be all that is left of it. After a failure of the
+    // store, nothing more is stored: what comes after a hole must not look complete.
+    if let Err(error) = &ended
+        && matches!(error.kind(), Kind::Temporary | Kind::Failed)
+        && !pump.store_failed
+        && let Err(worse) = pump.drain(storing).await
+    {
+        ended = Err(worse);
     }
+    (pump.current.segment, ended)
 }
 
 /// How many of the last pieces are to be replaced by one, and its generation: a run of one generation, and
@@ -148,8 +152,9 @@ struct Pump<'a> {
     durable: Lsn,
     /// WAL of the next segment that came with the end of this one.
     pending: Option<(Lsn, Bytes)>,
-    /// Whole segments of this timeline that the repository had at the start.
-    whole: BTreeSet<u64>,
+    /// Segments of this timeline of which the repository had anything at the start.
+    there: BTreeSet<u64>,
+    store_failed: bool,
     holds_whole: bool,
 }
 
@@ -169,7 +174,7 @@ impl<'a> Pump<'a> {
             tokio::select! {
                 done = async { match storing.as_mut() { Some(work) => work.await, None => std::future::pending().await } } => {
                     *storing = None;
-                    self.finished(done?);
+                    self.finished(done)?;
                     self.say(false).await?;
                     last_said = Instant::now();
                 }
@@ -353,7 +358,7 @@ impl<'a> Pump<'a> {
     /// The segment is full: it becomes one object, or its pieces are sealed.
     fn complete(&mut self) -> Storing<'a> {
         let next = Current::new(self.archive, self.current.segment.next());
-        let next_is_known = self.whole.contains(&next.segment.number);
+        let next_is_known = self.there.contains(&next.segment.number);
         let is_known = self.current.is_known_whole();
         let done = std::mem::replace(&mut self.current, next);
         let full = Full {
@@ -371,7 +376,9 @@ impl<'a> Pump<'a> {
         storing::full(self.guard, self.archive, full)
     }
 
-    fn finished(&mut self, done: Done) {
+    fn finished(&mut self, done: Result<Done>) -> Result<()> {
+        self.store_failed |= done.is_err();
+        let done = done?;
         self.durable = self.durable.max(done.durable);
         if let Some(piece) = done.piece
             && done.segment == self.current.segment
@@ -385,6 +392,7 @@ impl<'a> Pump<'a> {
                 self.current.know(next);
             }
         }
+        Ok(())
     }
 
     /// Stores everything that was received.
@@ -393,7 +401,7 @@ impl<'a> Pump<'a> {
         loop {
             self.take_pending()?;
             match next.take().or_else(|| self.next_work(true)) {
-                Some(work) => self.finished(work.await?),
+                Some(work) => self.finished(work.await)?,
                 None => return Ok(()),
             }
         }

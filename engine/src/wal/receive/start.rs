@@ -18,8 +18,8 @@ pub struct Start {
     pub segment: Segment,
     /// What is stored of it already.
     pub known: Known,
-    /// Numbers of whole segments of its timeline: passed through, not stored again.
-    pub whole: BTreeSet<u64>,
+    /// Numbers of segments of its timeline of which anything is there: compared when they come again.
+    pub there: BTreeSet<u64>,
     /// Why here.
     pub why: Why,
 }
@@ -88,11 +88,12 @@ pub async fn find(
             known = Known::whole(archive, epoch, &header)?;
         }
     }
-    let whole = coverage.timelines.get(&segment.timeline);
+    let wal = coverage.timelines.get(&segment.timeline);
+    let there = wal.map(|wal| wal.segments.union(&wal.parts).copied().collect());
     let start = Start {
         segment,
         known,
-        whole: whole.map(|wal| wal.segments.clone()).unwrap_or_default(),
+        there: there.unwrap_or_default(),
         why,
     };
     let is_current = segment.timeline == server.timeline;

@@ -115,7 +115,7 @@ pub struct Full {
     pub summary: Summarizer,
     /// Over all of it, keyed.
     pub hash: blake3::Hasher,
-    /// The next one is there already.
+    /// Something of the next one is there already.
     pub next_is_known: bool,
 }
 
@@ -136,15 +136,17 @@ pub fn full<'a>(guard: &'a Guard, archive: &'a Archive, full: Full) -> Storing<'
         }
         guard.check(archive, full.is_known).await?;
         let next = match full.next_is_known {
-            true => archive.segment_stored(segment.next()).await?,
-            false => None,
+            false => Known::default(),
+            true => match archive.segment_stored(segment.next()).await? {
+                Some((epoch, header)) => Known::whole(archive, epoch, &header)?,
+                None => Known::pieces(archive, segment.next()).await?,
+            },
         };
-        let next = next.map(|(epoch, header)| Known::whole(archive, epoch, &header));
         Ok(Done {
             segment,
             durable: segment.end(archive.segment_size),
             piece: None,
-            next: Some(next.transpose()?.unwrap_or_default()),
+            next: Some(next),
         })
     })
 }
