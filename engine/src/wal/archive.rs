@@ -329,13 +329,18 @@ impl Archive {
         log.refresh().await?;
         match log.state().fence == before {
             true => Ok(()),
-            false => Err(Error::new(
-                Kind::Held,
-                "the stanza was fenced while this was written; it may not count",
-            )
-            .remedy("see `fairvault info` for who fenced it")),
+            false => Err(fenced()),
         }
     }
+}
+
+/// What was written since somebody fenced the stanza may not count.
+pub fn fenced() -> Error {
+    Error::new(
+        Kind::Held,
+        "the stanza was fenced while this was written; it may not count",
+    )
+    .remedy("see `fairvault info` for who fenced it")
 }
 
 fn other_content(stanza: &Stanza, object: &str) -> Error {

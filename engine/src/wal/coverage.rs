@@ -169,12 +169,6 @@ impl Coverage {
         .min_by_key(|segment| segment.number)
     }
 
-    /// The newest whole segment along a history.
-    pub fn newest(&self, history: &History) -> Option<Segment> {
-        self.along(history, |wal| wal.segments.last().copied())
-            .max_by_key(|segment| segment.number)
-    }
-
     /// One segment of each timeline of a history, as far as it belongs to it.
     fn along(&self, history: &History, choose: impl Fn(&TimelineWal) -> Option<u64>) -> impl Iterator<Item = Segment> {
         self.timelines.iter().filter_map(move |(&timeline, wal)| {

@@ -8,10 +8,10 @@ use tokio::time::Instant;
 
 use super::known::Known;
 use crate::commit::Log;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
-use crate::wal::archive::{Archive, Stored};
+use crate::wal::archive::{Archive, Stored, fenced};
 use crate::wal::fetch::Piece;
 use crate::wal::summary::Summarizer;
 
@@ -65,11 +65,7 @@ impl Guard {
         log.refresh().await?;
         *looked() = Instant::now();
         if log.state().fence != self.fence {
-            return Err(Error::new(
-                Kind::Held,
-                "the stanza was fenced while this was written; it may not count",
-            )
-            .remedy("see `fairvault info` for who fenced it"));
+            return Err(fenced());
         }
         match log.state().archive_epochs == archive.epochs {
             true => Ok(()),
