@@ -365,6 +365,15 @@ pub struct ReceiveArgs {
     /// Bytes that do not wait [default: 4MiB]
     #[arg(long, value_name = "SIZE")]
     pub piece_size: Option<String>,
+    /// Durable spool on this host: WAL counts as received once it is there, and the repository follows
+    #[arg(long, value_name = "FOLDER")]
+    pub spool: Option<PathBuf>,
+    /// Bytes that the spool may hold for each repository [default: 1GiB]
+    #[arg(long, value_name = "SIZE")]
+    pub spool_size: Option<String>,
+    /// A standby on which a slot of the same name is kept, so that a failover loses nothing; may be repeated
+    #[arg(long, value_name = "CONNINFO", conflicts_with = "no_slot")]
+    pub standby: Vec<String>,
     /// Seal the pieces of a segment instead of storing it anew: where deleting costs as much as keeping
     #[arg(long)]
     pub keep_pieces: bool,

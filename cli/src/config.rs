@@ -138,6 +138,13 @@ pub struct WalConfig {
     pub piece_size: Option<String>,
     /// `wal receive`: replication slot.
     pub slot: Option<String>,
+    /// `wal receive`: folder of a durable spool on this host; WAL counts as received once it is there.
+    pub receive_spool: Option<PathBuf>,
+    /// `wal receive`: bytes that the spool may hold for each repository.
+    pub receive_spool_size: Option<String>,
+    /// `wal receive`: standbys on which a slot of the same name is kept, for a failover.
+    #[serde(default)]
+    pub standbys: Vec<String>,
     /// `wal receive`: seal pieces instead of storing segments anew.
     #[serde(default)]
     pub keep_pieces: bool,

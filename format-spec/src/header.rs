@@ -35,6 +35,8 @@ pub enum Kind {
     Lease = 10,
     /// Pieces declared to be a segment.
     PieceSeal = 11,
+    /// WAL on a receiver's own disk; never in a repository.
+    Journal = 12,
 }
 
 impl Kind {
@@ -51,6 +53,7 @@ impl Kind {
             9 => Self::BlockMap,
             10 => Self::Lease,
             11 => Self::PieceSeal,
+            12 => Self::Journal,
             _ => return None,
         })
     }

@@ -14,6 +14,7 @@ pub mod error;
 pub mod frame;
 pub mod header;
 pub mod index;
+pub mod journal;
 pub mod keys;
 pub mod limits;
 pub mod log;

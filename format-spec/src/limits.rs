@@ -36,5 +36,7 @@ pub const ARGON2_PASSES: u32 = 64;
 pub const ARGON2_LANES: u32 = 64;
 /// Content bytes of a WAL object per section.
 pub const WAL_SECTION_BYTES: usize = 4 << 20;
+/// Content bytes of a journal's section.
+pub const JOURNAL_SECTION_BYTES: usize = 1 << 20;
 /// A snapshot is bound by every entry whose sequence number is a multiple of this.
 pub const SNAPSHOT_INTERVAL: u64 = 16;

@@ -53,16 +53,16 @@ pub fn decompress(codec_byte: u8, bytes: Vec<u8>, plain_len: usize, what: &str) 
     Ok(plain)
 }
 
-struct SectionHeader {
-    role: KeyRole,
-    codec: u8,
-    sealed_len: u32,
-    plain_len: u32,
-    ordinal: u32,
+pub(crate) struct SectionHeader {
+    pub role: KeyRole,
+    pub codec: u8,
+    pub sealed_len: u32,
+    pub plain_len: u32,
+    pub ordinal: u32,
 }
 
 impl SectionHeader {
-    fn encode(&self) -> [u8; SECTION_HEADER_LEN] {
+    pub fn encode(&self) -> [u8; SECTION_HEADER_LEN] {
         let mut out = [0u8; SECTION_HEADER_LEN];
         out[0] = self.role as u8;
         out[1] = self.codec;
@@ -72,7 +72,7 @@ impl SectionHeader {
         out
     }
 
-    fn decode(bytes: &[u8], what: &str) -> Result<Self> {
+    pub fn decode(bytes: &[u8], what: &str) -> Result<Self> {
         let Some(b) = bytes.first_chunk::<SECTION_HEADER_LEN>() else {
             return Err(FormatError::damaged(what, "it ends inside a section header"));
         };
@@ -104,7 +104,8 @@ impl SectionHeader {
     }
 }
 
-fn aad(header: &[u8; HEADER_LEN], section: &[u8; SECTION_HEADER_LEN], context: &str) -> Vec<u8> {
+/// Associated data of a section.
+pub(crate) fn aad(header: &[u8; HEADER_LEN], section: &[u8; SECTION_HEADER_LEN], context: &str) -> Vec<u8> {
     let mut aad = Vec::with_capacity(HEADER_LEN + SECTION_HEADER_LEN + context.len());
     aad.extend_from_slice(header);
     aad.extend_from_slice(section);

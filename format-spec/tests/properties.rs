@@ -3,8 +3,10 @@
 use fairvault_format::frame::{FRAME_HEADER_LEN, FrameKey, decode_chunk};
 use fairvault_format::header::{Kind, ObjectHeader};
 use fairvault_format::index::{IndexEntry, IndexRun, PackRef, open_run, seal_run};
+use fairvault_format::journal::Journal;
 use fairvault_format::keys::{self, EpochKeys, KeyRole, Scope, Secret};
 use fairvault_format::object::{ObjectReader, ObjectWriter, compress};
+use fairvault_format::proto::WalHeader;
 use fairvault_format::{names, pack};
 use proptest::prelude::*;
 
@@ -26,6 +28,47 @@ fn epoch_keys() -> EpochKeys {
 }
 
 proptest! {
+    #[test]
+    fn journals_give_back_what_is_whole(runs: Vec<Vec<u8>>, salt: [u8; 32], cut: prop::sample::Index, flip: prop::sample::Index) {
+        let keys = epoch_keys();
+        let head = WalHeader { name: "x".to_owned(), start_lsn: 7, ..Default::default() };
+        let (mut journal, mut bytes) = Journal::begin(&keys, &SCOPE, salt, "a.wal", &head).unwrap();
+        let mut ends = vec![bytes.len()];
+        for run in &runs {
+            bytes.extend(journal.seal(run).unwrap());
+            ends.push(bytes.len());
+        }
+        let read = |bytes: &[u8], name: &str| -> (Option<WalHeader>, Vec<Vec<u8>>) {
+            let (mut head, mut out) = (None, Vec::new());
+            let Ok(mut journal) = Journal::open(&keys, &SCOPE, bytes, name) else { return (head, out) };
+            let mut at = 80;
+            while let Some(Ok(len)) = bytes.get(at..).map(|rest| journal.section_len(rest))
+                && let Some(section) = bytes.get(at..at + len)
+            {
+                at += len;
+                match &head {
+                    None => match journal.head(section) {
+                        Ok(read) => head = Some(read),
+                        Err(_) => break,
+                    },
+                    Some(_) => match journal.content(section) {
+                        Ok(run) => out.push(run),
+                        Err(_) => break,
+                    },
+                }
+            }
+            (head, out)
+        };
+        prop_assert_eq!(read(&bytes, "a.wal"), (Some(head), runs.clone()));
+        prop_assert_eq!(read(&bytes, "b.wal").0, None);
+        let whole = |len: usize| ends.iter().filter(|&&end| end <= len).count().saturating_sub(1);
+        let cut = cut.index(bytes.len());
+        prop_assert_eq!(read(&bytes[..cut], "a.wal").1, runs[..whole(cut)].to_vec());
+        let at = flip.index(bytes.len());
+        bytes[at] ^= 1;
+        prop_assert_eq!(read(&bytes, "a.wal").1, runs[..whole(at)].to_vec());
+    }
+
     #[test]
     fn frames_round_trip_and_no_flip_opens(chunk: Vec<u8>, salt: [u8; 32], ordinal: u32, flip: prop::sample::Index) {
         let header = ObjectHeader::new(Kind::Pack, 3, salt);

@@ -94,6 +94,19 @@ impl Fixture {
         Ok(this)
     }
 
+    /// Puts the repository into a bucket of an S3 server; for a fixture whose stanza is not created yet.
+    pub fn use_s3(&mut self, endpoint: &str, url: &str, more: &str) -> Result<()> {
+        let dir = self.scratch.path().display().to_string();
+        let text = format!(
+            "cache = \"{dir}/cache\"\n[repo.main]\nurl = \"{url}\"\nendpoint = \"{endpoint}\"\nregion = \"us-east-1\"\naccess_key = \"test\"\nsecret_key_file = \"{dir}/s3.secret\"\nretry_timeout = \"5s\"\n\
+             [stanza.acme]\nconninfo = \"host={dir} port=5432 user=postgres\"\nkey = {{ file = \"{dir}/key\" }}\n{more}\n"
+        );
+        self.scratch.write("s3.secret", b"test")?;
+        self.scratch.write("s3.toml", text.as_bytes())?;
+        self.options = vec!["--config".to_owned(), format!("{dir}/s3.toml")];
+        Ok(())
+    }
+
     /// The command, to be run by the caller.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut all: Vec<&str> = self.options.iter().map(String::as_str).collect();

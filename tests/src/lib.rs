@@ -5,6 +5,8 @@
 //! user `postgres`.
 
 pub mod fixture;
+pub mod proxy;
+pub mod receiver;
 pub mod rgw;
 pub mod s3;
 pub mod scratch;
@@ -12,6 +14,7 @@ pub mod server;
 pub mod tools;
 
 pub use fixture::{Fixture, Shape};
+pub use receiver::Receiver;
 pub use scratch::Scratch;
 pub use server::Server;
 

@@ -12,7 +12,8 @@ use crate::{Scratch, run, tools};
 #[derive(Debug)]
 pub struct S3 {
     child: Child,
-    port: u16,
+    /// Its port.
+    pub port: u16,
 }
 
 /// A TCP port that is free just now.

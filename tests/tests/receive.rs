@@ -1,12 +1,11 @@
 //! `wal receive`: what the server has committed is in the repository within seconds, whatever happens.
 
-use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use fairvault_tests::fixture::signal;
+use fairvault_tests::receiver::wait_until_durable;
 use fairvault_tests::tools::reader;
-use fairvault_tests::{Fixture, Server, Shape, run};
+use fairvault_tests::{Fixture, Receiver, Server, Shape, run};
 
 /// Segments of 1 MiB.
 const SMALL: Shape<'static> = Shape {
@@ -18,82 +17,6 @@ const SMALL: Shape<'static> = Shape {
     settings: "",
     initdb: &["-k", "--wal-segsize=1"],
 };
-
-/// A receiver; killed when dropped.
-struct Receiver {
-    child: Child,
-    log: std::path::PathBuf,
-}
-
-impl Receiver {
-    fn start(s: &Fixture, more: &[&str]) -> Result<Self> {
-        Self::start_until(s, more, "receiving WAL from")
-    }
-
-    fn start_until(s: &Fixture, more: &[&str], word: &str) -> Result<Self> {
-        let log = s
-            .scratch
-            .join(&format!("receive-{}.log", std::fs::read_dir(s.scratch.path())?.count()));
-        let file = std::fs::File::create(&log)?;
-        let mut all = vec!["wal", "receive", "acme"];
-        all.extend(more);
-        let child = s
-            .command(&all)
-            .stdin(Stdio::null())
-            .stdout(file.try_clone()?)
-            .stderr(file)
-            .spawn()?;
-        let mut this = Self { child, log };
-        this.wait_for_line(word)?;
-        Ok(this)
-    }
-
-    fn text(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap_or_default()
-    }
-
-    fn wait_for_line(&mut self, word: &str) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while !self.text().contains(word) {
-            ensure!(Instant::now() < deadline, "no {word:?} in {}", self.text());
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        Ok(())
-    }
-
-    /// A polite stop: everything that was received is stored.
-    fn stop(mut self) -> Result<String> {
-        signal(&self.child, "TERM")?;
-        let status = self.child.wait()?;
-        ensure!(status.success(), "{status}: {}", self.text());
-        Ok(self.text())
-    }
-
-    fn kill(mut self) -> Result<()> {
-        self.child.kill()?;
-        self.child.wait()?;
-        Ok(())
-    }
-}
-
-impl Drop for Receiver {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Until the server says that everything is flushed by the receiver.
-fn wait_until_durable(s: &Fixture, server: &Server) -> Result<()> {
-    let now = server.sql(&s.scratch, "select pg_current_wal_flush_lsn()")?;
-    server.wait_for(
-        &s.scratch,
-        &format!(
-            "select count(*) from pg_stat_replication where application_name = 'fairvault' and flush_lsn >= '{now}'"
-        ),
-        "1",
-    )
-}
 
 fn rows(s: &Fixture, server: &Server) -> Result<String> {
     server.sql(&s.scratch, "select count(*) from t")

@@ -5,6 +5,7 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use postgres_protocol::message::backend::Message as M;
 use postgres_protocol::message::frontend;
+use tokio::sync::watch;
 
 use super::codec::{Message, broken, server_error};
 use super::connection::{Connection, GOODBYE, detach, quote_name};
@@ -37,6 +38,7 @@ pub enum WalItem {
 pub struct WalStream {
     connection: Connection,
     flushed: Lsn,
+    told: Option<watch::Sender<Lsn>>,
 }
 
 impl WalStream {
@@ -52,6 +54,7 @@ impl WalStream {
                     return Ok(Self {
                         connection,
                         flushed: Lsn(0),
+                        told: None,
                     });
                 }
                 Message::Other(M::ErrorResponse(body)) => {
@@ -67,6 +70,11 @@ impl WalStream {
                 _ => {}
             }
         }
+    }
+
+    /// Has `told` know what the server is told to be durable.
+    pub fn tell(&mut self, told: watch::Sender<Lsn>) {
+        self.told = Some(told);
     }
 
     /// The next item. Cancelling it loses nothing: it only reads.
@@ -125,7 +133,12 @@ impl WalStream {
     /// Tells the server what has arrived and what is durable here (0: nothing is promised). `wants_answer`
     /// asks for an answer: a server that is gone gives none.
     pub async fn report(&mut self, received: Lsn, flushed: Lsn, wants_answer: bool) -> Result<()> {
-        self.flushed = self.flushed.max(flushed);
+        if flushed > self.flushed {
+            self.flushed = flushed;
+            if let Some(told) = &self.told {
+                told.send_replace(flushed);
+            }
+        }
         let mut body = BytesMut::with_capacity(34);
         body.put_u8(b'r');
         // A server that shuts down waits until everything is written, or flushed if that is told.

@@ -1,8 +1,12 @@
 //! `wal receive`: WAL in every repository seconds after it was written.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
+use fairvault_engine::commit::Log;
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
+use fairvault_engine::replication::conninfo::ConnInfo;
+use fairvault_engine::stanza::Stanza;
 use fairvault_engine::wal::receive::{self, Options};
 use tokio::sync::watch;
 
@@ -14,6 +18,8 @@ use crate::context::Context;
 /// What may wait, and how long, if nothing else is said.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(5);
 const PIECE_SIZE: u64 = 4 << 20;
+/// What the spool may hold, if nothing else is said.
+const SPOOL_SIZE: u64 = 1 << 30;
 /// Pause before a repository that needs a person is tried again, while others are fine.
 const PAUSE: Duration = Duration::from_secs(60);
 /// Longest name of a slot.
@@ -27,6 +33,15 @@ pub async fn run(context: &Context, args: ReceiveArgs) -> Result<Outcome> {
     let piece_size = args.piece_size.as_ref().or(configured.piece_size.as_ref());
     let repositories = context.repositories(Some(stanza))?;
     let named = args.slot.clone().or(configured.slot);
+    let spool = args.spool.clone().or(configured.receive_spool);
+    let spool_size = args.spool_size.as_ref().or(configured.receive_spool_size.as_ref());
+    let spool_size = spool_size.map_or(Ok(SPOOL_SIZE), |text| config::size("receive_spool_size", text))?;
+    let standbys = match args.standby.is_empty() {
+        true => &configured.standbys,
+        false => &args.standby,
+    };
+    let standbys = standbys.iter().map(|text| ConnInfo::parse(text).context(|| "standby"));
+    let standbys = standbys.collect::<Result<Vec<_>>>()?;
     let mut each = Vec::new();
     for repository in &repositories {
         let slot = match (&named, repositories.len()) {
@@ -37,6 +52,7 @@ pub async fn run(context: &Context, args: ReceiveArgs) -> Result<Outcome> {
         let options = Options {
             conninfo: context.conninfo(stanza)?,
             slot: (!args.no_slot).then_some(slot),
+            standbys: standbys.clone(),
             flush_interval: interval.map_or(Ok(FLUSH_INTERVAL), |text| config::duration("flush_interval", text))?,
             piece_size: piece_size.map_or(Ok(PIECE_SIZE), |text| config::size("piece_size", text))?,
             synchronous: args.synchronous,
@@ -44,7 +60,14 @@ pub async fn run(context: &Context, args: ReceiveArgs) -> Result<Outcome> {
             skip_gap: args.skip_gap,
             level: context.level(stanza, None)?,
         };
-        each.push((repository, options));
+        let spool = spool.as_ref().map(|folder| folder.join(stanza).join(repository));
+        each.push(Receiver {
+            context,
+            stanza,
+            repository,
+            options,
+            spool: spool.map(|folder| (folder, spool_size)),
+        });
     }
     let (stop_in, stop) = watch::channel(false);
     let signalled = async {
@@ -52,9 +75,7 @@ pub async fn run(context: &Context, args: ReceiveArgs) -> Result<Outcome> {
         let _ = stop_in.send(true);
     };
     let alone = each.len() == 1;
-    let receivers = each
-        .iter()
-        .map(|(repository, options)| one(context, stanza, repository, options, alone, stop.clone()));
+    let receivers = each.iter().map(|receiver| receiver.run(alone, stop.clone()));
     let all = futures::future::join_all(receivers);
     tokio::pin!(all, signalled);
     let ended = tokio::select! {
@@ -65,38 +86,51 @@ pub async fn run(context: &Context, args: ReceiveArgs) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// Receives into one repository. What needs a person ends it if it is the only one, and must not hold up others.
-async fn one(
-    context: &Context,
-    stanza: &str,
-    repository: &str,
-    options: &Options,
-    alone: bool,
-    mut stop: watch::Receiver<bool>,
-) -> Result<()> {
-    loop {
-        let mut stopped = stop.clone();
-        let ended = async {
-            let log = context.open_log_in(repository, stanza, true).await?;
-            let stopped = async { _ = stopped.wait_for(|stop| *stop).await };
-            receive::run(log, options, stopped).await
-        };
-        let what = || format!("receiving WAL of {stanza} into {repository}");
-        let error: Error = match ended.await.context(what) {
-            Ok(()) => return Ok(()),
-            Err(error) => error,
-        };
-        // A store that is away while we start is like one that goes away later.
-        if *stop.borrow() || (alone && error.kind() != Kind::Temporary) {
-            return Err(error);
+/// Receives into one repository.
+struct Receiver<'a> {
+    context: &'a Context,
+    stanza: &'a str,
+    repository: &'a str,
+    options: Options,
+    /// Folder of its spool, and what that may hold.
+    spool: Option<(PathBuf, u64)>,
+}
+
+impl Receiver<'_> {
+    /// What needs a person ends it if it is the only one, and must not hold up others.
+    async fn run(&self, alone: bool, mut stop: watch::Receiver<bool>) -> Result<()> {
+        let Self { stanza, repository, .. } = self;
+        loop {
+            let ended = self.once(stop.clone()).await;
+            let error: Error = match ended.context(|| format!("receiving WAL of {stanza} into {repository}")) {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            // A store that is away while we start is like one that goes away later.
+            if *stop.borrow() || (alone && error.kind() != Kind::Temporary) {
+                return Err(error);
+            }
+            tracing::error!("{error}; trying again in {} s", PAUSE.as_secs());
+            if let Some(remedy) = error.advice() {
+                tracing::error!("{remedy}");
+            }
+            tokio::select! {
+                () = tokio::time::sleep(PAUSE) => {}
+                _ = stop.wait_for(|stop| *stop) => return Err(error),
+            }
         }
-        tracing::error!("{error}; trying again in {} s", PAUSE.as_secs());
-        if let Some(remedy) = error.advice() {
-            tracing::error!("{remedy}");
-        }
-        tokio::select! {
-            () = tokio::time::sleep(PAUSE) => {}
-            _ = stop.wait_for(|stop| *stop) => return Err(error),
+    }
+
+    async fn once(&self, mut stop: watch::Receiver<bool>) -> Result<()> {
+        let access = self.context.access(self.repository, self.stanza, false, true)?;
+        // With a spool, the store may be away: this host remembers the keys.
+        let opened = Stanza::open(&access).await?;
+        let stopped = async { _ = stop.wait_for(|stop| *stop).await };
+        match &self.spool {
+            Some((folder, limit)) => {
+                receive::run_with_spool(opened, folder.clone(), *limit, &self.options, stopped).await
+            }
+            None => receive::run(Log::open(opened).await?, &self.options, stopped).await,
         }
     }
 }

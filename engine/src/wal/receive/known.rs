@@ -32,6 +32,14 @@ pub struct Known {
 }
 
 impl Known {
+    /// Whatever is stored of a segment.
+    pub async fn of(archive: &Archive, segment: Segment) -> Result<Self> {
+        match archive.segment_stored(segment).await? {
+            Some((epoch, header)) => Self::whole(archive, epoch, &header),
+            None => Self::pieces(archive, segment).await,
+        }
+    }
+
     /// Looks at a segment's pieces.
     pub async fn pieces(archive: &Archive, segment: Segment) -> Result<Self> {
         let base = segment.start(archive.segment_size).0;

@@ -5,24 +5,32 @@
 //! that is stored already must be the same bytes. Everything that the network, the server or the store can
 //! do to us for a while is followed by another attempt, which begins exactly where the repository ends.
 
+mod feed;
 mod known;
+mod origin;
 mod pump;
 mod slot;
+mod spool;
+mod spooled;
+mod standbys;
 mod start;
 mod storing;
 
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::archive::Archive;
 use crate::commit::Log;
 use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
-use crate::postgres::segment::{History, WalFile};
+use crate::postgres::segment::{History, Segment, WalFile};
 use crate::replication::connection::{Connection, Mode, SystemIdentity};
 use crate::replication::conninfo::ConnInfo;
 use crate::replication::wal_stream::WalStream;
+use origin::Origin;
+pub use spooled::run as run_with_spool;
 use start::{Lessons, Start, Why};
 use storing::Guard;
 
@@ -34,6 +42,8 @@ pub struct Options {
     /// Replication slot; it is made if it is not there. Without one, the server may remove WAL that was not
     /// received, and is told nothing about what is flushed.
     pub slot: Option<String>,
+    /// Standbys on which a slot of the same name is kept.
+    pub standbys: Vec<ConnInfo>,
     /// How long WAL may wait before it is stored as a piece.
     pub flush_interval: Duration,
     /// Bytes that are stored as a piece at once.
@@ -62,23 +72,62 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from
 /// How long a server may take to let us in and to answer what we ask it first.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How often the server hears from us at least.
+const STATUS: Duration = Duration::from_secs(10);
+/// A server that is silent for so long, although it was asked for an answer, is gone.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// Fails if nothing was heard for too long.
+fn quiet(last_heard: Instant) -> Result<()> {
+    match last_heard.elapsed() > SILENCE {
+        true => Err(Error::temporary("the server has been silent for a minute")),
+        false => Ok(()),
+    }
+}
+
 /// Receives until `cancelled` completes, or until something needs a person.
 pub async fn run(log: Log, options: &Options, cancelled: impl Future<Output = ()>) -> Result<()> {
-    tokio::pin!(cancelled);
     let (stop_in, stop) = watch::channel(false);
-    let mut pause = PAUSES.0;
     let mut lessons = Lessons::default();
     let guard = Guard::new(log);
+    let told = watch::Sender::new(Lsn(0));
+    let trying = keep_trying(stop.clone(), async || {
+        once(&guard, options, &mut lessons, &told, stop.clone()).await
+    });
+    with_standbys(trying, options, &told, cancelled, &stop_in).await
+}
+
+/// Runs `receiving` and keeps the slots on standbys meanwhile; `cancelled` is passed on as a wish to stop.
+async fn with_standbys(
+    receiving: impl Future<Output = Result<()>>,
+    options: &Options,
+    told: &watch::Sender<Lsn>,
+    cancelled: impl Future<Output = ()>,
+    stop: &watch::Sender<bool>,
+) -> Result<()> {
+    let durable = told.subscribe();
+    let standbys = async {
+        if let Some(slot) = &options.slot {
+            standbys::keep(&options.standbys, slot, &durable).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::pin!(receiving, cancelled, standbys);
     loop {
-        let began = tokio::time::Instant::now();
-        let attempt = once(&guard, options, &mut lessons, stop.clone());
-        tokio::pin!(attempt);
-        let outcome = loop {
-            tokio::select! {
-                outcome = &mut attempt => break outcome,
-                () = &mut cancelled, if !*stop.borrow() => { let _ = stop_in.send(true); }
-            }
-        };
+        tokio::select! {
+            outcome = &mut receiving => return outcome,
+            () = &mut cancelled, if !*stop.borrow() => { stop.send_replace(true); }
+            () = &mut standbys => {}
+        }
+    }
+}
+
+/// One attempt after the other, until asked to stop; what may pass is no reason to give up.
+async fn keep_trying(mut stop: watch::Receiver<bool>, mut attempt: impl AsyncFnMut() -> Result<Ended>) -> Result<()> {
+    let mut pause = PAUSES.0;
+    loop {
+        let began = Instant::now();
+        let outcome = attempt().await;
         let stopping = *stop.borrow();
         match outcome {
             Ok(Ended::Next) if !stopping => tokio::time::sleep(Duration::from_millis(200)).await,
@@ -90,7 +139,7 @@ pub async fn run(log: Log, options: &Options, cancelled: impl Future<Output = ()
                 tracing::warn!("{error}; trying again in {} s", pause.as_secs_f32());
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
-                    () = &mut cancelled => return Ok(()),
+                    _ = stop.wait_for(|stop| *stop) => return Ok(()),
                 }
                 pause = (pause * 2).min(PAUSES.1);
             }
@@ -107,13 +156,14 @@ struct Server {
     history: Option<Vec<u8>>,
 }
 
-async fn connect(options: &Options) -> Result<Server> {
+/// Connects; `slot` is made if it is not there.
+async fn connect(options: &Options, slot: Option<&str>) -> Result<Server> {
     let prepare = async {
         let mut connection = Connection::open(&options.conninfo, Mode::Replication).await?;
         let identity = connection.identify().await?;
         let segment_size = connection.wal_segment_size().await?;
         let history = connection.timeline_history(identity.timeline).await?;
-        if let Some(name) = &options.slot {
+        if let Some(name) = slot {
             slot::ensure(&mut connection, name).await?;
         }
         Ok(Server {
@@ -136,10 +186,11 @@ async fn once(
     guard: &Guard,
     options: &Options,
     lessons: &mut Lessons,
+    told: &watch::Sender<Lsn>,
     mut stop: watch::Receiver<bool>,
 ) -> Result<Ended> {
     let server = tokio::select! {
-        server = connect(options) => server?,
+        server = connect(options, options.slot.as_deref()) => server?,
         _ = stop.wait_for(|stop| *stop) => return Ok(Ended::Stopped),
     };
     let archive = {
@@ -147,21 +198,20 @@ async fn once(
         log.refresh().await?;
         Archive::open(&log, Some(server.identity.system_identifier), options.level)?
     };
-    if server.segment_size != archive.segment_size {
-        return Err(Error::refused(format!(
-            "the server's WAL segments are not of {} bytes, as the stanza's are",
-            archive.segment_size
-        )));
-    }
+    check_segment_size(&archive, server.segment_size)?;
     let history = store_history(&archive, server.identity.timeline, server.history).await?;
     let in_recovery = server.connection.in_recovery();
-    let start = start::find(&archive, &history, &server.identity, in_recovery, lessons).await?;
+    let start = start::find(&archive, &history, &server.identity, lessons).await?;
+    start::check(&start, &history, &server.identity, in_recovery, archive.segment_size)?;
     say_start(&start, archive.segment_size, options);
     let (segment, why) = (start.segment, start.why);
     let from = segment.start(archive.segment_size);
     let slot = options.slot.as_deref();
     let (at, received) = match WalStream::start(server.connection, slot, from, segment.timeline).await {
-        Ok(stream) => pump::run(guard, &archive, options, stream, start, stop).await,
+        Ok(mut stream) => {
+            stream.tell(told.clone());
+            pump::run(guard, &archive, options, Origin::Server(stream), start, stop).await
+        }
         Err(error) => (segment, Err(error)),
     };
     match received {
@@ -170,30 +220,50 @@ async fn once(
             tracing::warn!("{error}");
             Ok(Ended::Next)
         }
-        Err(error) if is_removed(&error) => {
-            lessons.removed.insert((segment.timeline, segment.number));
-            let name = segment.name(archive.segment_size);
-            match why {
-                Why::Compare => {}
-                Why::Hole { before_backup: true } => tracing::warn!(
-                    "WAL from {name} on is missing, and the server no longer has it: recovery from backups before it ends there"
-                ),
-                Why::Hole { .. } | Why::End if options.skip_gap => {
-                    tracing::warn!(
-                        "WAL from {name} on is missing and is passed over: recovery across it is not possible, take a new backup"
-                    );
-                }
-                Why::Hole { .. } | Why::End => {
-                    return Err(error.context(format_args!("receiving WAL from {from}")).remedy(
-                        "if the missing segments are still anywhere, archive them with `fairvault wal push`; else take a new backup, and start with --skip-gap",
-                    ));
-                }
-            }
-            Ok(Ended::Next)
-        }
+        Err(error) if is_removed(&error) => learn_removed(error, segment, why, archive.segment_size, options, lessons),
         Err(error) => Err(error.context(format_args!("receiving WAL from {from}"))),
         Ok(ended) => Ok(ended),
     }
+}
+
+fn check_segment_size(archive: &Archive, of_server: u64) -> Result<()> {
+    match of_server == archive.segment_size {
+        true => Ok(()),
+        false => Err(Error::refused(format!(
+            "the server's WAL segments are not of {} bytes, as the stanza's are",
+            archive.segment_size
+        ))),
+    }
+}
+
+/// The server no longer has `segment`: whether that matters depends on what it was wanted for.
+fn learn_removed(
+    error: Error,
+    segment: Segment,
+    why: Why,
+    segment_size: u64,
+    options: &Options,
+    lessons: &mut Lessons,
+) -> Result<Ended> {
+    lessons.removed.insert((segment.timeline, segment.number));
+    let (name, from) = (segment.name(segment_size), segment.start(segment_size));
+    match why {
+        Why::Compare => {}
+        Why::Hole { before_backup: true } => tracing::warn!(
+            "WAL from {name} on is missing, and the server no longer has it: recovery from backups before it ends there"
+        ),
+        Why::Hole { .. } | Why::End if options.skip_gap => {
+            tracing::warn!(
+                "WAL from {name} on is missing and is passed over: recovery across it is not possible, take a new backup"
+            );
+        }
+        Why::Hole { .. } | Why::End => {
+            return Err(error.context(format_args!("receiving WAL from {from}")).remedy(
+                "if the missing segments are still anywhere, archive them with `fairvault wal push`; else take a new backup, and start with --skip-gap",
+            ));
+        }
+    }
+    Ok(Ended::Next)
 }
 
 fn say_start(start: &Start, segment_size: u64, options: &Options) {
@@ -232,13 +302,13 @@ async fn store_history(archive: &Archive, timeline: u32, content: Option<Vec<u8>
     Ok(history)
 }
 
-/// Fails if the server is behind what is stored of its timeline.
-fn check_not_behind(server: &SystemIdentity, stored: Lsn, in_recovery: bool) -> Result<()> {
+/// Fails if the server is behind what `holder` has of its timeline.
+fn check_not_behind(server: &SystemIdentity, stored: Lsn, in_recovery: bool, holder: &str) -> Result<()> {
     if stored <= server.flush {
         return Ok(());
     }
     let what = format!(
-        "the server has WAL up to {} on timeline {}, and the repository up to {stored}",
+        "the server has WAL up to {} on timeline {}, and {holder} up to {stored}",
         server.flush, server.timeline
     );
     match in_recovery {

@@ -5,20 +5,20 @@
 //! [`WHOLE_BYTES`] are never held: their pieces are sealed.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::known::Known;
+use super::origin::Origin;
 use super::start::Start;
 use super::storing::{self, Done, Full, Guard, Storing};
-use super::{Ended, Options};
+use super::{Ended, Options, STATUS, quiet};
 use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
-use crate::replication::wal_stream::{WalItem, WalStream};
+use crate::replication::wal_stream::WalItem;
 use crate::wal::archive::Archive;
 use crate::wal::fetch::Piece;
 use crate::wal::summary::Summarizer;
@@ -29,10 +29,6 @@ const WHOLE_BYTES: u64 = 16 << 20;
 const PIECE_BYTES: usize = 8 << 20;
 /// Pieces of about one size after which one takes their place.
 const MERGE_PIECES: usize = 32;
-/// How often the server hears from us at least.
-const STATUS: Duration = Duration::from_secs(10);
-/// A server that is silent for so long, although it was asked for an answer, is gone.
-const SILENCE: Duration = Duration::from_secs(60);
 
 /// A stored piece, and how many generations of pieces it took the place of.
 struct Held {
@@ -90,12 +86,12 @@ impl Current {
     }
 }
 
-/// Receives until the stream ends or `stop` says so. Returns the segment that it has got to as well.
+/// Receives until `origin` ends or `stop` says so. Returns the segment that it has got to as well.
 pub async fn run<'a>(
     guard: &'a Guard,
     archive: &'a Archive,
     options: &'a Options,
-    stream: WalStream,
+    origin: Origin,
     start: Start,
     stop: watch::Receiver<bool>,
 ) -> (Segment, Result<Ended>) {
@@ -106,7 +102,7 @@ pub async fn run<'a>(
         guard,
         archive,
         options,
-        stream,
+        origin,
         current,
         durable,
         pending: None,
@@ -147,7 +143,7 @@ struct Pump<'a> {
     guard: &'a Guard,
     archive: &'a Archive,
     options: &'a Options,
-    stream: WalStream,
+    origin: Origin,
     current: Current,
     durable: Lsn,
     /// WAL of the next segment that came with the end of this one.
@@ -166,6 +162,11 @@ impl<'a> Pump<'a> {
                 *storing = self.next_work(false);
             }
             self.take_pending()?;
+            if self.origin.is_over(self.current.segment) {
+                self.drain(storing.take()).await?;
+                self.origin.stop().await;
+                return Ok(Ended::Next);
+            }
             let room = self.has_room();
             if !room {
                 last_heard = Instant::now();
@@ -178,7 +179,7 @@ impl<'a> Pump<'a> {
                     self.say(false).await?;
                     last_said = Instant::now();
                 }
-                item = self.stream.next(), if room => {
+                item = self.origin.next(), if room => {
                     last_heard = Instant::now();
                     match item? {
                         WalItem::Data { start, bytes } => self.take(start, bytes)?,
@@ -188,10 +189,14 @@ impl<'a> Pump<'a> {
                         }
                         WalItem::Idle { .. } => {}
                         WalItem::TimelineEnd => {
-                            let next = self.stream.finish().await?;
+                            let next = self.origin.timeline_ended().await?;
                             self.drain(storing.take()).await?;
-                            let next = next.map_or("a new one".to_owned(), |(timeline, at)| format!("timeline {timeline} from {at}"));
-                            tracing::info!("timeline {} has ended at {}; going on with {next}", self.current.segment.timeline, self.durable);
+                            self.origin.all_stored();
+                            tracing::info!(
+                                "timeline {} has ended at {}; going on with {next}",
+                                self.current.segment.timeline,
+                                self.durable
+                            );
                             return Ok(Ended::Next);
                         }
                     }
@@ -201,14 +206,14 @@ impl<'a> Pump<'a> {
                         self.say(true).await?;
                         last_said = Instant::now();
                     }
-                    if room && last_heard.elapsed() > SILENCE {
-                        return Err(Error::temporary("the server has been silent for a minute"));
+                    if room && self.origin.is_server() {
+                        quiet(last_heard)?;
                     }
                 }
                 _ = stop.wait_for(|stop| *stop) => {
                     self.drain(storing.take()).await?;
                     self.say(false).await?;
-                    self.stream.stop().await;
+                    self.origin.stop().await;
                     return Ok(Ended::Stopped);
                 }
             }
@@ -237,12 +242,12 @@ impl<'a> Pump<'a> {
     /// Tells the server what was received, and what is flushed: nothing if no slot remembers it, or while
     /// what is stored has not been compared.
     async fn say(&mut self, wants_answer: bool) -> Result<()> {
-        let counts = self.options.slot.is_some() || self.options.synchronous;
+        let counts = self.origin.counts(self.options);
         let is_compared = self.current.known.as_ref().is_none_or(Known::is_compared);
         let flushed = if counts && is_compared { self.durable } else { Lsn(0) };
         let start = self.current.segment.start(self.archive.segment_size);
         let received = Lsn(start.0 + self.current.received() as u64);
-        self.stream.report(received, flushed, wants_answer).await
+        self.origin.report(received, flushed, wants_answer).await
     }
 
     fn wake_at(&self, last_said: Instant, is_storing: bool) -> Instant {

@@ -50,22 +50,19 @@ impl Start {
 pub struct Lessons {
     /// Segments that the server no longer has.
     pub removed: BTreeSet<(u32, u64)>,
+    /// Segments that are to be asked for later, because the server is away.
+    pub postponed: BTreeSet<(u32, u64)>,
 }
 
 impl Lessons {
     fn is_removed(&self, segment: Segment) -> bool {
-        self.removed.contains(&(segment.timeline, segment.number))
+        let key = (segment.timeline, segment.number);
+        self.removed.contains(&key) || self.postponed.contains(&key)
     }
 }
 
 /// Finds it.
-pub async fn find(
-    archive: &Archive,
-    history: &History,
-    server: &SystemIdentity,
-    in_recovery: bool,
-    lessons: &Lessons,
-) -> Result<Start> {
+pub async fn find(archive: &Archive, history: &History, server: &SystemIdentity, lessons: &Lessons) -> Result<Start> {
     let size = archive.segment_size;
     let coverage = Coverage::read(archive).await?;
     let now = Segment::of(server.timeline, server.flush, size);
@@ -88,24 +85,50 @@ pub async fn find(
             known = Known::whole(archive, epoch, &header)?;
         }
     }
-    let wal = coverage.timelines.get(&segment.timeline);
-    let there = wal.map(|wal| wal.segments.union(&wal.parts).copied().collect());
-    let start = Start {
+    Ok(Start {
+        there: there(&coverage, segment),
         segment,
         known,
-        there: there.unwrap_or_default(),
         why,
-    };
-    let is_current = segment.timeline == server.timeline;
-    if is_current {
-        check_not_behind(server, start.durable(size), in_recovery)?;
-    } else if history.end_of(segment.timeline).is_err() {
-        return Err(Error::refused(format!(
-            "timeline {} is not in the history of the server's timeline {}",
-            segment.timeline, server.timeline
-        )));
+    })
+}
+
+/// At `segment`, wherever the repository ends: what is stored of it is compared.
+pub async fn at(archive: &Archive, segment: Segment) -> Result<Start> {
+    let coverage = Coverage::read_from(archive, segment.number).await?;
+    Ok(Start {
+        there: there(&coverage, segment),
+        known: Known::of(archive, segment).await?,
+        segment,
+        why: Why::End,
+    })
+}
+
+fn there(coverage: &Coverage, segment: Segment) -> BTreeSet<u64> {
+    let wal = coverage.timelines.get(&segment.timeline);
+    wal.map(|wal| wal.segments.union(&wal.parts).copied().collect())
+        .unwrap_or_default()
+}
+
+/// Fails if the server cannot be the one that the stored WAL is of.
+pub fn check(
+    start: &Start,
+    history: &History,
+    server: &SystemIdentity,
+    in_recovery: bool,
+    segment_size: u64,
+) -> Result<()> {
+    let timeline = start.segment.timeline;
+    if timeline == server.timeline {
+        return check_not_behind(server, start.durable(segment_size), in_recovery, "the repository");
     }
-    Ok(start)
+    match history.end_of(timeline) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::refused(format!(
+            "timeline {timeline} is not in the history of the server's timeline {}",
+            server.timeline
+        ))),
+    }
 }
 
 /// `None` if the server no longer has what would come next.

@@ -133,10 +133,7 @@ pub fn full<'a>(guard: &'a Guard, archive: &'a Archive, full: Full) -> Storing<'
         guard.check(archive, full.is_known).await?;
         let next = match full.next_is_known {
             false => Known::default(),
-            true => match archive.segment_stored(segment.next()).await? {
-                Some((epoch, header)) => Known::whole(archive, epoch, &header)?,
-                None => Known::pieces(archive, segment.next()).await?,
-            },
+            true => Known::of(archive, segment.next()).await?,
         };
         Ok(Done {
             segment,

@@ -1,0 +1,304 @@
+//! `wal receive` with a spool: what is acknowledged is on this host's disk, and the repository follows.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use fairvault_tests::proxy::{Proxy, Target};
+use fairvault_tests::receiver::wait_until_durable;
+use fairvault_tests::s3::S3;
+use fairvault_tests::{Fixture, Receiver, Server, Shape, run, tools};
+
+/// Segments of 1 MiB.
+const SMALL: Shape<'static> = Shape {
+    major: 15,
+    archiving: false,
+    stanza: true,
+    more: "wal = { flush_interval = \"100ms\", receive_spool_size = \"8MiB\" }",
+    flags: false,
+    settings: "",
+    initdb: &["-k", "--wal-segsize=1"],
+};
+
+const FILL: &str = "insert into t select md5(i::text) from generate_series(1, 3000) i";
+
+fn rows(s: &Fixture, server: &Server) -> Result<String> {
+    server.sql(&s.scratch, "select count(*) from t")
+}
+
+fn restored_rows(s: &Fixture) -> Result<String> {
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    let conf = s.path("r/postgresql.auto.conf");
+    let text = std::fs::read_to_string(&conf)? + "synchronous_standby_names = ''\n";
+    std::fs::write(&conf, text)?;
+    rows(s, &s.start("r", 5450)?)
+}
+
+fn all_good(s: &Fixture) -> Result<()> {
+    let text = s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    ensure!(text.contains("all good"), "{text}");
+    Ok(())
+}
+
+/// Bytes in journals.
+fn spooled(s: &Fixture) -> u64 {
+    let files = fairvault_tests::fixture::files(&s.scratch.join("spool"));
+    let journals = files.iter().filter(|path| path.extension().is_some_and(|e| e == "wal"));
+    journals.filter_map(|path| path.metadata().ok()).map(|meta| meta.len()).sum()
+}
+
+fn destroy(s: &Fixture) -> Result<()> {
+    s.server.stop(&s.scratch, "immediate")?;
+    std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
+    Ok(())
+}
+
+#[test]
+fn commits_go_on_while_the_store_is_away_and_nothing_acknowledged_is_lost() -> Result<()> {
+    let mut s = Fixture::new(
+        "spool",
+        Shape {
+            stanza: false,
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = on\n",
+            ..SMALL
+        },
+    )?;
+    let s3 = S3::start(&s.scratch, "bucket")?;
+    let proxy = Proxy::start(Target::Port(s3.port))?;
+    s.use_s3(&format!("http://127.0.0.1:{}", proxy.port), "s3://bucket/x", "wal = { flush_interval = \"100ms\" }")?;
+    s.ok(&["stanza", "create", "acme"])?;
+    s.sql("set synchronous_commit = local; create table t (x text)")?;
+    s.backup()?;
+    let spool = s.path("spool");
+    let options = ["--synchronous", "--spool", &spool];
+    let mut acknowledged = 0;
+    let mut commit = |times: usize| -> Result<()> {
+        for _ in 0..times {
+            s.sql("insert into t values (1)")?;
+            acknowledged += 1;
+        }
+        Ok(())
+    };
+    let receiver = Receiver::start(&s, &options)?;
+    commit(3)?;
+    proxy.away(true);
+    let began = Instant::now();
+    commit(10)?;
+    ensure!(began.elapsed() < Duration::from_secs(20), "commits wait for the store");
+    receiver.kill()?;
+    // A receiver that starts while the store is away goes on where its spool ends.
+    let receiver = Receiver::start(&s, &options)?;
+    commit(10)?;
+    ensure!(!receiver.text().contains("error"), "{}", receiver.text());
+    receiver.kill()?;
+    let receiver = Receiver::start(&s, &options)?;
+    commit(2)?;
+    // The server dies; what was acknowledged is in the spool alone.
+    destroy(&s)?;
+    receiver.kill()?;
+    proxy.away(false);
+    let mut receiver = Receiver::spawn(&s, &options)?;
+    receiver.wait_for_line("the spool holds WAL")?;
+    std::thread::sleep(Duration::from_secs(2));
+    receiver.stop()?;
+    let there: u32 = restored_rows(&s)?.parse()?;
+    ensure!(there >= acknowledged, "{there} of {acknowledged}");
+    all_good(&s)
+}
+
+#[test]
+fn a_full_spool_makes_the_server_wait_and_then_drains() -> Result<()> {
+    let s = Fixture::new("spoolfull", SMALL)?;
+    let spool = s.path("spool");
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    let mut receiver = Receiver::start(&s, &["--spool", &spool])?;
+    s.sql(FILL)?;
+    wait_until_durable(&s, &s.server)?;
+    std::fs::rename(s.path("vault"), s.path("hidden"))?;
+    for _ in 0..40 {
+        s.sql(FILL)?;
+    }
+    receiver.wait_for_line("ALARM: the spool is full")?;
+    ensure!(spooled(&s) < 18 << 20, "{} bytes", spooled(&s));
+    std::fs::rename(s.path("hidden"), s.path("vault"))?;
+    wait_until_durable(&s, &s.server)?;
+    let text = receiver.stop()?;
+    ensure!(text.contains("trying again"), "{text}");
+    // Only the segment that is being filled is left.
+    ensure!(spooled(&s) < 3 << 20, "{} bytes", spooled(&s));
+    destroy(&s)?;
+    ensure!(restored_rows(&s)? == "123000");
+    all_good(&s)
+}
+
+#[test]
+fn a_full_disk_under_the_spool_loses_nothing() -> Result<()> {
+    if !tools::is_root() {
+        eprintln!("a small file system can only be mounted by root");
+        return Ok(());
+    }
+    let s = Fixture::new("spooldisk", SMALL)?;
+    let small = s.scratch.join("spool");
+    std::fs::create_dir(&small)?;
+    let mount = ["-t", "tmpfs", "-o", "size=4m,mode=0777", "tmpfs"];
+    run(Command::new("mount").args(mount).arg(&small))?;
+    let test = || -> Result<()> {
+        s.sql("create table t (x text)")?;
+        s.backup()?;
+        let mut receiver = Receiver::start(&s, &["--spool", &s.path("spool")])?;
+        std::fs::rename(s.path("vault"), s.path("hidden"))?;
+        for _ in 0..30 {
+            s.sql(FILL)?;
+        }
+        receiver.wait_for_line("No space left")?;
+        std::fs::rename(s.path("hidden"), s.path("vault"))?;
+        wait_until_durable(&s, &s.server)?;
+        receiver.kill()?;
+        // Again, with its end torn.
+        let receiver = Receiver::start(&s, &["--spool", &s.path("spool")])?;
+        s.sql(FILL)?;
+        wait_until_durable(&s, &s.server)?;
+        receiver.stop()?;
+        Ok(())
+    };
+    let tested = test();
+    let umount = run(Command::new("umount").arg("-l").arg(&small));
+    tested?;
+    umount?;
+    destroy(&s)?;
+    ensure!(restored_rows(&s)? == "93000");
+    all_good(&s)
+}
+
+#[test]
+fn a_promotion_is_followed_through_the_spool_and_slots_on_standbys_are_kept() -> Result<()> {
+    let s = Fixture::new("spoolfailover", SMALL)?;
+    let hosts = format!(
+        "host={0},{0} port=5432,5460 user=postgres target_session_attrs=primary",
+        s.scratch.path().display()
+    );
+    let standby_conninfo = format!("host={} port=5460 user=postgres", s.scratch.path().display());
+    let spool = s.path("spool");
+    s.sql("create table t (x text)")?;
+    let options = ["--conninfo", &hosts, "--spool", &spool, "--standby", &standby_conninfo];
+    let mut receiver = Receiver::start(&s, &options)?;
+    s.backup()?;
+    receiver.wait_for_line("is not kept up")?;
+    wait_until_durable(&s, &s.server)?;
+    let (exit, text) = s.restore("standby", &["--standby"]);
+    ensure!(exit == 0, "{text}");
+    let conf = s.path("standby/postgresql.auto.conf");
+    let text = std::fs::read_to_string(&conf)? + &format!("primary_conninfo = '{}'\n", s.server.conninfo());
+    std::fs::write(&conf, text)?;
+    let standby = s.copy("standby", 5460);
+    standby.start(&s.scratch)?;
+    s.sql(FILL)?;
+    s.sql("select pg_switch_wal()")?;
+    s.sql(FILL)?;
+    standby.wait_for(&s.scratch, "select count(*) from t", "6000")?;
+    wait_until_durable(&s, &s.server)?;
+    // The slot is there, and has come after what is durable; never beyond it.
+    let slot = "from pg_replication_slots where slot_name = 'fairvault_acme_main'";
+    standby.wait_for(&s.scratch, &format!("select count(*) {slot} and slot_type = 'physical'"), "1")?;
+    let told = s.sql(&format!("select restart_lsn {slot}"))?;
+    standby.wait_for(
+        &s.scratch,
+        &format!("select restart_lsn > '{told}'::pg_lsn - 1048576 and restart_lsn <= '{told}' {slot}"),
+        "t",
+    )?;
+    s.server.stop(&s.scratch, "immediate")?;
+    // The receiver is down while the standby is promoted: its slot keeps what is not received.
+    let text = receiver.stop()?;
+    ensure!(text.contains("is kept up again"), "{text}");
+    run(standby
+        .program(&s.scratch, "pg_ctl")
+        .args(["promote", "-w", "-D"])
+        .arg(&standby.data))?;
+    for _ in 0..10 {
+        standby.sql(&s.scratch, &format!("{FILL}; select pg_switch_wal(); checkpoint"))?;
+    }
+    let receiver = Receiver::start(&s, &options)?;
+    standby.sql(&s.scratch, "insert into t values (2)")?;
+    wait_until_durable(&s, &standby)?;
+    let text = receiver.stop()?;
+    ensure!(!text.contains("MISSING") && !text.contains("is missing"), "{text}");
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(info.contains("restorable on timeline 2"), "{info}");
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    let copy = s.start("r", 5461)?;
+    ensure!(rows(&s, &copy)? == "36001", "{}", rows(&s, &copy)?);
+    all_good(&s)
+}
+
+#[test]
+fn a_hole_before_the_spool_is_filled_beside_it() -> Result<()> {
+    let s = Fixture::new("spoolfill", SMALL)?;
+    let spool = s.path("spool");
+    let receiver = Receiver::start(&s, &["--spool", &spool])?;
+    s.sql("create table t (x text)")?;
+    let first = s.backup_id(&[])?;
+    for _ in 0..10 {
+        s.sql(FILL)?;
+    }
+    wait_until_durable(&s, &s.server)?;
+    receiver.stop()?;
+    // Somebody loses a segment, and the server still has it.
+    let segments = s.objects("wal");
+    let segment = |path: &std::path::PathBuf| !path.display().to_string().contains(".d/");
+    let lost: Vec<_> = segments.iter().filter(|path| segment(path)).collect();
+    std::fs::remove_file(lost[lost.len() / 2])?;
+    ensure!(s.ok(&["info", "acme"])?.contains("gap"), "there is no gap to fill");
+    let more = ["--spool", &spool];
+    let receiver = Receiver::start_until(&s, &more, "filling what is missing")?;
+    s.sql(FILL)?;
+    wait_until_durable(&s, &s.server)?;
+    std::thread::sleep(Duration::from_secs(1));
+    receiver.stop()?;
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(!info.contains("gap"), "{info}");
+    destroy(&s)?;
+    let (exit, text) = s.restore("r", &["--backup", &first]);
+    ensure!(exit == 0, "{text}");
+    ensure!(rows(&s, &s.start("r", 5450)?)? == "33000");
+    Ok(())
+}
+
+#[test]
+fn a_damaged_journal_is_said_and_nothing_is_made_of_it() -> Result<()> {
+    let s = Fixture::new("spooldamage", SMALL)?;
+    let spool = s.path("spool");
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    let mut receiver = Receiver::start(&s, &["--spool", &spool])?;
+    std::fs::rename(s.path("vault"), s.path("hidden"))?;
+    for _ in 0..15 {
+        s.sql(FILL)?;
+    }
+    wait_until_durable(&s, &s.server)?;
+    receiver.wait_for_line("trying again")?;
+    receiver.kill()?;
+    std::fs::rename(s.path("hidden"), s.path("vault"))?;
+    let journals = fairvault_tests::fixture::files(&s.scratch.join("spool"));
+    let journals: Vec<_> = journals.iter().filter(|path| path.extension().is_some_and(|e| e == "wal")).collect();
+    let middle = journals.get(journals.len() / 2).context("journals")?;
+    let mut bytes = std::fs::read(middle)?;
+    let at = bytes.len() / 2;
+    bytes[at] ^= 1;
+    std::fs::write(middle, bytes)?;
+    // A second receiver on one spool is refused as well.
+    let holder = Receiver::start(&s, &["--spool", &spool])?;
+    let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--spool", &spool]);
+    ensure!(exit == 5 && text.contains("another receiver"), "{exit} {text}");
+    let (exit, text) = holder.wait()?;
+    ensure!(exit == 4 && text.contains("cannot be read beyond"), "{exit} {text}");
+    // Out of its way: the server still has everything.
+    std::fs::rename(&spool, s.path("aside"))?;
+    let receiver = Receiver::start(&s, &["--spool", &spool])?;
+    wait_until_durable(&s, &s.server)?;
+    receiver.stop()?;
+    ensure!(!s.ok(&["info", "acme"])?.contains("gap"));
+    Ok(())
+}
