@@ -154,6 +154,27 @@ pub enum StanzaCommand {
     Create(StanzaCreateArgs),
     /// List the stanzas of the repository
     List,
+    /// Stop writers that must not go on: all that are at work, or whoever goes on with an old timeline
+    Fence(FenceArgs),
+}
+
+/// `stanza fence`
+#[derive(Debug, Args)]
+pub struct FenceArgs {
+    /// Stanza
+    pub stanza: String,
+    /// Close this timeline: it takes no more WAL. Without it, every backup and receiver at work is stopped
+    #[arg(long, value_name = "N")]
+    pub timeline: Option<u32>,
+    /// Up to where its WAL is the right one [default: where the newest timeline left it]
+    #[arg(long, value_name = "LSN", requires = "timeline")]
+    pub after: Option<String>,
+    /// Take back that the timeline was closed
+    #[arg(long, requires = "timeline", conflicts_with = "after")]
+    pub reopen: bool,
+    /// Why, for the log and for whoever is stopped
+    #[arg(long, value_name = "TEXT")]
+    pub reason: String,
 }
 
 /// `stanza create`

@@ -49,6 +49,7 @@ pub fn required_role(entry: &LogEntry) -> Option<Role> {
         | Entry::KeyEpoch(_)
         | Entry::Policy(_)
         | Entry::DistrustParser(_)
+        | Entry::CloseTimeline(_)
         | Entry::Erasure(_) => Role::Operator,
     })
 }

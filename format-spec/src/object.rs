@@ -26,13 +26,36 @@ const STRUCTURE_LEVEL: i32 = 3;
 
 /// Compresses `plain` if that makes it smaller. Returns codec and output.
 pub fn compress(plain: &[u8], level: i32) -> (u8, Vec<u8>) {
-    if plain.len() >= 64
-        && let Ok(packed) = zstd::bulk::compress(plain, level)
-        && packed.len() < plain.len()
-    {
-        return (codec::ZSTD, packed);
+    let mut packer = Packer::default();
+    match packer.pack(plain, level) {
+        Some(_) => (codec::ZSTD, packer.buffer),
+        None => (codec::RAW, plain.to_vec()),
     }
-    (codec::RAW, plain.to_vec())
+}
+
+/// A zstd context and its output, kept from one section to the next: what is fresh each time costs the machine
+/// more than compressing does.
+#[derive(Default)]
+struct Packer {
+    context: Option<(i32, zstd::bulk::Compressor<'static>)>,
+    buffer: Vec<u8>,
+}
+
+impl Packer {
+    /// The packed form, if that is smaller.
+    fn pack(&mut self, plain: &[u8], level: i32) -> Option<&[u8]> {
+        if plain.len() < 64 {
+            return None;
+        }
+        let context = match &mut self.context {
+            Some((of_level, context)) if *of_level == level => context,
+            other => &mut other.insert((level, zstd::bulk::Compressor::new(level).ok()?)).1,
+        };
+        self.buffer.clear();
+        self.buffer.reserve(zstd::zstd_safe::compress_bound(plain.len()));
+        let len = context.compress_to_buffer(plain, &mut self.buffer).ok()?;
+        (len < plain.len()).then_some(&self.buffer[..len])
+    }
 }
 
 /// Decodes `bytes` to exactly `plain_len` bytes; never allocates more than that.
@@ -44,13 +67,14 @@ pub fn decompress(codec_byte: u8, bytes: Vec<u8>, plain_len: usize, what: &str) 
         }
         other => return Err(FormatError::unsupported(what, format!("codec {other}"))),
     };
-    if plain.len() != plain_len {
-        return Err(FormatError::damaged(
-            what,
-            format!("decoded to {} bytes instead of {plain_len}", plain.len()),
-        ));
+    match plain.len() == plain_len {
+        true => Ok(plain),
+        false => Err(wrong_length(what, plain.len(), plain_len)),
     }
-    Ok(plain)
+}
+
+fn wrong_length(what: &str, len: usize, expected: usize) -> FormatError {
+    FormatError::damaged(what, format!("decoded to {len} bytes instead of {expected}"))
 }
 
 pub(crate) struct SectionHeader {
@@ -152,6 +176,7 @@ pub struct ObjectWriter<'a> {
     context: String,
     out: Vec<u8>,
     sections: u32,
+    packer: Packer,
 }
 
 impl<'a> ObjectWriter<'a> {
@@ -166,14 +191,38 @@ impl<'a> ObjectWriter<'a> {
             context: context.to_owned(),
             out: bytes.to_vec(),
             sections: 0,
+            packer: Packer::default(),
         }
     }
 
     /// Adds a section; `level` is the zstd level to try.
     pub fn section(&mut self, role: KeyRole, plain: &[u8], level: i32) -> Result<()> {
         check_limit("a section", plain.len() as u64, limits::SECTION_BYTES)?;
-        let (codec, packed) = compress(plain, level);
-        self.encoded_section(role, codec, &packed, plain.len())
+        let mut packer = std::mem::take(&mut self.packer);
+        let added = match packer.pack(plain, level) {
+            Some(packed) => self.encoded_section(role, codec::ZSTD, packed, plain.len()),
+            None => self.encoded_section(role, codec::RAW, plain, plain.len()),
+        };
+        self.packer = packer;
+        added
+    }
+
+    /// Leaves room for the first section, which [`ObjectWriter::finish_with_first`] adds: what it says may be
+    /// known only after the others.
+    pub fn leave_first(&mut self) {
+        debug_assert_eq!(self.sections, 0);
+        self.sections = 1;
+    }
+
+    /// The object's bytes, with the first section that was left out before.
+    pub fn finish_with_first(mut self, role: KeyRole, message: &impl Message) -> Result<Vec<u8>> {
+        let rest = std::mem::replace(&mut self.out, self.header.to_vec());
+        self.sections = 0;
+        self.message(role, message)?;
+        let mut out = rest;
+        let first = self.out.split_off(HEADER_LEN);
+        out.splice(HEADER_LEN..HEADER_LEN, first);
+        Ok(out)
     }
 
     /// Adds a section whose body is already encoded with `codec`.
@@ -227,6 +276,38 @@ pub struct ObjectReader<'a> {
     bytes: &'a [u8],
     at: usize,
     sections: u32,
+    unpacker: Unpacker,
+}
+
+/// A zstd context and a sealed section, kept from one section to the next.
+#[derive(Default)]
+struct Unpacker {
+    context: Option<zstd::bulk::Decompressor<'static>>,
+    body: Vec<u8>,
+}
+
+impl Unpacker {
+    /// Decodes the body to exactly `plain_len` bytes; never allocates more than that.
+    fn unpack(&mut self, codec_byte: u8, plain_len: usize, plain: &mut Vec<u8>, what: &str) -> Result<()> {
+        plain.clear();
+        match codec_byte {
+            codec::RAW => std::mem::swap(plain, &mut self.body),
+            codec::ZSTD => {
+                let failed = |e: std::io::Error| FormatError::damaged(what, format!("zstd: {e}"));
+                let context = match &mut self.context {
+                    Some(context) => context,
+                    none => none.insert(zstd::bulk::Decompressor::new().map_err(failed)?),
+                };
+                plain.reserve_exact(plain_len);
+                context.decompress_to_buffer(&self.body, plain).map_err(failed)?;
+            }
+            other => return Err(FormatError::unsupported(what, format!("codec {other}"))),
+        }
+        match plain.len() == plain_len {
+            true => Ok(()),
+            false => Err(wrong_length(what, plain.len(), plain_len)),
+        }
+    }
 }
 
 impl<'a> ObjectReader<'a> {
@@ -248,6 +329,7 @@ impl<'a> ObjectReader<'a> {
             bytes,
             at: HEADER_LEN,
             sections: 0,
+            unpacker: Unpacker::default(),
         })
     }
 
@@ -262,9 +344,15 @@ impl<'a> ObjectReader<'a> {
 
     /// The next section's plaintext, `None` at the end. Its role must be `role`.
     pub fn section(&mut self, role: KeyRole) -> Result<Option<Vec<u8>>> {
+        let mut plain = Vec::new();
+        Ok(self.section_into(role, &mut plain)?.then_some(plain))
+    }
+
+    /// The same into a buffer that is used again; `false` at the end.
+    pub fn section_into(&mut self, role: KeyRole, plain: &mut Vec<u8>) -> Result<bool> {
         let rest = &self.bytes[self.at..];
         if rest.is_empty() {
-            return Ok(None);
+            return Ok(false);
         }
         let what = format!("{}, section {}", self.what, self.sections);
         check_limit(&self.what, u64::from(self.sections) + 1, limits::SECTIONS.into())?;
@@ -293,14 +381,15 @@ impl<'a> ObjectReader<'a> {
             ));
         };
         let aad = aad(&self.header, &section.encode(), &self.context);
-        let mut body = sealed.to_vec();
-        self.keys
-            .get(role)?
-            .open(section.ordinal.into(), &aad, &mut body, &what)?;
-        let plain = decompress(section.codec, body, section.plain_len as usize, &what)?;
+        self.unpacker.body.clear();
+        self.unpacker.body.extend_from_slice(sealed);
+        let key = self.keys.get(role)?;
+        key.open(section.ordinal.into(), &aad, &mut self.unpacker.body, &what)?;
+        self.unpacker
+            .unpack(section.codec, section.plain_len as usize, plain, &what)?;
         self.at += from + section.sealed_len as usize;
         self.sections += 1;
-        Ok(Some(plain))
+        Ok(true)
     }
 
     /// The next section as a message.
@@ -367,6 +456,7 @@ pub fn seal_section(
         context: String::new(),
         out: Vec::new(),
         sections: 0,
+        packer: Packer::default(),
     };
     writer.section(role, plain, STRUCTURE_LEVEL)?;
     Ok(writer.finish())
@@ -389,6 +479,7 @@ pub fn open_section(
         bytes,
         at: 0,
         sections: 0,
+        unpacker: Unpacker::default(),
     };
     let plain = reader
         .section(role)?

@@ -445,3 +445,133 @@ fn a_store_that_goes_away_leaves_no_seal_over_a_hole() -> Result<()> {
     );
     Ok(())
 }
+
+#[test]
+fn an_old_primary_that_goes_on_is_a_branch_until_it_is_fenced() -> Result<()> {
+    let s = Fixture::new(
+        "divergent",
+        Shape {
+            archiving: true,
+            ..SMALL
+        },
+    )?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    s.sql("insert into t values (1)")?;
+    s.flush_archive(&s.server)?;
+    let (exit, text) = s.restore("standby", &["--standby", "--archiving", "keep"]);
+    ensure!(exit == 0, "{text}");
+    let conf = s.path("standby/postgresql.auto.conf");
+    let text = std::fs::read_to_string(&conf)? + &format!("primary_conninfo = '{}'\n", s.server.conninfo());
+    std::fs::write(&conf, text)?;
+    let standby = s.copy("standby", 5460);
+    standby.start(&s.scratch)?;
+    standby.wait_for(&s.scratch, "select count(*) from t", "1")?;
+    run(standby
+        .program(&s.scratch, "pg_ctl")
+        .args(["promote", "-w", "-D"])
+        .arg(&standby.data))?;
+    // Both go on, and both archive.
+    for server in [&s.server, &standby] {
+        for _ in 0..3 {
+            server.sql(&s.scratch, "insert into t values (2)")?;
+            s.flush_archive(server)?;
+        }
+    }
+    s.sql("insert into t values (3)")?;
+    s.flush_archive(&s.server)?;
+    let info = s.ok(&["info", "acme"])?;
+    for timeline in [1, 2] {
+        ensure!(info.contains(&format!("restorable on timeline {timeline}")), "{info}");
+    }
+    // The old one is stopped by a word, and only it.
+    let reason = ["--reason", "failover on Tuesday"];
+    let text = s.ok(&["stanza", "fence", "acme", "--timeline", "1", reason[0], reason[1]])?;
+    ensure!(text.contains("timeline 1 is closed at"), "{text}");
+    let segment = s.sql("insert into t values (4); select pg_walfile_name(pg_current_wal_lsn())")?;
+    s.sql("select pg_switch_wal()")?;
+    let path = s.path(&format!(
+        "data5432/pg_wal/{}",
+        segment.lines().last().unwrap_or_default()
+    ));
+    let (exit, text) = s.fairvault(&["wal", "push", "acme", &path]);
+    ensure!(exit == 1 && text.contains("failover on Tuesday"), "{exit} {text}");
+    let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--no-slot", "--flush-interval", "100ms"]);
+    ensure!(exit == 5 && text.contains("was closed at"), "{exit} {text}");
+    standby.sql(&s.scratch, "insert into t values (3)")?;
+    s.flush_archive(&standby)?;
+    ensure!(s.ok(&["info", "acme"])?.contains("timeline 1 was closed"));
+    for (name, port, more, expected) in [
+        ("latest", 5461, vec![], "5"),
+        ("current", 5462, vec!["--target-timeline", "current"], "5"),
+    ] {
+        let (exit, text) = s.restore(name, &more);
+        ensure!(exit == 0, "{name}: {text}");
+        let copy = s.start(name, port)?;
+        ensure!(rows(&s, &copy)? == expected, "{name}: {}", rows(&s, &copy)?);
+    }
+    // Taken back, it archives again.
+    s.ok(&[
+        "stanza",
+        "fence",
+        "acme",
+        "--timeline",
+        "1",
+        "--reopen",
+        reason[0],
+        reason[1],
+    ])?;
+    s.ok(&["wal", "push", "acme", &path])?;
+    // A receiver that is at work is stopped by a fence.
+    drop(standby);
+    let hosts = ["--no-slot", "--flush-interval", "100ms"];
+    let receiver = Receiver::start(&s, &hosts)?;
+    s.ok(&["stanza", "fence", "acme", reason[0], reason[1]])?;
+    s.sql("insert into t values (5)")?;
+    std::thread::sleep(Duration::from_secs(6));
+    s.sql("insert into t values (6)")?;
+    let (exit, text) = receiver.wait()?;
+    ensure!(exit == 5 && text.contains("was fenced"), "{exit} {text}");
+    Ok(())
+}
+
+#[test]
+fn a_slot_that_was_invalidated_is_said() -> Result<()> {
+    for major in [15, 18] {
+        let s = Fixture::new(
+            "lost",
+            Shape {
+                major,
+                settings: "max_slot_wal_keep_size = 2MB\nmax_wal_size = 2MB\nmin_wal_size = 2MB\n",
+                ..SMALL
+            },
+        )?;
+        s.sql("create table t (x text)")?;
+        let receiver = Receiver::start(&s, &["--flush-interval", "100ms"])?;
+        s.backup()?;
+        wait_until_durable(&s, &s.server)?;
+        receiver.kill()?;
+        for _ in 0..10 {
+            s.sql("insert into t select md5(i::text) from generate_series(1, 9000) i; checkpoint")?;
+        }
+        ensure!(s.sql("select wal_status from pg_replication_slots")? == "lost");
+        let (exit, text) = s.fairvault(&["wal", "receive", "acme"]);
+        ensure!(exit == 1 && text.contains("it was invalidated"), "{exit} {text}");
+        // From 18 on, the server refuses it; before, it says that WAL is missing.
+        let word = if major >= 18 {
+            "pg_drop_replication_slot"
+        } else {
+            "--skip-gap"
+        };
+        ensure!(text.contains(word), "{major}: {text}");
+        s.sql("select pg_drop_replication_slot('fairvault_acme_main')")?;
+        let (exit, text) = s.fairvault(&["wal", "receive", "acme"]);
+        ensure!(exit == 1 && text.contains("--skip-gap"), "{exit} {text}");
+        s.backup()?;
+        let receiver = Receiver::start(&s, &["--flush-interval", "100ms"])?;
+        s.sql("insert into t values ('later')")?;
+        wait_until_durable(&s, &s.server)?;
+        receiver.stop()?;
+    }
+    Ok(())
+}

@@ -45,7 +45,10 @@ fn all_good(s: &Fixture) -> Result<()> {
 fn spooled(s: &Fixture) -> u64 {
     let files = fairvault_tests::fixture::files(&s.scratch.join("spool"));
     let journals = files.iter().filter(|path| path.extension().is_some_and(|e| e == "wal"));
-    journals.filter_map(|path| path.metadata().ok()).map(|meta| meta.len()).sum()
+    journals
+        .filter_map(|path| path.metadata().ok())
+        .map(|meta| meta.len())
+        .sum()
 }
 
 fn destroy(s: &Fixture) -> Result<()> {
@@ -66,7 +69,11 @@ fn commits_go_on_while_the_store_is_away_and_nothing_acknowledged_is_lost() -> R
     )?;
     let s3 = S3::start(&s.scratch, "bucket")?;
     let proxy = Proxy::start(Target::Port(s3.port))?;
-    s.use_s3(&format!("http://127.0.0.1:{}", proxy.port), "s3://bucket/x", "wal = { flush_interval = \"100ms\" }")?;
+    s.use_s3(
+        &format!("http://127.0.0.1:{}", proxy.port),
+        "s3://bucket/x",
+        "wal = { flush_interval = \"100ms\" }",
+    )?;
     s.ok(&["stanza", "create", "acme"])?;
     s.sql("set synchronous_commit = local; create table t (x text)")?;
     s.backup()?;
@@ -201,7 +208,11 @@ fn a_promotion_is_followed_through_the_spool_and_slots_on_standbys_are_kept() ->
     wait_until_durable(&s, &s.server)?;
     // The slot is there, and has come after what is durable; never beyond it.
     let slot = "from pg_replication_slots where slot_name = 'fairvault_acme_main'";
-    standby.wait_for(&s.scratch, &format!("select count(*) {slot} and slot_type = 'physical'"), "1")?;
+    standby.wait_for(
+        &s.scratch,
+        &format!("select count(*) {slot} and slot_type = 'physical'"),
+        "1",
+    )?;
     let told = s.sql(&format!("select restart_lsn {slot}"))?;
     standby.wait_for(
         &s.scratch,
@@ -282,7 +293,10 @@ fn a_damaged_journal_is_said_and_nothing_is_made_of_it() -> Result<()> {
     receiver.kill()?;
     std::fs::rename(s.path("hidden"), s.path("vault"))?;
     let journals = fairvault_tests::fixture::files(&s.scratch.join("spool"));
-    let journals: Vec<_> = journals.iter().filter(|path| path.extension().is_some_and(|e| e == "wal")).collect();
+    let journals: Vec<_> = journals
+        .iter()
+        .filter(|path| path.extension().is_some_and(|e| e == "wal"))
+        .collect();
     let middle = journals.get(journals.len() / 2).context("journals")?;
     let mut bytes = std::fs::read(middle)?;
     let at = bytes.len() / 2;

@@ -83,6 +83,9 @@ fn print(info: &Info) {
         }
     }
     for timeline in &info.wal {
+        if let Some(closed) = &timeline.closed {
+            output::line(format_args!("  WAL timeline {} was closed {closed}", timeline.timeline));
+        }
         if let Some(problem) = &timeline.problem {
             output::line(format_args!(
                 "  WAL timeline {} CANNOT BE FOLLOWED: {problem}",

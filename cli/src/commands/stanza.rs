@@ -1,12 +1,12 @@
 //! `stanza create`, `stanza list`.
 
-use fairvault_engine::commit::Log;
+use fairvault_engine::commit::{Log, fence};
 use fairvault_engine::error::{Context as _, Error, Result};
 use fairvault_engine::replication::connection::{Connection, Mode};
 use fairvault_engine::stanza::create::{Cluster, create as create_stanza};
 
 use super::Outcome;
-use crate::args::{Output, StanzaCreateArgs};
+use crate::args::{FenceArgs, Output, StanzaCreateArgs};
 use crate::context::Context;
 use crate::output;
 
@@ -105,6 +105,38 @@ pub async fn list(context: &Context) -> Result<Outcome> {
     }
     if context.global.output == Output::Json {
         output::json("stanzas", &serde_json::json!({ "repositories": all }));
+    }
+    Ok(Outcome::Done)
+}
+
+/// `stanza fence`: in every repository.
+pub async fn fence(context: &Context, args: FenceArgs) -> Result<Outcome> {
+    let after = args
+        .after
+        .as_deref()
+        .map(|text| text.parse().map_err(Error::usage))
+        .transpose()?;
+    for repository in context.repositories(Some(&args.stanza))? {
+        let mut log = context.open_log_in(&repository, &args.stanza, true).await?;
+        let said = match args.timeline {
+            None => {
+                let sessions = fence::fence_writers(&mut log, &args.reason).await?;
+                format!("all writers were stopped; {sessions} unfinished sessions have ended")
+            }
+            Some(timeline) if args.reopen => {
+                fence::reopen_timeline(&mut log, timeline, &args.reason).await?;
+                format!("timeline {timeline} takes WAL again")
+            }
+            Some(timeline) => {
+                let at = fence::close_timeline(&mut log, timeline, after, &args.reason).await?;
+                format!("timeline {timeline} is closed at {at}: WAL of it beyond that is refused")
+            }
+        };
+        let stanza = log.stanza().shown();
+        match context.global.output {
+            Output::Json => output::json("fence", &serde_json::json!({ "stanza": stanza, "done": said })),
+            Output::Text => output::line(format_args!("{stanza}: {said}")),
+        }
     }
     Ok(Outcome::Done)
 }

@@ -4,6 +4,7 @@
 //! a sequence number has seen the whole past; a fenced writer learns of it before its entry counts; a log
 //! that is shorter than, or different from, what this host saw before is refused.
 
+pub mod fence;
 pub mod session;
 pub mod state;
 

@@ -1,6 +1,8 @@
 //! What the entries of a log amount to: a fold over them.
 
-use fairvault_format::proto::{CommittedBackup, LogEntry, OpenSession, Snapshot, log_entry::Kind as Entry};
+use fairvault_format::proto::{
+    CloseTimeline, CommittedBackup, LogEntry, OpenSession, Snapshot, log_entry::Kind as Entry,
+};
 
 use crate::error::{Error, Result};
 
@@ -80,6 +82,13 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
         Entry::Policy(policy) => state.policy = Some(policy.clone()),
         Entry::Incarnation(incarnation) => state.incarnations.push(*incarnation),
         Entry::DistrustParser(parser) => state.distrusted.push(parser.clone()),
+        Entry::CloseTimeline(closed) => {
+            let key = |c: &CloseTimeline| (c.system_identifier, c.timeline);
+            state.closed_timelines.retain(|c| key(c) != key(closed));
+            if !closed.reopened {
+                state.closed_timelines.push(closed.clone());
+            }
+        }
         Entry::Erasure(_) => {}
     }
     Ok(())

@@ -71,6 +71,8 @@ pub struct TimelineLine {
     pub stored_bytes: u64,
     /// Why it cannot be followed, if that is so.
     pub problem: Option<String>,
+    /// Where it was closed, and why, if that is so: it takes no more WAL.
+    pub closed: Option<String>,
 }
 
 /// From where to where recovery can go.
@@ -146,7 +148,7 @@ pub async fn info_of(log: &Log) -> Result<Info> {
             .map(|i| i.system_identifier.to_string())
             .collect(),
         backups: Vec::new(),
-        wal: timelines(&coverage),
+        wal: timelines(&archive, &coverage),
         windows: Vec::new(),
         sessions: state
             .open_sessions
@@ -203,7 +205,12 @@ pub async fn info_of(log: &Log) -> Result<Info> {
     Ok(out)
 }
 
-fn timelines(coverage: &Coverage) -> Vec<TimelineLine> {
+fn timelines(archive: &Archive, coverage: &Coverage) -> Vec<TimelineLine> {
+    let closed = |timeline: u32| {
+        let mut closed = archive.closed.iter();
+        let found = closed.find(|c| c.system_identifier == archive.system_identifier && c.timeline == timeline)?;
+        Some(format!("at {}: {}", Lsn(found.lsn), found.reason))
+    };
     let name = |timeline, number| Segment { timeline, number }.name(coverage.segment_size);
     coverage
         .timelines
@@ -230,6 +237,7 @@ fn timelines(coverage: &Coverage) -> Vec<TimelineLine> {
                 })
                 .collect(),
             stored_bytes: wal.stored_bytes,
+            closed: closed(timeline),
         })
         .collect()
 }

@@ -44,6 +44,7 @@ pub struct WalStream {
 impl WalStream {
     /// Starts streaming at `from` on `timeline`, through `slot` if there is one.
     pub async fn start(mut connection: Connection, slot: Option<&str>, from: Lsn, timeline: u32) -> Result<Self> {
+        let slot_name = slot;
         let slot = slot.map(|s| format!("SLOT {} ", quote_name(s))).unwrap_or_default();
         connection
             .send_query(&format!("START_REPLICATION {slot}PHYSICAL {from} TIMELINE {timeline}"))
@@ -59,11 +60,17 @@ impl WalStream {
                 }
                 Message::Other(M::ErrorResponse(body)) => {
                     let error = server_error(body.fields());
-                    return Err(match error.to_string().contains("SQLSTATE 58P01") {
-                        true => error.remedy(
+                    let said = error.to_string();
+                    return Err(if said.contains("SQLSTATE 58P01") {
+                        error.remedy(
                             "the server no longer has this WAL; use a replication slot, or take a new full backup",
-                        ),
-                        false => error,
+                        )
+                    } else if said.contains("SQLSTATE 55000") && slot_name.is_some() {
+                        error.remedy(
+                            "a slot that was invalidated is of no more use: `select pg_drop_replication_slot('…')`, and it is made anew",
+                        )
+                    } else {
+                        error
                     });
                 }
                 Message::Other(M::ReadyForQuery(_)) => return Err(broken("no stream after START_REPLICATION")),

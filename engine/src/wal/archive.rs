@@ -39,6 +39,8 @@ pub struct Archive {
     pub level: i32,
     /// Archive epochs.
     pub epochs: Vec<proto::ArchiveEpoch>,
+    /// Timelines that take no more WAL.
+    pub closed: Vec<proto::CloseTimeline>,
     /// Timeline and stop LSN of every backup of this incarnation: WAL was there up to them.
     pub backups: Vec<(u32, Lsn)>,
 }
@@ -65,6 +67,7 @@ impl Archive {
             segment_size: incarnation.wal_segment_size,
             level,
             epochs: log.state().archive_epochs.clone(),
+            closed: log.state().closed_timelines.clone(),
             backups: log
                 .state()
                 .backups
@@ -123,8 +126,35 @@ impl Archive {
         header
     }
 
+    /// Fails if WAL of a timeline up to `end` is refused because that was closed.
+    pub fn check_open(&self, timeline: u32, end: Lsn) -> Result<()> {
+        let is_it = |c: &&proto::CloseTimeline| {
+            c.system_identifier == self.system_identifier && c.timeline == timeline && Lsn(c.lsn) < end
+        };
+        match self.closed.iter().find(is_it) {
+            None => Ok(()),
+            Some(closed) => Err(Error::new(
+                Kind::Held,
+                format!(
+                    "timeline {timeline} was closed at {}, and WAL of it up to {end} is not stored: {}",
+                    Lsn(closed.lsn),
+                    closed.reason
+                ),
+            )
+            .remedy(
+                "this server goes on with a history that was given up: stop it, or rewind it to the new timeline. \
+                 If it is the right one, `fairvault stanza fence --timeline N --reopen`",
+            )),
+        }
+    }
+
     /// Stores a file.
     pub async fn put(&self, file: WalFile, name: &str, content: Vec<u8>) -> Result<Stored> {
+        match file {
+            WalFile::Segment(s) => self.check_open(s.timeline, s.end(self.segment_size))?,
+            WalFile::Partial(s) => self.check_open(s.timeline, Lsn(s.start(self.segment_size).0 + 1))?,
+            WalFile::BackupHistory(_) | WalFile::History(_) => {}
+        }
         let object = self.object_name(&file, name);
         let kind = Self::object_kind(&file);
         let id = self.stanza.keys().chunk_id(&content);
@@ -165,6 +195,7 @@ impl Archive {
     pub async fn put_piece(&self, segment: Segment, offset: u64, content: Vec<u8>) -> Result<(Stored, Piece)> {
         let start = Lsn(segment.start(self.segment_size).0 + offset);
         let end = Lsn(start.0 + content.len() as u64);
+        self.check_open(segment.timeline, end)?;
         let name = segment.name(self.segment_size);
         let epoch = self.epoch(segment.timeline, segment.start(self.segment_size));
         let object = names::wal_piece(self.system_identifier, segment.timeline, &name, start.0, end.0, epoch);
@@ -186,6 +217,7 @@ impl Archive {
 
     /// Stores a complete segment whose summary was made while it arrived.
     pub async fn put_whole(&self, segment: Segment, summary: proto::WalSummary, content: Vec<u8>) -> Result<Stored> {
+        self.check_open(segment.timeline, segment.end(self.segment_size))?;
         let name = segment.name(self.segment_size);
         let object = self.object_name(&WalFile::Segment(segment), &name);
         let id = self.stanza.keys().chunk_id(&content);
@@ -196,7 +228,7 @@ impl Archive {
         self.create_same(ObjectKind::WalSegment, &object, sealed.0, id).await
     }
 
-    fn segment_facts(&self, segment: Segment, summary: proto::WalSummary) -> proto::WalHeader {
+    pub(super) fn segment_facts(&self, segment: Segment, summary: proto::WalSummary) -> proto::WalHeader {
         proto::WalHeader {
             start_lsn: segment.start(self.segment_size).0,
             end_lsn: segment.end(self.segment_size).0,
@@ -224,6 +256,7 @@ impl Archive {
         content_id: [u8; 32],
         pieces: &[Piece],
     ) -> Result<Stored> {
+        self.check_open(segment.timeline, segment.end(self.segment_size))?;
         let name = segment.name(self.segment_size);
         let object = self.object_name(&WalFile::Segment(segment), &name);
         // A seal that names less than the segment would be the end of it.
@@ -270,7 +303,13 @@ impl Archive {
     }
 
     /// Creates an object; the same content under the name is success, other content is an error.
-    async fn create_same(&self, kind: ObjectKind, object: &str, sealed: Vec<u8>, id: [u8; 32]) -> Result<Stored> {
+    pub(super) async fn create_same(
+        &self,
+        kind: ObjectKind,
+        object: &str,
+        sealed: Vec<u8>,
+        id: [u8; 32],
+    ) -> Result<Stored> {
         let store = self.stanza.store();
         match store.create(object, sealed.into(), limits::WAL_OBJECT_BYTES).await? {
             Created::Won => Ok(Stored::New),
@@ -323,11 +362,11 @@ impl Archive {
         id.context(|| format!("comparing with {}/{object}", self.stanza.shown()))
     }
 
-    /// Fails if the stanza was fenced since `fence` was read.
+    /// Fails if the stanza was fenced, or a timeline closed, since the log was read.
     pub async fn check_fence(&self, log: &mut crate::commit::Log) -> Result<()> {
         let before = log.state().fence;
         log.refresh().await?;
-        match log.state().fence == before {
+        match log.state().fence == before && log.state().closed_timelines == self.closed {
             true => Ok(()),
             false => Err(fenced()),
         }

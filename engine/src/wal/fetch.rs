@@ -32,13 +32,13 @@ impl Archive {
         let Some((header, content)) = self.open_object(&object, Self::object_kind(file)).await? else {
             return Ok(None);
         };
-        let expected = matches!(file, WalFile::Segment(_)).then_some(self.segment_size);
-        if header.name != name || expected.is_some_and(|len| len != content.len() as u64) {
+        if matches!(file, WalFile::Segment(_)) {
+            self.check_is(&header, name, &object)?;
+        } else if header.name != name {
             return Err(Error::damaged(format!(
-                "{}/{object} holds {} of {} bytes",
+                "{}/{object} holds {}",
                 self.stanza.shown(),
-                header.name,
-                content.len()
+                header.name
             )));
         }
         Ok(Some(content))

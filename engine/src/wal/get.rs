@@ -51,6 +51,8 @@ pub enum Outcome {
 /// What one repository says about a file as a whole.
 enum Answer {
     Content(Vec<u8>),
+    /// It is at its destination.
+    Delivered,
     /// This recovery must not have it.
     NotWanted,
     Missing,
@@ -70,13 +72,14 @@ pub async fn get<R>(
     for repository in repositories {
         let answer = async {
             let archive = open(repository).await?;
-            Ok((whole(&archive, name, needs).await?, archive))
+            Ok((delivered(&archive, name, needs, destination).await?, archive))
         };
         match answer.await {
             Ok((Answer::Content(content), archive)) => {
                 check_tablespaces(&archive, name, &content, needs).await?;
                 return deliver(destination, &content);
             }
+            Ok((Answer::Delivered, _)) => return Ok(Outcome::Delivered),
             Ok((Answer::NotWanted, _)) => return Ok(Outcome::Absent),
             Ok((Answer::Missing, archive)) => archives.push(archive),
             Err(error) => failure = Some(error),
@@ -156,16 +159,34 @@ fn is_of_another(oid: u32, location: &str) -> bool {
     !location.is_empty() && !ours && Path::new(location).exists()
 }
 
-/// A whole segment that the recovery is known to need, for fetching ahead; `None` if there is any doubt.
-pub async fn ahead(archive: &Archive, segment: Segment, needs: Needs) -> Result<Option<Vec<u8>>> {
+/// Writes a whole segment that the recovery is known to need to `destination`, for fetching ahead; `false` if
+/// there is any doubt.
+pub async fn ahead(archive: &Archive, segment: Segment, needs: Needs, destination: &Path) -> Result<bool> {
     let size = archive.segment_size;
     if needs.through.is_none_or(|through| segment.end(size) > through) {
-        return Ok(None);
+        return Ok(false);
     }
-    match whole(archive, &segment.name(size), needs).await? {
-        Answer::Content(content) => Ok(Some(content)),
-        Answer::NotWanted | Answer::Missing => Ok(None),
+    match delivered(archive, &segment.name(size), needs, destination).await? {
+        Answer::Delivered => Ok(true),
+        Answer::Content(content) => deliver(destination, &content).map(|_| true),
+        Answer::NotWanted | Answer::Missing => Ok(false),
     }
+}
+
+/// Looks for a file as a whole. A segment that this recovery may have to its end goes to its destination without
+/// being held.
+async fn delivered(archive: &Archive, name: &str, needs: Needs, destination: &Path) -> Result<Answer> {
+    if let WalFile::Segment(segment) = WalFile::parse(name, archive.segment_size)? {
+        let request = Request::new(archive, segment, needs).await?;
+        let is_planned = needs.through.is_none_or(|through| request.end() <= through);
+        if request.wanted() && is_planned && request.ends().all(|end| end >= request.end()) {
+            return Ok(match archive.write_whole(segment, destination).await? {
+                true => Answer::Delivered,
+                false => Answer::Missing,
+            });
+        }
+    }
+    whole(archive, name, needs).await
 }
 
 /// Looks for a file as a whole.
@@ -287,9 +308,14 @@ impl Request {
             && self.needs.until.is_none_or(|until| self.start() < until)
     }
 
+    /// Where this recovery must not read on.
+    fn ends(&self) -> impl Iterator<Item = Lsn> {
+        [self.switch(), self.needs.until].into_iter().flatten()
+    }
+
     /// Cuts content where this recovery must not read on.
     fn cut(&self, content: &mut Vec<u8>) {
-        for end in [self.switch(), self.needs.until].into_iter().flatten() {
+        for end in self.ends() {
             content.truncate(usize::try_from(end.0.saturating_sub(self.start().0)).unwrap_or(usize::MAX));
         }
     }

@@ -1,6 +1,6 @@
 //! WAL in and out of the repository.
 //!
-//! [`archive`] stores, [`push`] is `archive_command`, [`fetch`] reads, [`get`] is `restore_command`,
+//! [`archive`] stores, [`whole`] moves complete segments, [`push`] is `archive_command`, [`fetch`] reads, [`get`] is `restore_command`,
 //! [`coverage`] knows what is there, [`stream`] takes WAL from the server during a backup, [`receive`] all the
 //! time; [`background`] works ahead of PostgreSQL's commands.
 
@@ -13,3 +13,4 @@ pub mod push;
 pub mod receive;
 pub mod stream;
 pub mod summary;
+pub mod whole;

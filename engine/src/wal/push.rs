@@ -2,6 +2,8 @@
 //!
 //! Exit 0 of `wal push` lets PostgreSQL delete the segment: it is given only once the object is durable.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use super::archive::{Archive, Stored};
@@ -10,15 +12,14 @@ use crate::commit::Log;
 use crate::error::{Context, Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{NotAnAncestor, Segment, WalFile, valid_segment_size};
-use crate::postgres::walker::{LongHeader, PageHeader, Walker, begins_with_end_of_switch};
+use crate::postgres::walker::{LongHeader, PageHeader, WAL_PAGE};
 
 /// The file in a restored data directory that forbids archiving until it is adopted.
 pub const RESTORED_MARKER: &str = "fairvault.restored";
 
-/// Reads what is to be archived, bounded by the largest possible segment.
-pub fn read_file(path: &Path) -> Result<Vec<u8>> {
-    let what = || format!("reading {}", path.display());
-    let meta = std::fs::metadata(path).map_err(|e| Error::io(what(), e))?;
+/// The file is there, and no larger than the largest possible segment; returns its length.
+fn check_file(path: &Path) -> Result<u64> {
+    let meta = std::fs::metadata(path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
     if !meta.is_file() || meta.len() > 1 << 30 {
         return Err(Error::refused(format!(
             "{} is no WAL file: it has {} bytes",
@@ -26,7 +27,27 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>> {
             meta.len()
         )));
     }
-    std::fs::read(path).map_err(|e| Error::io(what(), e))
+    Ok(meta.len())
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>> {
+    check_file(path)?;
+    std::fs::read(path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))
+}
+
+/// BLAKE3 of a file's content, without a key.
+pub fn hash_file(path: &Path) -> Result<[u8; 32]> {
+    check_file(path)?;
+    let mut hasher = blake3::Hasher::new();
+    let mut file = File::open(path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
+    let mut buffer = vec![0u8; 256 << 10];
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(*hasher.finalize().as_bytes()),
+            Ok(n) => _ = hasher.update(&buffer[..n]),
+            Err(e) => return Err(Error::io(format_args!("reading {}", path.display()), e)),
+        }
+    }
 }
 
 /// Refuses to archive from a restored copy that was not told to.
@@ -57,38 +78,109 @@ fn refuse(name: &str, why: impl std::fmt::Display) -> Error {
     Error::refused(format!("{name} is not archived: {why}"))
 }
 
+/// A file that was stored.
+#[derive(Debug, Clone, Copy)]
+pub struct Pushed {
+    /// What happened.
+    pub stored: Stored,
+    /// BLAKE3 of the content that was stored, without a key, if that was asked for.
+    pub hash: Option<[u8; 32]>,
+}
+
 /// Checks and stores a file.
-pub async fn push(log: &mut Log, name: &str, content: Vec<u8>, level: i32) -> Result<Stored> {
-    let long = first_page(name, &content)?;
+pub async fn push(log: &mut Log, name: &str, path: &Path, level: i32, wants_hash: bool) -> Result<Pushed> {
+    let long = first_page(name, path)?;
     let archive =
         Archive::open(log, long.map(|l| l.1.system_identifier), level).context(|| format!("{name} is not archived"))?;
     let file = WalFile::parse(name, archive.segment_size)?;
-    match (&file, long) {
-        (WalFile::Segment(segment) | WalFile::Partial(segment), Some((page, long))) => {
-            check_segment(&archive, name, *segment, &content, &page, &long).await?;
-            if matches!(file, WalFile::Segment(_))
-                && let Filled::UpTo(end) = check_filled(&archive, name, *segment, &content).await?
-            {
-                let len = (end.0 - segment.start(archive.segment_size).0) as usize;
-                let (stored, _) = archive.put_piece(*segment, 0, content[..len].to_vec()).await?;
-                archive.check_fence(log).await?;
-                return Ok(stored);
-            }
+    let pushed = match (&file, long) {
+        (WalFile::Segment(segment), Some((page, long))) => {
+            check_segment(&archive, name, *segment, check_file(path)?, &page, &long).await?;
+            push_segment(&archive, name, *segment, path, wants_hash).await?
         }
         (WalFile::Segment(_) | WalFile::Partial(_), None) => {
             return Err(refuse(name, "it does not begin with a WAL page"));
         }
-        (WalFile::History(timeline), _) => {
-            crate::postgres::segment::History::parse(*timeline, &content)?;
+        (_, long) => {
+            let content = read_file(path)?;
+            if let (WalFile::Partial(segment), Some((page, long))) = (&file, long) {
+                check_segment(&archive, name, *segment, content.len() as u64, &page, &long).await?;
+            }
+            if let WalFile::History(timeline) = file {
+                crate::postgres::segment::History::parse(timeline, &content)?;
+            }
+            let hash = wants_hash.then(|| *blake3::hash(&content).as_bytes());
+            let stored = archive.put(file, name, content).await?;
+            Pushed { stored, hash }
         }
-        (WalFile::BackupHistory(_), _) => {}
-    }
-    let stored = archive.put(file, name, content).await?;
-    if stored == Stored::Beside {
+    };
+    if pushed.stored == Stored::Beside {
         tracing::warn!("{name}: another partial segment of this name was archived before; both are kept");
     }
     archive.check_fence(log).await?;
-    Ok(stored)
+    Ok(pushed)
+}
+
+/// A complete segment is full of records, or ends with a switch. One that cannot be read to its end is
+/// damaged, or a copy that was padded for a recovery: it must never take the place of the real one.
+async fn push_segment(
+    archive: &Archive,
+    name: &str,
+    segment: Segment,
+    path: &Path,
+    wants_hash: bool,
+) -> Result<Pushed> {
+    let sealed = archive.seal_file(segment, path.to_owned(), wants_hash).await?;
+    let hash = sealed.hash;
+    let (stopped_at, why) = (Lsn(sealed.summary.stopped_at), sealed.summary.stopped_why.clone());
+    let stored = match stopped_at.0 != 0 {
+        false => archive.put_sealed(sealed).await?,
+        true => {
+            let size = archive.segment_size;
+            let content = read_file(path)?;
+            let from = stopped_at.0.saturating_sub(segment.start(size).0) as usize;
+            let zeros = content.get(from..).is_some_and(|rest| rest.iter().all(|&b| b == 0));
+            if zeros && sealed.summary.switched {
+                archive.put_sealed(sealed).await?
+            } else if let Some(end) = ended_inside(archive, segment, stopped_at).await? {
+                // A standby that archives (archive_mode = always) hands over the last segment of a timeline
+                // under its complete name.
+                let len = (end.0 - segment.start(size).0) as usize;
+                archive.put_piece(segment, 0, content[..len].to_vec()).await?.0
+            } else {
+                return Err(not_filled(name, stopped_at, &why, zeros));
+            }
+        }
+    };
+    Ok(Pushed { stored, hash })
+}
+
+/// Where the segment's timeline ended inside it, before `stopped_at`, as a history says.
+async fn ended_inside(archive: &Archive, segment: Segment, stopped_at: Lsn) -> Result<Option<Lsn>> {
+    let start = segment.start(archive.segment_size);
+    let coverage = Coverage::read(archive).await?;
+    let ends = coverage
+        .histories()
+        .filter_map(|h| h.ancestors.iter().find(|a| a.timeline == segment.timeline))
+        .map(|a| a.end);
+    let mut inside = ends.filter(|end| *end > start && *end <= stopped_at);
+    Ok(inside.next())
+}
+
+fn not_filled(name: &str, stopped_at: Lsn, why: &str, zeros: bool) -> Error {
+    let error = refuse(
+        name,
+        match zeros {
+            true => format!(
+                "it is empty from {stopped_at} on, without a switch record: a padded copy, not a complete segment"
+            ),
+            false => format!("it cannot be read beyond {stopped_at}: {why}"),
+        },
+    );
+    error.remedy(
+        "if this timeline ended here because a standby was promoted, it is archived as soon as the history of the new timeline is; \
+         otherwise the server's pg_wal is damaged: take a new backup",
+    )
 }
 
 /// Whether `name` is the segment after `before`, or the same one, on one timeline, by their names.
@@ -107,8 +199,8 @@ pub fn follows(before: &str, name: &str) -> bool {
 
 /// Whether WAL that the archive once had goes on to this segment: else, which segment is missing. Costs one
 /// small request unless something is missing.
-pub async fn gap_before(log: &Log, name: &str, content: &[u8]) -> Result<Option<String>> {
-    let Some((_, long)) = first_page(name, content)? else {
+pub async fn gap_before(log: &Log, name: &str, path: &Path) -> Result<Option<String>> {
+    let Some((_, long)) = first_page(name, path)? else {
         return Ok(None);
     };
     let archive = Archive::open(log, Some(long.system_identifier), 0)?;
@@ -145,11 +237,15 @@ pub async fn gap_before(log: &Log, name: &str, content: &[u8]) -> Result<Option<
 }
 
 /// The first page's header, for files that have one.
-fn first_page(name: &str, content: &[u8]) -> Result<Option<(PageHeader, LongHeader)>> {
+fn first_page(name: &str, path: &Path) -> Result<Option<(PageHeader, LongHeader)>> {
     if name.ends_with(".history") || name.ends_with(".backup") {
         return Ok(None);
     }
-    let page = PageHeader::parse(content).map_err(|why| refuse(name, why))?;
+    check_file(path)?;
+    let mut start = Vec::new();
+    let opened = File::open(path).and_then(|file| file.take(WAL_PAGE as u64).read_to_end(&mut start));
+    opened.map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
+    let page = PageHeader::parse(&start).map_err(|why| refuse(name, why))?;
     let long = page
         .long
         .ok_or_else(|| refuse(name, "its first page has no long header"))?;
@@ -166,7 +262,7 @@ async fn check_segment(
     archive: &Archive,
     name: &str,
     segment: Segment,
-    content: &[u8],
+    len: u64,
     page: &PageHeader,
     long: &LongHeader,
 ) -> Result<()> {
@@ -180,11 +276,8 @@ async fn check_segment(
             ),
         ));
     }
-    if content.len() as u64 != size {
-        return Err(refuse(
-            name,
-            format_args!("it has {} bytes; a segment has {size}", content.len()),
-        ));
+    if len != size {
+        return Err(refuse(name, format_args!("it has {len} bytes; a segment has {size}")));
     }
     let start = segment.start(size);
     if page.address != start {
@@ -228,53 +321,4 @@ async fn check_segment(
             ),
         )),
     }
-}
-
-/// How much of a segment under a complete name is WAL.
-enum Filled {
-    /// All of it.
-    Whole,
-    /// Its timeline ended here: a standby that archives (archive_mode = always) hands over the last segment
-    /// of a timeline under its complete name.
-    UpTo(Lsn),
-}
-
-/// A complete segment is full of records, or ends with a switch. One that cannot be read to its end is
-/// damaged, or a copy that was padded for a recovery: it must never take the place of the real one.
-async fn check_filled(archive: &Archive, name: &str, segment: Segment, content: &[u8]) -> Result<Filled> {
-    let size = archive.segment_size;
-    let mut walker = Walker::new(segment.start(size), size);
-    let mut switched = begins_with_end_of_switch(content);
-    walker.feed(content, |record| switched |= record.is_switch());
-    let Some(stop) = walker.stopped() else {
-        return Ok(Filled::Whole);
-    };
-    let from = stop.at.0.saturating_sub(segment.start(size).0) as usize;
-    let zeros = content.get(from..).is_some_and(|rest| rest.iter().all(|&b| b == 0));
-    if zeros && switched {
-        return Ok(Filled::Whole);
-    }
-    let coverage = Coverage::read(archive).await?;
-    let ended = coverage
-        .histories()
-        .filter_map(|h| h.ancestors.iter().find(|a| a.timeline == segment.timeline))
-        .map(|a| a.end)
-        .find(|end| *end > segment.start(size) && *end <= stop.at);
-    if let Some(end) = ended {
-        return Ok(Filled::UpTo(end));
-    }
-    let error = refuse(
-        name,
-        match zeros {
-            true => format!(
-                "it is empty from {} on, without a switch record: a padded copy, not a complete segment",
-                stop.at
-            ),
-            false => format!("it cannot be read beyond {}: {}", stop.at, stop.why),
-        },
-    );
-    Err(error.remedy(
-        "if this timeline ended here because a standby was promoted, it is archived as soon as the history of the new timeline is; \
-         otherwise the server's pg_wal is damaged: take a new backup",
-    ))
 }

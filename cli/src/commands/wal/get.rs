@@ -1,6 +1,6 @@
 //! `wal get`: delivered, proven absent, or an error that stops recovery.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -127,18 +127,18 @@ async fn work(
         parallel: context.wal(&args.stanza).parallel.unwrap_or(PARALLEL).clamp(1, 64),
     };
     let archives = Arc::new(archives);
-    let fetch = |segment: Segment| {
+    let fetch = |segment: Segment, destination: PathBuf| {
         let archives = archives.clone();
         async move {
             let mut failure = None;
             for archive in archives.iter() {
-                match get::ahead(archive, segment, needs).await {
-                    Ok(Some(content)) => return Ok(Some(content)),
-                    Ok(None) => {}
+                match get::ahead(archive, segment, needs, &destination).await {
+                    Ok(true) => return Ok(true),
+                    Ok(false) => {}
                     Err(error) => failure = Some(error),
                 }
             }
-            failure.map_or(Ok(None), Err)
+            failure.map_or(Ok(false), Err)
         }
     };
     background::work(exchange, first, size, window, fetch).await

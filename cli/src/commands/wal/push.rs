@@ -17,7 +17,7 @@ use crate::context::Context;
 
 /// How long one call waits for the background worker, if nothing else is said.
 const TIMEOUT: Duration = Duration::from_secs(60);
-/// Segments in flight hold memory: bytes of WAL in flight, whatever `parallel` says.
+/// Segments in flight hold memory, sealed: bytes of WAL in flight, whatever `parallel` says.
 const IN_FLIGHT_BYTES: u64 = 256 << 20;
 
 /// Runs it.
@@ -30,6 +30,7 @@ pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
     let repositories = context.repositories(Some(&args.stanza))?;
     let everywhere = Arc::new(Everywhere {
         level: context.level(&args.stanza, None)?,
+        is_worker: args.worker,
         context: context.clone(),
         stanza: args.stanza.clone(),
         logs: repositories.iter().map(|_| Mutex::default()).collect(),
@@ -38,9 +39,8 @@ pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
     // A file that PostgreSQL has not marked as ready is pushed by a person: the worker would not find it.
     let is_ready = pg_wal.join("archive_status").join(format!("{name}.ready")).exists();
     if !wal.asynchronous || !(is_ready || args.worker) {
-        let content = push::read_file(&args.path)?;
-        everywhere.push(&name, &content).await?;
-        everywhere.look_for_gap(&name, &content).await;
+        everywhere.push(&name, &args.path).await?;
+        everywhere.look_for_gap(&name, &args.path).await;
         return Ok(Outcome::Done);
     }
     let shown = destinations(&context, &args.stanza, &everywhere.repositories)?;
@@ -51,17 +51,16 @@ pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
         let one = |name: String| {
             let (everywhere, path) = (everywhere.clone(), pg_wal.join(&name));
             async move {
-                let content = push::read_file(&path)?;
-                everywhere.push(&name, &content).await?;
-                Ok(content)
+                let hash = everywhere.push(&name, &path).await?;
+                hash.ok_or_else(|| Error::failed("the hash of what was stored is not known"))
             }
         };
         // Files that come one after the other leave no gap between them.
         let last = Mutex::new(String::new());
-        let stored = async |name: &str, content: &[u8]| {
+        let stored = async |name: &str| {
             let before = std::mem::replace(&mut *lock(&last), name.to_owned());
             if !push::follows(&before, name) {
-                everywhere.look_for_gap(name, content).await;
+                everywhere.look_for_gap(name, &pg_wal.join(name)).await;
             }
         };
         background::work(&exchange, &pg_wal, &shown, parallel, one, stored).await?;
@@ -69,21 +68,21 @@ pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
     }
     let timeout = wal.push_timeout.as_deref();
     let patience = timeout.map_or(Ok(TIMEOUT), |text| config::duration("push_timeout", text))?;
-    let content = push::read_file(&args.path)?;
-    let handed = background::hand_over(&exchange, &name, &content, &shown, patience, || start_worker(&exchange)).await;
+    let hash = push::hash_file(&args.path)?;
+    let handed = background::hand_over(&exchange, &name, &hash, &shown, patience, || start_worker(&exchange)).await;
     match handed {
         Ok(()) => Ok(Outcome::Done),
         // A worker that cannot live (a full disk, say) must not keep PostgreSQL from freeing pg_wal.
         Err(error) if !exchange.is_worked().unwrap_or(false) => {
             tracing::warn!("without the background worker: {error}");
-            everywhere.push(&name, &content).await?;
+            everywhere.push(&name, &args.path).await?;
             Ok(Outcome::Done)
         }
         Err(error) => Err(error).context(|| not_archived(&name, &pg_wal)),
     }
 }
 
-/// How many segments may be in flight: each is held as it is, and once more for each repository, sealed.
+/// How many segments may be in flight: each is held for each repository, sealed, and twice while it is compared.
 fn fit(pg_wal: &Path, repositories: usize) -> usize {
     let is_segment = |name: &str| name.len() == 24;
     let names = background::waiting(pg_wal).unwrap_or_default();
@@ -91,7 +90,7 @@ fn fit(pg_wal: &Path, repositories: usize) -> usize {
         let meta = std::fs::metadata(pg_wal.join(name)).ok()?;
         Some(meta.len())
     });
-    let each = lengths.max().unwrap_or(16 << 20).max(1 << 20) * (1 + 2 * repositories as u64);
+    let each = lengths.max().unwrap_or(16 << 20).max(1 << 20) * (2 * repositories as u64);
     usize::try_from(IN_FLIGHT_BYTES / each).unwrap_or(1).max(1)
 }
 
@@ -136,43 +135,48 @@ struct Everywhere {
     stanza: String,
     repositories: Vec<String>,
     level: i32,
+    is_worker: bool,
     /// Opened logs of each repository that nobody uses just now.
     logs: Vec<Mutex<Vec<Log>>>,
 }
 
 impl Everywhere {
-    /// Stores a file in every repository.
-    async fn push(&self, name: &str, content: &[u8]) -> Result<()> {
-        let pushes = (0..self.repositories.len()).map(|at| self.push_into(at, name, content));
+    /// Stores a file in every repository; returns the hash of its content, if this is a worker.
+    async fn push(&self, name: &str, path: &Path) -> Result<Option<[u8; 32]>> {
+        let pushes = (0..self.repositories.len()).map(|at| self.push_into(at, name, path));
         // All of them are tried, whatever one says: then a retry has less to do.
         let mut worst: Option<Error> = None;
+        let mut hashes = Vec::new();
         for (result, repository) in futures::future::join_all(pushes)
             .await
             .into_iter()
             .zip(&self.repositories)
         {
-            if let Err(error) = result {
-                let error = match self.repositories.len() {
-                    1 => error,
-                    _ => error.context(format_args!("repository {repository}")),
-                };
-                if worst.as_ref().is_none_or(|w| w.kind() == Kind::Temporary) {
-                    worst = Some(error);
+            let error = match result {
+                Ok(hash) => {
+                    hashes.push(hash);
+                    continue;
                 }
+                Err(error) if self.repositories.len() == 1 => error,
+                Err(error) => error.context(format_args!("repository {repository}")),
+            };
+            if worst.as_ref().is_none_or(|w| w.kind() == Kind::Temporary) {
+                worst = Some(error);
             }
         }
         match worst {
-            None => Ok(()),
+            None if hashes.windows(2).all(|pair| pair[0] == pair[1]) => Ok(hashes.first().copied().flatten()),
+            None => Err(Error::temporary(format!("{name} changed while it was archived"))),
             Some(error) => Err(error).context(|| format!("{name} is not archived")),
         }
     }
 
-    async fn push_into(&self, at: usize, name: &str, content: &[u8]) -> Result<()> {
+    async fn push_into(&self, at: usize, name: &str, path: &Path) -> Result<Option<[u8; 32]>> {
         let mut log = self.log(at).await?;
-        let stored = push::push(&mut log, name, content.to_vec(), self.level).await?;
-        tracing::debug!("{name}: {stored:?} in {}", self.repositories[at]);
+        let pushed = push::push(&mut log, name, path, self.level, self.is_worker).await?;
+        tracing::debug!("{name}: {:?} in {}", pushed.stored, self.repositories[at]);
         lock(&self.logs[at]).push(log);
-        Ok(())
+        Ok(pushed.hash)
     }
 
     async fn log(&self, at: usize) -> Result<Log> {
@@ -185,11 +189,11 @@ impl Everywhere {
 
     /// Says loudly that WAL before a stored segment is missing. It is stored all the same: what comes next
     /// is worth as much as before.
-    async fn look_for_gap(&self, name: &str, content: &[u8]) {
+    async fn look_for_gap(&self, name: &str, path: &Path) {
         for (at, repository) in self.repositories.iter().enumerate() {
             let found = match self.log(at).await {
                 Ok(log) => {
-                    let found = push::gap_before(&log, name, content).await;
+                    let found = push::gap_before(&log, name, path).await;
                     lock(&self.logs[at]).push(log);
                     found
                 }
@@ -198,7 +202,8 @@ impl Everywhere {
             match found {
                 Ok(None) => {}
                 Ok(Some(missing)) => tracing::error!(
-                    "GAP: {missing} of {} is missing in {repository}: no recovery gets across it. If the server still has it in pg_wal,                      archive it with `fairvault wal push`; else take a new backup",
+                    "GAP: {missing} of {} is missing in {repository}: no recovery gets across it. If the server still has it in pg_wal, \
+                     archive it with `fairvault wal push`; else take a new backup",
                     self.stanza
                 ),
                 Err(error) => tracing::warn!("whether WAL before {name} is complete is not known: {error}"),

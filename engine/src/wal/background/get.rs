@@ -81,12 +81,12 @@ pub struct Window {
     pub parallel: usize,
 }
 
-/// The worker: fetches what comes after `first`, until nobody asks any more. `fetch` gives a whole segment,
-/// or `None` where fetching ahead ends.
+/// The worker: fetches what comes after `first`, until nobody asks any more. `fetch` writes a whole
+/// segment to a file, or says `false` where fetching ahead ends.
 pub async fn work<P, F>(exchange: &Exchange, first: Segment, segment_size: u64, window: Window, fetch: P) -> Result<()>
 where
-    P: Fn(Segment) -> F,
-    F: Future<Output = Result<Option<Vec<u8>>>> + Send + 'static,
+    P: Fn(Segment, PathBuf) -> F,
+    F: Future<Output = Result<bool>> + Send + 'static,
 {
     let Some(_lock) = exchange.lock()? else { return Ok(()) };
     for name in exchange.names()? {
@@ -126,23 +126,18 @@ where
             let path = ahead.folder.join(segment.name(segment_size));
             let coming = ahead.folder.join(part(&segment.name(segment_size)));
             std::fs::write(&coming, b"").map_err(|e| Error::io(format_args!("writing {}", coming.display()), e))?;
-            let fetched = fetch(segment);
             // Of its own: an older fetch of the same segment may still be on its way.
             count += 1;
             let temporary = ahead.folder.join(format!("{count}.tmp"));
+            let fetched = fetch(segment, temporary.clone());
             fetches.spawn(async move {
-                let content = fetched.await;
-                let stored = match &content {
-                    Ok(Some(content)) => {
-                        std::fs::write(&temporary, content).and_then(|()| std::fs::rename(&temporary, &path))
-                    }
-                    _ => Ok(()),
-                };
+                let fetched = fetched.await;
+                let there = matches!(fetched, Ok(true)) && std::fs::rename(&temporary, &path).is_ok();
                 let _ = std::fs::remove_file(&coming);
-                if let Err(error) = &content {
+                if let Err(error) = &fetched {
                     tracing::warn!("{} was not fetched ahead: {error}", path.display());
                 }
-                (segment, stored.is_ok() && matches!(content, Ok(Some(_))))
+                (segment, there)
             });
         }
         tokio::select! {

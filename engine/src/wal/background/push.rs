@@ -48,10 +48,10 @@ impl Failure {
     }
 }
 
-/// What an answer is for: this content under this name in these repositories.
-fn tag(destinations: &str, name: &str, content: &[u8]) -> String {
+/// What an answer is for: content with this hash under this name in these repositories.
+fn tag(destinations: &str, name: &str, hash: &[u8; 32]) -> String {
     let mut hasher = blake3::Hasher::new();
-    for part in [destinations.as_bytes(), name.as_bytes(), content] {
+    for part in [destinations.as_bytes(), name.as_bytes(), hash] {
         hasher.update(&(part.len() as u64).to_le_bytes());
         hasher.update(part);
     }
@@ -77,17 +77,17 @@ pub fn waiting(pg_wal: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Has a file stored by the worker: success means that it is durable. `start_worker` is called while none
+/// Has a file, of which `hash` is the content's BLAKE3, stored by the worker: success means that it is durable. `start_worker` is called while none
 /// is alive.
 pub async fn hand_over(
     exchange: &Exchange,
     name: &str,
-    content: &[u8],
+    hash: &[u8; 32],
     destinations: &str,
     patience: Duration,
     start_worker: impl Fn() -> Result<()>,
 ) -> Result<()> {
-    let wanted = tag(destinations, name, content);
+    let wanted = tag(destinations, name, hash);
     // What an earlier worker complained about is tried again.
     exchange.remove(&failed(name))?;
     let began = Instant::now();
@@ -124,7 +124,7 @@ pub async fn hand_over(
 }
 
 /// The worker: stores what is ready, `parallel` files at a time, until there is nothing more for a while.
-/// `push` reads and stores one file, and returns its content; `stored` is called for each in order. Ends with
+/// `push` stores one file, and returns its content's hash; `stored` is called for each in order. Ends with
 /// the first error, which whoever asks for that file is told.
 pub async fn work<P, F>(
     exchange: &Exchange,
@@ -132,11 +132,11 @@ pub async fn work<P, F>(
     destinations: &str,
     parallel: usize,
     push: P,
-    stored: impl AsyncFn(&str, &[u8]),
+    stored: impl AsyncFn(&str),
 ) -> Result<()>
 where
     P: Fn(String) -> F,
-    F: Future<Output = Result<Vec<u8>>> + Send + 'static,
+    F: Future<Output = Result<[u8; 32]>> + Send + 'static,
 {
     let Some(_lock) = exchange.lock()? else { return Ok(()) };
     // Answers of an earlier worker may be about a repository that is no more.
@@ -165,9 +165,9 @@ where
         let mut uploads = uploads.buffered(parallel);
         while let Some((name, ended)) = uploads.next().await {
             match ended {
-                Ok(content) => {
-                    exchange.publish(&done(&name), tag(destinations, &name, &content).as_bytes())?;
-                    stored(&name, &content).await;
+                Ok(hash) => {
+                    exchange.publish(&done(&name), tag(destinations, &name, &hash).as_bytes())?;
+                    stored(&name).await;
                 }
                 Err(error) => {
                     let failure = serde_json::to_vec(&Failure::of(&error)).unwrap_or_default();
@@ -198,17 +198,19 @@ mod tests {
 
     #[tokio::test]
     async fn an_answer_counts_for_its_content_and_its_repositories_only() {
+        const ONE: [u8; 32] = [1; 32];
+        const TWO: [u8; 32] = [2; 32];
         let folder = tempfile::tempdir().unwrap();
         let exchange = Exchange::open(folder.path().join("x")).unwrap();
-        let ask = async |content: &[u8], destinations: &str| {
+        let ask = async |content: &[u8; 32], destinations: &str| {
             let idle = || Ok(());
             hand_over(&exchange, "A", content, destinations, Duration::from_millis(30), idle).await
         };
-        exchange.publish("A.ok", tag("here", "A", b"one").as_bytes()).unwrap();
-        ask(b"one", "here").await.unwrap();
-        assert_eq!(ask(b"two", "here").await.unwrap_err().kind(), Kind::Temporary);
-        exchange.publish("A.ok", tag("here", "A", b"one").as_bytes()).unwrap();
-        assert_eq!(ask(b"one", "here, there").await.unwrap_err().kind(), Kind::Temporary);
+        exchange.publish("A.ok", tag("here", "A", &ONE).as_bytes()).unwrap();
+        ask(&ONE, "here").await.unwrap();
+        assert_eq!(ask(&TWO, "here").await.unwrap_err().kind(), Kind::Temporary);
+        exchange.publish("A.ok", tag("here", "A", &ONE).as_bytes()).unwrap();
+        assert_eq!(ask(&ONE, "here, there").await.unwrap_err().kind(), Kind::Temporary);
     }
 
     #[tokio::test]
@@ -228,9 +230,9 @@ mod tests {
                 "B" => return Err(Error::refused("no")),
                 _ => {}
             }
-            Ok(name.into_bytes())
+            Ok([0; 32])
         };
-        let stored = async |_: &str, _: &[u8]| {};
+        let stored = async |_: &str| {};
         work(&exchange, folder.path(), "here", 4, push, stored)
             .await
             .unwrap_err();

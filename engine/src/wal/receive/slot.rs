@@ -19,8 +19,16 @@ pub async fn ensure(connection: &mut Connection, name: &str) -> Result<()> {
     check_name(name)?;
     if connection.major() >= 15 {
         let rows = connection.query(&format!("READ_REPLICATION_SLOT {name}")).await?;
-        match rows.first().and_then(|row| row.first()).cloned().flatten().as_deref() {
-            Some("physical") => return Ok(()),
+        let field = |at: usize| rows.first().and_then(|row| row.get(at)).and_then(Option::as_deref);
+        match field(0) {
+            Some("physical") => {
+                if field(1).is_none() {
+                    tracing::warn!(
+                        "replication slot {name} keeps no WAL: it was invalidated (max_slot_wal_keep_size), or never used"
+                    );
+                }
+                return Ok(());
+            }
             Some(other) => {
                 return Err(Error::refused(format!(
                     "replication slot {name} is {other}, and a physical one is needed"

@@ -55,7 +55,7 @@ impl Guard {
         self.log.lock().await
     }
 
-    /// Fails if the stanza was fenced, or if other archive epochs rule than those that `archive` knows.
+    /// Fails if the stanza was fenced, or if other archive epochs rule, or other timelines are closed, than `archive` knows.
     async fn check(&self, archive: &Archive, patient: bool) -> Result<()> {
         let looked = || self.looked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if patient && looked().elapsed() < FENCE_INTERVAL {
@@ -67,9 +67,11 @@ impl Guard {
         if log.state().fence != self.fence {
             return Err(fenced());
         }
-        match log.state().archive_epochs == archive.epochs {
+        match log.state().archive_epochs == archive.epochs && log.state().closed_timelines == archive.closed {
             true => Ok(()),
-            false => Err(Error::temporary("another archive epoch rules now")),
+            false => Err(Error::temporary(
+                "another archive epoch rules now, or a timeline was closed or reopened",
+            )),
         }
     }
 }

@@ -1,0 +1,151 @@
+//! Complete segments between files and objects, run by run: a segment is never held in memory.
+//!
+//! What always holds: what is stored is what was read in the one pass that also hashed, walked and sealed it;
+//! what is written to a destination is complete and authentic, or the destination is gone.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use fairvault_format::header::Kind as ObjectKind;
+use fairvault_format::header::ObjectHeader;
+use fairvault_format::wal::{WalSealer, open_wal_runs};
+use fairvault_format::{limits, proto};
+
+use super::archive::{Archive, Stored};
+use super::summary::Summarizer;
+use crate::env;
+use crate::error::{Error, Result};
+use crate::postgres::segment::{Segment, WalFile};
+
+/// A segment that was read and sealed, and is not stored yet.
+pub struct Sealed {
+    segment: Segment,
+    object: String,
+    bytes: Vec<u8>,
+    id: [u8; 32],
+    /// What its records say.
+    pub summary: proto::WalSummary,
+    /// BLAKE3 of its content, without a key, if that was asked for.
+    pub hash: Option<[u8; 32]>,
+}
+
+async fn blocking<T: Send + 'static>(what: &str, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::failed(what).caused_by(error)),
+    }
+}
+
+impl Archive {
+    /// Reads a segment from a file in one pass: walks, hashes, compresses and seals it.
+    pub async fn seal_file(&self, segment: Segment, path: PathBuf, wants_hash: bool) -> Result<Sealed> {
+        let archive = self.clone();
+        blocking("sealing WAL", move || archive.seal_file_now(segment, &path, wants_hash)).await
+    }
+
+    fn seal_file_now(&self, segment: Segment, path: &Path, wants_hash: bool) -> Result<Sealed> {
+        let failed = |e| Error::io(format_args!("reading {}", path.display()), e);
+        let (stanza, size) = (&self.stanza, self.segment_size);
+        let name = segment.name(size);
+        let object = self.object_name(&WalFile::Segment(segment), &name);
+        let salt = env::salt(stanza.env())?;
+        let mut sealer = WalSealer::new(
+            stanza.keys(),
+            stanza.scope(),
+            ObjectKind::WalSegment,
+            salt,
+            &object,
+            self.level,
+        );
+        let mut summarizer = Summarizer::new(segment.start(size), size);
+        let mut id = blake3::Hasher::new_keyed(&stanza.keys().id_key);
+        let mut hash = wants_hash.then(blake3::Hasher::new);
+        let mut file = File::open(path).map_err(failed)?;
+        let mut run = vec![0u8; limits::WAL_SECTION_BYTES.min(size as usize)];
+        let mut len = 0;
+        while len < size {
+            file.read_exact(&mut run).map_err(failed)?;
+            // Compressing takes as long as all the rest.
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    summarizer.feed(&run);
+                    id.update(&run);
+                    if let Some(hash) = &mut hash {
+                        hash.update(&run);
+                    }
+                });
+                sealer.run(&run)
+            })?;
+            len += run.len() as u64;
+        }
+        let summary = summarizer.finish();
+        let id = *id.finalize().as_bytes();
+        let header = proto::WalHeader {
+            content_id: id.to_vec(),
+            ..self.segment_facts(segment, summary.clone())
+        };
+        let bytes = sealer.finish(header)?;
+        Ok(Sealed {
+            segment,
+            object,
+            bytes,
+            id,
+            summary,
+            hash: hash.map(|hash| *hash.finalize().as_bytes()),
+        })
+    }
+
+    /// Stores what [`Archive::seal_file`] made.
+    pub async fn put_sealed(&self, sealed: Sealed) -> Result<Stored> {
+        let segment = sealed.segment;
+        self.check_open(segment.timeline, segment.end(self.segment_size))?;
+        self.create_same(ObjectKind::WalSegment, &sealed.object, sealed.bytes, sealed.id)
+            .await
+    }
+
+    /// Writes a whole segment to `destination`, if it is there. Not synced: after a crash, recovery asks again,
+    /// and what it keeps it syncs itself.
+    pub async fn write_whole(&self, segment: Segment, destination: &Path) -> Result<bool> {
+        let name = segment.name(self.segment_size);
+        let object = self.object_name(&WalFile::Segment(segment), &name);
+        let store = self.stanza.store();
+        let Some(bytes) = store.get_opt(&object, limits::WAL_OBJECT_BYTES).await? else {
+            return Ok(false);
+        };
+        let failed = |to: &Path, e| Error::io(format_args!("writing {}", to.display()), e);
+        if ObjectHeader::decode(&bytes, &object)?.kind == ObjectKind::PieceSeal {
+            let (_, content) = self.content_in(ObjectKind::WalSegment, &bytes, &object).await?;
+            std::fs::write(destination, content).map_err(|e| failed(destination, e))?;
+            return Ok(true);
+        }
+        let (archive, to) = (self.clone(), destination.to_owned());
+        let write = move || {
+            let mut file = File::create(&to).map_err(|e| failed(&to, e))?;
+            let keys = archive.stanza.keys_for(&bytes, &object)?;
+            let scope = archive.stanza.scope();
+            let opened = open_wal_runs(keys, scope, ObjectKind::WalSegment, &bytes, &object, |header, run| {
+                archive.check_is(header, &name, &object)?;
+                file.write_all(run).map_err(|e| failed(&to, e))
+            });
+            opened.map(|_| ()).inspect_err(|_| {
+                let _ = std::fs::remove_file(&to);
+            })
+        };
+        blocking("opening WAL", write).await?;
+        Ok(true)
+    }
+
+    /// Fails unless a header is that of a whole segment with this name.
+    pub(super) fn check_is(&self, header: &proto::WalHeader, name: &str, object: &str) -> Result<()> {
+        match header.name == name && header.content_len == self.segment_size {
+            true => Ok(()),
+            false => Err(Error::damaged(format!(
+                "{}/{object} holds {} of {} bytes",
+                self.stanza.shown(),
+                header.name,
+                header.content_len
+            ))),
+        }
+    }
+}
