@@ -410,8 +410,11 @@ pub struct PushArgs {
     pub stanza: String,
     /// The file, %p
     pub path: PathBuf,
+    /// Be the background worker all the time, as a service: the path is that of pg_wal
+    #[arg(long)]
+    pub serve: bool,
     /// Be the background worker
-    #[arg(long, hide = true)]
+    #[arg(long, hide = true, conflicts_with = "serve")]
     pub worker: bool,
 }
 

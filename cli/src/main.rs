@@ -71,6 +71,7 @@ fn table_of(command: &Command) -> Table {
     match command {
         Command::Wal(WalCommand::Get(args)) | Command::ArchiveGet(args) if args.worker => Table::Worker,
         Command::Wal(WalCommand::Push(args)) | Command::ArchivePush(args) if args.worker => Table::Worker,
+        Command::Wal(WalCommand::Push(args)) if args.serve => Table::Ordinary,
         Command::Wal(WalCommand::Get(_)) | Command::ArchiveGet(_) => Table::WalGet,
         Command::Wal(WalCommand::Push(_)) | Command::ArchivePush(_) => Table::WalPush,
         _ => Table::Ordinary,

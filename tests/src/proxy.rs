@@ -17,6 +17,10 @@ pub enum Target {
     Port(u16),
     /// A Unix socket.
     Socket(PathBuf),
+    /// A port of this machine, whatever host the client asks an HTTP proxy (CONNECT) for.
+    Tunnel(u16),
+    /// An S3 server on a port of this machine, for a client that speaks as to Google's store.
+    Gcs(u16),
 }
 
 /// How it treats connections, now and from now on.
@@ -37,6 +41,7 @@ pub struct Proxy {
     pub port: u16,
     mood: Arc<Mood>,
     open: Arc<Mutex<Vec<TcpStream>>>,
+    hosts: Arc<Mutex<Vec<String>>>,
     stopped: Arc<AtomicBool>,
 }
 
@@ -65,7 +70,7 @@ impl Half for UnixStream {
 
 fn connect(target: &Target) -> Result<Box<dyn Half>> {
     Ok(match target {
-        Target::Port(port) => {
+        Target::Port(port) | Target::Tunnel(port) | Target::Gcs(port) => {
             let stream = TcpStream::connect(("127.0.0.1", *port))?;
             stream.set_nodelay(true)?;
             Box::new(stream)
@@ -114,9 +119,11 @@ impl Proxy {
             port: listener.local_addr()?.port(),
             mood: Arc::default(),
             open: Arc::default(),
+            hosts: Arc::default(),
             stopped: Arc::default(),
         };
         let (mood, open, stopped) = (this.mood.clone(), this.open.clone(), this.stopped.clone());
+        let hosts = this.hosts.clone();
         std::thread::spawn(move || {
             for client in listener.incoming() {
                 if stopped.load(Ordering::Relaxed) {
@@ -126,7 +133,7 @@ impl Proxy {
                 if mood.away.load(Ordering::Relaxed) {
                     continue;
                 }
-                let _ = serve(client, &target, &mood, &open);
+                let _ = serve(client, &target, &mood, &open, &hosts);
             }
         });
         Ok(this)
@@ -150,6 +157,12 @@ impl Proxy {
         self.mood.cut_after.store(bytes, Ordering::Relaxed);
     }
 
+    /// Hosts that clients of a tunnel have asked for.
+    pub fn hosts(&self) -> Vec<String> {
+        let hosts = self.hosts.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        hosts.clone()
+    }
+
     /// Cuts all connections.
     pub fn cut(&self) {
         let mut open = self.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -159,15 +172,70 @@ impl Proxy {
     }
 }
 
-fn serve(client: TcpStream, target: &Target, mood: &Arc<Mood>, open: &Mutex<Vec<TcpStream>>) -> Result<()> {
+/// Reads one HTTP head; empty at the end.
+fn read_head(from: &mut dyn Half) -> Result<String> {
+    let mut head = Vec::new();
+    let mut byte = [0u8];
+    while !head.ends_with(b"\r\n\r\n") && from.read(&mut byte)? == 1 {
+        head.push(byte[0]);
+    }
+    Ok(String::from_utf8_lossy(&head).into_owned())
+}
+
+/// Passes requests on in S3's words: what Google calls a generation that must be 0 is "if none matches any".
+fn translate(mut from: Box<dyn Half>, mut to: Box<dyn Half>) -> Result<()> {
+    loop {
+        let head = read_head(&mut *from)?;
+        if head.is_empty() {
+            to.close();
+            return Ok(());
+        }
+        let mut lines: Vec<String> = Vec::new();
+        let mut length = 0u64;
+        for line in head.trim_end().lines() {
+            let (name, value) = line.split_once(": ").unwrap_or((line, ""));
+            match name.to_ascii_lowercase().as_str() {
+                "x-goog-if-generation-match" if value == "0" => lines.push("if-none-match: *".to_owned()),
+                "authorization" => {}
+                "content-length" => {
+                    length = value.parse()?;
+                    lines.push(line.to_owned());
+                }
+                _ => lines.push(line.to_owned()),
+            }
+        }
+        to.write_all(format!("{}\r\n\r\n", lines.join("\r\n")).as_bytes())?;
+        std::io::copy(&mut Read::take(&mut *from, length), &mut *to)?;
+    }
+}
+
+fn serve(
+    mut client: TcpStream,
+    target: &Target,
+    mood: &Arc<Mood>,
+    open: &Mutex<Vec<TcpStream>>,
+    hosts: &Mutex<Vec<String>>,
+) -> Result<()> {
     client.set_nodelay(true)?;
     let server = connect(target)?;
+    if matches!(target, Target::Tunnel(_)) {
+        let head = read_head(&mut client)?;
+        let host = head.split(' ').nth(1).unwrap_or_default().to_owned();
+        hosts
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .push(host);
+        client.write_all(b"HTTP/1.1 200 Connected\r\n\r\n")?;
+    }
     open.lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner)
         .push(client.try_clone()?);
     let (up, down) = (mood.clone(), mood.clone());
     let (client_in, server_out) = (client.other()?, server.other()?);
-    std::thread::spawn(move || copy(client_in, server_out, &up, false));
+    match target {
+        Target::Gcs(_) => _ = std::thread::spawn(move || translate(client_in, server_out)),
+        _ => _ = std::thread::spawn(move || copy(client_in, server_out, &up, false)),
+    }
     std::thread::spawn(move || copy(server, Box::new(client), &down, true));
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! An S3-compatible server in memory, for one test.
 
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,8 @@ pub struct S3 {
     child: Child,
     /// Its port.
     pub port: u16,
+    /// Certificate of the authority, if it speaks TLS.
+    ca: Option<PathBuf>,
 }
 
 /// A TCP port that is free just now.
@@ -24,9 +27,34 @@ pub fn free_port() -> Result<u16> {
 impl S3 {
     /// Starts it with a bucket.
     pub fn start(scratch: &Scratch, bucket: &str) -> Result<Self> {
+        Self::start_with(scratch, bucket, None)
+    }
+
+    /// The same over TLS, with a certificate of an authority that nobody knows: it is in `ca.crt`. The server is
+    /// `localhost`, and `s3.localhost` with its buckets.
+    pub fn start_tls(scratch: &Scratch, bucket: &str) -> Result<Self> {
+        let openssl = |arguments: &str| run(scratch.command("openssl").args(arguments.split(' ')));
+        openssl("req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.crt")?;
+        scratch.write(
+            "san",
+            b"subjectAltName=DNS:localhost,DNS:s3.localhost,DNS:*.s3.localhost\n",
+        )?;
+        openssl("req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout s3.key -out s3.csr")?;
+        openssl("x509 -req -in s3.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile san -out s3.crt")?;
+        Self::start_with(scratch, bucket, Some(scratch.join("ca.crt")))
+    }
+
+    fn start_with(scratch: &Scratch, bucket: &str, ca: Option<PathBuf>) -> Result<Self> {
         let port = free_port()?;
         let log = std::fs::File::create(scratch.join("s3.log"))?;
-        let child = Command::new(tools::install_ministack()?)
+        let mut command = Command::new(tools::install_ministack()?);
+        if ca.is_some() {
+            command
+                .env("USE_SSL", "1")
+                .env("MINISTACK_SSL_CERT", scratch.join("s3.crt"))
+                .env("MINISTACK_SSL_KEY", scratch.join("s3.key"));
+        }
+        let child = command
             .env("BIND_HOST", "127.0.0.1")
             .env("GATEWAY_PORT", port.to_string())
             .env("SERVICES", "s3")
@@ -36,9 +64,12 @@ impl S3 {
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()?;
-        let this = Self { child, port };
+        let this = Self { child, port, ca };
         let deadline = Instant::now() + Duration::from_secs(30);
-        while run(Command::new("curl").args(["-fs", &format!("{}/_ministack/health", this.endpoint())])).is_err() {
+        while this
+            .curl(&["-fs", &format!("{}/_ministack/health", this.endpoint())])
+            .is_err()
+        {
             if Instant::now() > deadline {
                 bail!(
                     "the S3 server did not start: {}",
@@ -47,13 +78,25 @@ impl S3 {
             }
             std::thread::sleep(Duration::from_millis(100));
         }
-        run(Command::new("curl").args(["-fs", "-X", "PUT", &format!("{}/{bucket}", this.endpoint())]))?;
+        this.curl(&["-fs", "-X", "PUT", &format!("{}/{bucket}", this.endpoint())])?;
         Ok(this)
+    }
+
+    /// Runs curl, which trusts the server.
+    pub fn curl(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = Command::new("curl");
+        if let Some(ca) = &self.ca {
+            command.arg("--cacert").arg(ca);
+        }
+        run(command.args(arguments))
     }
 
     /// Its URL.
     pub fn endpoint(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        match self.ca {
+            None => format!("http://127.0.0.1:{}", self.port),
+            Some(_) => format!("https://localhost:{}", self.port),
+        }
     }
 
     /// A `[repo.NAME]` section for it.

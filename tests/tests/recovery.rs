@@ -123,11 +123,22 @@ fn recovery_across_wal_level_minimal_is_refused_beforehand() -> Result<()> {
     s.sql("insert into t values (3)")?;
     s.flush_archive(&s.server)?;
     refused(s.restore("r", &[]), 3, "wal_level = minimal")?;
+    let windows = |text: &str| text.lines().filter(|line| line.contains("restorable on")).count();
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(
+        windows(&info) == 1 && info.contains("CANNOT BE REPLAYED: wal_level = minimal at"),
+        "{info}"
+    );
     ensure!(!Path::new(&s.path("r")).exists());
     restored(&s, "earlier", &["--target-lsn", &before])?;
     s.start("earlier", 5450)?;
     // From a newer backup on, all is well.
     s.backup()?;
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(
+        windows(&info) == 2 && info.matches("CANNOT BE REPLAYED").count() == 1,
+        "{info}"
+    );
     restored(&s, "r", &[])?;
     ensure!(s.start("r", 5451)?.sql(&s.scratch, "select count(*) from t")? == "3");
     Ok(())

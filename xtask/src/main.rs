@@ -13,8 +13,15 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   test --full    the same with PostgreSQL 19, the tools of 17 to 19, and Ceph's radosgw
   lint           formatting, clippy, licences and sources of dependencies
   fuzz [SECONDS] every fuzz target for some seconds each
+  soak [ROUNDS] [SEED] push and receive while everything around them dies: rounds (15) on each of four set-ups
   bench wal [N]  archiving and fetching N segments (200) beside pgBackRest; needs root
+  bench sync [S] commits a second with a synchronous receiver, beside pg_receivewal
+  bench replay [N] recovery of N segments (200) from an S3 server, beside cp
   ci             lint, then test, then a short run of the fuzz targets";
+
+fn number<T: std::str::FromStr>(text: &str) -> anyhow::Result<T> {
+    text.parse().map_err(|_| anyhow::anyhow!("{text:?} is no number"))
+}
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -25,9 +32,16 @@ fn main() -> ExitCode {
         ["test", "--full"] => steps::test(true),
         ["lint"] => steps::lint(),
         ["fuzz"] => fuzz::run(60),
-        ["fuzz", seconds] => seconds.parse().map_err(anyhow::Error::from).and_then(fuzz::run),
-        ["bench", "wal"] => bench::wal(200),
-        ["bench", "wal", segments] => segments.parse().map_err(anyhow::Error::from).and_then(bench::wal),
+        ["fuzz", seconds] => number(seconds).and_then(fuzz::run),
+        ["soak"] => steps::soak("15", "1"),
+        ["soak", rounds] => steps::soak(rounds, "1"),
+        ["soak", rounds, seed] => steps::soak(rounds, seed),
+        ["bench", "wal"] => bench::wal::run_it(200),
+        ["bench", "wal", segments] => number(segments).and_then(bench::wal::run_it),
+        ["bench", "sync"] => bench::sync::run_it(10),
+        ["bench", "sync", seconds] => number(seconds).and_then(bench::sync::run_it),
+        ["bench", "replay"] => bench::replay::run_it(200),
+        ["bench", "replay", segments] => number(segments).and_then(bench::replay::run_it),
         ["ci"] => steps::lint()
             .and_then(|()| steps::test(false))
             .and_then(|()| fuzz::run(5)),

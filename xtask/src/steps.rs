@@ -131,3 +131,22 @@ fn with_full() -> Result<()> {
     }
     Ok(())
 }
+
+/// The soak of push and receive, by itself and with its log.
+pub fn soak(rounds: &str, seed: &str) -> Result<()> {
+    tools::install_debian()?;
+    tools::install_ministack()?;
+    cargo(&["build", "--workspace"])?;
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(program)
+        .args(["test", "--package", "fairvault-tests", "--test", "soak", "--"])
+        .args(["--nocapture", "--test-threads", "2"])
+        .env("FAIRVAULT_SOAK_ROUNDS", rounds)
+        .env("FAIRVAULT_SOAK_SEED", seed)
+        .current_dir(top())
+        .status()?;
+    match status.success() {
+        true => Ok(()),
+        false => bail!("the soak ended with {status}"),
+    }
+}

@@ -104,6 +104,7 @@ fn print(info: &Info) {
             w.hole
                 .as_ref()
                 .map(|h| format!("; then {h} is MISSING"))
+                .or_else(|| Some(format!("; beyond that, WAL CANNOT BE REPLAYED: {}", w.broken.as_ref()?)))
                 .unwrap_or_default()
         ));
     }

@@ -1,6 +1,10 @@
 //! What a stanza has: backups, WAL with its gaps, and the windows that can be restored.
 
+mod breaks;
+
 use serde::Serialize;
+
+use breaks::Breaks;
 
 use crate::commit::Log;
 use crate::error::{Kind, Result};
@@ -92,6 +96,8 @@ pub struct Window {
     pub to: Option<String>,
     /// The segment that is missing, if later ones are there.
     pub hole: Option<String>,
+    /// Where WAL goes on that cannot be replayed, and why.
+    pub broken: Option<String>,
 }
 
 /// A session that has not ended.
@@ -164,6 +170,7 @@ pub async fn info_of(log: &Log) -> Result<Info> {
             })
             .collect(),
     };
+    let mut breaks = Breaks::load(&archive);
     for backup in &state.backups {
         let i = info(backup);
         let leads = |h: &History| match h.end_of(i.stop_timeline) {
@@ -180,7 +187,8 @@ pub async fn info_of(log: &Log) -> Result<Info> {
                     continue;
                 }
                 restorable = true;
-                add_window(&mut out.windows, &archive, history, &i, &reach, end).await?;
+                let broken = breaks.first(&archive, history, Lsn(i.stop_lsn), end).await?;
+                add_window(&mut out.windows, &archive, history, &i, &reach, end, broken).await?;
             }
         }
         out.backups.push(BackupLine {
@@ -266,7 +274,10 @@ async fn add_window(
     info: &fairvault_format::proto::BackupInfo,
     reach: &Reach,
     end: Lsn,
+    broken: Option<Lsn>,
 ) -> Result<()> {
+    let whole = broken.map_or(reach.end, |broken| broken.min(reach.end));
+    let end = broken.unwrap_or(end);
     let to_lsn = end.to_string();
     if windows
         .iter()
@@ -278,7 +289,7 @@ async fn add_window(
     let mut newest = 0;
     let from = Lsn(info.start_lsn);
     for segment in history
-        .segments(from, reach.end, archive.segment_size)
+        .segments(from, whole, archive.segment_size)
         .into_iter()
         .rev()
         .take(8)
@@ -302,7 +313,8 @@ async fn add_window(
         to_lsn,
         from: rfc3339(info.stopped_us),
         to: (newest != 0).then(|| format_time(newest)),
-        hole: reach.is_hole.then(|| reach.missing.name(archive.segment_size)),
+        hole: (reach.is_hole && broken.is_none()).then(|| reach.missing.name(archive.segment_size)),
+        broken: broken.map(|at| format!("wal_level = minimal at {at}")),
     });
     Ok(())
 }

@@ -161,6 +161,16 @@ impl Memory {
         );
     }
 
+    /// A note about a stanza: what can be found out again.
+    pub fn note(&self, stanza: &Stanza, name: &str) -> Option<Vec<u8>> {
+        Some(Self::read(&self.folder(stanza.shown()), name)?.to_vec())
+    }
+
+    /// Takes a note.
+    pub fn take_note(&self, stanza: &Stanza, name: &str, bytes: &[u8]) {
+        self.write(&self.folder(stanza.shown()), name, bytes);
+    }
+
     /// The log's state as it was last seen.
     pub fn head(&self, stanza: &Stanza) -> Option<proto::Snapshot> {
         let bytes = Self::read(&self.folder(stanza.shown()), "head")?;

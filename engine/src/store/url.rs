@@ -184,6 +184,10 @@ impl RepositoryUrl {
             builder = builder.with_region(region);
         }
         if let Some(endpoint) = &self.endpoint {
+            let endpoint = match self.virtual_host {
+                true => self.bucket_endpoint(endpoint, bucket)?,
+                false => endpoint.clone(),
+            };
             builder = builder.with_endpoint(endpoint).with_allow_http(plain);
         }
         if let (Some(key), Some(secret)) = (&self.access_key, &self.secret_key) {
@@ -213,6 +217,18 @@ impl RepositoryUrl {
         builder
             .build()
             .map_err(|e| self.bad("the S3 client cannot be made").caused_by(e))
+    }
+
+    /// The client wants the bucket's own endpoint; people write down that of the service.
+    fn bucket_endpoint(&self, endpoint: &str, bucket: &str) -> Result<String> {
+        let (scheme, host) = endpoint.split_once("://").ok_or_else(|| {
+            Error::usage(format!("endpoint = {endpoint:?} is no URL"))
+                .remedy("write it as https://host or https://host:port")
+        })?;
+        Ok(match host.starts_with(&format!("{bucket}.")) {
+            true => endpoint.to_owned(),
+            false => format!("{scheme}://{bucket}.{host}"),
+        })
     }
 
     fn gcs(&self, bucket: &str, uploads: bool) -> Result<impl ObjectStore> {

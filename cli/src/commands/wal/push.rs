@@ -1,41 +1,38 @@
 //! `wal push`: durable in every repository, or an error.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fairvault_engine::commit::Log;
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
-use fairvault_engine::wal::background::push as background;
+use fairvault_engine::wal::background::{Exchange, push as background};
 use fairvault_engine::wal::push;
 
 use super::{PARALLEL, destinations, exchange, file_name, folder_of, open, start_worker};
 use crate::args::PushArgs;
-use crate::commands::Outcome;
+use crate::commands::{Outcome, stop_signal};
 use crate::config;
 use crate::context::Context;
 
 /// How long one call waits for the background worker, if nothing else is said.
 const TIMEOUT: Duration = Duration::from_secs(60);
+/// Pause of the service after a failure: the first and the longest.
+const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
 /// Segments in flight hold memory, sealed: bytes of WAL in flight, whatever `parallel` says.
 const IN_FLIGHT_BYTES: u64 = 256 << 20;
 
 /// Runs it.
 pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
+    if args.serve {
+        return serve(context, args).await;
+    }
     push::check_adopted(&args.path)?;
     let name = file_name(&args.path)?;
     let pg_wal = folder_of(&args.path);
     let wal = context.wal(&args.stanza);
     alarm(&pg_wal, &args, wal.max_backlog.as_deref())?;
-    let repositories = context.repositories(Some(&args.stanza))?;
-    let everywhere = Arc::new(Everywhere {
-        level: context.level(&args.stanza, None)?,
-        is_worker: args.worker,
-        context: context.clone(),
-        stanza: args.stanza.clone(),
-        logs: repositories.iter().map(|_| Mutex::default()).collect(),
-        repositories,
-    });
+    let everywhere = Everywhere::new(&context, &args.stanza, args.worker)?;
     // A file that PostgreSQL has not marked as ready is pushed by a person: the worker would not find it.
     let is_ready = pg_wal.join("archive_status").join(format!("{name}.ready")).exists();
     if !wal.asynchronous || !(is_ready || args.worker) {
@@ -46,24 +43,14 @@ pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
     let shown = destinations(&context, &args.stanza, &everywhere.repositories)?;
     let exchange = exchange(&context, &args.stanza, "push", &pg_wal, &shown)?.ok_or_else(no_spool)?;
     if args.worker {
-        let parallel = wal.parallel.unwrap_or(PARALLEL).clamp(1, 64);
-        let parallel = parallel.min(fit(&pg_wal, everywhere.repositories.len()));
-        let one = |name: String| {
-            let (everywhere, path) = (everywhere.clone(), pg_wal.join(&name));
-            async move {
-                let hash = everywhere.push(&name, &path).await?;
-                hash.ok_or_else(|| Error::failed("the hash of what was stored is not known"))
-            }
+        let worker = Worker {
+            everywhere,
+            exchange,
+            shown,
+            pg_wal,
+            parallel: wal.parallel,
         };
-        // Files that come one after the other leave no gap between them.
-        let last = Mutex::new(String::new());
-        let stored = async |name: &str| {
-            let before = std::mem::replace(&mut *lock(&last), name.to_owned());
-            if !push::follows(&before, name) {
-                everywhere.look_for_gap(name, &pg_wal.join(name)).await;
-            }
-        };
-        background::work(&exchange, &pg_wal, &shown, parallel, one, stored).await?;
+        worker.work(background::IDLE).await?;
         return Ok(Outcome::Done);
     }
     let timeout = wal.push_timeout.as_deref();
@@ -79,6 +66,95 @@ pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
             Ok(Outcome::Done)
         }
         Err(error) => Err(error).context(|| not_archived(&name, &pg_wal)),
+    }
+}
+
+/// The worker as a service: it is there before the first command, and outlives failures.
+async fn serve(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
+    let pg_wal = args.path;
+    if !pg_wal.join("archive_status").is_dir() {
+        return Err(Error::usage(format!(
+            "{} has no archive_status: --serve wants the path of the server's pg_wal",
+            pg_wal.display()
+        )));
+    }
+    // As for a file in it: a restored copy does not archive.
+    push::check_adopted(&pg_wal.join("x"))?;
+    let wal = context.wal(&args.stanza);
+    if !wal.asynchronous {
+        return Err(Error::usage("a service archives for commands that ask for it")
+            .remedy("set async = true in the stanza's wal = { … }, also for archive_command"));
+    }
+    let stop = stop_signal();
+    tokio::pin!(stop);
+    let mut pause = PAUSES.0;
+    loop {
+        let everywhere = Everywhere::new(&context, &args.stanza, true)?;
+        let shown = destinations(&context, &args.stanza, &everywhere.repositories)?;
+        let worker = Worker {
+            exchange: exchange(&context, &args.stanza, "push", &pg_wal, &shown)?.ok_or_else(no_spool)?,
+            everywhere,
+            shown,
+            pg_wal: pg_wal.clone(),
+            parallel: wal.parallel,
+        };
+        let began = Instant::now();
+        let ended = tokio::select! {
+            ended = worker.work(Duration::MAX) => ended,
+            () = &mut stop => return Ok(Outcome::Done),
+        };
+        if began.elapsed() > PAUSES.1 * 2 {
+            pause = PAUSES.0;
+        }
+        match ended {
+            // Another worker was there first: it ends when there is nothing to do.
+            Ok(()) => {}
+            Err(error) => {
+                tracing::warn!("{error}; trying again in {} s", pause.as_secs());
+                if let Some(remedy) = error.advice() {
+                    tracing::warn!("{remedy}");
+                }
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = &mut stop => return Ok(Outcome::Done),
+        }
+        pause = (pause * 2).min(PAUSES.1);
+    }
+}
+
+/// What works ahead of PostgreSQL's commands.
+struct Worker {
+    everywhere: Arc<Everywhere>,
+    exchange: Exchange,
+    shown: String,
+    pg_wal: PathBuf,
+    parallel: Option<usize>,
+}
+
+impl Worker {
+    /// Until there was nothing to do for `idle`.
+    async fn work(&self, idle: Duration) -> Result<()> {
+        let Self { everywhere, pg_wal, .. } = self;
+        let parallel = self.parallel.unwrap_or(PARALLEL).clamp(1, 64);
+        let parallel = parallel.min(fit(pg_wal, everywhere.repositories.len()));
+        let one = |name: String| {
+            let (everywhere, path) = (everywhere.clone(), pg_wal.join(&name));
+            async move {
+                let hash = everywhere.push(&name, &path).await?;
+                hash.ok_or_else(|| Error::failed("the hash of what was stored is not known"))
+            }
+        };
+        // Files that come one after the other leave no gap between them.
+        let last = Mutex::new(String::new());
+        let stored = async |name: &str| {
+            let before = std::mem::replace(&mut *lock(&last), name.to_owned());
+            if !push::follows(&before, name) {
+                everywhere.look_for_gap(name, &pg_wal.join(name)).await;
+            }
+        };
+        background::work(&self.exchange, pg_wal, &self.shown, parallel, idle, one, stored).await
     }
 }
 
@@ -141,6 +217,18 @@ struct Everywhere {
 }
 
 impl Everywhere {
+    fn new(context: &Arc<Context>, stanza: &str, is_worker: bool) -> Result<Arc<Self>> {
+        let repositories = context.repositories(Some(stanza))?;
+        Ok(Arc::new(Self {
+            level: context.level(stanza, None)?,
+            is_worker,
+            context: context.clone(),
+            stanza: stanza.to_owned(),
+            logs: repositories.iter().map(|_| Mutex::default()).collect(),
+            repositories,
+        }))
+    }
+
     /// Stores a file in every repository; returns the hash of its content, if this is a worker.
     async fn push(&self, name: &str, path: &Path) -> Result<Option<[u8; 32]>> {
         let pushes = (0..self.repositories.len()).map(|at| self.push_into(at, name, path));

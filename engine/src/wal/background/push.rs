@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use super::Exchange;
 use crate::error::{Error, Kind, Result};
 
-/// How long a worker waits for more before it ends.
-const IDLE: Duration = Duration::from_secs(5);
+/// How long a worker that a command has started waits for more before it ends.
+pub const IDLE: Duration = Duration::from_secs(5);
 /// Files that are taken from the queue before it is looked at again.
 const BATCH: usize = 64;
 
@@ -123,7 +123,8 @@ pub async fn hand_over(
     }
 }
 
-/// The worker: stores what is ready, `parallel` files at a time, until there is nothing more for a while.
+/// The worker: stores what is ready, `parallel` files at a time, until there is nothing more for `idle`; at once
+/// if another one is at work.
 /// `push` stores one file, and returns its content's hash; `stored` is called for each in order. Ends with
 /// the first error, which whoever asks for that file is told.
 pub async fn work<P, F>(
@@ -131,6 +132,7 @@ pub async fn work<P, F>(
     pg_wal: &Path,
     destinations: &str,
     parallel: usize,
+    idle: Duration,
     push: P,
     stored: impl AsyncFn(&str),
 ) -> Result<()>
@@ -148,7 +150,7 @@ where
         queue.retain(|name| !exchange.folder().join(done(name)).exists());
         queue.truncate(BATCH);
         if queue.is_empty() {
-            if idle_since.elapsed() > IDLE {
+            if idle_since.elapsed() > idle {
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -233,7 +235,7 @@ mod tests {
             Ok([0; 32])
         };
         let stored = async |_: &str| {};
-        work(&exchange, folder.path(), "here", 4, push, stored)
+        work(&exchange, folder.path(), "here", 4, IDLE, push, stored)
             .await
             .unwrap_err();
         let mut left = exchange.names().unwrap();
