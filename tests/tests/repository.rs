@@ -4,6 +4,7 @@ mod stores;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use bytes::Bytes;
@@ -112,6 +113,51 @@ async fn conformance_in_a_directory() -> Result<()> {
         "a missing folder is never made in passing"
     );
     conformance(&url.open(true)?).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_acknowledged_is_in_the_folder_although_that_comes_and_goes() -> Result<()> {
+    let scratch = Scratch::new("comesandgoes")?;
+    let (folder, aside) = (scratch.join("repo"), scratch.join("aside"));
+    let url = RepositoryUrl {
+        url: format!("file://{}", folder.display()),
+        retry_timeout: Some(Duration::from_millis(1)),
+        ..Default::default()
+    };
+    let store = url.open(true)?;
+    std::fs::write(folder.join("fairvault.json"), "{}")?;
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (from, to, stopped) = (folder.clone(), aside.clone(), stop.clone());
+    let mover = std::thread::spawn(move || -> std::io::Result<()> {
+        while !stopped.load(Ordering::Relaxed) {
+            std::fs::rename(&from, &to)?;
+            std::thread::sleep(Duration::from_millis(1));
+            // A write that was on its way may have made a new folder in its place.
+            while std::fs::rename(&to, &from).is_err() {
+                let _ = std::fs::remove_dir_all(&from);
+            }
+            std::thread::sleep(Duration::from_millis(8));
+        }
+        Ok(())
+    });
+    let mut won = Vec::new();
+    let began = std::time::Instant::now();
+    let mut number = 0;
+    while began.elapsed() < Duration::from_secs(4) {
+        number += 1;
+        let name = format!("wal/{number}/x");
+        match store.create(&name, Bytes::from_static(b"1"), 64).await {
+            Ok(Created::Won) => won.push(name),
+            _ => tokio::time::sleep(Duration::from_micros(200)).await,
+        }
+    }
+    stop.store(true, Ordering::Relaxed);
+    ensure!(mover.join().is_ok_and(|moved| moved.is_ok()));
+    ensure!(won.len() > 100, "{} of {number} were stored", won.len());
+    for name in &won {
+        ensure!(folder.join(name).exists(), "{name} was acknowledged, and is lost");
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

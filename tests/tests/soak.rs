@@ -174,7 +174,10 @@ impl Soak {
                 None => {
                     std::fs::rename(self.s.path("vault"), self.s.path("hidden"))?;
                     dice.pause(3000);
-                    std::fs::rename(self.s.path("hidden"), self.s.path("vault"))?;
+                    // A write that was on its way may have made a new folder in its place; it is not believed.
+                    while std::fs::rename(self.s.path("hidden"), self.s.path("vault")).is_err() {
+                        std::fs::remove_dir_all(self.s.path("vault"))?;
+                    }
                 }
             },
             4 => {

@@ -188,6 +188,7 @@ impl Store {
         }
     }
 
+    /// Fails if the folder of the repository is gone.
     fn check_root(&self) -> Result<()> {
         match &self.settings.root {
             Some(root) if !root.is_there() => Err(Error::temporary(format!(
@@ -197,6 +198,20 @@ impl Store {
             .remedy("was it unmounted? Nothing is written until it is back")),
             _ => Ok(()),
         }
+    }
+
+    /// Fails unless a folder's object is where the repository is: what was written while the folder went away may
+    /// be in another one that was made in its place.
+    fn check_written(&self, path: &Path) -> Result<()> {
+        self.check_root()?;
+        let Some(root) = &self.settings.root else { return Ok(()) };
+        if !root.path.join(path.as_ref()).is_file() {
+            return Err(Error::temporary(format!(
+                "{}/{path} was written, and is not there: the folder went away meanwhile",
+                self.shown
+            )));
+        }
+        self.check_root()
     }
 
     /// Writes an object that is named by its hash; the same bytes may be there already.
@@ -217,17 +232,23 @@ impl Store {
         self.throttled(|| self.uploads.put_opts(&path, payload.clone(), options.clone()))
             .await
             .map_err(|e| self.error("writing", name, e))?;
-        Ok(())
+        self.check_written(&path)
     }
 
     /// Creates an object if its name is free. The outcome is certain: an unclear answer is followed by the
     /// same bytes again until the name is occupied, and then by a comparison. `limit` bounds what may be there.
     pub async fn create(&self, name: &str, bytes: Bytes, limit: u64) -> Result<Created> {
         self.check_root()?;
+        let created = match self.settings.single_writer {
+            true => self.create_single_writer(name, bytes, limit).await?,
+            false => self.create_conditionally(name, bytes, limit).await?,
+        };
+        self.check_written(&self.path(name)?)?;
+        Ok(created)
+    }
+
+    async fn create_conditionally(&self, name: &str, bytes: Bytes, limit: u64) -> Result<Created> {
         let path = self.path(name)?;
-        if self.settings.single_writer {
-            return self.create_single_writer(name, bytes, limit).await;
-        }
         let deadline = tokio::time::Instant::now() + self.settings.retry_timeout;
         let mut wait = Duration::from_millis(100);
         loop {
@@ -260,6 +281,7 @@ impl Store {
                 return Err(unclear);
             }
             tokio::time::sleep(wait).await;
+            self.check_root()?;
             wait = (wait * 2).min(Duration::from_secs(10));
         }
     }
