@@ -7,6 +7,7 @@ mod args;
 mod commands;
 mod config;
 mod context;
+mod memory;
 mod output;
 mod time;
 
@@ -137,6 +138,9 @@ fn main() -> ExitCode {
     };
     let table = *UNDERSTOOD.get_or_init(|| table_of(&cli.command));
     start_log(&cli.global);
+    if matches!(cli.command, Command::Wal(WalCommand::Receive(_))) {
+        memory::give_back();
+    }
     let output = cli.global.output;
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()

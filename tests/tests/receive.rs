@@ -575,3 +575,29 @@ fn a_slot_that_was_invalidated_is_said() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_receiver_takes_little_memory() -> Result<()> {
+    let s = Fixture::new(
+        "memory",
+        Shape {
+            settings: "max_wal_size = 1GB\n",
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table t (x text)")?;
+    let spool = s.path("spool");
+    for more in [&["--flush-interval", "200ms"][..], &["--spool", &spool]] {
+        let receiver = Receiver::start(&s, more)?;
+        // Faster than it can be stored: the receiver is as full as it gets.
+        for _ in 0..4 {
+            s.sql("insert into t select md5(i::text) from generate_series(1, 500000) i")?;
+        }
+        wait_until_durable(&s, &s.server)?;
+        let peak = receiver.peak_memory()?;
+        println!("{more:?}: {peak} MiB");
+        ensure!(peak <= 64, "{more:?}: {peak} MiB");
+        receiver.stop()?;
+    }
+    Ok(())
+}

@@ -239,6 +239,77 @@ fn compare(major: u32, waldump: Option<Command>) -> Result<()> {
     Ok(())
 }
 
+/// 14's own readers are not to be had; but the server counts records, images and bytes of a statement.
+#[test]
+fn as_many_as_postgresql_14_counts() -> Result<()> {
+    let scratch = Scratch::new("counts")?;
+    let settings = "autovacuum = off\nwal_level = logical\nwal_keep_size = 4GB\nfsync = off\n";
+    let server = Server::create(&scratch, 14, 5432, settings)?;
+    for sql in &WORKLOAD[..4] {
+        server.sql(&scratch, sql)?;
+    }
+    let text = "(select string_agg(md5((i * j)::text), '') from generate_series(1, 400) j)";
+    let toasted = format!("insert into h (i, t) select 50000 + i, {text} from generate_series(1, 20) i");
+    server.sql(&scratch, "drop index h_t_idx, h_t_idx1")?;
+    let statements = [
+        "insert into h select i, md5(i::text), array[i, i % 7], point(i, i), int4range(i, i + 3), to_tsvector('x' || i) from generate_series(4000, 6000) i",
+        "update h set t = t || 'x' where i % 3 = 0",
+        "update h set a = array[1, 2], p = point(0, 0), ts = 'y' where i % 4 = 0",
+        "delete from h where i % 5 = 0",
+        "select i from h where i < 500 for share",
+        "select i from h where i < 500 for update",
+        toasted.as_str(),
+    ];
+    let number = |text: &str, key: &str| -> Result<u64> {
+        let rest = text.split_once(&format!("\"{key}\": ")).context("a count")?.1;
+        let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        Ok(digits.parse()?)
+    };
+    let mut spans = Vec::new();
+    for round in 0..4 {
+        // In the second and fourth, every page comes with an image; in the last two, compressed.
+        if round % 2 == 1 {
+            server.sql(&scratch, "checkpoint")?;
+        }
+        let compression = if round >= 2 { "on" } else { "off" };
+        for sql in statements {
+            let text = server.sql(
+                &scratch,
+                &format!(
+                    "begin; set local wal_compression = {compression}; select pg_current_wal_insert_lsn() as here; \
+                     explain (analyze, wal, format json) {sql}; select pg_current_wal_insert_lsn() as here; rollback"
+                ),
+            )?;
+            let mut positions = text.lines().filter_map(|line| lsn(line).ok());
+            let (from, to) = (positions.next().context("from")?, positions.next().context("to")?);
+            let counts = ["WAL Records", "WAL FPI", "WAL Bytes"].map(|key| number(&text, key));
+            let [records, images, bytes] = counts;
+            spans.push((sql, from, to, [records?, images?, bytes?]));
+        }
+    }
+    let last = lsn(&server.sql(&scratch, "select pg_current_wal_lsn()")?)? / SEGMENT;
+    server.sql(&scratch, "select pg_switch_wal()")?;
+    let ours = by_us(&server.data.join("pg_wal"), 1, last)?;
+    let mut images = 0;
+    for (sql, from, to, counted) in spans {
+        // What others write meanwhile: snapshots of running transactions, of nobody.
+        let standby = 8;
+        let span = ours
+            .iter()
+            .filter(|row| row.lsn >= from && row.lsn < to && row.rmgr != standby);
+        let mut found = [0; 3];
+        for row in span {
+            found[0] += 1;
+            found[1] += row.blocks.iter().filter(|block| block.3).count() as u64;
+            found[2] += u64::from(row.len);
+        }
+        images += found[1];
+        ensure!(found == counted, "{sql}: {found:?}, and the server counted {counted:?}");
+    }
+    ensure!(images > 300, "{images} images");
+    Ok(())
+}
+
 #[test]
 fn as_pg_waldump_of_15() -> Result<()> {
     compare(15, Some(Command::new("/usr/lib/postgresql/15/bin/pg_waldump")))

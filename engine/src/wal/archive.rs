@@ -215,17 +215,23 @@ impl Archive {
         Ok((stored, piece))
     }
 
-    /// Stores a complete segment whose summary was made while it arrived.
-    pub async fn put_whole(&self, segment: Segment, summary: proto::WalSummary, content: Vec<u8>) -> Result<Stored> {
+    /// Stores a complete segment whose summary was made while it arrived; gives its buffer back.
+    pub async fn put_whole(
+        &self,
+        segment: Segment,
+        summary: proto::WalSummary,
+        content: Vec<u8>,
+    ) -> Result<(Stored, Vec<u8>)> {
         self.check_open(segment.timeline, segment.end(self.segment_size))?;
         let name = segment.name(self.segment_size);
         let object = self.object_name(&WalFile::Segment(segment), &name);
         let id = self.stanza.keys().chunk_id(&content);
         let header = self.segment_facts(segment, summary);
-        let sealed = self
+        let (sealed, content) = self
             .seal(ObjectKind::WalSegment, object.clone(), header, content)
             .await?;
-        self.create_same(ObjectKind::WalSegment, &object, sealed.0, id).await
+        let stored = self.create_same(ObjectKind::WalSegment, &object, sealed, id).await?;
+        Ok((stored, content))
     }
 
     pub(super) fn segment_facts(&self, segment: Segment, summary: proto::WalSummary) -> proto::WalHeader {

@@ -22,7 +22,7 @@ use crate::replication::wal_stream::{WalItem, WalStream};
 use crate::wal::archive::Archive;
 
 /// Received bytes that may wait for the disk.
-const PENDING_BYTES: usize = 8 << 20;
+const PENDING_BYTES: usize = 2 << 20;
 
 /// What others hear of the feed.
 pub struct Heard {

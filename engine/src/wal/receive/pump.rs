@@ -26,7 +26,7 @@ use crate::wal::summary::Summarizer;
 /// Segments up to this size are held and stored as one object.
 const WHOLE_BYTES: u64 = 16 << 20;
 /// The largest piece.
-const PIECE_BYTES: usize = 8 << 20;
+const PIECE_BYTES: usize = 4 << 20;
 /// Pieces of about one size after which one takes their place.
 const MERGE_PIECES: usize = 32;
 
@@ -108,6 +108,7 @@ pub async fn run<'a>(
         pending: None,
         there: start.there,
         store_failed: false,
+        spare: Vec::new(),
         holds_whole: archive.segment_size <= WHOLE_BYTES && !options.keep_pieces,
     };
     let mut storing: Option<Storing<'a>> = None;
@@ -152,6 +153,8 @@ struct Pump<'a> {
     there: BTreeSet<u64>,
     store_failed: bool,
     holds_whole: bool,
+    /// A buffer that was used for a segment before.
+    spare: Vec<u8>,
 }
 
 impl<'a> Pump<'a> {
@@ -292,6 +295,7 @@ impl<'a> Pump<'a> {
         if !self.holds_whole {
             current.hash.update(&bytes);
         } else if current.buffer.capacity() == 0 {
+            current.buffer = std::mem::take(&mut self.spare);
             current.buffer.reserve_exact(size);
         }
         current.buffer.extend_from_slice(&bytes);
@@ -326,19 +330,24 @@ impl<'a> Pump<'a> {
     /// Stores what waits; together with the pieces before it, if there are many.
     fn piece(&mut self) -> Storing<'a> {
         let base = self.current.segment.start(self.archive.segment_size).0;
-        let (replaced, generation) = match self.holds_whole {
+        let (count, generation) = match self.holds_whole {
             true => many(&self.current.pieces),
             false => (0, 0),
         };
-        let at = self.current.pieces.len() - replaced;
-        let replaced: Vec<Piece> = self.current.pieces.drain(at..).map(|held| held.piece).collect();
-        let starts = replaced.iter().map(|piece| (piece.start - base) as usize);
-        let from = starts.fold(self.current.stored, usize::min);
-        let content = &self.current.buffer[from - self.current.base..];
-        let content = match self.holds_whole {
-            true => content.to_vec(),
-            false => content[..content.len().min(PIECE_BYTES)].to_vec(),
+        let pieces = &self.current.pieces;
+        let merged = pieces[pieces.len() - count..]
+            .iter()
+            .map(|held| (held.piece.start - base) as usize);
+        let merged = merged.fold(self.current.stored, usize::min);
+        // Large pieces stay as they are: what is stored at once is bounded.
+        let (count, generation, from) = match self.current.received() - merged <= PIECE_BYTES {
+            true => (count, generation, merged),
+            false => (0, 0, self.current.stored),
         };
+        let at = self.current.pieces.len() - count;
+        let replaced: Vec<Piece> = self.current.pieces.drain(at..).map(|held| held.piece).collect();
+        let content = &self.current.buffer[from - self.current.base..];
+        let content = content[..content.len().min(PIECE_BYTES)].to_vec();
         let end = from + content.len();
         self.current.stored = end;
         if end == self.current.received() {
@@ -383,7 +392,11 @@ impl<'a> Pump<'a> {
 
     fn finished(&mut self, done: Result<Done>) -> Result<()> {
         self.store_failed |= done.is_err();
-        let done = done?;
+        let mut done = done?;
+        if let Some(mut spare) = done.spare.take() {
+            spare.clear();
+            self.spare = spare;
+        }
         self.durable = self.durable.max(done.durable);
         if let Some(piece) = done.piece
             && done.segment == self.current.segment

@@ -28,6 +28,8 @@ pub struct Done {
     pub piece: Option<Piece>,
     /// What is stored of the next segment, if this one is complete.
     pub next: Option<Known>,
+    /// The buffer that held it: it is used again, so that memory does not grow with the time.
+    pub spare: Option<Vec<u8>>,
 }
 
 /// Something that is being stored.
@@ -95,6 +97,7 @@ pub fn piece<'a>(
             durable: Lsn(piece.end),
             piece: Some(piece),
             next: None,
+            spare: None,
         })
     })
 }
@@ -121,8 +124,9 @@ pub struct Full {
 pub fn full<'a>(guard: &'a Guard, archive: &'a Archive, full: Full) -> Storing<'a> {
     Box::pin(async move {
         let segment = full.segment;
+        let mut spare = None;
         if !full.is_known {
-            store(
+            spare = store(
                 archive,
                 full.segment,
                 full.summary,
@@ -142,6 +146,7 @@ pub fn full<'a>(guard: &'a Guard, archive: &'a Archive, full: Full) -> Storing<'
             durable: segment.end(archive.segment_size),
             piece: None,
             next: Some(next),
+            spare,
         })
     })
 }
@@ -153,7 +158,7 @@ async fn store(
     content: Option<Vec<u8>>,
     mut pieces: Vec<Piece>,
     hash: blake3::Hasher,
-) -> Result<()> {
+) -> Result<Option<Vec<u8>>> {
     let summary = summary.finish();
     if summary.stopped_at != 0 && !summary.switched {
         return Err(Error::refused(format!(
@@ -169,14 +174,15 @@ async fn store(
         None => {
             let id = *hash.finalize().as_bytes();
             archive.put_seal(segment, summary, id, &pieces).await?;
+            Ok(None)
         }
         Some(content) => {
-            let stored = archive.put_whole(segment, summary, content).await?;
+            let (stored, spare) = archive.put_whole(segment, summary, content).await?;
             // What was there already may be a seal of these very pieces.
             if stored == Stored::New || !archive.is_sealed(segment).await? {
                 archive.delete_pieces(&pieces).await;
             }
+            Ok(Some(spare))
         }
     }
-    Ok(())
 }
