@@ -15,6 +15,9 @@ use crate::postgres::segment::{Segment, WalFile};
 use crate::stanza::Stanza;
 use crate::store::Created;
 
+/// Content up to this size is sealed where we stand: a hop to another thread takes longer.
+const INLINE_BYTES: usize = 64 << 10;
+
 /// What happened to a file that was to be stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stored {
@@ -324,7 +327,7 @@ impl Archive {
         }
     }
 
-    /// Seals away from the async threads; returns the object and the content.
+    /// Seals away from the async threads, unless that is done at once; returns the object and the content.
     async fn seal(
         &self,
         kind: ObjectKind,
@@ -334,6 +337,7 @@ impl Archive {
     ) -> Result<(Vec<u8>, Vec<u8>)> {
         let (stanza, level) = (self.stanza.clone(), self.level);
         let salt = env::salt(stanza.env())?;
+        let small = content.len() <= INLINE_BYTES;
         let work = move || {
             wal::seal_wal(
                 stanza.keys(),
@@ -347,6 +351,9 @@ impl Archive {
             )
             .map(|sealed| (sealed, content))
         };
+        if small {
+            return Ok(work()?);
+        }
         match tokio::task::spawn_blocking(work).await {
             Ok(result) => Ok(result?),
             Err(error) => Err(Error::failed("sealing WAL").caused_by(error)),

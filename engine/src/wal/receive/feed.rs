@@ -90,7 +90,7 @@ pub async fn once(
         Ok(mut stream) => {
             stream.tell(heard.told.clone());
             heard.connected.send_modify(|count| *count += 1);
-            let writer = spool.writer(cluster, from)?;
+            let writer = spool.writer(cluster, from, options.synchronous)?;
             let mut feed = Feed {
                 spool,
                 options,
@@ -214,7 +214,10 @@ impl Feed<'_> {
         let (mut last_heard, mut last_said) = (Instant::now(), Instant::now());
         let mut changes = self.spool.changes();
         loop {
-            self.start_write();
+            if self.start_write()? {
+                self.say(false).await?;
+                last_said = Instant::now();
+            }
             let has_room = self.has_room();
             let room = has_room && self.pending_bytes < PENDING_BYTES;
             if !room {
@@ -274,18 +277,27 @@ impl Feed<'_> {
         Ok(())
     }
 
-    /// Everything that has arrived is written and synced at once.
-    fn start_write(&mut self) {
+    /// Everything that has arrived is written and synced at once. Where commits wait for it, that is done here:
+    /// two hops between threads take as long as the sync itself.
+    fn start_write(&mut self) -> Result<bool> {
         if self.pending.is_empty() {
-            return;
+            return Ok(false);
         }
-        let Some(mut writer) = self.writer.take() else { return };
+        let Some(mut writer) = self.writer.take() else {
+            return Ok(false);
+        };
         let batch = std::mem::take(&mut self.pending);
         self.pending_bytes = 0;
+        if self.options.synchronous {
+            let done = writer.append(&batch);
+            self.written(Ok((writer, done)))?;
+            return Ok(true);
+        }
         self.writing = Some(tokio::task::spawn_blocking(move || {
             let done = writer.append(&batch);
             (writer, done)
         }));
+        Ok(false)
     }
 
     fn written(&mut self, joined: std::result::Result<(Writer, Result<()>), tokio::task::JoinError>) -> Result<()> {
@@ -304,7 +316,7 @@ impl Feed<'_> {
     /// Writes what has arrived: the server may be gone for good.
     async fn drain(&mut self) -> Result<()> {
         loop {
-            self.start_write();
+            self.start_write()?;
             match self.writing.as_mut() {
                 Some(write) => {
                     let written = write.await;

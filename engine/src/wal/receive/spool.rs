@@ -108,6 +108,17 @@ fn sync_folder(folder: &Path) -> std::io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
+fn write_zeros(file: &mut File, len: u64) -> std::io::Result<()> {
+    let zeros = vec![0u8; 256 << 10];
+    let mut left = len;
+    while left > 0 {
+        let now = left.min(zeros.len() as u64);
+        file.write_all(&zeros[..now as usize])?;
+        left -= now;
+    }
+    Ok(())
+}
+
 impl Spool {
     /// Opens the spool in `folder`, which is made if it is not there. It holds `limit` bytes at most.
     pub fn open(stanza: Arc<Stanza>, folder: PathBuf, limit: u64) -> Result<Arc<Self>> {
@@ -375,8 +386,9 @@ impl Spool {
         }
     }
 
-    /// Goes on with WAL at `from`, in a new journal.
-    pub fn writer(self: &Arc<Self>, cluster: Cluster, from: Position) -> Result<Writer> {
+    /// Goes on with WAL at `from`, in a new journal. `fast` has journals written full of zeros first: then a sync
+    /// has no change of a file's size to wait for.
+    pub fn writer(self: &Arc<Self>, cluster: Cluster, from: Position, fast: bool) -> Result<Writer> {
         // The segment that is received stays until it is stored as a whole, and there must be more room.
         let least = 3 * cluster.segment_size;
         if self.limit < least {
@@ -391,6 +403,7 @@ impl Spool {
             spool: self.clone(),
             cluster,
             at: from,
+            fast,
             open: None,
         })
     }
@@ -457,12 +470,23 @@ impl OpenPart {
     }
 }
 
+/// A journal that is being written.
+struct OpenJournal {
+    file: File,
+    journal: Journal,
+    /// Bytes that were written.
+    len: u64,
+    /// Bytes of the file, zeros at its end included.
+    reserved: u64,
+}
+
 /// Appends to the spool. After an error it is of no use: nothing may follow what could be torn.
 pub struct Writer {
     spool: Arc<Spool>,
     cluster: Cluster,
     at: Position,
-    open: Option<(File, Journal)>,
+    fast: bool,
+    open: Option<OpenJournal>,
 }
 
 impl Writer {
@@ -488,18 +512,22 @@ impl Writer {
 
     fn write(&mut self, content: &[u8]) -> Result<()> {
         let at_segment = self.at.lsn.0.is_multiple_of(self.cluster.segment_size);
-        let is_full = self.open.as_ref().is_none_or(|(_, journal)| journal.is_full());
+        let is_full = self.open.as_ref().is_none_or(|open| open.journal.is_full());
         if at_segment || is_full {
             self.begin()?;
         }
-        let Some((file, journal)) = &mut self.open else {
+        let Some(open) = &mut self.open else {
             return Err(Error::failed("the spool has no journal to write to"));
         };
-        let sealed = journal.seal(content)?;
-        file.write_all(&sealed)
+        let sealed = open.journal.seal(content)?;
+        open.file
+            .write_all(&sealed)
             .map_err(|e| Error::io(format_args!("writing to the spool {}", self.spool.folder.display()), e))?;
         self.at.lsn.0 += content.len() as u64;
-        self.spool.state().bytes += sealed.len() as u64;
+        open.len += sealed.len() as u64;
+        let more = open.len.saturating_sub(open.reserved);
+        open.reserved += more;
+        self.spool.state().bytes += more;
         Ok(())
     }
 
@@ -525,6 +553,10 @@ impl Writer {
         let salt = env::salt(stanza.env())?;
         let (journal, bytes) = Journal::begin(stanza.keys(), stanza.scope(), salt, &name, &head)?;
         // One that is there under this name holds nothing that counts.
+        // The rest of the segment, and what sections take around it.
+        let size = self.cluster.segment_size;
+        let left = size - self.at.lsn.0 % size;
+        let reserved = if self.fast { left + left / 16 } else { 0 };
         let replaced = std::fs::metadata(spool.path(&name)).map_or(0, |meta| meta.len());
         {
             let mut state = spool.state();
@@ -539,22 +571,35 @@ impl Writer {
                 .create_new(true)
                 .mode(0o600)
                 .open(spool.path(&name))?;
+            if reserved > 0 {
+                write_zeros(&mut file, reserved)?;
+                file.sync_all()?;
+                file.rewind()?;
+            }
             file.write_all(&bytes)?;
             sync_folder(&spool.folder)?;
             Ok(file)
         };
         let file = create().map_err(spool.io("writing", &name))?;
+        let len = bytes.len() as u64;
+        let reserved = reserved.max(len);
         let mut state = spool.state();
-        state.bytes += bytes.len() as u64;
+        state.bytes += reserved;
         state.parts.push(part);
-        self.open = Some((file, journal));
+        self.open = Some(OpenJournal {
+            file,
+            journal,
+            len,
+            reserved,
+        });
         Ok(())
     }
 
     /// What was written counts from here on.
     fn sync(&mut self) -> Result<()> {
-        let Some((file, _)) = &self.open else { return Ok(()) };
-        file.sync_data()
+        let Some(open) = &self.open else { return Ok(()) };
+        open.file
+            .sync_data()
             .map_err(|e| Error::io(format_args!("syncing the spool {}", self.spool.folder.display()), e))?;
         let mut state = self.spool.state();
         if let Some(part) = state.parts.last_mut() {

@@ -47,6 +47,11 @@ pub async fn run(
     };
     let mut connected = heard.connected.subscribe();
 
+    // Commits wait for the spool, and nobody for the repository.
+    let at_leisure = Options {
+        synchronous: false,
+        ..options.clone()
+    };
     let mut lessons = Lessons::default();
     let feeding = async {
         let mut repository = guard;
@@ -63,7 +68,7 @@ pub async fn run(
         spool: &spool,
         stanza,
         guard: guard_in,
-        options,
+        options: &at_leisure,
     };
     let mut stored_lessons = Lessons::default();
     let storing = keep_trying(stop_storing.clone(), async || {
