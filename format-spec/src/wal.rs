@@ -7,6 +7,9 @@ use crate::limits;
 use crate::object::{ObjectReader, ObjectWriter};
 use crate::proto::WalHeader;
 
+/// Runs from this size on are hashed beside what else is done with them.
+const PARALLEL_BYTES: usize = 1 << 20;
+
 /// Seals a WAL file run by run: nothing but the sealed object is held.
 pub struct WalSealer<'a> {
     writer: ObjectWriter<'a>,
@@ -105,8 +108,17 @@ pub fn open_wal_runs<E: From<FormatError>>(
         if len > header.content_len {
             return Err(FormatError::damaged(context, "it holds more than its header says").into());
         }
-        hasher.update(&run);
-        take(&header, &run)?;
+        // Taking a large run lasts as long as hashing it.
+        match run.len() >= PARALLEL_BYTES {
+            true => std::thread::scope(|scope| {
+                scope.spawn(|| hasher.update(&run));
+                take(&header, &run)
+            })?,
+            false => {
+                hasher.update(&run);
+                take(&header, &run)?;
+            }
+        }
     }
     if len != header.content_len || hasher.finalize().as_bytes()[..] != header.content_id {
         return Err(FormatError::damaged(context, "its content does not match its id").into());

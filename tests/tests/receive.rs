@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::receiver::wait_until_durable;
+use fairvault_tests::s3::S3;
 use fairvault_tests::tools::reader;
-use fairvault_tests::{Fixture, Receiver, Server, Shape, run};
+use fairvault_tests::{Fixture, Receiver, Server, Shape, run, tools};
 
 /// Segments of 1 MiB.
 const SMALL: Shape<'static> = Shape {
@@ -298,6 +300,9 @@ fn store_and_server_may_go_away_for_a_while() -> Result<()> {
     std::fs::rename(s.path("vault"), s.path("hidden"))?;
     s.sql("insert into t values (2)")?;
     receiver.wait_for_line("trying again")?;
+    if tools::is_full() {
+        std::thread::sleep(Duration::from_secs(60));
+    }
     std::fs::rename(s.path("hidden"), s.path("vault"))?;
     wait_until_durable(&s, &s.server)?;
     s.server.stop(&s.scratch, "immediate")?;
@@ -599,5 +604,62 @@ fn a_receiver_takes_little_memory() -> Result<()> {
         ensure!(peak <= 64, "{more:?}: {peak} MiB");
         receiver.stop()?;
     }
+    Ok(())
+}
+
+#[test]
+fn only_what_is_asked_for_is_promised() -> Result<()> {
+    // Whoever reports flushed WAL is taken as a synchronous standby by `*`.
+    let s = Fixture::new(
+        "promise",
+        Shape {
+            settings: "synchronous_standby_names = '*'\nsynchronous_commit = local\n",
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    let receiver = Receiver::start(&s, &["--no-slot", "--flush-interval", "100ms"])?;
+    s.sql("insert into t values (1)")?;
+    let now = s.sql("select pg_current_wal_flush_lsn()")?;
+    let written = format!("select write_lsn >= '{now}' from pg_stat_replication");
+    s.server.wait_for(&s.scratch, &written, "t")?;
+    std::thread::sleep(Duration::from_secs(1));
+    let flushed = s.sql("select coalesce(flush_lsn, '0/0') from pg_stat_replication")?;
+    ensure!(flushed == "0/0", "{flushed}");
+    receiver.stop()?;
+    Ok(())
+}
+
+#[test]
+fn a_slow_store_is_no_reason_for_the_server_to_hang_up() -> Result<()> {
+    let mut s = Fixture::new(
+        "slow",
+        Shape {
+            stanza: false,
+            settings: "wal_sender_timeout = 3s\n",
+            ..SMALL
+        },
+    )?;
+    let s3 = S3::start(&s.scratch, "bucket")?;
+    let proxy = Proxy::start(Target::Port(s3.port))?;
+    s.use_s3(&format!("http://127.0.0.1:{}", proxy.port), "s3://bucket/x", "")?;
+    s.ok(&["stanza", "create", "acme"])?;
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "100ms"])?;
+    // A segment of random text takes longer than the server's patience.
+    proxy.rate(100_000);
+    s.sql("insert into t select md5(random()::text) from generate_series(1, 12000) i")?;
+    std::thread::sleep(Duration::from_secs(8));
+    proxy.rate(0);
+    wait_until_durable(&s, &s.server)?;
+    let text = receiver.stop()?;
+    ensure!(!text.contains("trying again"), "{text}");
+    ensure!(
+        !s.server.log_text().contains("terminating walsender"),
+        "{}",
+        s.server.log_text()
+    );
     Ok(())
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::receiver::Receiver;
 use fairvault_tests::s3::S3;
-use fairvault_tests::{Fixture, Server, Shape, code, run};
+use fairvault_tests::{Fixture, Server, Shape, code, run, tools};
 
 /// Pseudo-random numbers (splitmix64), the same for a seed on every machine.
 struct Dice(u64);
@@ -116,8 +116,11 @@ impl Soak {
             self.link.port
         );
         let mut options = vec!["--synchronous", "--conninfo", &conninfo];
-        if let Some(spool) = &self.spool {
-            options.extend(["--spool", spool]);
+        match &self.spool {
+            Some(spool) => options.extend(["--spool", spool]),
+            // Here, pieces stay and are sealed.
+            None if self.store.is_some() => options.push("--keep-pieces"),
+            None => {}
         }
         self.receiver = Some(Receiver::spawn(&self.s, &options)?);
         Ok(())
@@ -282,7 +285,7 @@ impl Soak {
 }
 
 fn soak(on_s3: bool, with_spool: bool) -> Result<()> {
-    let rounds = number("FAIRVAULT_SOAK_ROUNDS", 2);
+    let rounds = number("FAIRVAULT_SOAK_ROUNDS", if tools::is_full() { 6 } else { 2 });
     let seed = number("FAIRVAULT_SOAK_SEED", 1);
     let mut dice = Dice(seed + 2 * u64::from(on_s3) + u64::from(with_spool));
     let mut soak = Soak::new(on_s3, with_spool)?;

@@ -1,5 +1,6 @@
 //! `wal receive` with a spool: what is acknowledged is on this host's disk, and the repository follows.
 
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -41,14 +42,18 @@ fn all_good(s: &Fixture) -> Result<()> {
     Ok(())
 }
 
+/// Journals, in their order.
+fn journals(s: &Fixture) -> Vec<PathBuf> {
+    let mut files = fairvault_tests::fixture::files(&s.scratch.join("spool"));
+    files.retain(|path| path.extension().is_some_and(|e| e == "wal"));
+    files
+}
+
 /// Bytes in journals.
 fn spooled(s: &Fixture) -> u64 {
-    let files = fairvault_tests::fixture::files(&s.scratch.join("spool"));
-    let journals = files.iter().filter(|path| path.extension().is_some_and(|e| e == "wal"));
-    journals
-        .filter_map(|path| path.metadata().ok())
-        .map(|meta| meta.len())
-        .sum()
+    let journals = journals(s);
+    let lengths = journals.iter().filter_map(|path| path.metadata().ok());
+    lengths.map(|meta| meta.len()).sum()
 }
 
 fn destroy(s: &Fixture) -> Result<()> {
@@ -292,11 +297,7 @@ fn a_damaged_journal_is_said_and_nothing_is_made_of_it() -> Result<()> {
     receiver.wait_for_line("trying again")?;
     receiver.kill()?;
     std::fs::rename(s.path("hidden"), s.path("vault"))?;
-    let journals = fairvault_tests::fixture::files(&s.scratch.join("spool"));
-    let journals: Vec<_> = journals
-        .iter()
-        .filter(|path| path.extension().is_some_and(|e| e == "wal"))
-        .collect();
+    let journals = journals(&s);
     let middle = journals.get(journals.len() / 2).context("journals")?;
     let mut bytes = std::fs::read(middle)?;
     let at = bytes.len() / 2;
@@ -315,4 +316,180 @@ fn a_damaged_journal_is_said_and_nothing_is_made_of_it() -> Result<()> {
     receiver.stop()?;
     ensure!(!s.ok(&["info", "acme"])?.contains("gap"));
     Ok(())
+}
+
+#[test]
+fn connections_that_come_and_go_do_not_fill_the_spool() -> Result<()> {
+    let s = Fixture::new(
+        "spoolcuts",
+        Shape {
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = local\n",
+            ..SMALL
+        },
+    )?;
+    let link = Proxy::start(Target::Socket(s.scratch.join(".s.PGSQL.5432")))?;
+    let spool = s.path("spool");
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    let conninfo = format!("host=127.0.0.1 port={} user=postgres sslmode=disable", link.port);
+    let options = [
+        "--synchronous",
+        "--spool",
+        &spool,
+        "--spool-size",
+        "4MiB",
+        "--conninfo",
+        &conninfo,
+    ];
+    let mut receiver = Receiver::start(&s, &options)?;
+    for round in 0..5 {
+        s.sql("set synchronous_commit = on; set statement_timeout = '20s'; insert into t values ('x')")?;
+        link.cut();
+        receiver.wait_for_line("trying again in")?;
+        std::thread::sleep(Duration::from_millis(600));
+        ensure!(round == 0 || spooled(&s) < 3 << 20, "{} bytes", spooled(&s));
+    }
+    s.sql("set synchronous_commit = on; set statement_timeout = '20s'; insert into t values ('last')")?;
+    let text = receiver.stop()?;
+    ensure!(!text.contains("ALARM"), "{text}");
+    destroy(&s)?;
+    ensure!(restored_rows(&s)? == "6");
+    Ok(())
+}
+
+#[test]
+fn a_spool_that_others_have_overtaken_is_stored_and_left() -> Result<()> {
+    let s = Fixture::new(
+        "spoolstale",
+        Shape {
+            settings: "max_wal_size = 2MB\nmin_wal_size = 2MB\n",
+            ..SMALL
+        },
+    )?;
+    let spool = s.path("spool");
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    let mut receiver = Receiver::start(&s, &["--spool", &spool, "--no-slot"])?;
+    std::fs::rename(s.path("vault"), s.path("hidden"))?;
+    s.sql("insert into t values ('first')")?;
+    receiver.wait_for_line("trying again")?;
+    std::thread::sleep(Duration::from_millis(500));
+    receiver.kill()?;
+    std::fs::rename(s.path("hidden"), s.path("vault"))?;
+    // Another receiver goes on, and the server forgets.
+    let other = Receiver::start(&s, &["--slot", "other"])?;
+    for _ in 0..8 {
+        s.sql("insert into t select md5(i::text) from generate_series(1, 9000) i; checkpoint")?;
+    }
+    wait_until_durable(&s, &s.server)?;
+    other.stop()?;
+    s.sql("select pg_drop_replication_slot('other')")?;
+    let receiver = Receiver::start(&s, &["--spool", &spool])?;
+    s.sql("insert into t values ('last')")?;
+    wait_until_durable(&s, &s.server)?;
+    let text = receiver.stop()?;
+    ensure!(text.contains("what it holds is stored first"), "{text}");
+    destroy(&s)?;
+    ensure!(restored_rows(&s)? == "72002");
+    all_good(&s)
+}
+
+#[test]
+fn a_server_that_was_set_back_is_refused_by_what_the_spool_holds() -> Result<()> {
+    let s = Fixture::new("spoolback", SMALL)?;
+    let spool = s.path("spool");
+    s.sql("create table t (x text)")?;
+    s.sql("checkpoint")?;
+    s.server.stop(&s.scratch, "fast")?;
+    let copy = ["-a", &s.path("data5432"), &s.path("snapshot")];
+    run(s.scratch.command("cp").args(copy))?;
+    s.server.start(&s.scratch)?;
+    s.backup()?;
+    let receiver = Receiver::start(&s, &["--spool", &spool, "--no-slot"])?;
+    s.sql("insert into t select 'right' from generate_series(1, 1000)")?;
+    std::thread::sleep(Duration::from_secs(1));
+    receiver.stop()?;
+    destroy(&s)?;
+    let back = ["-a", &s.path("snapshot"), &s.path("data5432")];
+    run(s.scratch.command("cp").args(back))?;
+    s.server.start(&s.scratch)?;
+    // It goes on, beyond where the spool ends, with other rows.
+    for _ in 0..3 {
+        s.sql("insert into t select 'wrong' from generate_series(1, 2000); select pg_switch_wal()")?;
+    }
+    let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--no-slot", "--spool", &spool]);
+    ensure!(exit == 1 && text.contains("set back or replaced"), "{exit} {text}");
+    s.server.stop(&s.scratch, "immediate")?;
+    std::fs::rename(&s.server.data, s.scratch.join("wrong"))?;
+    ensure!(restored_rows(&s)? == "1000");
+    Ok(())
+}
+
+#[test]
+fn what_a_crash_leaves_of_a_spool_is_understood() -> Result<()> {
+    let s = Fixture::new("spoolcrash", SMALL)?;
+    let spool = s.path("spool");
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    // Two journals of one segment, not stored.
+    let options = ["--spool", &spool, "--flush-interval", "60s"];
+    let fill = "insert into t select md5(i::text) from generate_series(1, 1000) i";
+    for _ in 0..2 {
+        let receiver = Receiver::start(&s, &options)?;
+        s.sql(fill)?;
+        wait_until_durable(&s, &s.server)?;
+        receiver.kill()?;
+    }
+    let all = journals(&s);
+    ensure!(all.len() >= 2, "{all:?}");
+    let last = all[all.len() - 1].clone();
+    let good = std::fs::read(&last)?;
+    ensure!(good.len() > 8192, "{} bytes", good.len());
+    // A torn end is cut off; what was written before it counts.
+    std::fs::write(&last, [&good[..], &[7; 100]].concat())?;
+    let receiver = Receiver::start(&s, &options)?;
+    wait_until_durable(&s, &s.server)?;
+    let text = receiver.kill()?;
+    ensure!(text.contains("does not open, as after a write"), "{text}");
+    // A head that does not open, with content behind it, is damage: nothing is removed.
+    let good = std::fs::read(&last)?;
+    let mut bad = good.clone();
+    bad[100] ^= 1;
+    std::fs::write(&last, bad)?;
+    let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--spool", &spool]);
+    ensure!(exit == 4 && last.exists(), "{exit} {text}");
+    std::fs::write(&last, good)?;
+    // The store is away when it is asked to stop: what is not stored yet is said, and the code is "try again".
+    let mut receiver = Receiver::start(&s, &["--spool", &spool, "--flush-interval", "200ms"])?;
+    std::fs::rename(s.path("vault"), s.path("hidden"))?;
+    s.sql(fill)?;
+    receiver.wait_for_line("trying again")?;
+    run(Command::new("kill").args(["-TERM", &receiver.pid().to_string()]))?;
+    let (exit, text) = receiver.wait()?;
+    ensure!(exit == 75 && text.contains("keep the spool"), "{exit} {text}");
+    std::fs::rename(s.path("hidden"), s.path("vault"))?;
+    let receiver = Receiver::start(&s, &["--spool", &spool, "--flush-interval", "200ms"])?;
+    for _ in 0..8 {
+        s.sql(fill)?;
+    }
+    wait_until_durable(&s, &s.server)?;
+    receiver.stop()?;
+    // A release that died between two journals: the rest goes with the next start.
+    let left = journals(&s);
+    let first = left.first().context("a journal")?.clone();
+    let name = first.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let start = u64::from_str_radix(name.split('-').nth(1).unwrap_or_default(), 16)?;
+    let leftover = first.with_file_name(format!("00000001-{:016X}.wal", start - (512 << 10)));
+    std::fs::copy(&first, &leftover)?;
+    run(Command::new("chown").arg("postgres:").arg(&leftover))?;
+    let released = first.with_file_name("released");
+    ensure!(std::fs::read_to_string(&released)?.contains(&format!("{start:016X}")));
+    let receiver = Receiver::start(&s, &["--spool", &spool, "--flush-interval", "200ms"])?;
+    s.sql(fill)?;
+    wait_until_durable(&s, &s.server)?;
+    receiver.stop()?;
+    ensure!(!leftover.exists());
+    destroy(&s)?;
+    ensure!(restored_rows(&s)? == "12000");
+    all_good(&s)
 }

@@ -15,6 +15,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   fuzz [SECONDS] every fuzz target for some seconds each
   soak [ROUNDS] [SEED] push and receive while everything around them dies: rounds (15) on each of four set-ups
   bench wal [N]  archiving and fetching N segments (200) beside pgBackRest; needs root
+  bench rpo      what a lost server costs: twenty deaths on each kind of repository, and the distribution
   bench sync [S] commits a second with a synchronous receiver, beside pg_receivewal
   bench replay [N] recovery of N segments (200) from an S3 server, beside cp
   ci             lint, then test, then a short run of the fuzz targets";
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         ["soak", rounds, seed] => steps::soak(rounds, seed),
         ["bench", "wal"] => bench::wal::run_it(200),
         ["bench", "wal", segments] => number(segments).and_then(bench::wal::run_it),
+        ["bench", "rpo"] => steps::rpo(),
         ["bench", "sync"] => bench::sync::run_it(10),
         ["bench", "sync", seconds] => number(seconds).and_then(bench::sync::run_it),
         ["bench", "replay"] => bench::replay::run_it(200),

@@ -132,21 +132,31 @@ fn with_full() -> Result<()> {
     Ok(())
 }
 
-/// The soak of push and receive, by itself and with its log.
+/// What a lost server costs, with the distribution.
+pub fn rpo() -> Result<()> {
+    alone("rpo", "1", &[("FAIRVAULT_FULL", "1")])
+}
+
+/// The soak of push and receive.
 pub fn soak(rounds: &str, seed: &str) -> Result<()> {
+    let variables = [("FAIRVAULT_SOAK_ROUNDS", rounds), ("FAIRVAULT_SOAK_SEED", seed)];
+    alone("soak", "2", &variables)
+}
+
+/// Runs one file of tests by itself, with what it prints.
+fn alone(name: &str, threads: &str, variables: &[(&str, &str)]) -> Result<()> {
     tools::install_debian()?;
     tools::install_ministack()?;
     cargo(&["build", "--workspace"])?;
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(program)
-        .args(["test", "--package", "fairvault-tests", "--test", "soak", "--"])
-        .args(["--nocapture", "--test-threads", "2"])
-        .env("FAIRVAULT_SOAK_ROUNDS", rounds)
-        .env("FAIRVAULT_SOAK_SEED", seed)
+        .args(["test", "--package", "fairvault-tests", "--test", name, "--"])
+        .args(["--nocapture", "--test-threads", threads])
+        .envs(variables.iter().copied())
         .current_dir(top())
         .status()?;
     match status.success() {
         true => Ok(()),
-        false => bail!("the soak ended with {status}"),
+        false => bail!("{name} ended with {status}"),
     }
 }

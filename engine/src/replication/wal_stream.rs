@@ -34,11 +34,23 @@ pub enum WalItem {
     TimelineEnd,
 }
 
+/// What a server was told to be durable: timeline and position; `None` while there is no stream.
+pub type Told = Option<(u32, Lsn)>;
+
 /// A stream of WAL.
 pub struct WalStream {
     connection: Connection,
+    timeline: u32,
     flushed: Lsn,
-    told: Option<watch::Sender<Lsn>>,
+    told: Option<watch::Sender<Told>>,
+}
+
+impl Drop for WalStream {
+    fn drop(&mut self) {
+        if let Some(told) = &self.told {
+            told.send_replace(None);
+        }
+    }
 }
 
 impl WalStream {
@@ -54,6 +66,7 @@ impl WalStream {
                 Message::CopyBoth => {
                     return Ok(Self {
                         connection,
+                        timeline,
                         flushed: Lsn(0),
                         told: None,
                     });
@@ -80,7 +93,7 @@ impl WalStream {
     }
 
     /// Has `told` know what the server is told to be durable.
-    pub fn tell(&mut self, told: watch::Sender<Lsn>) {
+    pub fn tell(&mut self, told: watch::Sender<Told>) {
         self.told = Some(told);
     }
 
@@ -143,7 +156,7 @@ impl WalStream {
         if flushed > self.flushed {
             self.flushed = flushed;
             if let Some(told) = &self.told {
-                told.send_replace(flushed);
+                told.send_replace(Some((self.timeline, flushed)));
             }
         }
         let mut body = BytesMut::with_capacity(34);

@@ -129,6 +129,12 @@ impl Archive {
         header
     }
 
+    /// Where a timeline was closed, if it was.
+    pub fn closed_at(&self, timeline: u32) -> Option<Lsn> {
+        let is_it = |c: &&proto::CloseTimeline| c.system_identifier == self.system_identifier && c.timeline == timeline;
+        self.closed.iter().find(is_it).map(|closed| Lsn(closed.lsn))
+    }
+
     /// Fails if WAL of a timeline up to `end` is refused because that was closed.
     pub fn check_open(&self, timeline: u32, end: Lsn) -> Result<()> {
         let is_it = |c: &&proto::CloseTimeline| {
@@ -379,7 +385,9 @@ impl Archive {
     pub async fn check_fence(&self, log: &mut crate::commit::Log) -> Result<()> {
         let before = log.state().fence;
         log.refresh().await?;
-        match log.state().fence == before && log.state().closed_timelines == self.closed {
+        let now = log.state();
+        let same = now.archive_epochs == self.epochs && now.closed_timelines == self.closed;
+        match now.fence == before && same {
             true => Ok(()),
             false => Err(fenced()),
         }

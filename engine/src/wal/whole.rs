@@ -115,7 +115,8 @@ impl Archive {
         };
         let failed = |to: &Path, e| Error::io(format_args!("writing {}", to.display()), e);
         if ObjectHeader::decode(&bytes, &object)?.kind == ObjectKind::PieceSeal {
-            let (_, content) = self.content_in(ObjectKind::WalSegment, &bytes, &object).await?;
+            let (header, content) = self.content_in(ObjectKind::WalSegment, &bytes, &object).await?;
+            self.check_is(&header, &name, &object)?;
             std::fs::write(destination, content).map_err(|e| failed(destination, e))?;
             return Ok(true);
         }
@@ -128,7 +129,8 @@ impl Archive {
                 archive.check_is(header, &name, &object)?;
                 file.write_all(run).map_err(|e| failed(&to, e))
             });
-            opened.map(|_| ()).inspect_err(|_| {
+            let checked = opened.and_then(|header| archive.check_is(&header, &name, &object));
+            checked.inspect_err(|_| {
                 let _ = std::fs::remove_file(&to);
             })
         };

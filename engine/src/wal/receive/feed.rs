@@ -18,7 +18,7 @@ use super::{Ended, Options, STATUS, Server, check_not_behind, connect, is_remove
 use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment};
-use crate::replication::wal_stream::{WalItem, WalStream};
+use crate::replication::wal_stream::{Told, WalItem, WalStream};
 use crate::wal::archive::Archive;
 
 /// Received bytes that may wait for the disk.
@@ -29,7 +29,7 @@ pub struct Heard {
     /// Connections so far.
     pub connected: watch::Sender<u64>,
     /// What the server was told to be durable.
-    pub told: watch::Sender<Lsn>,
+    pub told: watch::Sender<Told>,
 }
 
 /// One connection's work. `repository` is asked only where the spool is empty.
@@ -79,13 +79,20 @@ pub async fn once(
             (from, Some(why))
         }
     };
+    check_open(repository, cluster, from).await?;
     tracing::info!(
         "receiving WAL from {} on timeline {} into the spool",
         from.lsn,
         from.timeline
     );
+    let seam = match why {
+        None => Seam::of(spool, from, cluster.segment_size)?,
+        Some(_) => None,
+    };
+    let begin = seam.as_ref().map_or(from.lsn, |seam| seam.begin);
     let slot = options.slot.as_deref();
-    let started = WalStream::start(server.connection, slot, from.lsn, from.timeline).await;
+    let started = WalStream::start(server.connection, slot, begin, from.timeline).await;
+    let mut has_received = false;
     let received = match started {
         Ok(mut stream) => {
             stream.tell(heard.told.clone());
@@ -95,7 +102,8 @@ pub async fn once(
                 spool,
                 options,
                 stream,
-                received: from.lsn,
+                seam,
+                received: begin,
                 durable: from.lsn,
                 pending: Vec::new(),
                 pending_bytes: 0,
@@ -104,7 +112,9 @@ pub async fn once(
                 said_full: false,
             };
             let ended = feed.receive(stop).await;
-            match (ended, feed.drain().await) {
+            let drained = feed.drain().await;
+            has_received = feed.received > begin;
+            match (ended, drained) {
                 (Err(error), _) | (Ok(_), Err(error)) => Err(error),
                 (Ok(ended), Ok(())) => Ok(feed.finish(ended, from.timeline).await),
             }
@@ -112,7 +122,7 @@ pub async fn once(
         Err(error) => Err(error),
     };
     match received {
-        Err(error) if is_removed(&error) && spool.end().is_none_or(|end| end == from) => match why {
+        Err(error) if is_removed(&error) && !has_received => match why {
             Some(why) => {
                 let segment = Segment::of(from.timeline, from.lsn, cluster.segment_size);
                 learn_removed(error, segment, why, cluster.segment_size, options, lessons)
@@ -123,17 +133,52 @@ pub async fn once(
                 spool.clear();
                 Ok(Ended::Next)
             }
-            None => Err(Error::temporary(format!(
-                "{error}; the spool ends there: what it holds has to be stored first"
-            ))),
+            None => {
+                spool.end_timeline(from.timeline);
+                Err(Error::temporary(format!(
+                    "{error}; the spool ends there: what it holds is stored first"
+                )))
+            }
         },
         // The server removed WAL while we were on our way: the next start finds out what that means.
-        Err(error) if is_removed(&error) => {
-            tracing::warn!("{error}");
-            Ok(Ended::Next)
-        }
+        Err(error) if is_removed(&error) => Err(Error::temporary(error.to_string())),
         Err(error) => Err(error.context(format_args!("receiving WAL from {}", from.lsn))),
         Ok(ended) => Ok(ended),
+    }
+}
+
+/// Fails if the repository, as far as it is opened, says that WAL from here on is not wanted.
+async fn check_open(repository: &watch::Receiver<Option<Arc<Guard>>>, cluster: Cluster, from: Position) -> Result<()> {
+    let guard = repository.borrow().clone();
+    let Some(guard) = guard else { return Ok(()) };
+    let log = guard.log().await;
+    let archive = Archive::open(&log, Some(cluster.system_identifier), 0)?;
+    archive.check_open(from.timeline, Lsn(from.lsn.0 + 1))
+}
+
+/// The beginning of a segment that the spool ends in. It is received once more: a server that was set back or
+/// replaced must not go on where another one stopped.
+struct Seam {
+    begin: Lsn,
+    end: Lsn,
+    expected: blake3::Hash,
+    seen: blake3::Hasher,
+}
+
+impl Seam {
+    fn of(spool: &Arc<Spool>, end: Position, segment_size: u64) -> Result<Option<Self>> {
+        let begin = Segment::of(end.timeline, end.lsn, segment_size).start(segment_size);
+        let from = Position { lsn: begin, ..end };
+        if begin == end.lsn || spool.end() != Some(end) {
+            return Ok(None);
+        }
+        let expected = spool.hash(from, end.lsn)?;
+        Ok(expected.map(|expected| Self {
+            begin,
+            end: end.lsn,
+            expected,
+            seen: blake3::Hasher::new(),
+        }))
     }
 }
 
@@ -153,13 +198,8 @@ async fn from_repository(
     super::check_segment_size(&archive, server.segment_size)?;
     super::store_history(&archive, server.identity.timeline, server.history.clone()).await?;
     let start = start::find(&archive, history, &server.identity, lessons).await?;
-    start::check(
-        &start,
-        history,
-        &server.identity,
-        server.connection.in_recovery(),
-        archive.segment_size,
-    )?;
+    let in_recovery = server.connection.in_recovery();
+    start::check(&start, history, &server.identity, in_recovery, archive.segment_size)?;
     let at = Position {
         timeline: start.segment.timeline,
         lsn: start.segment.start(archive.segment_size),
@@ -199,6 +239,8 @@ struct Feed<'a> {
     spool: &'a Arc<Spool>,
     options: &'a Options,
     stream: WalStream,
+    /// What has to come again, and be the same, before anything is believed.
+    seam: Option<Seam>,
     received: Lsn,
     durable: Lsn,
     pending: Vec<Bytes>,
@@ -232,7 +274,15 @@ impl Feed<'_> {
                 item = self.stream.next(), if room => {
                     last_heard = Instant::now();
                     match item? {
-                        WalItem::Data { start, bytes } => self.take(start, bytes)?,
+                        WalItem::Data { start, bytes } => {
+                            let had_seam = self.seam.is_some();
+                            self.take(start, bytes)?;
+                            // Commits may wait for what is known to be durable only now.
+                            if had_seam && self.seam.is_none() {
+                                self.say(false).await?;
+                                last_said = Instant::now();
+                            }
+                        }
                         WalItem::Idle { wants_answer: true, .. } => {
                             self.say(false).await?;
                             last_said = Instant::now();
@@ -264,7 +314,7 @@ impl Feed<'_> {
         has_room
     }
 
-    fn take(&mut self, start: Lsn, bytes: Bytes) -> Result<()> {
+    fn take(&mut self, start: Lsn, mut bytes: Bytes) -> Result<()> {
         if start != self.received {
             return Err(Error::failed(format!(
                 "the server sent WAL of {start}, expected {}",
@@ -272,8 +322,27 @@ impl Feed<'_> {
             )));
         }
         self.received.0 += bytes.len() as u64;
-        self.pending_bytes += bytes.len();
-        self.pending.push(bytes);
+        if let Some(seam) = &mut self.seam {
+            let known = bytes.len().min((seam.end.0 - start.0) as usize);
+            seam.seen.update(&bytes.split_to(known));
+            if self.received < seam.end {
+                return Ok(());
+            }
+            if seam.seen.finalize() != seam.expected {
+                return Err(Error::refused(format!(
+                    "the server sends other WAL from {} to {} than what the spool holds: it was set back or replaced",
+                    seam.begin, seam.end
+                ))
+                .remedy(
+                    "nothing was overwritten; find out which history is the right one, and promote the server to a new timeline",
+                ));
+            }
+            self.seam = None;
+        }
+        if !bytes.is_empty() {
+            self.pending_bytes += bytes.len();
+            self.pending.push(bytes);
+        }
         Ok(())
     }
 
@@ -350,7 +419,7 @@ impl Feed<'_> {
     }
 
     async fn say(&mut self, wants_answer: bool) -> Result<()> {
-        let counts = self.options.slot.is_some() || self.options.synchronous;
+        let counts = (self.options.slot.is_some() || self.options.synchronous) && self.seam.is_none();
         let flushed = if counts { self.durable } else { Lsn(0) };
         self.stream.report(self.received, flushed, wants_answer).await
     }

@@ -28,7 +28,7 @@ use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
 use crate::replication::connection::{Connection, Mode, SystemIdentity};
 use crate::replication::conninfo::ConnInfo;
-use crate::replication::wal_stream::WalStream;
+use crate::replication::wal_stream::{Told, WalStream};
 use origin::Origin;
 pub use spooled::run as run_with_spool;
 use start::{Lessons, Start, Why};
@@ -90,7 +90,7 @@ pub async fn run(log: Log, options: &Options, cancelled: impl Future<Output = ()
     let (stop_in, stop) = watch::channel(false);
     let mut lessons = Lessons::default();
     let guard = Guard::new(log);
-    let told = watch::Sender::new(Lsn(0));
+    let told = watch::Sender::new(None);
     let trying = keep_trying(stop.clone(), async || {
         once(&guard, options, &mut lessons, &told, stop.clone()).await
     });
@@ -101,7 +101,7 @@ pub async fn run(log: Log, options: &Options, cancelled: impl Future<Output = ()
 async fn with_standbys(
     receiving: impl Future<Output = Result<()>>,
     options: &Options,
-    told: &watch::Sender<Lsn>,
+    told: &watch::Sender<Told>,
     cancelled: impl Future<Output = ()>,
     stop: &watch::Sender<bool>,
 ) -> Result<()> {
@@ -186,7 +186,7 @@ async fn once(
     guard: &Guard,
     options: &Options,
     lessons: &mut Lessons,
-    told: &watch::Sender<Lsn>,
+    told: &watch::Sender<Told>,
     mut stop: watch::Receiver<bool>,
 ) -> Result<Ended> {
     let server = tokio::select! {
@@ -210,7 +210,8 @@ async fn once(
     let (at, received) = match WalStream::start(server.connection, slot, from, segment.timeline).await {
         Ok(mut stream) => {
             stream.tell(told.clone());
-            pump::run(guard, &archive, options, Origin::Server(stream), start, stop).await
+            let outcome = pump::run(guard, &archive, options, Origin::Server(stream), start, stop).await;
+            (outcome.at, outcome.ended)
         }
         Err(error) => (segment, Err(error)),
     };

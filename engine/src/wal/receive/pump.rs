@@ -86,7 +86,17 @@ impl Current {
     }
 }
 
-/// Receives until `origin` ends or `stop` says so. Returns the segment that it has got to as well.
+/// How receiving ended.
+pub struct Outcome {
+    /// The segment that it has got to.
+    pub at: Segment,
+    /// How.
+    pub ended: Result<Ended>,
+    /// The store failed, not where WAL comes from.
+    pub store_failed: bool,
+}
+
+/// Receives until `origin` ends or `stop` says so.
 pub async fn run<'a>(
     guard: &'a Guard,
     archive: &'a Archive,
@@ -94,7 +104,7 @@ pub async fn run<'a>(
     origin: Origin,
     start: Start,
     stop: watch::Receiver<bool>,
-) -> (Segment, Result<Ended>) {
+) -> Outcome {
     let mut current = Current::new(archive, start.segment);
     let durable = start.durable(archive.segment_size);
     current.know(start.known);
@@ -116,13 +126,17 @@ pub async fn run<'a>(
     // The server is gone, and what it sent is here: that may be all that is left of it. After a failure of the
     // store, nothing more is stored: what comes after a hole must not look complete.
     if let Err(error) = &ended
-        && matches!(error.kind(), Kind::Temporary | Kind::Failed)
+        && matches!(error.kind(), Kind::Temporary | Kind::Failed | Kind::Damaged)
         && !pump.store_failed
         && let Err(worse) = pump.drain(storing).await
     {
         ended = Err(worse);
     }
-    (pump.current.segment, ended)
+    Outcome {
+        at: pump.current.segment,
+        ended,
+        store_failed: pump.store_failed,
+    }
 }
 
 /// How many of the last pieces are to be replaced by one, and its generation: a run of one generation, and
@@ -194,6 +208,7 @@ impl<'a> Pump<'a> {
                         WalItem::TimelineEnd => {
                             let next = self.origin.timeline_ended().await?;
                             self.drain(storing.take()).await?;
+                            self.compare_beginning().await?;
                             self.origin.all_stored();
                             tracing::info!(
                                 "timeline {} has ended at {}; going on with {next}",
@@ -288,6 +303,7 @@ impl<'a> Pump<'a> {
         }
         if known.is_whole {
             // It is there: nothing of it is held.
+            current.hash.update(&bytes);
             current.base += bytes.len();
             return Ok(());
         }
@@ -411,6 +427,25 @@ impl<'a> Pump<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Of a segment that the repository has as a whole, only the beginning has come: it must be the same.
+    async fn compare_beginning(&mut self) -> Result<()> {
+        let current = &self.current;
+        if !current.is_known_whole() || current.received() == 0 {
+            return Ok(());
+        }
+        let stored = self.archive.whole_segment(current.segment).await?.unwrap_or_default();
+        let mut hash = blake3::Hasher::new_keyed(&self.archive.stanza.keys().id_key);
+        hash.update(stored.get(..current.received()).unwrap_or_default());
+        match hash.finalize() == current.hash.finalize() {
+            true => Ok(()),
+            false => Err(Error::refused(format!(
+                "what was received of {} is not what is stored of it",
+                current.segment.name(self.archive.segment_size)
+            ))
+            .remedy("nothing was overwritten; keep the spool, and find out which history is the right one")),
+        }
     }
 
     /// Stores everything that was received.

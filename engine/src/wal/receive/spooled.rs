@@ -18,13 +18,14 @@ use super::{
 };
 use crate::commit::Log;
 use crate::error::{Error, Kind, Result};
-use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
 use crate::replication::connection::SystemIdentity;
 use crate::replication::wal_stream::WalStream;
 use crate::stanza::Stanza;
 use crate::wal::archive::Archive;
 
+/// How long a hole before the spool is left alone after the server could not be asked for it.
+const POSTPONED: Duration = Duration::from_secs(60);
 /// How long a polite stop waits for what the spool holds to be taken from it. What is left stays there.
 const LAST: Duration = Duration::from_secs(10);
 
@@ -43,7 +44,7 @@ pub async fn run(
     let (stop_storing_in, stop_storing) = watch::channel(false);
     let heard = feed::Heard {
         connected: watch::Sender::new(0),
-        told: watch::Sender::new(Lsn(0)),
+        told: watch::Sender::new(None),
     };
     let mut connected = heard.connected.subscribe();
 
@@ -87,7 +88,15 @@ pub async fn run(
         .await;
         stored.and(fed)
     };
-    with_standbys(both, options, &heard.told, cancelled, &stop_in).await
+    with_standbys(both, options, &heard.told, cancelled, &stop_in).await?;
+    match (spool.is_stored(), spool.begin(), spool.end()) {
+        (false, Some(begin), Some(end)) => Err(Error::temporary(format!(
+            "stopped, and WAL from {} on timeline {} to {} on timeline {} is in the spool, not all of it in the repository",
+            begin.lsn, begin.timeline, end.lsn, end.timeline
+        ))
+        .remedy("keep the spool: the next start stores it")),
+        _ => Ok(()),
+    }
 }
 
 async fn all_taken(spool: &Spool) {
@@ -137,10 +146,7 @@ impl Storing<'_> {
         };
         check_segment_size(&archive, cluster.segment_size)?;
         let history = self.store_histories(&archive, end.timeline).await?;
-        if connected.has_changed().unwrap_or(false) {
-            connected.borrow_and_update();
-            lessons.postponed.clear();
-        }
+        connected.borrow_and_update();
         let first = Segment::of(begin.timeline, begin.lsn, cluster.segment_size);
         let identity = SystemIdentity {
             system_identifier: cluster.system_identifier,
@@ -151,6 +157,15 @@ impl Storing<'_> {
         if missing.why != Why::Compare && missing.segment.number < first.number {
             return self.fill(&guard, &archive, missing, first, lessons, stop).await;
         }
+        // Of a timeline that was closed, what lies beyond is not stored.
+        let closed = archive.closed_at(first.timeline);
+        let until = closed.filter(|_| self.spool.has_ended(first.timeline));
+        if let Some(end) = until {
+            self.spool.give_up(first.timeline, end)?;
+            if self.spool.begin() != Some(begin) {
+                return Ok(Ended::Next);
+            }
+        }
         let start = start::at(&archive, first).await?;
         say_start(
             &start,
@@ -160,16 +175,24 @@ impl Storing<'_> {
                 ..self.options.clone()
             },
         );
-        let reader = self.spool.reader(Position {
+        let from = Position {
             timeline: first.timeline,
             lsn: first.start(archive.segment_size),
-        });
+        };
+        let reader = self.spool.reader(from, until);
         let origin = Origin::Spool(Box::new(reader));
         let may_fill = !lessons.postponed.is_empty();
         tokio::select! {
-            (_, ended) = pump::run(&guard, &archive, self.options, origin, start, stop) => ended,
-            // The server is there again, and may have what is missing. What is being stored is in the spool.
-            Ok(()) = connected.changed(), if may_fill => Ok(Ended::Next),
+            outcome = pump::run(&guard, &archive, self.options, origin, start, stop) => outcome.ended,
+            // The server may have what is missing by now. What is being stored is in the spool.
+            () = tokio::time::sleep(POSTPONED), if may_fill => {
+                lessons.postponed.clear();
+                Ok(Ended::Next)
+            }
+            Ok(()) = connected.changed(), if may_fill => {
+                lessons.postponed.clear();
+                Ok(Ended::Next)
+            }
         }
     }
 
@@ -231,20 +254,21 @@ impl Storing<'_> {
             stream = connecting => stream,
             _ = stop.wait_for(|stop| *stop) => return Ok(Ended::Stopped),
         };
-        let (at, filled) = match stream {
+        let (at, filled, store_failed) = match stream {
             Ok(stream) => {
                 let origin = Origin::ServerUntil(stream, until);
-                pump::run(guard, archive, self.options, origin, start, stop).await
+                let outcome = pump::run(guard, archive, self.options, origin, start, stop).await;
+                (outcome.at, outcome.ended, outcome.store_failed)
             }
-            Err(error) => (segment, Err(error)),
+            Err(error) => (segment, Err(error), false),
         };
         match filled {
             Err(error) if is_removed(&error) && at == segment => {
                 learn_removed(error, segment, why, size, self.options, lessons)
             }
             // What the spool holds must not wait for the server.
-            Err(error) if error.kind() == Kind::Temporary => {
-                tracing::warn!("{} is not filled in now: {error}", segment.name(size));
+            Err(error) if error.kind() == Kind::Temporary && !store_failed => {
+                tracing::warn!("GAP: {} is not filled in now: {error}", segment.name(size));
                 lessons.postponed.insert(key);
                 Ok(Ended::Next)
             }

@@ -39,9 +39,13 @@ pub enum Why {
 }
 
 impl Start {
-    /// Up to where WAL is durable.
+    /// Up to where WAL is durable. Pieces, though they be all of a segment, do not make it one.
     pub fn durable(&self, segment_size: u64) -> Lsn {
-        Lsn(self.segment.start(segment_size).0 + self.known.end as u64)
+        let known = Lsn(self.segment.start(segment_size).0 + self.known.end as u64);
+        match self.known.is_whole {
+            true => known,
+            false => known.min(Lsn(self.segment.end(segment_size).0 - 1)),
+        }
     }
 }
 

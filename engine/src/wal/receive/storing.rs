@@ -94,7 +94,8 @@ pub fn piece<'a>(
         archive.delete_pieces(&replaced).await;
         Ok(Done {
             segment,
-            durable: Lsn(piece.end),
+            // The last piece does not make a segment: until it is sealed, the server must be able to send it again.
+            durable: Lsn(piece.end.min(segment.end(archive.segment_size).0 - 1)),
             piece: Some(piece),
             next: None,
             spare: None,

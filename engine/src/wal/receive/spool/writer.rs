@@ -1,0 +1,208 @@
+//! Appending to a spool: what was appended counts once it is synced, and not before.
+
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use fairvault_format::journal::Journal;
+use fairvault_format::limits;
+
+use super::files::Part;
+use super::{Cluster, Position, Spool, sync_folder};
+use crate::error::{Error, Result};
+use crate::postgres::lsn::Lsn;
+
+/// A journal that is being written.
+struct OpenJournal {
+    file: File,
+    journal: Journal,
+    /// Bytes that were written.
+    len: u64,
+    /// Bytes of the file, zeros at its end included.
+    reserved: u64,
+}
+
+/// Appends to the spool. After an error it is of no use: nothing may follow what could be torn.
+pub struct Writer {
+    spool: Arc<Spool>,
+    cluster: Cluster,
+    at: Position,
+    fast: bool,
+    open: Option<OpenJournal>,
+}
+
+impl Spool {
+    /// Goes on with WAL at `from`, in a new journal. `fast` has journals written full of zeros first: then a sync
+    /// has no change of a file's size to wait for.
+    pub fn writer(self: &Arc<Self>, cluster: Cluster, from: Position, fast: bool) -> Result<Writer> {
+        // The segment that is received stays until it is stored as a whole, and there must be more room.
+        let least = 3 * cluster.segment_size;
+        if self.limit < least {
+            return Err(Error::usage(format!(
+                "the spool may hold {} MiB, and needs {} at least: three segments",
+                self.limit >> 20,
+                least >> 20
+            )));
+        }
+        let mut state = self.state();
+        state.cluster = Some(cluster);
+        state.ended.remove(&from.timeline);
+        if state.end() != Some(from) {
+            // What an earlier release was about is gone, and its positions may come again.
+            self.note_released(0, Lsn(0))
+                .map_err(self.io("writing", "what is released in"))?;
+            // A timeline that follows the one before is read in its turn; anything else is begun anew.
+            if state.parts.is_empty() {
+                state.generation += 1;
+                state.taken = None;
+                state.stored = None;
+            }
+        }
+        drop(state);
+        self.changed.send_replace(());
+        Ok(Writer {
+            spool: self.clone(),
+            cluster,
+            at: from,
+            fast,
+            open: None,
+        })
+    }
+}
+
+fn write_zeros(file: &mut File, len: u64) -> std::io::Result<()> {
+    let zeros = vec![0u8; 256 << 10];
+    let mut left = len;
+    while left > 0 {
+        let now = left.min(zeros.len() as u64);
+        file.write_all(&zeros[..now as usize])?;
+        left -= now;
+    }
+    Ok(())
+}
+
+impl Writer {
+    /// Where it is.
+    pub fn at(&self) -> Position {
+        self.at
+    }
+
+    /// Appends what was received, and syncs it: then it counts. It blocks.
+    pub fn append(&mut self, received: &[Bytes]) -> Result<()> {
+        let size = self.cluster.segment_size;
+        for bytes in received {
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                let left = (size - self.at.lsn.0 % size) as usize;
+                let (now, later) = rest.split_at(rest.len().min(left).min(limits::JOURNAL_SECTION_BYTES));
+                self.write(now)?;
+                rest = later;
+            }
+        }
+        self.sync()
+    }
+
+    fn write(&mut self, content: &[u8]) -> Result<()> {
+        let at_segment = self.at.lsn.0.is_multiple_of(self.cluster.segment_size);
+        let is_full = self.open.as_ref().is_none_or(|open| open.journal.is_full());
+        if at_segment || is_full {
+            self.begin()?;
+        }
+        let Some(open) = &mut self.open else {
+            return Err(Error::failed("the spool has no journal to write to"));
+        };
+        let sealed = open.journal.seal(content)?;
+        open.file
+            .write_all(&sealed)
+            .map_err(|e| Error::io(format_args!("writing to the spool {}", self.spool.folder.display()), e))?;
+        self.at.lsn.0 += content.len() as u64;
+        open.len += sealed.len() as u64;
+        let more = open.len.saturating_sub(open.reserved);
+        open.reserved += more;
+        self.spool.state().bytes += more;
+        Ok(())
+    }
+
+    /// Begins a journal here.
+    fn begin(&mut self) -> Result<()> {
+        self.sync()?;
+        self.close();
+        let spool = self.spool.clone();
+        let part = Part {
+            timeline: self.at.timeline,
+            start: self.at.lsn,
+            end: self.at.lsn,
+        };
+        let name = part.name();
+        let (journal, bytes) = spool.begin_journal(self.cluster, &part)?;
+        // The rest of the segment, and what sections take around it.
+        let size = self.cluster.segment_size;
+        let left = size - self.at.lsn.0 % size;
+        let reserved = if self.fast { left + left / 16 } else { 0 };
+        // One that is there under this name holds nothing that counts.
+        {
+            let mut state = spool.state();
+            state.parts.retain(|there| there.name() != name);
+            state.bytes = state.bytes.saturating_sub(spool.len_of(&part));
+        }
+        let create = || -> std::io::Result<File> {
+            let _ = std::fs::remove_file(spool.path(&name));
+            let mut options = File::options();
+            options.write(true).create_new(true).mode(0o600);
+            let mut file = options.open(spool.path(&name))?;
+            if reserved > 0 {
+                write_zeros(&mut file, reserved)?;
+                file.sync_all()?;
+                file.rewind()?;
+            }
+            file.write_all(&bytes)?;
+            sync_folder(&spool.folder)?;
+            Ok(file)
+        };
+        let file = create().map_err(spool.io("writing", &name))?;
+        let len = bytes.len() as u64;
+        let reserved = reserved.max(len);
+        let mut state = spool.state();
+        state.bytes += reserved;
+        state.parts.push(part);
+        self.open = Some(OpenJournal {
+            file,
+            journal,
+            len,
+            reserved,
+        });
+        Ok(())
+    }
+
+    /// Gives back the zeros at the end of a journal that nothing is written to any more.
+    fn close(&mut self) {
+        let Some(open) = self.open.take() else { return };
+        if open.reserved > open.len && open.file.set_len(open.len).is_ok() {
+            let mut state = self.spool.state();
+            state.bytes = state.bytes.saturating_sub(open.reserved - open.len);
+        }
+    }
+
+    /// What was written counts from here on.
+    fn sync(&mut self) -> Result<()> {
+        let Some(open) = &self.open else { return Ok(()) };
+        open.file
+            .sync_data()
+            .map_err(|e| Error::io(format_args!("syncing the spool {}", self.spool.folder.display()), e))?;
+        let mut state = self.spool.state();
+        if let Some(part) = state.parts.last_mut() {
+            part.end = self.at.lsn;
+        }
+        drop(state);
+        self.spool.changed.send_replace(());
+        Ok(())
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
