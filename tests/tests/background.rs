@@ -241,3 +241,63 @@ fn worker_log(s: &Fixture) -> Vec<String> {
         })
         .collect()
 }
+
+#[test]
+fn the_worker_can_be_a_service() -> Result<()> {
+    let s = fixture("serve", "wal = { async = true }")?;
+    let pg_wal = s.path("data5432/pg_wal");
+    let (exit, text) = s.fairvault(&["wal", "push", "acme", "--serve", &s.path("data5432")]);
+    ensure!(exit == 2 && text.contains("archive_status"), "{exit} {text}");
+    // Whatever worker archived what initdb wrote is gone before the service comes.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !workers(&s).is_empty() {
+        ensure!(Instant::now() < deadline, "a worker does not end");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let log = std::fs::File::create(s.scratch.join("service.log"))?;
+    let start = || -> Result<std::process::Child> {
+        let mut command = s.command(&["wal", "push", "acme", "--serve", &pg_wal]);
+        command
+            .stdin(std::process::Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log.try_clone()?);
+        Ok(command.spawn()?)
+    };
+    let mut service = start()?;
+    std::thread::sleep(Duration::from_millis(500));
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    fill(&s, 5)?;
+    s.sql("select pg_switch_wal()")?;
+    wait_until_archived(&s)?;
+    ensure!(workers(&s).is_empty(), "a command started a worker beside the service");
+    // It dies, and commands go on without it; it comes back, and takes over once their worker has ended.
+    service.kill()?;
+    service.wait()?;
+    fill(&s, 5)?;
+    s.sql("select pg_switch_wal()")?;
+    wait_until_archived(&s)?;
+    let mut service = start()?;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !workers(&s).is_empty() {
+        ensure!(Instant::now() < deadline, "the commands' worker does not end");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // A store that is away for a while does not end it.
+    std::fs::rename(s.path("vault"), s.path("hidden"))?;
+    fill(&s, 3)?;
+    std::thread::sleep(Duration::from_secs(7));
+    std::fs::rename(s.path("hidden"), s.path("vault"))?;
+    s.sql("select pg_switch_wal()")?;
+    wait_until_archived(&s)?;
+    ensure!(
+        service.try_wait()?.is_none(),
+        "{}",
+        std::fs::read_to_string(s.scratch.join("service.log"))?
+    );
+    fairvault_tests::fixture::signal(&service, "TERM")?;
+    let status = service.wait()?;
+    ensure!(status.success(), "{status}");
+    ensure!(!s.ok(&["info", "acme"])?.contains("gap"));
+    Ok(())
+}
