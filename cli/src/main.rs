@@ -138,7 +138,10 @@ fn main() -> ExitCode {
     };
     let table = *UNDERSTOOD.get_or_init(|| table_of(&cli.command));
     start_log(&cli.global);
-    if matches!(cli.command, Command::Wal(WalCommand::Receive(_))) {
+    if matches!(
+        cli.command,
+        Command::Wal(WalCommand::Receive(_)) | Command::Restore(_) | Command::Verify { .. }
+    ) {
         memory::give_back();
     }
     let output = cli.global.output;

@@ -1,4 +1,4 @@
-//! How the C library's allocator treats a process that runs for months.
+//! How the C library's allocator treats a process that runs for months, or reads a whole repository.
 
 /// Blocks of this size and more go back to the system when they are freed.
 const THRESHOLD: i32 = 1 << 20;

@@ -493,3 +493,64 @@ fn what_a_crash_leaves_of_a_spool_is_understood() -> Result<()> {
     ensure!(restored_rows(&s)? == "12000");
     all_good(&s)
 }
+
+#[test]
+fn what_lies_beyond_a_closed_timeline_is_put_aside() -> Result<()> {
+    let s = Fixture::new("spoolclosed", SMALL)?;
+    let dir = s.scratch.path().display().to_string();
+    let hosts = format!("host={dir},{dir} port=5432,5460 user=postgres target_session_attrs=primary");
+    let spool = s.path("spool");
+    s.sql("create table t (x text)")?;
+    let options = ["--conninfo", &hosts, "--spool", &spool];
+    let mut receiver = Receiver::start(&s, &options)?;
+    s.backup()?;
+    let (exit, text) = s.restore("standby", &["--standby"]);
+    ensure!(exit == 0, "{text}");
+    let conf = s.path("standby/postgresql.auto.conf");
+    let text = std::fs::read_to_string(&conf)?
+        + &format!("primary_conninfo = '{}'\nrestore_command = ''\n", s.server.conninfo());
+    std::fs::write(&conf, text)?;
+    let standby = s.copy("standby", 5460);
+    standby.start(&s.scratch)?;
+    s.sql("insert into t values ('both')")?;
+    standby.wait_for(&s.scratch, "select count(*) from t", "1")?;
+    wait_until_durable(&s, &s.server)?;
+    standby.stop(&s.scratch, "fast")?;
+    // What the old primary commits now, only the spool has; and it is of a history that will be given up.
+    std::fs::rename(s.path("vault"), s.path("hidden"))?;
+    for _ in 0..6 {
+        s.sql(FILL)?;
+    }
+    wait_until_durable(&s, &s.server)?;
+    receiver.wait_for_line("trying again")?;
+    s.server.stop(&s.scratch, "immediate")?;
+    standby.start(&s.scratch)?;
+    run(standby
+        .program(&s.scratch, "pg_ctl")
+        .args(["promote", "-w", "-D"])
+        .arg(&standby.data))?;
+    standby.sql(&s.scratch, "insert into t values ('new')")?;
+    wait_until_durable(&s, &standby)?;
+    receiver.kill()?;
+    std::fs::rename(s.path("hidden"), s.path("vault"))?;
+    let history = std::fs::read_to_string(standby.data.join("pg_wal/00000002.history"))?;
+    let switch = history.split_whitespace().nth(1).context("a switch")?.to_owned();
+    let close = ["--timeline", "1", "--after", &switch, "--reason", "failover"];
+    s.ok(&[&["stanza", "fence", "acme"][..], &close].concat())?;
+    let receiver = Receiver::start(&s, &options)?;
+    wait_until_durable(&s, &standby)?;
+    std::thread::sleep(Duration::from_secs(2));
+    let text = receiver.stop()?;
+    ensure!(text.contains("is given up: the timeline was closed"), "{text}");
+    let files = fairvault_tests::fixture::files(&s.scratch.join("spool"));
+    let closed = files
+        .iter()
+        .filter(|path| path.extension().is_some_and(|e| e == "closed"));
+    ensure!(closed.count() > 1, "{files:?}");
+    drop(standby);
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    let copy = s.start("r", 5461)?;
+    ensure!(copy.sql(&s.scratch, "select string_agg(x, ',' order by x) from t")? == "both,new");
+    all_good(&s)
+}
