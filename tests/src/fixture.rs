@@ -161,6 +161,31 @@ impl Fixture {
         Server::existing(&self.scratch, self.server.major(), self.path(name), port)
     }
 
+    /// Restores a standby that streams from the server, with more options of `restore` and more settings, and
+    /// starts it.
+    pub fn standby(&self, name: &str, port: u16, more: &[&str], settings: &str) -> Result<Server> {
+        let (exit, text) = self.restore(name, &[&["--standby"], more].concat());
+        ensure!(exit == 0, "{text}");
+        let streaming = format!("primary_conninfo = '{}'\n{settings}\n", self.server.conninfo());
+        self.configure(name, &streaming)?;
+        let standby = self.copy(name, port);
+        standby.start(&self.scratch)?;
+        Ok(standby)
+    }
+
+    /// Adds settings to a restored copy.
+    pub fn configure(&self, name: &str, settings: &str) -> Result<()> {
+        let conf = self.path(&format!("{name}/postgresql.auto.conf"));
+        Ok(std::fs::write(&conf, std::fs::read_to_string(&conf)? + settings)?)
+    }
+
+    /// Promotes a standby, and waits until that is done.
+    pub fn promote(&self, standby: &Server) -> Result<()> {
+        let mut command = standby.program(&self.scratch, "pg_ctl");
+        run(command.args(["promote", "-w", "-D"]).arg(&standby.data))?;
+        Ok(())
+    }
+
     /// Starts a restored copy and waits for the end of recovery.
     pub fn start(&self, name: &str, port: u16) -> Result<Server> {
         let server = self.copy(name, port);

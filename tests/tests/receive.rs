@@ -187,9 +187,7 @@ fn acknowledged_commits_are_never_lost_in_synchronous_mode() -> Result<()> {
     std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
     let (exit, text) = s.restore("r", &[]);
     ensure!(exit == 0, "{text}");
-    let conf = s.path("r/postgresql.auto.conf");
-    let text = std::fs::read_to_string(&conf)? + "synchronous_standby_names = ''\n";
-    std::fs::write(&conf, text)?;
+    s.configure("r", "synchronous_standby_names = ''\n")?;
     let there: u32 = rows(&s, &s.start("r", 5450)?)?.parse()?;
     ensure!(there >= acknowledged, "{there} of {acknowledged}");
     Ok(())
@@ -207,21 +205,12 @@ fn a_promotion_is_followed() -> Result<()> {
     s.sql("create table t (x int)")?;
     s.backup()?;
     wait_until_durable(&s, &s.server)?;
-    let (exit, text) = s.restore("standby", &["--standby"]);
-    ensure!(exit == 0, "{text}");
-    let conf = s.path("standby/postgresql.auto.conf");
-    let text = std::fs::read_to_string(&conf)? + &format!("primary_conninfo = '{}'\n", s.server.conninfo());
-    std::fs::write(&conf, text)?;
-    let standby = s.copy("standby", 5460);
-    standby.start(&s.scratch)?;
+    let standby = s.standby("standby", 5460, &[], "")?;
     s.sql("insert into t values (1)")?;
     standby.wait_for(&s.scratch, "select count(*) from t", "1")?;
     wait_until_durable(&s, &s.server)?;
     s.server.stop(&s.scratch, "fast")?;
-    run(standby
-        .program(&s.scratch, "pg_ctl")
-        .args(["promote", "-w", "-D"])
-        .arg(&standby.data))?;
+    s.promote(&standby)?;
     standby.sql(&s.scratch, "insert into t values (2)")?;
     wait_until_durable(&s, &standby)?;
     let text = receiver.stop()?;
@@ -464,18 +453,9 @@ fn an_old_primary_that_goes_on_is_a_branch_until_it_is_fenced() -> Result<()> {
     s.backup()?;
     s.sql("insert into t values (1)")?;
     s.flush_archive(&s.server)?;
-    let (exit, text) = s.restore("standby", &["--standby", "--archiving", "keep"]);
-    ensure!(exit == 0, "{text}");
-    let conf = s.path("standby/postgresql.auto.conf");
-    let text = std::fs::read_to_string(&conf)? + &format!("primary_conninfo = '{}'\n", s.server.conninfo());
-    std::fs::write(&conf, text)?;
-    let standby = s.copy("standby", 5460);
-    standby.start(&s.scratch)?;
+    let standby = s.standby("standby", 5460, &["--archiving", "keep"], "")?;
     standby.wait_for(&s.scratch, "select count(*) from t", "1")?;
-    run(standby
-        .program(&s.scratch, "pg_ctl")
-        .args(["promote", "-w", "-D"])
-        .arg(&standby.data))?;
+    s.promote(&standby)?;
     // Both go on, and both archive.
     for server in [&s.server, &standby] {
         for _ in 0..3 {

@@ -3,7 +3,6 @@
 //!
 //! The schedule follows from a seed. `cargo xtask soak [ROUNDS] [SEED]` runs it for longer.
 
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -268,9 +267,7 @@ impl Soak {
         let _ = std::fs::remove_dir_all(s.scratch.join("r"));
         let (exit, text) = s.restore("r", &[]);
         ensure!(exit == 0, "round {}: {text}", self.round);
-        let conf = PathBuf::from(s.path("r/postgresql.auto.conf"));
-        let text = std::fs::read_to_string(&conf)? + "synchronous_standby_names = ''\nport = 5450\n";
-        std::fs::write(&conf, text)?;
+        s.configure("r", "synchronous_standby_names = ''\n")?;
         let copy: Server = s.start("r", 5450)?;
         let there: u64 = copy.sql(&s.scratch, "select count(*) from c")?.parse()?;
         copy.stop(&s.scratch, "immediate")?;

@@ -150,14 +150,7 @@ fn a_promotion_during_a_backup_fails_it() -> Result<()> {
     s.sql("create table t as select i, md5(i::text) from generate_series(1, 300000) i")?;
     s.backup()?;
     s.flush_archive(&s.server)?;
-    let (exit, text) = s.restore("standby", &["--standby"]);
-    ensure!(exit == 0, "{text}");
-    let conf = s.path("standby/postgresql.auto.conf");
-    let text = std::fs::read_to_string(&conf)?
-        + &format!("primary_conninfo = '{}'\nfull_page_writes = on\n", s.server.conninfo());
-    std::fs::write(&conf, text)?;
-    let standby = s.copy("standby", 5460);
-    standby.start(&s.scratch)?;
+    let standby = s.standby("standby", 5460, &[], "full_page_writes = on")?;
     // A standby cannot have its last segment archived.
     let conninfo = standby.conninfo();
     let (exit, text) = s.fairvault(&["--conninfo", &conninfo, "backup", "acme", "--wal", "archive"]);

@@ -30,9 +30,7 @@ fn rows(s: &Fixture, server: &Server) -> Result<String> {
 fn restored_rows(s: &Fixture) -> Result<String> {
     let (exit, text) = s.restore("r", &[]);
     ensure!(exit == 0, "{text}");
-    let conf = s.path("r/postgresql.auto.conf");
-    let text = std::fs::read_to_string(&conf)? + "synchronous_standby_names = ''\n";
-    std::fs::write(&conf, text)?;
+    s.configure("r", "synchronous_standby_names = ''\n")?;
     rows(s, &s.start("r", 5450)?)
 }
 
@@ -199,13 +197,7 @@ fn a_promotion_is_followed_through_the_spool_and_slots_on_standbys_are_kept() ->
     s.backup()?;
     receiver.wait_for_line("is not kept up")?;
     wait_until_durable(&s, &s.server)?;
-    let (exit, text) = s.restore("standby", &["--standby"]);
-    ensure!(exit == 0, "{text}");
-    let conf = s.path("standby/postgresql.auto.conf");
-    let text = std::fs::read_to_string(&conf)? + &format!("primary_conninfo = '{}'\n", s.server.conninfo());
-    std::fs::write(&conf, text)?;
-    let standby = s.copy("standby", 5460);
-    standby.start(&s.scratch)?;
+    let standby = s.standby("standby", 5460, &[], "")?;
     s.sql(FILL)?;
     s.sql("select pg_switch_wal()")?;
     s.sql(FILL)?;
@@ -228,10 +220,7 @@ fn a_promotion_is_followed_through_the_spool_and_slots_on_standbys_are_kept() ->
     // The receiver is down while the standby is promoted: its slot keeps what is not received.
     let text = receiver.stop()?;
     ensure!(text.contains("is kept up again"), "{text}");
-    run(standby
-        .program(&s.scratch, "pg_ctl")
-        .args(["promote", "-w", "-D"])
-        .arg(&standby.data))?;
+    s.promote(&standby)?;
     for _ in 0..10 {
         standby.sql(&s.scratch, &format!("{FILL}; select pg_switch_wal(); checkpoint"))?;
     }
@@ -504,14 +493,7 @@ fn what_lies_beyond_a_closed_timeline_is_put_aside() -> Result<()> {
     let options = ["--conninfo", &hosts, "--spool", &spool];
     let mut receiver = Receiver::start(&s, &options)?;
     s.backup()?;
-    let (exit, text) = s.restore("standby", &["--standby"]);
-    ensure!(exit == 0, "{text}");
-    let conf = s.path("standby/postgresql.auto.conf");
-    let text = std::fs::read_to_string(&conf)?
-        + &format!("primary_conninfo = '{}'\nrestore_command = ''\n", s.server.conninfo());
-    std::fs::write(&conf, text)?;
-    let standby = s.copy("standby", 5460);
-    standby.start(&s.scratch)?;
+    let standby = s.standby("standby", 5460, &[], "restore_command = ''")?;
     s.sql("insert into t values ('both')")?;
     standby.wait_for(&s.scratch, "select count(*) from t", "1")?;
     wait_until_durable(&s, &s.server)?;
@@ -525,10 +507,7 @@ fn what_lies_beyond_a_closed_timeline_is_put_aside() -> Result<()> {
     receiver.wait_for_line("trying again")?;
     s.server.stop(&s.scratch, "immediate")?;
     standby.start(&s.scratch)?;
-    run(standby
-        .program(&s.scratch, "pg_ctl")
-        .args(["promote", "-w", "-D"])
-        .arg(&standby.data))?;
+    s.promote(&standby)?;
     standby.sql(&s.scratch, "insert into t values ('new')")?;
     wait_until_durable(&s, &standby)?;
     receiver.kill()?;
