@@ -40,6 +40,17 @@ impl Default for Shape<'_> {
     }
 }
 
+/// Segments of 1 MiB.
+pub const SMALL: Shape<'static> = Shape {
+    major: 15,
+    archiving: false,
+    stanza: true,
+    more: "",
+    flags: false,
+    settings: "",
+    initdb: &["-k", "--wal-segsize=1"],
+};
+
 /// The fixture.
 #[derive(Debug)]
 pub struct Fixture {
@@ -141,6 +152,11 @@ impl Fixture {
     /// SQL in database postgres of the server.
     pub fn sql(&self, sql: &str) -> Result<String> {
         self.server.sql(&self.scratch, sql)
+    }
+
+    /// Rows of table t on a server.
+    pub fn rows(&self, server: &Server) -> Result<String> {
+        server.sql(&self.scratch, "select count(*) from t")
     }
 
     /// A path in the folder.

@@ -98,14 +98,6 @@ impl S3 {
             Some(_) => format!("https://localhost:{}", self.port),
         }
     }
-
-    /// A `[repo.NAME]` section for it.
-    pub fn config(&self, name: &str, url: &str, extra: &str) -> String {
-        format!(
-            "[repo.{name}]\nurl = \"{url}\"\nendpoint = \"{}\"\nregion = \"us-east-1\"\naccess_key = \"test\"\nsecret_key_file = \"s3.secret\"\n{extra}\n",
-            self.endpoint()
-        )
-    }
 }
 
 impl Drop for S3 {

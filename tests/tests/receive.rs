@@ -3,26 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use fairvault_tests::fixture::SMALL;
 use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::receiver::wait_until_durable;
 use fairvault_tests::s3::S3;
 use fairvault_tests::tools::reader;
-use fairvault_tests::{Fixture, Receiver, Server, Shape, run, tools};
-
-/// Segments of 1 MiB.
-const SMALL: Shape<'static> = Shape {
-    major: 15,
-    archiving: false,
-    stanza: true,
-    more: "",
-    flags: false,
-    settings: "",
-    initdb: &["-k", "--wal-segsize=1"],
-};
-
-fn rows(s: &Fixture, server: &Server) -> Result<String> {
-    server.sql(&s.scratch, "select count(*) from t")
-}
+use fairvault_tests::{Fixture, Receiver, Shape, tools};
 
 #[test]
 fn what_was_committed_is_there_although_its_segment_is_not_full() -> Result<()> {
@@ -44,7 +30,7 @@ fn what_was_committed_is_there_although_its_segment_is_not_full() -> Result<()> 
     std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
     let (exit, text) = s.restore("r", &[]);
     ensure!(exit == 0, "{text}");
-    ensure!(rows(&s, &s.start("r", 5450)?)? == "1000");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "1000");
     ensure!(
         s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
             .contains("all good")
@@ -90,7 +76,7 @@ fn restarts_go_on_exactly_and_full_segments_take_over() -> Result<()> {
     s.server.stop(&s.scratch, "immediate")?;
     let (exit, text) = s.restore("r", &[]);
     ensure!(exit == 0, "{text}");
-    ensure!(rows(&s, &s.start("r", 5450)?)? == "33000");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "33000");
     ensure!(
         s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
             .contains("all good")
@@ -124,7 +110,7 @@ fn pieces_can_be_sealed_instead() -> Result<()> {
     s.server.stop(&s.scratch, "immediate")?;
     let (exit, text) = s.restore("r", &[]);
     ensure!(exit == 0, "{text}");
-    ensure!(rows(&s, &s.start("r", 5450)?)? == "30000");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "30000");
     ensure!(
         s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
             .contains("all good")
@@ -188,85 +174,8 @@ fn acknowledged_commits_are_never_lost_in_synchronous_mode() -> Result<()> {
     let (exit, text) = s.restore("r", &[]);
     ensure!(exit == 0, "{text}");
     s.configure("r", "synchronous_standby_names = ''\n")?;
-    let there: u32 = rows(&s, &s.start("r", 5450)?)?.parse()?;
+    let there: u32 = s.rows(&s.start("r", 5450)?)?.parse()?;
     ensure!(there >= acknowledged, "{there} of {acknowledged}");
-    Ok(())
-}
-
-#[test]
-fn a_promotion_is_followed() -> Result<()> {
-    let s = Fixture::new("failover", Shape::default())?;
-    // Two hosts in one conninfo: whoever is the primary is received from.
-    let hosts = format!(
-        "host={0},{0} port=5432,5460 user=postgres target_session_attrs=primary",
-        s.scratch.path().display()
-    );
-    let receiver = Receiver::start(&s, &["--conninfo", &hosts, "--flush-interval", "100ms"])?;
-    s.sql("create table t (x int)")?;
-    s.backup()?;
-    wait_until_durable(&s, &s.server)?;
-    let standby = s.standby("standby", 5460, &[], "")?;
-    s.sql("insert into t values (1)")?;
-    standby.wait_for(&s.scratch, "select count(*) from t", "1")?;
-    wait_until_durable(&s, &s.server)?;
-    s.server.stop(&s.scratch, "fast")?;
-    s.promote(&standby)?;
-    standby.sql(&s.scratch, "insert into t values (2)")?;
-    wait_until_durable(&s, &standby)?;
-    let text = receiver.stop()?;
-    ensure!(text.contains("on timeline 2"), "{text}");
-    let info = s.ok(&["info", "acme"])?;
-    ensure!(info.contains("restorable on timeline 2"), "{info}");
-    drop(standby);
-    for (name, port, more, expected) in [
-        ("latest", 5461, vec![], "2"),
-        ("current", 5462, vec!["--target-timeline", "current"], "1"),
-        ("number", 5463, vec!["--target-timeline", "2"], "2"),
-    ] {
-        let (exit, text) = s.restore(name, &more);
-        ensure!(exit == 0, "{name}: {text}");
-        let copy = s.start(name, port)?;
-        ensure!(
-            rows(&s, &copy)? == expected,
-            "{name}: {}\n{}",
-            rows(&s, &copy)?,
-            copy.log_text()
-        );
-    }
-    Ok(())
-}
-
-#[test]
-fn a_server_that_was_set_back_is_refused() -> Result<()> {
-    let s = Fixture::new("back", Shape::default())?;
-    s.sql("create table t (x int)")?;
-    s.sql("checkpoint")?;
-    s.server.stop(&s.scratch, "fast")?;
-    run(s
-        .scratch
-        .command("cp")
-        .args(["-a", &s.path("data5432"), &s.path("snapshot")]))?;
-    s.server.start(&s.scratch)?;
-    let receiver = Receiver::start(&s, &["--flush-interval", "100ms", "--no-slot"])?;
-    s.backup()?;
-    s.sql("insert into t select generate_series(1, 10000)")?;
-    std::thread::sleep(Duration::from_secs(1));
-    receiver.stop()?;
-    s.server.stop(&s.scratch, "immediate")?;
-    std::fs::rename(&s.server.data, s.scratch.join("gone"))?;
-    run(s
-        .scratch
-        .command("cp")
-        .args(["-a", &s.path("snapshot"), &s.path("data5432")]))?;
-    s.server.start(&s.scratch)?;
-    let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--no-slot"]);
-    ensure!(exit == 1 && text.contains("set back"), "{exit} {text}");
-    // It has gone on beyond what is stored, with other WAL: the difference is seen.
-    for _ in 0..4 {
-        s.sql("insert into t select generate_series(1, 100); select pg_switch_wal()")?;
-    }
-    let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--no-slot"]);
-    ensure!(exit == 1 && text.contains("other WAL"), "{exit} {text}");
     Ok(())
 }
 
@@ -304,7 +213,7 @@ fn store_and_server_may_go_away_for_a_while() -> Result<()> {
     s.server.stop(&s.scratch, "immediate")?;
     let (exit, text) = s.restore("r", &[]);
     ensure!(exit == 0, "{text}");
-    ensure!(rows(&s, &s.start("r", 5450)?)? == "3");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "3");
     ensure!(
         s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
             .contains("all good")
@@ -338,7 +247,7 @@ fn what_the_server_still_has_is_filled_in() -> Result<()> {
     ensure!(!info.contains("gap"), "{info}");
     let (exit, text) = s.restore("r", &["--backup", &first]);
     ensure!(exit == 0, "{text}");
-    ensure!(rows(&s, &s.start("r", 5450)?)? == "33000");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "33000");
     Ok(())
 }
 
@@ -381,7 +290,7 @@ fn wal_that_nobody_has_any_more_needs_a_word() -> Result<()> {
     receiver.stop()?;
     let (exit, text) = s.restore("r", &[]);
     ensure!(exit == 0, "{text}");
-    ensure!(rows(&s, &s.start("r", 5450)?)? == "90002");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "90002");
     Ok(())
 }
 
@@ -404,7 +313,7 @@ fn what_a_dying_server_has_sent_is_stored() -> Result<()> {
     receiver.kill()?;
     let (exit, text) = s.restore("r", &[]);
     ensure!(exit == 0, "{text}");
-    ensure!(rows(&s, &s.start("r", 5450)?)? == "1000");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "1000");
     Ok(())
 }
 
@@ -432,91 +341,11 @@ fn a_store_that_goes_away_leaves_no_seal_over_a_hole() -> Result<()> {
     s.server.stop(&s.scratch, "immediate")?;
     let (exit, text) = s.restore("r", &[]);
     ensure!(exit == 0, "{text}");
-    ensure!(rows(&s, &s.start("r", 5450)?)? == "54003");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "54003");
     ensure!(
         s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
             .contains("all good")
     );
-    Ok(())
-}
-
-#[test]
-fn an_old_primary_that_goes_on_is_a_branch_until_it_is_fenced() -> Result<()> {
-    let s = Fixture::new(
-        "divergent",
-        Shape {
-            archiving: true,
-            ..SMALL
-        },
-    )?;
-    s.sql("create table t (x int)")?;
-    s.backup()?;
-    s.sql("insert into t values (1)")?;
-    s.flush_archive(&s.server)?;
-    let standby = s.standby("standby", 5460, &["--archiving", "keep"], "")?;
-    standby.wait_for(&s.scratch, "select count(*) from t", "1")?;
-    s.promote(&standby)?;
-    // Both go on, and both archive.
-    for server in [&s.server, &standby] {
-        for _ in 0..3 {
-            server.sql(&s.scratch, "insert into t values (2)")?;
-            s.flush_archive(server)?;
-        }
-    }
-    s.sql("insert into t values (3)")?;
-    s.flush_archive(&s.server)?;
-    let info = s.ok(&["info", "acme"])?;
-    for timeline in [1, 2] {
-        ensure!(info.contains(&format!("restorable on timeline {timeline}")), "{info}");
-    }
-    // The old one is stopped by a word, and only it.
-    let reason = ["--reason", "failover on Tuesday"];
-    let text = s.ok(&["stanza", "fence", "acme", "--timeline", "1", reason[0], reason[1]])?;
-    ensure!(text.contains("timeline 1 is closed at"), "{text}");
-    let segment = s.sql("insert into t values (4); select pg_walfile_name(pg_current_wal_lsn())")?;
-    s.sql("select pg_switch_wal()")?;
-    let path = s.path(&format!(
-        "data5432/pg_wal/{}",
-        segment.lines().last().unwrap_or_default()
-    ));
-    let (exit, text) = s.fairvault(&["wal", "push", "acme", &path]);
-    ensure!(exit == 1 && text.contains("failover on Tuesday"), "{exit} {text}");
-    let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--no-slot", "--flush-interval", "100ms"]);
-    ensure!(exit == 5 && text.contains("was closed at"), "{exit} {text}");
-    standby.sql(&s.scratch, "insert into t values (3)")?;
-    s.flush_archive(&standby)?;
-    ensure!(s.ok(&["info", "acme"])?.contains("timeline 1 was closed"));
-    for (name, port, more, expected) in [
-        ("latest", 5461, vec![], "5"),
-        ("current", 5462, vec!["--target-timeline", "current"], "5"),
-    ] {
-        let (exit, text) = s.restore(name, &more);
-        ensure!(exit == 0, "{name}: {text}");
-        let copy = s.start(name, port)?;
-        ensure!(rows(&s, &copy)? == expected, "{name}: {}", rows(&s, &copy)?);
-    }
-    // Taken back, it archives again.
-    s.ok(&[
-        "stanza",
-        "fence",
-        "acme",
-        "--timeline",
-        "1",
-        "--reopen",
-        reason[0],
-        reason[1],
-    ])?;
-    s.ok(&["wal", "push", "acme", &path])?;
-    // A receiver that is at work is stopped by a fence.
-    drop(standby);
-    let hosts = ["--no-slot", "--flush-interval", "100ms"];
-    let receiver = Receiver::start(&s, &hosts)?;
-    s.ok(&["stanza", "fence", "acme", reason[0], reason[1]])?;
-    s.sql("insert into t values (5)")?;
-    std::thread::sleep(Duration::from_secs(6));
-    s.sql("insert into t values (6)")?;
-    let (exit, text) = receiver.wait()?;
-    ensure!(exit == 5 && text.contains("was fenced"), "{exit} {text}");
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::receiver::wait_until_durable;
 use fairvault_tests::s3::S3;
-use fairvault_tests::{Fixture, Receiver, Server, Shape, run, tools};
+use fairvault_tests::{Fixture, Receiver, Shape, run, tools};
 
 /// Segments of 1 MiB.
 const SMALL: Shape<'static> = Shape {
@@ -23,15 +23,11 @@ const SMALL: Shape<'static> = Shape {
 
 const FILL: &str = "insert into t select md5(i::text) from generate_series(1, 3000) i";
 
-fn rows(s: &Fixture, server: &Server) -> Result<String> {
-    server.sql(&s.scratch, "select count(*) from t")
-}
-
 fn restored_rows(s: &Fixture) -> Result<String> {
     let (exit, text) = s.restore("r", &[]);
     ensure!(exit == 0, "{text}");
     s.configure("r", "synchronous_standby_names = ''\n")?;
-    rows(s, &s.start("r", 5450)?)
+    s.rows(&s.start("r", 5450)?)
 }
 
 fn all_good(s: &Fixture) -> Result<()> {
@@ -234,7 +230,7 @@ fn a_promotion_is_followed_through_the_spool_and_slots_on_standbys_are_kept() ->
     let (exit, text) = s.restore("r", &[]);
     ensure!(exit == 0, "{text}");
     let copy = s.start("r", 5461)?;
-    ensure!(rows(&s, &copy)? == "36001", "{}", rows(&s, &copy)?);
+    ensure!(s.rows(&copy)? == "36001", "{}", s.rows(&copy)?);
     all_good(&s)
 }
 
@@ -267,7 +263,7 @@ fn a_hole_before_the_spool_is_filled_beside_it() -> Result<()> {
     destroy(&s)?;
     let (exit, text) = s.restore("r", &["--backup", &first]);
     ensure!(exit == 0, "{text}");
-    ensure!(rows(&s, &s.start("r", 5450)?)? == "33000");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "33000");
     Ok(())
 }
 

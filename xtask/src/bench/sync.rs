@@ -55,28 +55,18 @@ pub fn run_it(seconds: u32) -> Result<()> {
     s.backup()?;
     let dir = s.scratch.path().display().to_string();
     run(s.scratch.command("mkdir").arg("received"))?;
-    let mut receivewal = s.scratch.command(tools::bin(15).join("pg_receivewal"));
-    receivewal.args([
-        "-D",
-        &format!("{dir}/received"),
-        "-h",
-        &dir,
-        "-U",
-        "postgres",
-        "--synchronous",
-        "--no-loop",
-    ]);
-    receivewal.env("PGAPPNAME", "peer");
     let conninfo = |name: &str| format!("{} application_name={name}", s.server.conninfo());
-    let (peer, direct, spooled) = (format!("{dir}/received"), conninfo("direct"), conninfo("spooled"));
-    receivewal.args(["-d", &format!("{} application_name=peer", s.server.conninfo())]);
+    let (peer, direct, spooled) = (conninfo("peer"), conninfo("direct"), conninfo("spooled"));
+    let mut receivewal = s.scratch.command(tools::bin(15).join("pg_receivewal"));
+    receivewal
+        .args(["-D", &format!("{dir}/received"), "-d", &peer])
+        .args(["--synchronous", "--no-loop"]);
     let spool = format!("{dir}/spool");
     let fairvault = |more: &[&str]| {
         let mut all = vec!["wal", "receive", "acme", "--synchronous", "--no-slot", "--conninfo"];
         all.extend(more);
         s.command(&all)
     };
-    let none = String::new();
     let cases: [(&str, &str, Option<Command>); 4] = [
         ("no receiver", "", None),
         ("pg_receivewal --synchronous", "peer", Some(receivewal)),
@@ -98,7 +88,7 @@ pub fn run_it(seconds: u32) -> Result<()> {
             let sync = "select count(*) from pg_stat_replication where sync_state = 'sync'";
             s.server.wait_for(&s.scratch, sync, "1")?;
         }
-        let mut cells = none.clone();
+        let mut cells = String::new();
         for (at, clients) in ["1", "8", "32"].iter().enumerate() {
             let tps = tps(&s, clients, &seconds)?;
             if name == "peer" {
@@ -116,7 +106,6 @@ pub fn run_it(seconds: u32) -> Result<()> {
         s.sql("select pg_reload_conf()")?;
         drop(running);
     }
-    let _ = peer;
     let file = results()?.join("sync.md");
     std::fs::write(&file, &table)?;
     println!("\n{table}\nwritten to {}", file.display());

@@ -168,8 +168,9 @@ where
         while let Some((name, ended)) = uploads.next().await {
             match ended {
                 Ok(hash) => {
-                    exchange.publish(&done(&name), tag(destinations, &name, &hash).as_bytes())?;
+                    // Before the answer: after it, PostgreSQL may remove the file.
                     stored(&name).await;
+                    exchange.publish(&done(&name), tag(destinations, &name, &hash).as_bytes())?;
                 }
                 Err(error) => {
                     let failure = serde_json::to_vec(&Failure::of(&error)).unwrap_or_default();
