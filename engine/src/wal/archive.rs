@@ -202,26 +202,31 @@ impl Archive {
 
     /// Stores bytes of a segment from `offset` on as a piece.
     pub async fn put_piece(&self, segment: Segment, offset: u64, content: Vec<u8>) -> Result<(Stored, Piece)> {
-        let start = Lsn(segment.start(self.segment_size).0 + offset);
-        let end = Lsn(start.0 + content.len() as u64);
-        self.check_open(segment.timeline, end)?;
-        let name = segment.name(self.segment_size);
-        let epoch = self.epoch(segment.timeline, segment.start(self.segment_size));
-        let object = names::wal_piece(self.system_identifier, segment.timeline, &name, start.0, end.0, epoch);
+        let piece = self.piece(segment, offset, offset + content.len() as u64);
+        self.check_open(segment.timeline, Lsn(piece.end))?;
         let id = self.stanza.keys().chunk_id(&content);
         let header = proto::WalHeader {
-            start_lsn: start.0,
-            end_lsn: end.0,
-            ..self.plain_header(segment.timeline, &name)
+            start_lsn: piece.start,
+            end_lsn: piece.end,
+            ..self.plain_header(segment.timeline, &segment.name(self.segment_size))
         };
-        let sealed = self.seal(ObjectKind::WalPiece, object.clone(), header, content).await?;
-        let stored = self.create_same(ObjectKind::WalPiece, &object, sealed.0, id).await?;
-        let piece = Piece {
-            start: start.0,
-            end: end.0,
-            object,
-        };
+        let sealed = self
+            .seal(ObjectKind::WalPiece, piece.object.clone(), header, content)
+            .await?;
+        let stored = self
+            .create_same(ObjectKind::WalPiece, &piece.object, sealed.0, id)
+            .await?;
         Ok((stored, piece))
+    }
+
+    /// The piece of a segment between two offsets, by the name that it has or will have.
+    pub fn piece(&self, segment: Segment, from: u64, to: u64) -> Piece {
+        let base = segment.start(self.segment_size);
+        let (start, end) = (base.0 + from, base.0 + to);
+        let name = segment.name(self.segment_size);
+        let epoch = self.epoch(segment.timeline, base);
+        let object = names::wal_piece(self.system_identifier, segment.timeline, &name, start, end, epoch);
+        Piece { start, end, object }
     }
 
     /// Stores a complete segment whose summary was made while it arrived; gives its buffer back.

@@ -5,6 +5,7 @@
 //! that is stored already must be the same bytes. Everything that the network, the server or the store can
 //! do to us for a while is followed by another attempt, which begins exactly where the repository ends.
 
+mod current;
 mod feed;
 mod known;
 mod origin;

@@ -1,5 +1,6 @@
-//! Receiving and storing, side by side: one thing is stored at a time, in order, while WAL keeps coming in
-//! as long as there is room for it.
+//! Receiving and storing, side by side: what is being stored is acknowledged in order, while WAL keeps coming
+//! in as long as there is room for it. Joining many small pieces to a large one is done beside it: no commit
+//! waits for that.
 //!
 //! Memory: the segment that is being filled and the one that is being stored. Segments larger than
 //! [`WHOLE_BYTES`] are never held: their pieces are sealed.
@@ -8,83 +9,25 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::current::{Current, Held, many};
 use super::known::Known;
 use super::origin::Origin;
 use super::start::Start;
-use super::storing::{self, Done, Full, Guard, Storing};
+use super::storing::{self, Done, Full, Guard, Joining, Storing};
 use super::{Ended, Options, STATUS, quiet};
 use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
 use crate::replication::wal_stream::WalItem;
 use crate::wal::archive::Archive;
-use crate::wal::fetch::Piece;
-use crate::wal::summary::Summarizer;
 
 /// Segments up to this size are held and stored as one object.
 const WHOLE_BYTES: u64 = 16 << 20;
 /// The largest piece.
 const PIECE_BYTES: usize = 4 << 20;
-/// Pieces of about one size after which one takes their place.
-const MERGE_PIECES: usize = 32;
-
-/// A stored piece, and how many generations of pieces it took the place of.
-struct Held {
-    piece: Piece,
-    generation: u8,
-}
-
-/// The segment that is being received.
-struct Current {
-    segment: Segment,
-    /// Bytes from `base` on.
-    buffer: Vec<u8>,
-    /// Offset in the segment of the buffer's first byte.
-    base: usize,
-    /// Offset up to which it is stored or being stored.
-    stored: usize,
-    /// What was stored by an earlier run; `None` while that is being found out.
-    known: Option<Known>,
-    /// Since when something waits.
-    waiting_since: Option<Instant>,
-    pieces: Vec<Held>,
-    summary: Summarizer,
-    /// Of the whole segment.
-    hash: blake3::Hasher,
-}
-
-impl Current {
-    fn new(archive: &Archive, segment: Segment) -> Self {
-        Self {
-            segment,
-            buffer: Vec::new(),
-            base: 0,
-            stored: 0,
-            known: None,
-            waiting_since: None,
-            pieces: Vec::new(),
-            summary: Summarizer::new(segment.start(archive.segment_size), archive.segment_size),
-            hash: blake3::Hasher::new_keyed(&archive.stanza.keys().id_key),
-        }
-    }
-
-    fn know(&mut self, mut known: Known) {
-        self.stored = known.end;
-        let pieces = std::mem::take(&mut known.pieces);
-        self.pieces = pieces.into_iter().map(|piece| Held { piece, generation: 0 }).collect();
-        self.known = Some(known);
-    }
-
-    fn received(&self) -> usize {
-        self.base + self.buffer.len()
-    }
-
-    fn is_known_whole(&self) -> bool {
-        self.known.as_ref().is_some_and(|known| known.is_whole)
-    }
-}
 
 /// How receiving ended.
 pub struct Outcome {
@@ -121,14 +64,14 @@ pub async fn run<'a>(
         spare: Vec::new(),
         holds_whole: archive.segment_size <= WHOLE_BYTES && !options.keep_pieces,
     };
-    let mut storing: Option<Storing<'a>> = None;
-    let mut ended = pump.receive(&mut storing, stop).await;
+    let mut work = Work::default();
+    let mut ended = pump.receive(&mut work, stop).await;
     // The server is gone, and what it sent is here: that may be all that is left of it. After a failure of the
     // store, nothing more is stored: what comes after a hole must not look complete.
     if let Err(error) = &ended
         && matches!(error.kind(), Kind::Temporary | Kind::Failed | Kind::Damaged)
         && !pump.store_failed
-        && let Err(worse) = pump.drain(storing).await
+        && let Err(worse) = pump.drain(&mut work).await
     {
         ended = Err(worse);
     }
@@ -139,18 +82,22 @@ pub async fn run<'a>(
     }
 }
 
-/// How many of the last pieces are to be replaced by one, and its generation: a run of one generation, and
-/// the run before it if that makes one more of its own.
-fn many(pieces: &[Held]) -> (usize, u8) {
-    let (mut count, mut generation) = (0, 0);
-    loop {
-        let rest = pieces.iter().rev().skip(count);
-        let run = rest.take_while(|held| held.generation == generation).count();
-        if run < MERGE_PIECES - 1 {
-            return (count, generation);
-        }
-        count += run;
-        generation += 1;
+/// What is under way.
+#[derive(Default)]
+struct Work<'a> {
+    /// A piece or a complete segment.
+    storing: Option<Storing<'a>>,
+    /// Pieces that become one.
+    joining: Option<Joining<'a>>,
+    /// Pieces that are deleted, because one took their place.
+    deleting: JoinSet<()>,
+}
+
+/// Waits for what may not be there.
+async fn waited<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
     }
 }
 
@@ -172,15 +119,13 @@ struct Pump<'a> {
 }
 
 impl<'a> Pump<'a> {
-    async fn receive(&mut self, storing: &mut Option<Storing<'a>>, mut stop: watch::Receiver<bool>) -> Result<Ended> {
+    async fn receive(&mut self, work: &mut Work<'a>, mut stop: watch::Receiver<bool>) -> Result<Ended> {
         let (mut last_heard, mut last_said) = (Instant::now(), Instant::now());
         loop {
-            if storing.is_none() {
-                *storing = self.next_work(false);
-            }
+            self.begin_work(work, false);
             self.take_pending()?;
             if self.origin.is_over(self.current.segment) {
-                self.drain(storing.take()).await?;
+                self.drain(work).await?;
                 self.origin.stop().await;
                 return Ok(Ended::Next);
             }
@@ -188,35 +133,20 @@ impl<'a> Pump<'a> {
             if !room {
                 last_heard = Instant::now();
             }
-            let wake = self.wake_at(last_said, storing.is_some());
+            let wake = self.wake_at(last_said, work.storing.is_some());
             tokio::select! {
-                done = async { match storing.as_mut() { Some(work) => work.await, None => std::future::pending().await } } => {
-                    *storing = None;
+                done = waited(&mut work.storing) => {
+                    work.storing = None;
                     self.finished(done)?;
                     self.say(false).await?;
                     last_said = Instant::now();
                 }
+                joined = waited(&mut work.joining) => self.joined(work, joined)?,
+                Some(_) = work.deleting.join_next() => {}
                 item = self.origin.next(), if room => {
                     last_heard = Instant::now();
-                    match item? {
-                        WalItem::Data { start, bytes } => self.take(start, bytes)?,
-                        WalItem::Idle { wants_answer: true, .. } => {
-                            self.say(false).await?;
-                            last_said = Instant::now();
-                        }
-                        WalItem::Idle { .. } => {}
-                        WalItem::TimelineEnd => {
-                            let next = self.origin.timeline_ended().await?;
-                            self.drain(storing.take()).await?;
-                            self.compare_beginning().await?;
-                            self.origin.all_stored();
-                            tracing::info!(
-                                "timeline {} has ended at {}; going on with {next}",
-                                self.current.segment.timeline,
-                                self.durable
-                            );
-                            return Ok(Ended::Next);
-                        }
+                    if let Some(ended) = self.heard(item?, work).await? {
+                        return Ok(ended);
                     }
                 }
                 () = tokio::time::sleep_until(wake) => {
@@ -229,13 +159,35 @@ impl<'a> Pump<'a> {
                     }
                 }
                 _ = stop.wait_for(|stop| *stop) => {
-                    self.drain(storing.take()).await?;
+                    self.drain(work).await?;
                     self.say(false).await?;
                     self.origin.stop().await;
                     return Ok(Ended::Stopped);
                 }
             }
         }
+    }
+
+    /// Takes what the stream brought; how receiving has ended, if it has.
+    async fn heard(&mut self, item: WalItem, work: &mut Work<'a>) -> Result<Option<Ended>> {
+        match item {
+            WalItem::Data { start, bytes } => self.take(start, bytes)?,
+            WalItem::Idle { wants_answer: true, .. } => self.say(false).await?,
+            WalItem::Idle { .. } => {}
+            WalItem::TimelineEnd => {
+                let next = self.origin.timeline_ended().await?;
+                self.drain(work).await?;
+                self.compare_beginning().await?;
+                self.origin.all_stored();
+                tracing::info!(
+                    "timeline {} has ended at {}; going on with {next}",
+                    self.current.segment.timeline,
+                    self.durable
+                );
+                return Ok(Some(Ended::Next));
+            }
+        }
+        Ok(None)
     }
 
     fn has_room(&self) -> bool {
@@ -327,41 +279,41 @@ impl<'a> Pump<'a> {
         Ok(())
     }
 
-    /// The next thing to store, if it is time for one; `all` means: whatever is there.
-    fn next_work(&mut self, all: bool) -> Option<Storing<'a>> {
-        let size = self.archive.segment_size as usize;
-        let (received, stored) = (self.current.received(), self.current.stored);
-        if received == size && (self.holds_whole || stored == size) {
-            return Some(self.complete());
+    /// Begins what it is time for; `all` means: whatever is there.
+    fn begin_work(&mut self, work: &mut Work<'a>, all: bool) {
+        if work.storing.is_none() {
+            work.storing = self.next_work(work.joining.is_none(), all);
         }
-        let waiting = received.checked_sub(stored).filter(|&n| n > 0)?;
-        let due = self
-            .current
-            .waiting_since
-            .is_some_and(|since| since.elapsed() >= self.options.flush_interval);
-        let enough = waiting as u64 >= self.options.piece_size || waiting >= PIECE_BYTES || received == size;
-        (all || due || self.options.synchronous || enough).then(|| self.piece())
+        if !all && work.joining.is_none() {
+            work.joining = self.join_many();
+        }
     }
 
-    /// Stores what waits; together with the pieces before it, if there are many.
+    /// The next thing to store. A segment is completed while nothing is done to its pieces.
+    fn next_work(&mut self, may_complete: bool, all: bool) -> Option<Storing<'a>> {
+        let size = self.archive.segment_size as usize;
+        if self.current.received() == size && (self.holds_whole || self.current.stored == size) {
+            return may_complete.then(|| self.complete());
+        }
+        self.is_due(all).then(|| self.piece())
+    }
+
+    /// Whether what waits is to be stored now.
+    fn is_due(&self, all: bool) -> bool {
+        let (received, stored) = (self.current.received(), self.current.stored);
+        let waiting = received.saturating_sub(stored);
+        let since = self.current.waiting_since;
+        let due = since.is_some_and(|since| since.elapsed() >= self.options.flush_interval);
+        let enough = waiting as u64 >= self.options.piece_size
+            || waiting >= PIECE_BYTES
+            || received as u64 == self.archive.segment_size;
+        waiting > 0 && (all || due || self.options.synchronous || enough)
+    }
+
+    /// Stores what waits.
     fn piece(&mut self) -> Storing<'a> {
-        let base = self.current.segment.start(self.archive.segment_size).0;
-        let (count, generation) = match self.holds_whole {
-            true => many(&self.current.pieces),
-            false => (0, 0),
-        };
-        let pieces = &self.current.pieces;
-        let merged = pieces[pieces.len() - count..]
-            .iter()
-            .map(|held| (held.piece.start - base) as usize);
-        let merged = merged.fold(self.current.stored, usize::min);
-        // Large pieces stay as they are: what is stored at once is bounded.
-        let (count, generation, from) = match self.current.received() - merged <= PIECE_BYTES {
-            true => (count, generation, merged),
-            false => (0, 0, self.current.stored),
-        };
-        let at = self.current.pieces.len() - count;
-        let replaced: Vec<Piece> = self.current.pieces.drain(at..).map(|held| held.piece).collect();
+        let segment = self.current.segment;
+        let from = self.current.stored;
         let content = &self.current.buffer[from - self.current.base..];
         let content = content[..content.len().min(PIECE_BYTES)].to_vec();
         let end = from + content.len();
@@ -374,15 +326,41 @@ impl<'a> Pump<'a> {
             self.current.base = end;
         }
         self.current.pieces.push(Held {
-            // Its object's name is known once it is stored.
-            piece: Piece {
-                start: base + from as u64,
-                end: base + end as u64,
-                object: String::new(),
-            },
-            generation,
+            piece: self.archive.piece(segment, from as u64, end as u64),
+            generation: 0,
+            is_stored: false,
         });
-        storing::piece(self.guard, self.archive, self.current.segment, from, content, replaced)
+        storing::piece(self.guard, self.archive, segment, from, content)
+    }
+
+    /// Makes one of many stored pieces. Large ones stay as they are: what is stored at once is bounded.
+    fn join_many(&self) -> Option<Joining<'a>> {
+        let (received, stored) = (self.current.received(), self.current.stored);
+        // After a start, what is stored comes again first, and is compared.
+        if !self.holds_whole || received < stored || received as u64 == self.archive.segment_size {
+            return None;
+        }
+        let pieces = &self.current.pieces;
+        let stored = pieces.iter().take_while(|held| held.is_stored).count();
+        let (count, generation) = many(&pieces[..stored]);
+        let joined = &pieces[stored - count..stored];
+        let segment = self.current.segment;
+        let base = segment.start(self.archive.segment_size).0;
+        let from = joined.iter().map(|held| held.piece.start).min()? - base;
+        let to = joined.iter().map(|held| held.piece.end).max()? - base;
+        if to - from > PIECE_BYTES as u64 {
+            return None;
+        }
+        let content = self.current.buffer[from as usize - self.current.base..to as usize - self.current.base].to_vec();
+        let replaced = joined.iter().map(|held| held.piece.clone()).collect();
+        Some(storing::join(
+            self.guard,
+            self.archive,
+            segment,
+            content,
+            replaced,
+            generation,
+        ))
     }
 
     /// The segment is full: it becomes one object, or its pieces are sealed.
@@ -416,15 +394,37 @@ impl<'a> Pump<'a> {
         self.durable = self.durable.max(done.durable);
         if let Some(piece) = done.piece
             && done.segment == self.current.segment
-            && let Some(held) = self.current.pieces.last_mut()
+            && let Some(held) = self.current.pieces.iter_mut().find(|held| held.piece == piece)
         {
-            held.piece = piece;
+            held.is_stored = true;
         }
         if let Some(next) = done.next {
             tracing::debug!("{} is complete", done.segment.name(self.archive.segment_size));
             if self.current.known.is_none() {
                 self.current.know(next);
             }
+        }
+        Ok(())
+    }
+
+    fn joined(&mut self, work: &mut Work<'a>, joined: Result<storing::Joined>) -> Result<()> {
+        work.joining = None;
+        self.store_failed |= joined.is_err();
+        let joined = joined?;
+        let pieces = &mut self.current.pieces;
+        let at = pieces
+            .iter()
+            .position(|held| Some(&held.piece) == joined.replaced.first());
+        if let Some(at) = at {
+            let one = Held {
+                piece: joined.piece,
+                generation: joined.generation,
+                is_stored: true,
+            };
+            pieces.splice(at..at + joined.replaced.len(), [one]);
+            let archive = self.archive.clone();
+            work.deleting
+                .spawn(async move { archive.delete_pieces(&joined.replaced).await });
         }
         Ok(())
     }
@@ -449,13 +449,20 @@ impl<'a> Pump<'a> {
     }
 
     /// Stores everything that was received.
-    async fn drain(&mut self, storing: Option<Storing<'a>>) -> Result<()> {
-        let mut next = storing;
+    async fn drain(&mut self, work: &mut Work<'a>) -> Result<()> {
         loop {
             self.take_pending()?;
-            match next.take().or_else(|| self.next_work(true)) {
-                Some(work) => self.finished(work.await)?,
-                None => return Ok(()),
+            self.begin_work(work, true);
+            if work.storing.is_some() {
+                let done = waited(&mut work.storing).await;
+                work.storing = None;
+                self.finished(done)?;
+            } else if work.joining.is_some() {
+                let joined = waited(&mut work.joining).await;
+                self.joined(work, joined)?;
+            } else {
+                while work.deleting.join_next().await.is_some() {}
+                return Ok(());
             }
         }
     }

@@ -78,20 +78,17 @@ impl Guard {
     }
 }
 
-/// Stores `content` as the piece from offset `from` on. `replaced` is what it takes the place of.
+/// Stores `content` as the piece from offset `from` on.
 pub fn piece<'a>(
     guard: &'a Guard,
     archive: &'a Archive,
     segment: Segment,
     from: usize,
     content: Vec<u8>,
-    replaced: Vec<Piece>,
 ) -> Storing<'a> {
     Box::pin(async move {
         let (_, piece) = archive.put_piece(segment, from as u64, content).await?;
         guard.check(archive, true).await?;
-        let replaced: Vec<Piece> = replaced.into_iter().filter(|p| p.object != piece.object).collect();
-        archive.delete_pieces(&replaced).await;
         Ok(Done {
             segment,
             // The last piece does not make a segment: until it is sealed, the server must be able to send it again.
@@ -99,6 +96,40 @@ pub fn piece<'a>(
             piece: Some(piece),
             next: None,
             spare: None,
+        })
+    })
+}
+
+/// Pieces that were made one.
+pub struct Joined {
+    /// The one.
+    pub piece: Piece,
+    /// Its generation.
+    pub generation: u8,
+    /// What it takes the place of, in the order of their ranges: these may be deleted.
+    pub replaced: Vec<Piece>,
+}
+
+/// Pieces that are being made one.
+pub type Joining<'a> = Pin<Box<dyn Future<Output = Result<Joined>> + Send + 'a>>;
+
+/// Stores `content`, which is that of the stored pieces `replaced`, as one piece.
+pub fn join<'a>(
+    guard: &'a Guard,
+    archive: &'a Archive,
+    segment: Segment,
+    content: Vec<u8>,
+    replaced: Vec<Piece>,
+    generation: u8,
+) -> Joining<'a> {
+    Box::pin(async move {
+        let from = replaced.first().map_or(0, |piece| piece.start) - segment.start(archive.segment_size).0;
+        let (_, piece) = archive.put_piece(segment, from, content).await?;
+        guard.check(archive, true).await?;
+        Ok(Joined {
+            piece,
+            generation,
+            replaced,
         })
     })
 }
