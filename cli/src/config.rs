@@ -70,15 +70,22 @@ pub struct Repo {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Compression {
-    /// zstd
-    #[serde(default = "default_codec")]
-    pub codec: String,
+    /// page-zstd or zstd.
+    #[serde(default)]
+    pub codec: Codec,
     /// Level.
-    pub level: i32,
+    pub level: Option<i32>,
 }
 
-fn default_codec() -> String {
-    "zstd".to_owned()
+/// How chunks of backups are compressed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Codec {
+    /// Pages are taken apart before zstd, where that pays.
+    #[default]
+    PageZstd,
+    /// zstd only.
+    Zstd,
 }
 
 /// `[defaults]`

@@ -16,13 +16,15 @@ use fairvault_format::keys::Secret;
 use zeroize::Zeroizing;
 
 use crate::args::Global;
-use crate::config::{self, Config, KeySource, Repo, StanzaConfig, WalConfig};
+use crate::config::{self, Codec, Compression, Config, KeySource, Repo, StanzaConfig, WalConfig};
 
 /// Name of the repository that --repo-url makes.
 const FLAG_REPO: &str = "url";
 
 /// zstd level of backups, if nothing else is said.
-const DEFAULT_LEVEL: i32 = 3;
+const BACKUP_LEVEL: i32 = 1;
+/// zstd level of WAL, if nothing else is said.
+const WAL_LEVEL: i32 = 3;
 
 /// Options and configuration together.
 pub struct Context {
@@ -195,16 +197,25 @@ impl Context {
         self.stanza(stanza).map(|s| s.wal.clone()).unwrap_or_default()
     }
 
-    /// zstd level.
-    pub fn level(&self, stanza: &str, flag: Option<i32>) -> Result<i32> {
-        let compression =
-            self.stanza(stanza)
-                .and_then(|s| s.compression.as_ref())
-                .or(self.config.defaults.compression.as_ref());
-        if let Some(other) = compression.map(|c| c.codec.as_str()).filter(|&c| c != "zstd") {
-            return Err(Error::usage(format!("compression codec {other:?} is not known")).remedy("use \"zstd\""));
-        }
-        let level = flag.or_else(|| compression.map(|c| c.level)).unwrap_or(DEFAULT_LEVEL);
+    fn compression(&self, stanza: &str) -> Option<&Compression> {
+        let of_stanza = self.stanza(stanza).and_then(|s| s.compression.as_ref());
+        of_stanza.or(self.config.defaults.compression.as_ref())
+    }
+
+    /// How chunks of backups are compressed: codec and zstd level.
+    pub fn backup_compression(&self, stanza: &str, flag: Option<i32>) -> Result<(Codec, i32)> {
+        let codec = self.compression(stanza).map(|c| c.codec).unwrap_or_default();
+        Ok((codec, self.level(stanza, flag, BACKUP_LEVEL)?))
+    }
+
+    /// zstd level of WAL.
+    pub fn wal_level(&self, stanza: &str) -> Result<i32> {
+        self.level(stanza, None, WAL_LEVEL)
+    }
+
+    fn level(&self, stanza: &str, flag: Option<i32>, default: i32) -> Result<i32> {
+        let configured = self.compression(stanza).and_then(|c| c.level);
+        let level = flag.or(configured).unwrap_or(default);
         match (-7..=22).contains(&level) {
             true => Ok(level),
             false => Err(Error::usage(format!(

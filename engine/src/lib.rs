@@ -5,6 +5,7 @@
 //! [`mod@env`]; what comes from a server or a store is compared with a limit before it is believed.
 
 pub mod backup;
+pub mod codec;
 pub mod commit;
 pub mod dedup;
 pub mod env;

@@ -4,7 +4,8 @@ use crate::error::{FormatError, Result, check_limit};
 use crate::header::{HEADER_LEN, ObjectHeader};
 use crate::keys::{EpochKeys, KeyRole, ObjectKey, Scope, TAG_LEN};
 use crate::limits;
-use crate::object::{codec, decompress};
+use crate::object::{codec, wrong_length};
+use crate::pages;
 
 /// Length of the sealed frame header, bytes.
 pub const FRAME_HEADER_LEN: usize = 8;
@@ -44,28 +45,93 @@ impl FrameKey {
 
     /// Opens a frame and decodes its chunk. The caller checks the chunk's id.
     pub fn open(&self, ordinal: u32, stored: &[u8], what: &str) -> Result<Vec<u8>> {
-        let mut buffer = stored.to_vec();
-        self.key.open(ordinal.into(), &self.aad(ordinal), &mut buffer, what)?;
-        decode_chunk(buffer, what)
+        let mut reader = FrameReader::default();
+        self.open_with(&mut reader, ordinal, stored, what)?;
+        Ok(reader.chunk)
+    }
+
+    /// The same, into the reader's buffer.
+    pub fn open_with<'a>(
+        &self,
+        reader: &'a mut FrameReader,
+        ordinal: u32,
+        stored: &[u8],
+        what: &str,
+    ) -> Result<&'a [u8]> {
+        reader.frame.clear();
+        reader.frame.extend_from_slice(stored);
+        self.key
+            .open(ordinal.into(), &self.aad(ordinal), &mut reader.frame, what)?;
+        reader.decode(what)?;
+        Ok(&reader.chunk)
+    }
+}
+
+/// Decodes frames; keeps its buffers from one to the next.
+#[derive(Default)]
+pub struct FrameReader {
+    /// Frame header and codec output.
+    frame: Vec<u8>,
+    transformed: Vec<u8>,
+    chunk: Vec<u8>,
+    zstd: Option<zstd::bulk::Decompressor<'static>>,
+    pages: pages::Decoder,
+}
+
+impl FrameReader {
+    fn decode(&mut self, what: &str) -> Result<()> {
+        let Some((header, output)) = self.frame.split_first_chunk::<FRAME_HEADER_LEN>() else {
+            return Err(FormatError::damaged(what, "it is shorter than a frame header"));
+        };
+        if header[0] > codec::PAGES {
+            return Err(FormatError::unsupported(what, format!("codec {}", header[0])));
+        }
+        if header[1] != 0 || header[2..4] != [0; 2] {
+            return Err(FormatError::unsupported(
+                what,
+                format!("frame flags {:?}", &header[1..4]),
+            ));
+        }
+        let plain_len = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
+        check_limit(what, plain_len.into(), limits::MANIFEST_CHUNK_BYTES.into())?;
+        let plain_len = plain_len as usize;
+        self.chunk.clear();
+        if header[0] == codec::RAW {
+            self.chunk.extend_from_slice(output);
+        } else {
+            let zstd = match &mut self.zstd {
+                Some(zstd) => zstd,
+                none => none.insert(
+                    zstd::bulk::Decompressor::new()
+                        .map_err(|e| FormatError::damaged(what, format!("zstd cannot be set up: {e}")))?,
+                ),
+            };
+            let (into, most) = match header[0] {
+                codec::PAGES => (&mut self.transformed, plain_len + pages::overhead(plain_len)),
+                _ => (&mut self.chunk, plain_len),
+            };
+            into.clear();
+            into.reserve(most);
+            zstd.decompress_to_buffer(output, into)
+                .map_err(|e| FormatError::damaged(what, format!("zstd: {e}")))?;
+            if header[0] == codec::PAGES {
+                self.chunk.resize(plain_len, 0);
+                return self.pages.decode(&self.transformed, &mut self.chunk, what);
+            }
+        }
+        match self.chunk.len() == plain_len {
+            true => Ok(()),
+            false => Err(wrong_length(what, self.chunk.len(), plain_len)),
+        }
     }
 }
 
 /// Decodes an opened frame: frame header and codec output.
-pub fn decode_chunk(mut frame: Vec<u8>, what: &str) -> Result<Vec<u8>> {
-    let Some(header) = frame.first_chunk::<FRAME_HEADER_LEN>().copied() else {
-        return Err(FormatError::damaged(what, "it is shorter than a frame header"));
+pub fn decode_chunk(frame: Vec<u8>, what: &str) -> Result<Vec<u8>> {
+    let mut reader = FrameReader {
+        frame,
+        ..Default::default()
     };
-    if header[0] > codec::ZSTD {
-        return Err(FormatError::unsupported(what, format!("codec {}", header[0])));
-    }
-    if header[1] != 0 || header[2..4] != [0; 2] {
-        return Err(FormatError::unsupported(
-            what,
-            format!("frame flags {:?}", &header[1..4]),
-        ));
-    }
-    let plain_len = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
-    check_limit(what, plain_len.into(), limits::MANIFEST_CHUNK_BYTES.into())?;
-    frame.drain(..FRAME_HEADER_LEN);
-    decompress(header[0], frame, plain_len as usize, what)
+    reader.decode(what)?;
+    Ok(reader.chunk)
 }

@@ -21,6 +21,7 @@ pub mod log;
 pub mod names;
 pub mod object;
 pub mod pack;
+pub mod pages;
 pub mod repository;
 pub mod wal;
 

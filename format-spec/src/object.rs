@@ -19,6 +19,8 @@ pub mod codec {
     pub const RAW: u8 = 0;
     /// Zstandard.
     pub const ZSTD: u8 = 1;
+    /// Pages taken apart ([`crate::pages`]), then zstd; in frames only.
+    pub const PAGES: u8 = 2;
 }
 
 /// zstd level of structured objects: they are small, and written once.
@@ -73,7 +75,7 @@ pub fn decompress(codec_byte: u8, bytes: Vec<u8>, plain_len: usize, what: &str) 
     }
 }
 
-fn wrong_length(what: &str, len: usize, expected: usize) -> FormatError {
+pub(crate) fn wrong_length(what: &str, len: usize, expected: usize) -> FormatError {
     FormatError::damaged(what, format!("decoded to {len} bytes instead of {expected}"))
 }
 

@@ -14,6 +14,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   lint           formatting, clippy, licences and sources of dependencies
   fuzz [SECONDS] every fuzz target for some seconds each
   soak [ROUNDS] [SEED] push and receive while everything around them dies: rounds (15) on each of four set-ups
+  bench compare [SIZE] [ROUNDS] [DATA] backups and restores beside pgBackRest and pg_basebackup, of data sets of SIZE (1)
+                 times a few hundred MB, ROUNDS (3) times; DATA is pgbench, mixed, small or blobs; needs root
   bench wal [N]  archiving and fetching N segments (200) beside pgBackRest; needs root
   bench rpo      what a lost server costs: twenty deaths on each kind of repository, and the distribution
   bench sync [S] commits a second with a synchronous receiver, beside pg_receivewal
@@ -37,6 +39,14 @@ fn main() -> ExitCode {
         ["soak"] => steps::soak("15", "1"),
         ["soak", rounds] => steps::soak(rounds, "1"),
         ["soak", rounds, seed] => steps::soak(rounds, seed),
+        ["bench", "compare"] => bench::compare::run_it(1, 3, None),
+        ["bench", "compare", size] => number(size).and_then(|size| bench::compare::run_it(size, 3, None)),
+        ["bench", "compare", size, rounds] => {
+            number(size).and_then(|size| bench::compare::run_it(size, number(rounds)?, None))
+        }
+        ["bench", "compare", size, rounds, data] => {
+            number(size).and_then(|size| bench::compare::run_it(size, number(rounds)?, Some(data)))
+        }
         ["bench", "wal"] => bench::wal::run_it(200),
         ["bench", "wal", segments] => number(segments).and_then(bench::wal::run_it),
         ["bench", "rpo"] => steps::rpo(),

@@ -12,6 +12,7 @@ use fairvault_engine::progress::Progress;
 use super::{Outcome, stanza, stop_signal};
 use crate::args::{BackupArgs, Output, WalArg};
 use crate::config;
+use crate::config::Codec;
 use crate::context::Context;
 use crate::output;
 
@@ -56,11 +57,13 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
             .ok_or_else(|| Error::usage(format!("--annotation {annotation:?} is not KEY=VALUE")))?;
         annotations.insert(key.to_owned(), value.to_owned());
     }
+    let (codec, level) = context.backup_compression(&args.stanza, args.level)?;
     let options = Options {
         conninfo: context.conninfo(&args.stanza)?,
         fast: args.fast,
         max_rate_kib: args.max_rate.as_deref().map(rate_kib).transpose()?,
-        level: context.level(&args.stanza, args.level)?,
+        level,
+        pages: codec == Codec::PageZstd,
         workers: args.workers,
         wal: match args.wal {
             WalArg::Auto => WalMethod::Auto,

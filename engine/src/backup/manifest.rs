@@ -10,7 +10,8 @@ use fairvault_format::object::ObjectWriter;
 use fairvault_format::{limits, proto};
 use prost::Message;
 
-use super::pipeline::{Done, Shared, encode};
+use super::pipeline::{Done, Shared};
+use crate::codec::{Codec, Content};
 use crate::dedup::{Claim, Known};
 use crate::env;
 use crate::error::{Error, Result};
@@ -21,6 +22,9 @@ use crate::stanza::Stanza;
 const SEGMENT_FILES: usize = 2048;
 /// Extents in a manifest segment.
 const SEGMENT_EXTENTS: usize = 65_536;
+
+/// zstd level of manifest segments: they are small.
+const LEVEL: i32 = 3;
 
 /// Stores the manifest segments as chunks. Returns for each its first path, its number of files and the
 /// handles of its chunks. Blocks.
@@ -34,8 +38,7 @@ pub fn store_segments(
     done.sort_unstable_by_key(|d| (d.file, d.offset));
     let mut order: Vec<usize> = (0..entries.len()).collect();
     order.sort_by(|&a, &b| entries[a].path.as_bytes().cmp(entries[b].path.as_bytes()));
-    let mut compressor =
-        zstd::bulk::Compressor::new(3).map_err(|e| Error::failed("zstd cannot be set up").caused_by(e))?;
+    let mut codec = Codec::new(LEVEL)?;
     let mut out = Vec::new();
     let mut builder = SegmentBuilder::default();
     for (position, &number) in order.iter().enumerate() {
@@ -46,17 +49,13 @@ pub fn store_segments(
         if full || position + 1 == order.len() {
             let (segment, first) = std::mem::take(&mut builder).finish();
             let files = segment.files.len() as u32;
-            out.push((first, files, store(shared, &mut compressor, &segment)?));
+            out.push((first, files, store(shared, &mut codec, &segment)?));
         }
     }
     Ok(out)
 }
 
-fn store(
-    shared: &Shared,
-    compressor: &mut zstd::bulk::Compressor<'_>,
-    segment: &proto::ManifestSegment,
-) -> Result<Vec<u32>> {
+fn store(shared: &Shared, codec: &mut Codec, segment: &proto::ManifestSegment) -> Result<Vec<u32>> {
     let bytes = segment.encode_to_vec();
     fairvault_format::error::check_limit("a manifest segment", bytes.len() as u64, limits::MANIFEST_SEGMENT_BYTES)?;
     let mut handles = Vec::new();
@@ -65,8 +64,8 @@ fn store(
         handles.push(match shared.chunks.claim(id, chunk.len() as u32) {
             Claim::Present(handle) => handle,
             Claim::New(handle) => {
-                let (codec, buffer) = encode(compressor, chunk);
-                let place = shared.packer.add(id, codec, chunk.len() as u32, buffer)?;
+                let (number, buffer) = codec.encode(chunk, Content::Other);
+                let place = shared.packer.add(id, number, chunk.len() as u32, buffer)?;
                 shared.chunks.stored(handle, place);
                 handle
             }

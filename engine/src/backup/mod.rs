@@ -58,6 +58,8 @@ pub struct Options {
     pub max_rate_kib: Option<u32>,
     /// zstd level.
     pub level: i32,
+    /// Pages are taken apart before zstd, where that pays.
+    pub pages: bool,
     /// Workers; 0 for one a core.
     pub workers: usize,
     /// WAL.
@@ -265,6 +267,7 @@ async fn transfer(
         chunks: chunks.clone(),
         packer: Packer::new(stanza.clone(), chunks.clone(), finished_in),
         level: options.level,
+        pages: options.pages,
         checked_page: server.checksums.then_some(BLOCK_SIZE),
         blocks_per_segment: BLOCKS_PER_SEGMENT,
         progress: progress.clone(),

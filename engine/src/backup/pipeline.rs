@@ -5,10 +5,9 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use fairvault_format::frame::FRAME_HEADER_LEN;
-use fairvault_format::object::codec;
 use tokio::sync::mpsc;
 
+use crate::codec::{Codec, Content};
 use crate::dedup::{Claim, SessionChunks};
 use crate::error::{Error, Result};
 use crate::pack::Packer;
@@ -67,6 +66,8 @@ pub struct Shared {
     pub packer: Packer,
     /// zstd level.
     pub level: i32,
+    /// Pages may be taken apart.
+    pub pages: bool,
     /// Size of a page if the cluster has checksums.
     pub checked_page: Option<u32>,
     /// Blocks in a segment file.
@@ -101,15 +102,14 @@ pub fn run(shared: &Shared, workers: usize, input: mpsc::Receiver<Chunk>) -> Res
 
 fn worker(shared: &Shared, input: &Mutex<mpsc::Receiver<Chunk>>) -> Result<Results> {
     let mut results = Results::default();
-    let mut compressor =
-        zstd::bulk::Compressor::new(shared.level).map_err(|e| Error::failed("zstd cannot be set up").caused_by(e))?;
+    let mut codec = Codec::new(shared.level)?;
     loop {
         let next = {
             let mut input = input.lock().unwrap_or_else(PoisonError::into_inner);
             input.blocking_recv()
         };
         let Some(chunk) = next else { return Ok(results) };
-        let outcome = process(shared, &mut compressor, &chunk, &mut results);
+        let outcome = process(shared, &mut codec, &chunk, &mut results);
         if let Err(error) = outcome {
             // Closing the channel stops the source and the other workers.
             input.lock().unwrap_or_else(PoisonError::into_inner).close();
@@ -118,12 +118,7 @@ fn worker(shared: &Shared, input: &Mutex<mpsc::Receiver<Chunk>>) -> Result<Resul
     }
 }
 
-fn process(
-    shared: &Shared,
-    compressor: &mut zstd::bulk::Compressor<'_>,
-    chunk: &Chunk,
-    results: &mut Results,
-) -> Result<()> {
+fn process(shared: &Shared, codec: &mut Codec, chunk: &Chunk, results: &mut Results) -> Result<()> {
     check_pages(shared, chunk, &mut results.bad_pages);
     let id = shared.stanza.keys().chunk_id(&chunk.bytes);
     let len = chunk.bytes.len() as u32;
@@ -133,8 +128,12 @@ fn process(
             handle
         }
         Claim::New(handle) => {
-            let (codec, buffer) = encode(compressor, &chunk.bytes);
-            let place = shared.packer.add(id, codec, len, buffer)?;
+            let content = match relation_file(&chunk.path) {
+                Some(_) if shared.pages => Content::Pages { file: chunk.file },
+                _ => Content::Other,
+            };
+            let (number, buffer) = codec.encode(&chunk.bytes, content);
+            let place = shared.packer.add(id, number, len, buffer)?;
             shared.chunks.stored(handle, place);
             handle
         }
@@ -147,22 +146,6 @@ fn process(
         crc32c: crc32c::crc32c(&chunk.bytes),
     });
     Ok(())
-}
-
-/// Encodes a chunk with room for the frame header in front; raw if zstd does not make it smaller.
-pub fn encode(compressor: &mut zstd::bulk::Compressor<'_>, plain: &[u8]) -> (u8, Vec<u8>) {
-    let bound = zstd::zstd_safe::compress_bound(plain.len());
-    let mut packed = vec![0u8; FRAME_HEADER_LEN + bound];
-    if let Ok(len) = compressor.compress_to_buffer(plain, &mut packed[FRAME_HEADER_LEN..])
-        && len < plain.len()
-    {
-        // A fresh buffer of the right size: packs live until they are stored.
-        return (codec::ZSTD, packed[..FRAME_HEADER_LEN + len].to_vec());
-    }
-    let mut buffer = Vec::with_capacity(FRAME_HEADER_LEN + plain.len() + fairvault_format::keys::TAG_LEN);
-    buffer.resize(FRAME_HEADER_LEN, 0);
-    buffer.extend_from_slice(plain);
-    (codec::RAW, buffer)
 }
 
 fn check_pages(shared: &Shared, chunk: &Chunk, bad: &mut Vec<BadPage>) {

@@ -1,17 +1,20 @@
-//! File content: ranged reads in pack order, frames opened and checked in parallel, positional writes, one
-//! sync per file at the end.
+//! File content: ranged reads in pack order, frames opened and checked in parallel, positional writes, every file
+//! synced at the end.
 
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use fairvault_format::frame::FrameKey;
+use fairvault_format::frame::{FrameKey, FrameReader};
 use fairvault_format::index::PackRef;
 use fairvault_format::names;
 use fairvault_format::proto::{FileEntry, FileKind};
 use futures::StreamExt;
+use tokio::sync::Semaphore;
 
+use super::compare;
 use super::layout::Layout;
 use super::plan::{FrameRef, Placement, Plan};
 use crate::error::{Context, Error, Result};
@@ -22,8 +25,12 @@ use crate::stanza::Stanza;
 const RANGE_BYTES: u64 = 8 << 20;
 /// Unneeded bytes between two frames that are fetched along rather than asked around.
 const GAP_BYTES: u32 = 256 << 10;
-/// Ranges under way; with their decoded content this bounds memory.
+/// Ranges under way: this bounds memory.
 const RANGES: usize = 4;
+/// Content that is decoded and written in one piece of work, bytes.
+const BATCH_BYTES: u64 = 4 << 20;
+/// Files that are synced at the same time.
+const SYNCS: usize = 16;
 
 /// What was written.
 #[derive(Debug, Default, Clone, Copy)]
@@ -45,11 +52,19 @@ pub async fn read_frame(stanza: &Stanza, pack: &PackRef, frame: &FrameRef) -> Re
         .get_range(&name, from..from + u64::from(frame.stored_len))
         .await?;
     let key = FrameKey::new(stanza.keys_of(pack.header.epoch)?, stanza.scope(), &pack.header)?;
-    open_frame(stanza, &key, pack, frame, &bytes)
+    let mut reader = FrameReader::default();
+    open_frame(&mut reader, stanza, &key, pack, frame, &bytes).map(<[u8]>::to_vec)
 }
 
-/// Opens a frame and checks its id.
-pub fn open_frame(stanza: &Stanza, key: &FrameKey, pack: &PackRef, frame: &FrameRef, stored: &[u8]) -> Result<Vec<u8>> {
+/// Opens a frame into the reader's buffer and checks its id.
+pub fn open_frame<'a>(
+    reader: &'a mut FrameReader,
+    stanza: &Stanza,
+    key: &FrameKey,
+    pack: &PackRef,
+    frame: &FrameRef,
+    stored: &[u8],
+) -> Result<&'a [u8]> {
     let what = format!(
         "{}/{}, frame {} at {}",
         stanza.shown(),
@@ -64,8 +79,8 @@ pub fn open_frame(stanza: &Stanza, key: &FrameKey, pack: &PackRef, frame: &Frame
             frame.stored_len
         )));
     }
-    let chunk = key.open(frame.ordinal, stored, &what)?;
-    if chunk.len() != frame.plain_len as usize || stanza.keys_of(pack.header.epoch)?.chunk_id(&chunk) != frame.id {
+    let chunk = key.open_with(reader, frame.ordinal, stored, &what)?;
+    if chunk.len() != frame.plain_len as usize || stanza.keys_of(pack.header.epoch)?.chunk_id(chunk) != frame.id {
         return Err(Error::damaged(format!(
             "{what} holds another chunk than the manifest says"
         )));
@@ -119,6 +134,10 @@ struct Work {
     placed_from: Vec<u32>,
     paths: Vec<PathBuf>,
     progress: Arc<Progress>,
+    /// As many pieces of work at once as there are cores.
+    cores: Semaphore,
+    /// Readers that nobody uses at the moment.
+    readers: Mutex<Vec<FrameReader>>,
 }
 
 /// Writes every file.
@@ -129,31 +148,16 @@ pub async fn write_all(
     delta: bool,
     progress: Arc<Progress>,
 ) -> Result<Written> {
-    let mut written = Written::default();
     let paths: Vec<PathBuf> = plan.files.iter().map(|f| layout.path(&f.path)).collect();
-    let mut wanted = vec![false; plan.files.len()];
-    for (number, file) in plan.files.iter().enumerate() {
-        if file.kind() != FileKind::FileRegular {
-            continue;
-        }
-        if delta && is_right(file, &paths[number])? {
-            written.kept += 1;
-            progress.read_bytes.add(file.size);
-            progress.deduplicated_bytes.add(file.size);
-        } else {
-            create(file, &paths[number])?;
-            wanted[number] = true;
-            written.files += 1;
-            written.bytes += file.size;
-        }
-        progress.files.add(1);
+    let there = prepare(plan, &paths, delta)?;
+    let mut placements = plan.placements.clone();
+    if delta {
+        let right = compare::right(&stanza, plan, &paths, &there, &progress)?;
+        let mut right = right.into_iter();
+        placements.retain(|_| !right.next().unwrap_or(false));
     }
-    let mut placements: Vec<Placement> = plan
-        .placements
-        .iter()
-        .filter(|p| wanted[p.file as usize])
-        .copied()
-        .collect();
+    let written = count(plan, &there, &placements);
+    progress.files.add(written.files + written.kept);
     placements.sort_unstable_by_key(|p| p.frame);
     let mut needed = vec![false; plan.frames.len()];
     let mut placed_from = vec![0u32; plan.frames.len() + 1];
@@ -173,6 +177,8 @@ pub async fn write_all(
         placed_from,
         paths,
         progress,
+        cores: Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from)),
+        readers: Mutex::default(),
     });
     let mut running =
         futures::stream::iter(ranges.into_iter().map(|range| fetch(work.clone(), range))).buffer_unordered(RANGES);
@@ -187,6 +193,44 @@ pub async fn write_all(
     Ok(written)
 }
 
+/// Gives every file its length and mode; says of each whether its old content may be of use.
+fn prepare(plan: &Plan, paths: &[PathBuf], delta: bool) -> Result<Vec<bool>> {
+    // What no extent covers is zero: only a file that is covered as a whole can be compared extent by extent.
+    let mut covered = vec![0; plan.files.len()];
+    for placement in &plan.placements {
+        covered[placement.file as usize] += u64::from(placement.len);
+    }
+    let mut there = vec![false; plan.files.len()];
+    for (number, file) in plan.files.iter().enumerate() {
+        if file.kind() == FileKind::FileRegular {
+            let path = &paths[number];
+            let is_file = || path.symlink_metadata().is_ok_and(|meta| meta.is_file());
+            there[number] = delta && covered[number] == file.size && is_file();
+            create(file, path, !there[number])?;
+        }
+    }
+    Ok(there)
+}
+
+/// What is going to be written.
+fn count(plan: &Plan, there: &[bool], placements: &[Placement]) -> Written {
+    let mut written = Written::default();
+    let mut changes = vec![false; plan.files.len()];
+    for placement in placements {
+        changes[placement.file as usize] = true;
+        written.bytes += u64::from(placement.len);
+    }
+    for (number, file) in plan.files.iter().enumerate() {
+        if file.kind() == FileKind::FileRegular {
+            match there[number] && !changes[number] {
+                true => written.kept += 1,
+                false => written.files += 1,
+            }
+        }
+    }
+    written
+}
+
 async fn fetch(work: Arc<Work>, range: Range) -> Result<()> {
     let name = names::pack(&work.packs[range.pack as usize].name);
     let bytes = work
@@ -195,58 +239,97 @@ async fn fetch(work: Arc<Work>, range: Range) -> Result<()> {
         .get_range(&name, range.from.into()..range.to.into())
         .await?;
     work.progress.stored_bytes.add(bytes.len() as u64);
-    tokio::task::spawn_blocking(move || place(&work, &range, &bytes))
-        .await
-        .map_err(|e| Error::failed("writing files panicked").caused_by(e))?
+    let batches = batches(&work.frames, range).map(|batch| {
+        let (work, bytes) = (work.clone(), bytes.clone());
+        async move {
+            let _core = work.cores.acquire().await;
+            let inner = work.clone();
+            tokio::task::spawn_blocking(move || inner.place(&batch, &bytes))
+                .await
+                .map_err(|e| Error::failed("writing files panicked").caused_by(e))?
+        }
+    });
+    futures::future::try_join_all(batches).await.map(drop)
 }
 
-fn place(work: &Work, range: &Range, bytes: &Bytes) -> Result<()> {
-    let pack = &work.packs[range.pack as usize];
-    let key = FrameKey::new(
-        work.stanza.keys_of(pack.header.epoch)?,
-        work.stanza.scope(),
-        &pack.header,
-    )?;
-    let mut open: Option<(u32, std::fs::File)> = None;
+/// Cuts a range so that each part decodes to a few MiB: a range may decode to very much.
+fn batches(frames: &[FrameRef], range: Range) -> impl Iterator<Item = Range> {
+    let mut parts: Vec<Range> = Vec::new();
+    let mut bytes = BATCH_BYTES;
     for &number in &range.frames {
-        let frame = &work.frames[number as usize];
-        let from = (frame.offset - range.from) as usize;
-        let stored = bytes.get(from..from + frame.stored_len as usize).unwrap_or_default();
-        let chunk = open_frame(&work.stanza, &key, pack, frame, stored).context(|| "restoring")?;
-        let (a, b) = (
-            work.placed_from[number as usize] as usize,
-            work.placed_from[number as usize + 1] as usize,
-        );
-        for p in &work.placements[a..b] {
-            let path = &work.paths[p.file as usize];
-            let what = || format!("writing {}", path.display());
-            let file = match &mut open {
-                Some((file_number, file)) if *file_number == p.file => file,
-                other => {
-                    let file = std::fs::OpenOptions::new()
-                        .write(true)
-                        .open(path)
-                        .map_err(|e| Error::io(what(), e))?;
-                    &mut other.insert((p.file, file)).1
-                }
-            };
-            let content = &chunk[p.frame_offset as usize..p.frame_offset as usize + p.len as usize];
-            file.write_all_at(content, p.file_offset)
-                .map_err(|e| Error::io(what(), e))?;
-            work.progress.read_bytes.add(p.len.into());
+        let len = u64::from(frames[number as usize].plain_len);
+        if bytes + len > BATCH_BYTES {
+            bytes = 0;
+            parts.push(Range {
+                frames: Vec::new(),
+                ..range
+            });
+        }
+        bytes += len;
+        if let Some(part) = parts.last_mut() {
+            part.frames.push(number);
         }
     }
-    Ok(())
+    parts.into_iter()
 }
 
-/// An empty file of full length and with its mode.
-fn create(file: &FileEntry, path: &std::path::Path) -> Result<()> {
+impl Work {
+    fn place(&self, range: &Range, bytes: &Bytes) -> Result<()> {
+        let idle = || self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reader = idle().pop().unwrap_or_default();
+        let placed = self.place_with(&mut reader, range, bytes);
+        idle().push(reader);
+        placed
+    }
+
+    fn place_with(&self, reader: &mut FrameReader, range: &Range, bytes: &Bytes) -> Result<()> {
+        let pack = &self.packs[range.pack as usize];
+        let key = FrameKey::new(
+            self.stanza.keys_of(pack.header.epoch)?,
+            self.stanza.scope(),
+            &pack.header,
+        )?;
+        let mut open: Option<(u32, std::fs::File)> = None;
+        for &number in &range.frames {
+            let frame = &self.frames[number as usize];
+            let from = (frame.offset - range.from) as usize;
+            let stored = bytes.get(from..from + frame.stored_len as usize).unwrap_or_default();
+            let chunk = open_frame(reader, &self.stanza, &key, pack, frame, stored).context(|| "restoring")?;
+            let (a, b) = (
+                self.placed_from[number as usize] as usize,
+                self.placed_from[number as usize + 1] as usize,
+            );
+            for p in &self.placements[a..b] {
+                let path = &self.paths[p.file as usize];
+                let what = || format!("writing {}", path.display());
+                let file = match &mut open {
+                    Some((file_number, file)) if *file_number == p.file => file,
+                    other => {
+                        let file = std::fs::OpenOptions::new()
+                            .write(true)
+                            .open(path)
+                            .map_err(|e| Error::io(what(), e))?;
+                        &mut other.insert((p.file, file)).1
+                    }
+                };
+                let content = &chunk[p.frame_offset as usize..p.frame_offset as usize + p.len as usize];
+                file.write_all_at(content, p.file_offset)
+                    .map_err(|e| Error::io(what(), e))?;
+                self.progress.read_bytes.add(p.len.into());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A file of full length and with its mode; empty, if `truncate` says so.
+fn create(file: &FileEntry, path: &std::path::Path, truncate: bool) -> Result<()> {
     let what = || format!("creating {}", path.display());
     let mode = if file.mode == 0 { 0o600 } else { file.mode & 0o7777 };
     let out = std::fs::OpenOptions::new()
         .write(true)
         .create(true)
-        .truncate(true)
+        .truncate(truncate)
         .mode(mode)
         .open(path)
         .map_err(|e| Error::io(what(), e))?;
@@ -255,37 +338,27 @@ fn create(file: &FileEntry, path: &std::path::Path) -> Result<()> {
         .map_err(|e| Error::io(what(), e))
 }
 
-/// Whether a file is there with the right length and CRC.
-fn is_right(file: &FileEntry, path: &std::path::Path) -> Result<bool> {
-    use std::io::Read;
-    let Ok(mut there) = std::fs::File::open(path) else {
-        return Ok(false);
-    };
-    let meta = there
-        .metadata()
-        .map_err(|e| Error::io(format_args!("looking at {}", path.display()), e))?;
-    if !meta.is_file() || meta.len() != file.size {
-        return Ok(false);
-    }
-    let mut buffer = vec![0u8; 1 << 20];
-    let mut crc = 0;
-    loop {
-        let n = there
-            .read(&mut buffer)
-            .map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
-        if n == 0 {
-            return Ok(crc == file.crc32c);
-        }
-        crc = crc32c::crc32c_append(crc, &buffer[..n]);
-    }
-}
-
-/// Syncs every file: those that were right already may have been written by a restore that died.
+/// Syncs every file: those that were right already may have been written by a restore that died. Many at once: the
+/// file system then writes its journal for many of them together.
 fn sync_files(paths: &[PathBuf], regular: &[bool]) -> Result<()> {
-    for (path, _) in paths.iter().zip(regular).filter(|(_, regular)| **regular) {
-        std::fs::File::open(path)
-            .and_then(|file| file.sync_all())
-            .map_err(|e| Error::io(format_args!("syncing {}", path.display()), e))?;
-    }
-    Ok(())
+    let next = AtomicUsize::new(0);
+    let worker = || -> Result<()> {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some(path) = paths.get(number) else { return Ok(()) };
+            if regular[number] {
+                std::fs::File::open(path)
+                    .and_then(|file| file.sync_all())
+                    .map_err(|e| Error::io(format_args!("syncing {}", path.display()), e))?;
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..SYNCS).map(|_| scope.spawn(worker)).collect();
+        workers.into_iter().try_for_each(|worker| {
+            worker
+                .join()
+                .unwrap_or_else(|_| Err(Error::failed("syncing files panicked")))
+        })
+    })
 }

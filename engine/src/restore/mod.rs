@@ -4,6 +4,7 @@
 //! a directory that is not empty is never touched unless it is an interrupted restore of our own or the
 //! caller says so; `pg_control` is written last; success is reported only after everything was synced.
 
+mod compare;
 pub mod data;
 pub mod layout;
 pub mod pgmanifest;

@@ -4,7 +4,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use fairvault_format::frame::FrameKey;
+use fairvault_format::frame::{FrameKey, FrameReader};
 use fairvault_format::index::PackRef;
 use fairvault_format::{limits, names, pack, sha256};
 use futures::StreamExt;
@@ -243,9 +243,12 @@ async fn check_pack(stanza: &Stanza, name: &[u8; 32], wanted: &WantedPack, level
     // In a damaged pack, frames that still open are not lost. In one that matches its name, a frame that
     // does not open was spoilt before it was stored.
     if out.rotten || level == Level::Data {
+        let mut reader = FrameReader::default();
         for (&ordinal, frame) in &wanted.frames {
             let reference = wanted.reference.as_ref();
-            match reference.map_or(Ok(None), |reference| check_frame(stanza, reference, frame, &bytes)) {
+            match reference.map_or(Ok(None), |reference| {
+                check_frame(&mut reader, stanza, reference, frame, &bytes)
+            }) {
                 Ok(None) => {}
                 Ok(Some(problem)) => out.findings.push(finding(problem)),
                 Err(error) => {
@@ -260,14 +263,20 @@ async fn check_pack(stanza: &Stanza, name: &[u8; 32], wanted: &WantedPack, level
 }
 
 /// Opens a frame and checks its pages. `Some`: a page is bad, which the frame itself is not.
-fn check_frame(stanza: &Stanza, reference: &PackRef, frame: &Frame, pack_bytes: &[u8]) -> Result<Option<String>> {
+fn check_frame(
+    reader: &mut FrameReader,
+    stanza: &Stanza,
+    reference: &PackRef,
+    frame: &Frame,
+    pack_bytes: &[u8],
+) -> Result<Option<String>> {
     let keys = stanza.keys_of(reference.header.epoch)?;
     let key = FrameKey::new(keys, stanza.scope(), &reference.header)?;
     let from = frame.place.offset as usize;
     let stored = pack_bytes
         .get(from..from + frame.place.stored_len as usize)
         .unwrap_or_default();
-    let chunk = open_frame(stanza, &key, reference, &frame.place, stored)?;
+    let chunk = open_frame(reader, stanza, &key, reference, &frame.place, stored)?;
     let Pages::From(first) = frame.pages else {
         return Ok(None);
     };

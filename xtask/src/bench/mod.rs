@@ -1,6 +1,9 @@
 //! Benchmarks beside peers on the same machine. Ratios within one run are what counts; CPU time is that of the
 //! whole machine, so that background workers are in it: leave the machine alone meanwhile.
 
+mod chart;
+pub mod compare;
+mod data;
 pub mod replay;
 pub mod sync;
 pub mod wal;

@@ -220,7 +220,7 @@ impl Everywhere {
     fn new(context: &Arc<Context>, stanza: &str, is_worker: bool) -> Result<Arc<Self>> {
         let repositories = context.repositories(Some(stanza))?;
         Ok(Arc::new(Self {
-            level: context.level(stanza, None)?,
+            level: context.wal_level(stanza)?,
             is_worker,
             context: context.clone(),
             stanza: stanza.to_owned(),

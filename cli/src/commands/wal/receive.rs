@@ -58,7 +58,7 @@ pub async fn run(context: &Context, args: ReceiveArgs) -> Result<Outcome> {
             synchronous: args.synchronous,
             keep_pieces: args.keep_pieces || configured.keep_pieces,
             skip_gap: args.skip_gap,
-            level: context.level(stanza, None)?,
+            level: context.wal_level(stanza)?,
         };
         let spool = spool.as_ref().map(|folder| folder.join(stanza).join(repository));
         each.push(Receiver {

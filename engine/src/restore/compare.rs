@@ -1,0 +1,94 @@
+//! What of a directory that is already there is right: content is compared chunk by chunk, by id.
+
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::plan::{Placement, Plan};
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::stanza::Stanza;
+
+/// For each placement of the plan: the file has the right content there. `there` says which files may have any.
+pub fn right(
+    stanza: &Stanza,
+    plan: &Plan,
+    paths: &[PathBuf],
+    there: &[bool],
+    progress: &Progress,
+) -> Result<Vec<bool>> {
+    // Placements of one file, one after the other, so that it is read from front to back.
+    let mut order: Vec<u32> = (0..plan.placements.len() as u32)
+        .filter(|&number| {
+            let placement = &plan.placements[number as usize];
+            there[placement.file as usize] && is_whole(plan, placement)
+        })
+        .collect();
+    order.sort_unstable_by_key(|&number| {
+        let placement = &plan.placements[number as usize];
+        (placement.file, placement.file_offset)
+    });
+    let next = AtomicUsize::new(0);
+    let worker = || -> Result<Vec<u32>> {
+        let (mut right, mut buffer) = (Vec::new(), Vec::new());
+        let mut open: Option<(u32, std::fs::File)> = None;
+        loop {
+            let from = next.fetch_add(RUN, Ordering::Relaxed);
+            let Some(run) = order
+                .get(from..order.len().min(from + RUN))
+                .filter(|run| !run.is_empty())
+            else {
+                return Ok(right);
+            };
+            for &number in run {
+                let placement = &plan.placements[number as usize];
+                let file = match &mut open {
+                    Some((file_number, file)) if *file_number == placement.file => file,
+                    other => {
+                        let path = &paths[placement.file as usize];
+                        let file = std::fs::File::open(path)
+                            .map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
+                        &mut other.insert((placement.file, file)).1
+                    }
+                };
+                buffer.resize(placement.len as usize, 0);
+                // What cannot be read is written anew.
+                if file.read_exact_at(&mut buffer, placement.file_offset).is_err() {
+                    continue;
+                }
+                let frame = &plan.frames[placement.frame as usize];
+                let epoch = plan.packs[frame.pack as usize].header.epoch;
+                if stanza.keys_of(epoch)?.chunk_id(&buffer) == frame.id {
+                    right.push(number);
+                    progress.read_bytes.add(placement.len.into());
+                    progress.deduplicated_bytes.add(placement.len.into());
+                }
+            }
+        }
+    };
+    let workers = std::thread::available_parallelism().map_or(2, usize::from);
+    let found: Vec<Result<Vec<u32>>> = std::thread::scope(|scope| {
+        let handles: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
+        let joined = handles.into_iter().map(|handle| {
+            handle
+                .join()
+                .unwrap_or_else(|_| Err(Error::failed("comparing files panicked")))
+        });
+        joined.collect()
+    });
+    let mut all = vec![false; plan.placements.len()];
+    for numbers in found {
+        for number in numbers? {
+            all[number as usize] = true;
+        }
+    }
+    Ok(all)
+}
+
+/// Placements that a worker takes at once.
+const RUN: usize = 16;
+
+/// Only a whole chunk has an id.
+fn is_whole(plan: &Plan, placement: &Placement) -> bool {
+    placement.frame_offset == 0 && placement.len == plan.frames[placement.frame as usize].plain_len
+}

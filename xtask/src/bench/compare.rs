@@ -1,0 +1,425 @@
+//! `cargo xtask bench compare`: base backups and restores of several data sets, beside pgBackRest and pg_basebackup
+//! on the same server, both encrypting, both with two workers.
+//!
+//! Every run begins with an empty repository. Each round runs every tool once, in turn; what is shown are the
+//! medians, and their ratios to pgBackRest at zstd level 3.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use fairvault_tests::s3::S3;
+use fairvault_tests::{Fixture, Shape, run, tools};
+
+use super::data::{ALL, Data};
+use super::{chart, elsewhere, results, size_of, timed};
+
+/// A tool with its settings.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tool {
+    /// pgBackRest at zstd level 3: what all are compared with.
+    PeerZstd,
+    /// pgBackRest as it comes, but with two processes.
+    Peer,
+    /// fairvault as it comes.
+    Ours,
+    /// fairvault at zstd level 3, without taking pages apart.
+    OursZstd,
+    /// pg_basebackup with zstd level 3 on the client: it encrypts nothing.
+    BaseBackup,
+}
+
+impl Tool {
+    const ALL: [Self; 5] = [Self::PeerZstd, Self::Ours, Self::Peer, Self::OursZstd, Self::BaseBackup];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::PeerZstd => "pgBackRest, zstd 3",
+            Self::Peer => "pgBackRest, as it comes",
+            Self::Ours => "fairvault, as it comes",
+            Self::OursZstd => "fairvault, zstd 3",
+            Self::BaseBackup => "pg_basebackup, zstd 3",
+        }
+    }
+}
+
+/// What one action came to.
+#[derive(Clone, Copy, Default)]
+pub struct Cost {
+    /// Seconds.
+    pub wall: f64,
+    /// Seconds of all cores, the server's included.
+    pub cpu: f64,
+    /// Largest process, MiB.
+    pub memory: f64,
+    /// MiB in the repository.
+    pub stored: f64,
+}
+
+/// The medians of a tool on a data set and place.
+pub struct Row {
+    /// Data set and place.
+    pub data: String,
+    /// What was done.
+    pub action: &'static str,
+    /// Tool.
+    pub tool: &'static str,
+    /// Medians.
+    pub cost: Cost,
+}
+
+/// What is measured.
+const ACTIONS: [&str; 3] = ["full backup", "restore", "delta restore, 1 % damaged"];
+
+/// Builds with optimisation, and runs there.
+pub fn run_it(size: u32, rounds: usize, only: Option<&str>) -> Result<()> {
+    let mut arguments = vec!["compare".to_owned(), size.to_string(), rounds.to_string()];
+    arguments.extend(only.map(str::to_owned));
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    if elsewhere(&arguments)? {
+        return Ok(());
+    }
+    tools::install_debian()?;
+    tools::install_ministack()?;
+    tools::install_time()?;
+    tools::install_sid()?;
+    tools::install_pgbackrest()?;
+    let mut rows = Vec::new();
+    let compared = ALL
+        .iter()
+        .filter(|data| only.is_none_or(|only| only == data.name))
+        .try_for_each(|data| compare(data, size, rounds, &mut rows));
+    tools::unmount_sid();
+    compared?;
+    report(&rows, size)
+}
+
+fn compare(data: &Data, size: u32, rounds: usize, rows: &mut Vec<Row>) -> Result<()> {
+    println!("\n{}: {}", data.name, data.about);
+    let settings = "shared_buffers = 512MB\nmax_wal_size = 8GB\nmaintenance_work_mem = 256MB\nautovacuum = off\nmax_locks_per_transaction = 1000\n";
+    let s = Fixture::new(
+        &format!("compare-{}", data.name),
+        Shape {
+            stanza: false,
+            settings,
+            ..Default::default()
+        },
+    )?;
+    data.make(&s, size)?;
+    // WAL of before is no part of a backup.
+    s.sql("select pg_switch_wal(); checkpoint")?;
+    let bytes: f64 = s.sql("select sum(pg_database_size(oid)) from pg_database")?.parse()?;
+    println!("{:.0} MiB in databases", bytes / 1_048_576.0);
+    let s3 = S3::start_tls(&s.scratch, "bucket")?;
+    for place in [None, Some(&s3)] {
+        let title = format!("{}, {}", data.name, if place.is_some() { "S3" } else { "directory" });
+        // pg_basebackup knows folders only.
+        let in_place = |tool: &&Tool| place.is_none() || matches!(tool, Tool::PeerZstd | Tool::Ours);
+        let tools: Vec<Tool> = Tool::ALL.iter().filter(in_place).copied().collect();
+        let mut costs: Vec<[Vec<Cost>; 3]> = tools.iter().map(|_| Default::default()).collect();
+        for round in 0..rounds {
+            for (tool, costs) in tools.iter().zip(&mut costs) {
+                let run = Run {
+                    s: &s,
+                    tool: *tool,
+                    s3: place,
+                    id: format!("{}{round}{}", *tool as u8, u8::from(place.is_some())),
+                };
+                run.all(costs)?;
+            }
+        }
+        for (action, name) in ACTIONS.iter().enumerate() {
+            for (tool, costs) in tools.iter().zip(&costs).filter(|(_, costs)| !costs[action].is_empty()) {
+                rows.push(Row {
+                    data: title.clone(),
+                    action: name,
+                    tool: tool.name(),
+                    cost: median(&costs[action]),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn median(costs: &[Cost]) -> Cost {
+    let of = |value: fn(&Cost) -> f64| {
+        let mut values: Vec<f64> = costs.iter().map(value).collect();
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    Cost {
+        wall: of(|c| c.wall),
+        cpu: of(|c| c.cpu),
+        memory: of(|c| c.memory),
+        stored: of(|c| c.stored),
+    }
+}
+
+/// One tool, once: a backup, a restore, a restore over damage.
+struct Run<'a> {
+    s: &'a Fixture,
+    tool: Tool,
+    s3: Option<&'a S3>,
+    /// Part of every name.
+    id: String,
+}
+
+impl Run<'_> {
+    fn all(&self, costs: &mut [Vec<Cost>; 3]) -> Result<()> {
+        let [repository, restored] = ["repo", "restored"].map(|name| self.s.scratch.join(&self.name(name)));
+        self.prepare()?;
+        let mut cost = self.measure(self.backup())?;
+        if self.s3.is_none() {
+            cost.stored = size_of(&repository) as f64 / 1_048_576.0;
+        }
+        self.note(0, cost, costs);
+        if self.tool != Tool::BaseBackup {
+            let cost = self.measure(self.restore(false))?;
+            self.note(1, cost, costs);
+            damage(&restored)?;
+            let cost = self.measure(self.restore(true))?;
+            self.note(2, cost, costs);
+        }
+        for folder in [&repository, &restored] {
+            if folder.exists() {
+                std::fs::remove_dir_all(folder)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn note(&self, action: usize, cost: Cost, costs: &mut [Vec<Cost>; 3]) {
+        println!(
+            "{:<28} {:<26} {:>7.2} s wall {:>7.2} s CPU {:>5.0} MiB peak {:>8.1} MiB stored",
+            self.tool.name(),
+            ACTIONS[action],
+            cost.wall,
+            cost.cpu,
+            cost.memory,
+            cost.stored
+        );
+        costs[action].push(cost);
+    }
+
+    fn name(&self, what: &str) -> String {
+        format!("{what}{}", self.id)
+    }
+
+    fn path(&self, what: &str) -> String {
+        self.s.path(&self.name(what))
+    }
+
+    /// Empty folders, configuration, stanza.
+    fn prepare(&self) -> Result<()> {
+        for folder in ["repo", "restored"] {
+            run(self.s.scratch.command("mkdir").args(["-m", "700", &self.path(folder)]))?;
+        }
+        let dir = self.s.scratch.path().display().to_string();
+        match self.tool {
+            Tool::Peer | Tool::PeerZstd => {
+                let repo = match self.s3 {
+                    None => format!("repo1-path={}", self.path("repo")),
+                    Some(s3) => format!(
+                        "repo1-type=s3\nrepo1-path=/{}\nrepo1-s3-bucket=bucket\nrepo1-s3-endpoint=localhost:{}\nrepo1-s3-region=us-east-1\n\
+                         repo1-s3-key=test\nrepo1-s3-key-secret=test\nrepo1-s3-uri-style=path\nrepo1-storage-ca-file={dir}/ca.crt",
+                        self.name("repo"),
+                        s3.port
+                    ),
+                };
+                let compression = match self.tool {
+                    Tool::PeerZstd => "compress-type=zst\ncompress-level=3\n",
+                    _ => "",
+                };
+                let text = format!(
+                    "[global]\n{repo}\nrepo1-cipher-type=aes-256-cbc\nrepo1-cipher-pass=secret\n{compression}process-max=2\n\
+                     spool-path={dir}/spool\nlock-path={dir}/lock\nlog-path={dir}/log\nlog-level-console=warn\nlog-level-file=off\narchive-check=n\nstart-fast=y\n\
+                     [acme]\npg1-path={}\npg1-socket-path={dir}\npg1-port=5432\npg1-user=postgres\n",
+                    self.s.server.data.display()
+                );
+                self.s.scratch.write(&self.name("conf"), text.as_bytes())?;
+                run(&mut self.command(&["stanza-create", "--no-online"])).map(drop)
+            }
+            Tool::Ours | Tool::OursZstd => {
+                let repo = match self.s3 {
+                    None => format!("url = \"file://{}\"", self.path("repo")),
+                    Some(s3) => {
+                        self.s.scratch.write("s3.secret", b"test")?;
+                        format!(
+                            "url = \"s3://bucket/{}\"\nendpoint = \"{}\"\nregion = \"us-east-1\"\naccess_key = \"test\"\n\
+                             secret_key_file = \"{dir}/s3.secret\"\nca_file = \"{dir}/ca.crt\"",
+                            self.name("repo"),
+                            s3.endpoint()
+                        )
+                    }
+                };
+                let compression = match self.tool {
+                    Tool::OursZstd => "[defaults]\ncompression = { codec = \"zstd\", level = 3 }\n",
+                    _ => "",
+                };
+                let text = format!(
+                    "cache = \"{}\"\n[repo.main]\n{repo}\n{compression}[stanza.acme]\nconninfo = \"{}\"\nkey = {{ file = \"{dir}/key\" }}\n",
+                    self.path("cache"),
+                    self.s.server.conninfo()
+                );
+                self.s.scratch.write(&self.name("conf"), text.as_bytes())?;
+                run(&mut self.command(&["stanza", "create", "acme"])).map(drop)
+            }
+            Tool::BaseBackup => Ok(()),
+        }
+    }
+
+    /// The tool with its configuration.
+    fn command(&self, arguments: &[&str]) -> Command {
+        let config = format!("--config={}", self.path("conf"));
+        match self.tool {
+            Tool::Peer | Tool::PeerZstd => {
+                let mut command = Command::new("chroot");
+                command
+                    .args(["--userspec=postgres:postgres".as_ref(), tools::sid().as_os_str()])
+                    .args(["pgbackrest", "--stanza=acme", &config])
+                    .args(arguments);
+                command
+            }
+            Tool::Ours | Tool::OursZstd => {
+                let mut all = vec![config.as_str()];
+                all.extend(arguments);
+                self.s.scratch.fairvault(&all)
+            }
+            Tool::BaseBackup => {
+                let mut command = self.s.scratch.command(tools::bin(15).join("pg_basebackup"));
+                command.args(["-d", &self.s.server.conninfo()]).args(arguments);
+                command
+            }
+        }
+    }
+
+    fn backup(&self) -> Command {
+        match self.tool {
+            Tool::Peer | Tool::PeerZstd => self.command(&["backup", "--type=full"]),
+            Tool::Ours | Tool::OursZstd => self.command(&[
+                "backup",
+                "acme",
+                "--type",
+                "full",
+                "--fast",
+                "--workers",
+                "2",
+                "--progress",
+                "none",
+            ]),
+            Tool::BaseBackup => self.command(&[
+                "-D",
+                &self.path("repo"),
+                "-Ft",
+                "-c",
+                "fast",
+                "--compress=client-zstd:level=3,workers=2",
+            ]),
+        }
+    }
+
+    fn restore(&self, delta: bool) -> Command {
+        let target = self.path("restored");
+        match self.tool {
+            Tool::Ours | Tool::OursZstd => {
+                let mut arguments = vec!["restore", "acme", "--to", &target, "--progress", "none"];
+                arguments.extend(delta.then_some("--delta"));
+                self.command(&arguments)
+            }
+            _ => {
+                let to = format!("--pg1-path={target}");
+                let mut arguments = vec![to.as_str(), "restore"];
+                arguments.extend(delta.then_some("--delta"));
+                self.command(&arguments)
+            }
+        }
+    }
+
+    fn measure(&self, command: Command) -> Result<Cost> {
+        // What a run before has left to be written is not this one's.
+        run(&mut Command::new("sync"))?;
+        let file = self.s.scratch.join("peak");
+        let mut timed_command = Command::new("/usr/bin/time");
+        timed_command
+            .args(["-f", "%M", "-o"])
+            .arg(&file)
+            .arg(command.get_program());
+        timed_command.args(command.get_args());
+        if let Some(folder) = command.get_current_dir() {
+            timed_command.current_dir(folder);
+        }
+        let (wall, cpu) = timed(|| run(&mut timed_command).map(drop))?;
+        let text = std::fs::read_to_string(&file)?;
+        let peak: f64 = text.lines().last().context("no peak")?.trim().parse()?;
+        Ok(Cost {
+            wall,
+            cpu,
+            memory: peak / 1024.0,
+            stored: 0.0,
+        })
+    }
+}
+
+/// Overwrites one page in a hundred of the relation files, always the same ones.
+fn damage(folder: &Path) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    let mut files: Vec<PathBuf> = fairvault_tests::fixture::files(&folder.join("base"));
+    files.sort();
+    ensure!(!files.is_empty(), "nothing was restored");
+    let mut state = 1u64;
+    for path in files {
+        let pages = std::fs::metadata(&path)?.len() / 8192;
+        let file = std::fs::File::options().write(true).open(&path)?;
+        for page in 0..pages {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            if state >> 33 & 0x7f == 0 {
+                file.write_all_at(&state.to_le_bytes(), page * 8192 + 4096)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn report(rows: &[Row], size: u32) -> Result<()> {
+    let mut table = String::from(
+        "| data, place | action | tool | wall s | CPU s | peak MiB | stored MiB | wall | CPU | stored |\n|---|---|---|---|---|---|---|---|---|---|\n",
+    );
+    let mut json = Vec::new();
+    for row in rows {
+        let base = rows
+            .iter()
+            .find(|base| base.tool == Tool::PeerZstd.name() && base.data == row.data && base.action == row.action)
+            .map(|base| base.cost)
+            .unwrap_or_default();
+        let ratio = |ours: f64, theirs: f64| match theirs > 0.0 && ours > 0.0 {
+            true => format!("{:.2}", ours / theirs),
+            false => String::new(),
+        };
+        let cost = row.cost;
+        table += &format!(
+            "| {} | {} | {} | {:.2} | {:.2} | {:.0} | {:.1} | {} | {} | {} |\n",
+            row.data,
+            row.action,
+            row.tool,
+            cost.wall,
+            cost.cpu,
+            cost.memory,
+            cost.stored,
+            ratio(cost.wall, base.wall),
+            ratio(cost.cpu, base.cpu),
+            ratio(cost.stored, base.stored)
+        );
+        json.push(serde_json::json!({
+            "data": row.data, "action": row.action, "tool": row.tool, "wall_s": cost.wall, "cpu_s": cost.cpu,
+            "peak_mib": cost.memory, "stored_mib": cost.stored,
+        }));
+    }
+    let folder = results()?;
+    std::fs::write(folder.join("compare.md"), &table)?;
+    let json = serde_json::json!({ "size": size, "rows": json });
+    std::fs::write(folder.join("compare.json"), format!("{json}\n"))?;
+    std::fs::write(folder.join("compare.svg"), chart::bars(rows, Tool::PeerZstd.name()))?;
+    println!("\n{table}\nwritten to {}", folder.display());
+    Ok(())
+}
