@@ -198,6 +198,9 @@ pub struct BackupArgs {
     /// Where the bytes come from
     #[arg(long, value_enum, default_value_t = Source::Auto)]
     pub source: Source,
+    /// The server's data directory on this machine, if the server may not be asked for it
+    #[arg(long, value_name = "DIR")]
+    pub data_directory: Option<PathBuf>,
     /// A note to keep with the backup
     #[arg(long, value_name = "KEY=VALUE")]
     pub annotation: Vec<String>,
@@ -236,8 +239,10 @@ pub enum BackupType {
 /// Sources.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Source {
-    /// What fits: the replication protocol.
+    /// local if the data directory is on this machine and can be read, else stream
     Auto,
+    /// Files of the data directory on this machine, read in parallel
+    Local,
     /// BASE_BACKUP over the replication protocol.
     Stream,
 }

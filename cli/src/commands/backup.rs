@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use fairvault_engine::backup::{self, Options, WalMethod, judge};
+use fairvault_engine::backup::{self, Options, SourceKind, WalMethod, judge};
 use fairvault_engine::commit::Log;
 use fairvault_engine::error::{Error, Kind, Result};
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::progress::Progress;
 
 use super::{Outcome, stanza, stop_signal};
-use crate::args::{BackupArgs, Output, WalArg};
+use crate::args::{BackupArgs, Output, Source, WalArg};
 use crate::config;
 use crate::config::Codec;
 use crate::context::Context;
@@ -59,6 +59,12 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
     }
     let (codec, level) = context.backup_compression(&args.stanza, args.level)?;
     let options = Options {
+        source: match args.source {
+            Source::Auto => SourceKind::Auto,
+            Source::Local => SourceKind::Local,
+            Source::Stream => SourceKind::Stream,
+        },
+        data_directory: args.data_directory.clone(),
         conninfo: context.conninfo(&args.stanza)?,
         fast: args.fast,
         max_rate_kib: args.max_rate.as_deref().map(rate_kib).transpose()?,

@@ -6,9 +6,13 @@
 pub mod judge;
 pub mod manifest;
 pub mod pipeline;
+mod source;
 pub mod upload;
 
+use source::Source;
+
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,10 +28,9 @@ use crate::pack::Packer;
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
 use crate::progress::Progress;
-use crate::replication::base_backup::{self, BaseBackup};
 use crate::replication::connection::{Connection, Mode};
 use crate::replication::conninfo::ConnInfo;
-use crate::source::{Entry, Feed, PIPELINE_GONE, stream};
+use crate::source::{Entry, Feed, PIPELINE_GONE};
 use crate::wal::archive::Archive;
 use crate::wal::stream::{Until, capture};
 
@@ -47,9 +50,24 @@ pub enum WalMethod {
     Stream,
 }
 
+/// Where the bytes come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SourceKind {
+    /// `Local` if the data directory is on this machine and can be read, else `Stream`.
+    Auto,
+    /// Files of the data directory on this machine.
+    Local,
+    /// BASE_BACKUP over the replication protocol.
+    Stream,
+}
+
 /// What to do.
 #[derive(Debug, Clone)]
 pub struct Options {
+    /// Source.
+    pub source: SourceKind,
+    /// Where the server's data directory is on this machine; without, the server is asked.
+    pub data_directory: Option<PathBuf>,
     /// Server.
     pub conninfo: ConnInfo,
     /// Checkpoint at once.
@@ -202,6 +220,10 @@ async fn transfer(
 ) -> Result<([u8; 32], Report)> {
     let stanza = log.stanza().clone();
     let started_us = stanza.env().now_us();
+    let workers = match options.workers {
+        0 => std::thread::available_parallelism().map_or(2, usize::from),
+        workers => workers,
+    };
     progress.phase("loading the index");
     let index = Index::load(&stanza, log.state()).await?;
     tracing::debug!("{} chunks are known", index.len());
@@ -229,17 +251,10 @@ async fn transfer(
     let from_standby = server.connection.in_recovery();
     let server_version = server.connection.server_version();
     let label = format!("fairvault {id}");
-    let request = base_backup::Options {
-        label: label.clone(),
-        fast: options.fast,
-        max_rate_kib: options.max_rate_kib,
-    };
-    let mut backup = BaseBackup::start(&mut server.connection, &request).await?;
-    let (start, timeline) = (backup.start, backup.timeline);
-    let tablespaces = stream::tablespaces(&backup);
-    progress
-        .total_bytes
-        .set(backup.tablespaces.iter().filter_map(|t| t.size_bytes).sum());
+    let checked_page = server.checksums.then_some(BLOCK_SIZE);
+    let mut source = Source::open(&mut server, options, &label, workers, &progress).await?;
+    let (start, timeline) = source.position();
+    let tablespaces = source.tablespaces();
     progress.phase("copying");
 
     let (until, until_seen) = watch::channel(None);
@@ -255,11 +270,6 @@ async fn transfer(
         ))
     }));
 
-    let workers = if options.workers == 0 {
-        std::thread::available_parallelism().map_or(2, usize::from)
-    } else {
-        options.workers
-    };
     let chunks = Arc::new(SessionChunks::new(index));
     let (finished_in, finished_out) = mpsc::channel(1);
     let shared = Arc::new(pipeline::Shared {
@@ -268,7 +278,7 @@ async fn transfer(
         packer: Packer::new(stanza.clone(), chunks.clone(), finished_in),
         level: options.level,
         pages: options.pages,
-        checked_page: server.checksums.then_some(BLOCK_SIZE),
+        checked_page,
         blocks_per_segment: BLOCKS_PER_SEGMENT,
         progress: progress.clone(),
     });
@@ -294,8 +304,9 @@ async fn transfer(
             bad_pages: results.bad_pages,
         })
     });
+    let name = source.name();
     let source = async {
-        let ended = stream::read(&mut backup, &mut feed).await;
+        let ended = source.read(&mut feed).await;
         let entries = feed.finish();
         let ended = ended?;
         let _ = entries_in.send(entries);
@@ -362,7 +373,7 @@ async fn transfer(
             .get()
             .saturating_sub(progress.deduplicated_bytes.get()),
         new_stored_bytes: progress.stored_bytes.get(),
-        source: "stream".to_owned(),
+        source: name.to_owned(),
         label,
         annotations: options.annotations.clone().into_iter().collect(),
         tablespaces,

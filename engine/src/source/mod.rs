@@ -1,8 +1,12 @@
 //! Bytes out of a cluster. Every source feeds the same pipeline: entries of the file tree, and chunks of
 //! file content that begin at multiples of the chunk size.
 
+pub mod backup_mode;
+pub mod local;
+
 pub mod stream;
 pub mod tar;
+mod walk;
 
 use std::sync::Arc;
 
@@ -63,6 +67,24 @@ impl Feed {
         }
     }
 
+    /// How much there is to read, as far as that is known.
+    pub fn total(&self, bytes: u64) {
+        self.progress.total_bytes.set(bytes);
+    }
+
+    /// The number that the next entry gets.
+    pub fn next_number(&self) -> u32 {
+        self.entries.len() as u32
+    }
+
+    /// For threads that read.
+    pub fn outlet(&self) -> Outlet {
+        Outlet {
+            chunks: self.chunks.clone(),
+            progress: self.progress.clone(),
+        }
+    }
+
     /// Adds an entry; its number goes with its chunks.
     pub fn entry(&mut self, entry: Entry) -> u32 {
         self.entries.push(entry);
@@ -79,5 +101,21 @@ impl Feed {
     /// The entries, in the order of their numbers. Closes the feed.
     pub fn finish(self) -> Vec<Entry> {
         self.entries
+    }
+}
+
+/// The way for chunks out of threads.
+pub struct Outlet {
+    chunks: mpsc::Sender<Chunk>,
+    progress: Arc<Progress>,
+}
+
+impl Outlet {
+    /// Hands a chunk on; blocks while the pipeline is full.
+    pub fn send(&self, chunk: Chunk) -> Result<()> {
+        self.progress.read_bytes.add(chunk.bytes.len() as u64);
+        self.chunks
+            .blocking_send(chunk)
+            .map_err(|_| Error::failed(PIPELINE_GONE))
     }
 }

@@ -1,0 +1,123 @@
+//! Backup mode on an ordinary connection: from `pg_backup_start` to `pg_backup_stop`.
+//!
+//! What always holds: dropping the session ends backup mode, since the server ties it to the connection.
+
+use crate::error::{Error, Result};
+use crate::postgres::lsn::Lsn;
+use crate::replication::connection::{Connection, Mode};
+use crate::replication::conninfo::ConnInfo;
+
+/// A server in backup mode.
+pub struct BackupMode {
+    /// The connection that must stay.
+    pub connection: Connection,
+    /// Start LSN.
+    pub start: Lsn,
+    /// Its timeline.
+    pub timeline: u32,
+}
+
+/// What `pg_backup_stop` returned.
+pub struct Stopped {
+    /// Stop LSN.
+    pub stop: Lsn,
+    /// Its timeline.
+    pub timeline: u32,
+    /// Content of backup_label.
+    pub label: String,
+    /// Content of tablespace_map; empty without tablespaces.
+    pub tablespace_map: String,
+}
+
+impl BackupMode {
+    /// A connection that no time limit of the server ends.
+    pub async fn connect(info: &ConnInfo) -> Result<Connection> {
+        let mut connection = Connection::open(info, Mode::Sql).await?;
+        let mut limits = vec![
+            "statement_timeout",
+            "lock_timeout",
+            "idle_session_timeout",
+            "idle_in_transaction_session_timeout",
+        ];
+        if connection.major() >= 17 {
+            limits.push("transaction_timeout");
+        }
+        for limit in limits {
+            connection.query(&format!("SET {limit} = 0")).await?;
+        }
+        Ok(connection)
+    }
+
+    /// Waits for the server's checkpoint.
+    pub async fn start(mut connection: Connection, label: &str, fast: bool) -> Result<Self> {
+        let label = label.replace('\'', "''");
+        let start = match connection.major() {
+            ..15 => format!("SELECT pg_start_backup('{label}', {fast}, false)"),
+            _ => format!("SELECT pg_backup_start('{label}', {fast})"),
+        };
+        let start = connection.value(&start).await.map_err(grants)?;
+        let start: Lsn = parse("the start of the backup", start)?;
+        let timeline = connection
+            .value("SELECT timeline_id FROM pg_control_checkpoint()")
+            .await?;
+        let timeline = parse("the timeline", timeline)?;
+        Ok(Self {
+            connection,
+            start,
+            timeline,
+        })
+    }
+
+    /// Ends backup mode; does not wait for archiving.
+    pub async fn stop(mut self) -> Result<Stopped> {
+        let function = match self.connection.major() {
+            ..15 => "pg_stop_backup(false, false)",
+            _ => "pg_backup_stop(false)",
+        };
+        // On a standby, the timeline that has been replayed up to the stop.
+        let query = format!(
+            "SELECT lsn, labelfile, spcmapfile, CASE WHEN pg_is_in_recovery() \
+             THEN (SELECT min_recovery_end_timeline FROM pg_control_recovery()) ELSE {} END FROM {function}",
+            self.timeline
+        );
+        let rows = self.connection.query(&query).await.map_err(grants)?;
+        let mut row = rows.into_iter().next().unwrap_or_default().into_iter();
+        let stop = parse("the end of the backup", row.next().flatten())?;
+        let label = row.next().flatten().unwrap_or_default();
+        let tablespace_map = row.next().flatten().unwrap_or_default();
+        let timeline = parse("the timeline", row.next().flatten())?;
+        let said = label.lines().find_map(|line| line.strip_prefix("START TIMELINE: "));
+        if said.and_then(|text| text.trim().parse().ok()) != Some(self.timeline) {
+            return Err(Error::temporary(format!(
+                "the backup began on timeline {}, and the server's label says {}",
+                self.timeline,
+                said.unwrap_or("nothing of it")
+            )));
+        }
+        if label.contains('\u{FFFD}') || tablespace_map.contains('\u{FFFD}') {
+            return Err(Error::refused("a tablespace's path is not UTF-8").remedy("use --source stream"));
+        }
+        Ok(Stopped {
+            stop,
+            timeline,
+            label,
+            tablespace_map,
+        })
+    }
+}
+
+fn parse<T: std::str::FromStr>(what: &str, text: Option<String>) -> Result<T> {
+    let text = text.unwrap_or_default();
+    text.parse()
+        .map_err(|_| Error::failed(format!("the server says {text:?} for {what}")))
+}
+
+fn grants(error: Error) -> Error {
+    match error.to_string().contains("SQLSTATE 42501") {
+        true => error.remedy(
+            "GRANT EXECUTE ON FUNCTION pg_backup_start(text, boolean), pg_backup_stop(boolean) TO the role of conninfo \
+             (14: pg_start_backup(text, boolean, boolean), pg_stop_backup(boolean, boolean)), or use --source stream",
+        ),
+        false => error,
+    }
+}

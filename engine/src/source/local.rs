@@ -1,0 +1,439 @@
+//! The `local` source: files of a data directory on this machine, read in parallel by chunk, between
+//! `pg_backup_start` and `pg_backup_stop`.
+//!
+//! What always holds: the directory is proved to be the one that the connection's server works in, before and by
+//! more than its path; `pg_control` is read last; a file that vanished is left out, one that shrank is padded with
+//! zeros, one that grew is read up to the length that it had: WAL makes all of that right.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use fairvault_format::limits::CHUNK_BYTES;
+use fairvault_format::proto::{self, FileKind};
+
+use super::backup_mode::BackupMode;
+use super::stream::Ended;
+use super::walk::{CONTROL, Found, Tablespace, entry, walk};
+use super::{Chunk, Entry, Feed};
+use crate::error::{Context, Error, Result};
+use crate::postgres::control::ControlFile;
+use crate::replication::connection::Connection;
+
+/// Bytes of pg_control.
+const CONTROL_BYTES: usize = 8192;
+/// How often pg_control is read again while the server writes it.
+const CONTROL_READS: usize = 50;
+
+/// A data directory whose server is in backup mode.
+pub struct Local {
+    session: BackupMode,
+    directory: PathBuf,
+    tablespaces: Vec<Tablespace>,
+    /// Tablespaces for the manifest.
+    pub listed: Vec<proto::Tablespace>,
+    version_folder: String,
+    readers: usize,
+    /// Bytes a second.
+    rate: Option<u64>,
+}
+
+/// How to read.
+#[derive(Debug, Clone, Copy)]
+pub struct Reading {
+    /// Threads.
+    pub readers: usize,
+    /// Bytes a second.
+    pub rate: Option<u64>,
+}
+
+/// The data directory of the connection's server, if it is on this machine and can be read; fails with the reason if
+/// not. `directory` is where it is said to be; without, the server is asked.
+pub async fn find(connection: &mut Connection, directory: Option<&Path>, system_identifier: u64) -> Result<PathBuf> {
+    let directory = match directory {
+        Some(directory) => directory.to_owned(),
+        None => connection
+            .show("data_directory")
+            .await?
+            .map(PathBuf::from)
+            .ok_or_else(|| {
+                Error::refused("the server does not tell this role where its data directory is")
+                    .remedy("GRANT pg_read_all_settings, or name the directory with --data-directory")
+            })?,
+    };
+    let backend = connection.value("SELECT pg_backend_pid()").await?.unwrap_or_default();
+    let started = connection
+        .value("SELECT extract(epoch FROM pg_postmaster_start_time())::bigint")
+        .await?;
+    let started: i64 = started.and_then(|text| text.parse().ok()).unwrap_or_default();
+    let shown = directory.display();
+    let other = |why: String| {
+        Error::refused(format!(
+            "{shown} is not the data directory of this connection's server: {why}"
+        ))
+    };
+    let read = |path: &str| {
+        let path = directory.join(path);
+        std::fs::read(&path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))
+    };
+    let control = ControlFile::parse(&read_control(&directory)?)?;
+    if control.system_identifier != system_identifier {
+        return Err(other(format!(
+            "its system identifier is {}, the server's {system_identifier}",
+            control.system_identifier
+        )));
+    }
+    // A standby on another host has the same identifier, and often the same path.
+    let text = String::from_utf8_lossy(&read("postmaster.pid")?).into_owned();
+    let mut lines = text.lines();
+    let postmaster = lines.next().unwrap_or_default().trim().to_owned();
+    let began: i64 = lines
+        .nth(1)
+        .and_then(|line| line.trim().parse().ok())
+        .unwrap_or_default();
+    if !(began - 1..=began + 60).contains(&started) {
+        return Err(other(
+            "the server that works there was started at another time".to_owned(),
+        ));
+    }
+    let parent = parent_of(&backend).ok_or_else(|| {
+        other(format!(
+            "process {backend}, which serves the connection, is not on this machine"
+        ))
+    })?;
+    match parent == postmaster {
+        true => Ok(directory),
+        false => Err(other(format!(
+            "process {postmaster} works there, and process {parent} serves the connection"
+        ))),
+    }
+}
+
+/// The parent of a process of this machine.
+fn parent_of(process: &str) -> Option<String> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The name in parentheses may hold anything.
+    let (_, behind) = stat.rsplit_once(')')?;
+    behind.split_whitespace().nth(1).map(str::to_owned)
+}
+
+impl Local {
+    /// Looks for tablespaces. The server is in backup mode.
+    pub async fn open(mut session: BackupMode, directory: PathBuf, reading: Reading) -> Result<Self> {
+        let catalog = session
+            .connection
+            .value("SELECT catalog_version_no FROM pg_control_system()")
+            .await?
+            .unwrap_or_default();
+        let version_folder = format!("PG_{}_{catalog}", session.connection.major());
+        let (mut tablespaces, mut listed) = (Vec::new(), Vec::new());
+        let folder = directory.join("pg_tblspc");
+        let problem = |e| Error::io(format_args!("listing {}", folder.display()), e);
+        for found in std::fs::read_dir(&folder).map_err(problem)? {
+            let found = found.map_err(problem)?;
+            let Some(oid) = found.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            // One in place is an ordinary folder.
+            let in_place = !found.file_type().map_err(problem)?.is_symlink();
+            let mut location = String::new();
+            if !in_place {
+                let target = std::fs::read_link(found.path()).map_err(problem)?;
+                location = target.to_str().map(str::to_owned).ok_or_else(|| {
+                    Error::refused(format!("the path of tablespace {oid} is not UTF-8")).remedy("use --source stream")
+                })?;
+                tablespaces.push(Tablespace { oid, location: target });
+            }
+            listed.push(proto::Tablespace {
+                oid,
+                location,
+                in_place,
+            });
+        }
+        listed.sort_by_key(|t| t.oid);
+        Ok(Self {
+            session,
+            directory,
+            tablespaces,
+            listed,
+            version_folder,
+            readers: reading.readers,
+            rate: reading.rate,
+        })
+    }
+
+    /// Start LSN.
+    pub fn start(&self) -> crate::postgres::lsn::Lsn {
+        self.session.start
+    }
+
+    /// Timeline of the start.
+    pub fn timeline(&self) -> u32 {
+        self.session.timeline
+    }
+
+    /// Reads everything and ends backup mode.
+    pub async fn read(self, feed: &mut Feed) -> Result<Ended> {
+        let Self {
+            session,
+            directory,
+            tablespaces,
+            version_folder,
+            readers,
+            rate,
+            ..
+        } = self;
+        let has_summaries = session.connection.major() >= 17;
+        let control_at = directory.clone();
+        let at = directory.clone();
+        let blocking = |e| Error::failed("reading the data directory panicked").caused_by(e);
+        let walked = tokio::task::spawn_blocking(move || walk(&at, &tablespaces, &version_folder, has_summaries));
+        let tree = walked.await.map_err(blocking)??;
+        if !tree.strange.is_empty() {
+            tracing::warn!("left out, as neither files nor folders: {}", tree.strange.join(", "));
+        }
+        feed.total(tree.files.iter().map(|file| file.size).sum());
+        for folder in tree.folders {
+            feed.entry(folder);
+        }
+        let reader = Reader {
+            first: feed.next_number(),
+            outlet: feed.outlet(),
+            pace: Pace::new(rate),
+            failed: AtomicBool::new(false),
+        };
+        let read = tokio::task::spawn_blocking(move || reader.read_all(tree.files, readers));
+        for entry in read.await.map_err(blocking)?? {
+            feed.entry(entry);
+        }
+        let control = tokio::task::spawn_blocking(move || -> Result<_> {
+            let meta =
+                std::fs::metadata(control_at.join(CONTROL)).map_err(|e| Error::io("looking at pg_control", e))?;
+            Ok((read_control(&control_at)?, meta))
+        });
+        let (content, meta) = control.await.map_err(blocking)??;
+        let mut control = entry(CONTROL, &meta);
+        control.size = content.len() as u64;
+        whole(feed, control.clone(), content).await?;
+        let stopped = session.stop().await.context(|| "ending the backup on the server")?;
+        for (path, text) in [
+            ("backup_label", stopped.label),
+            ("tablespace_map", stopped.tablespace_map),
+        ] {
+            if !text.is_empty() {
+                let entry = Entry {
+                    path: path.to_owned(),
+                    kind: FileKind::FileRegular,
+                    size: text.len() as u64,
+                    ..control.clone()
+                };
+                whole(feed, entry, text.into_bytes()).await?;
+            }
+        }
+        Ok(Ended {
+            stop: stopped.stop,
+            timeline: stopped.timeline,
+        })
+    }
+}
+
+/// A small file with its content.
+async fn whole(feed: &mut Feed, entry: Entry, content: Vec<u8>) -> Result<()> {
+    let path: Arc<str> = entry.path.as_str().into();
+    let file = feed.entry(entry);
+    feed.chunk(Chunk {
+        file,
+        path,
+        offset: 0,
+        bytes: content.into(),
+    })
+    .await
+}
+
+/// pg_control, as the server writes it in one go: read until its CRC holds.
+fn read_control(directory: &Path) -> Result<Vec<u8>> {
+    let path = directory.join(CONTROL);
+    let mut last = None;
+    for _ in 0..CONTROL_READS {
+        let content = std::fs::read(&path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
+        match ControlFile::parse(&content) {
+            Ok(_) if content.len() == CONTROL_BYTES => return Ok(content),
+            Ok(_) => {
+                last = Some(Error::damaged(format!(
+                    "{} has {} bytes",
+                    path.display(),
+                    content.len()
+                )))
+            }
+            Err(error) => last = Some(error),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Err(last.unwrap_or_else(|| Error::damaged("pg_control")))
+}
+
+/// An open file.
+struct Open {
+    number: u32,
+    path: Arc<str>,
+    file: File,
+}
+
+/// A chunk to be read.
+struct Job {
+    open: Arc<Open>,
+    offset: u64,
+    len: u32,
+}
+
+struct Reader {
+    /// Number of the first file.
+    first: u32,
+    outlet: super::Outlet,
+    pace: Pace,
+    failed: AtomicBool,
+}
+
+impl Reader {
+    /// One thread opens files in turn, others read them. Returns the entries. Blocks.
+    fn read_all(&self, files: Vec<Found>, readers: usize) -> Result<Vec<Entry>> {
+        let (jobs_in, jobs) = mpsc::sync_channel::<Job>(readers * 4);
+        let jobs = Mutex::new(jobs);
+        std::thread::scope(|scope| {
+            let reading: Vec<_> = (0..readers)
+                .map(|_| {
+                    scope.spawn(|| {
+                        loop {
+                            let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                            let Ok(job) = job else { return Ok(()) };
+                            if let Err(error) = self.read(&job) {
+                                self.failed.store(true, Ordering::Relaxed);
+                                // Whoever opens files may be waiting for somebody to take the next one.
+                                while jobs.lock().unwrap_or_else(PoisonError::into_inner).recv().is_ok() {}
+                                return Err(error);
+                            }
+                        }
+                    })
+                })
+                .collect();
+            let entries = self.open_all(files, &jobs_in);
+            drop(jobs_in);
+            let mut failure = None;
+            for thread in reading {
+                let outcome = thread
+                    .join()
+                    .unwrap_or_else(|_| Err(Error::failed("a reader panicked")));
+                failure = failure.or(outcome.err());
+            }
+            match failure {
+                Some(error) => Err(error),
+                None => entries,
+            }
+        })
+    }
+
+    fn open_all(&self, files: Vec<Found>, jobs: &mpsc::SyncSender<Job>) -> Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        for found in files {
+            let problem = |e| Error::io(format_args!("reading {}", found.file.display()), e);
+            let file = match File::open(&found.file) {
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                other => other.map_err(problem)?,
+            };
+            let meta = file.metadata().map_err(problem)?;
+            if !meta.is_file() {
+                continue;
+            }
+            // The kernel must not read ahead: what was not in its cache goes from there again.
+            let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
+            let open = Arc::new(Open {
+                number: self.first + entries.len() as u32,
+                path: found.path.as_str().into(),
+                file,
+            });
+            entries.push(entry(&found.path, &meta));
+            for offset in (0..meta.len()).step_by(CHUNK_BYTES as usize) {
+                let len = u64::from(CHUNK_BYTES).min(meta.len() - offset) as u32;
+                let open = open.clone();
+                if jobs.send(Job { open, offset, len }).is_err() || self.failed.load(Ordering::Relaxed) {
+                    return Err(Error::failed(super::PIPELINE_GONE));
+                }
+            }
+        }
+        Ok(entries)
+    }
+
+    fn read(&self, job: &Job) -> Result<()> {
+        self.pace.wait(job.len.into());
+        let mut bytes = vec![0; job.len as usize];
+        read_at(&job.open.file, &mut bytes, job.offset)
+            .map_err(|e| Error::io(format_args!("reading {} at {}", job.open.path, job.offset), e))?;
+        self.outlet.send(Chunk {
+            file: job.open.number,
+            path: job.open.path.clone(),
+            offset: job.offset,
+            bytes: bytes.into(),
+        })
+    }
+}
+
+/// Fills `bytes`, with zeros where the file has ended. What the kernel did not have in its cache is not left there:
+/// a backup must not push out what the server needs.
+fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()> {
+    use rustix::io::{ReadWriteFlags, preadv2};
+    let cached = preadv2(
+        file,
+        &mut [std::io::IoSliceMut::new(bytes)],
+        offset,
+        ReadWriteFlags::NOWAIT,
+    );
+    let mut done = cached.unwrap_or(0);
+    if done == bytes.len() {
+        return Ok(());
+    }
+    let from = done;
+    while done < bytes.len() {
+        match file.read_at(&mut bytes[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    bytes[done..].fill(0);
+    let len = std::num::NonZeroU64::new((done - from) as u64);
+    if len.is_some() {
+        let _ = rustix::fs::fadvise(file, offset + from as u64, len, rustix::fs::Advice::DontNeed);
+    }
+    Ok(())
+}
+
+/// Keeps all readers together below a rate.
+struct Pace {
+    rate: Option<u64>,
+    next: Mutex<Instant>,
+}
+
+impl Pace {
+    fn new(rate: Option<u64>) -> Self {
+        Self {
+            rate: rate.filter(|&rate| rate > 0),
+            next: Mutex::new(Instant::now()),
+        }
+    }
+
+    fn wait(&self, bytes: u64) {
+        let Some(rate) = self.rate else { return };
+        let until = {
+            let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+            let from = (*next).max(Instant::now());
+            *next = from + Duration::from_secs_f64(bytes as f64 / rate as f64);
+            from
+        };
+        std::thread::sleep(until.saturating_duration_since(Instant::now()));
+    }
+}

@@ -1,0 +1,236 @@
+//! What of a data directory belongs to a backup: the same as BASE_BACKUP takes (`backend/backup/basebackup.c`).
+
+use std::collections::HashSet;
+use std::fs::Metadata;
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use fairvault_format::proto::FileKind;
+
+use super::Entry;
+use crate::error::{Error, Result};
+use crate::postgres::files::{Fork, relation_file};
+
+/// Folders that are kept without what is in them.
+const EMPTY: [&str; 8] = [
+    "pg_dynshmem",
+    "pg_notify",
+    "pg_replslot",
+    "pg_serial",
+    "pg_snapshots",
+    "pg_stat_tmp",
+    "pg_subtrans",
+    "pg_wal",
+];
+/// Files that are left out wherever they are.
+const LEFT_OUT: [&str; 7] = [
+    "backup_label",
+    "backup_manifest",
+    "current_logfiles.tmp",
+    "postgresql.auto.conf.tmp",
+    "postmaster.opts",
+    "postmaster.pid",
+    "tablespace_map",
+];
+/// The file that is read last.
+pub const CONTROL: &str = "global/pg_control";
+
+/// A file that was found.
+#[derive(Debug)]
+pub struct Found {
+    /// In the manifest.
+    pub path: String,
+    /// On this machine.
+    pub file: PathBuf,
+    /// Length when it was found, bytes.
+    pub size: u64,
+}
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Tree {
+    /// Folders, without the data directory itself.
+    pub folders: Vec<Entry>,
+    /// Files to read, `pg_control` not among them.
+    pub files: Vec<Found>,
+    /// What is neither: left out, as the server does.
+    pub strange: Vec<String>,
+}
+
+/// A tablespace in a folder of its own.
+#[derive(Debug)]
+pub struct Tablespace {
+    /// Oid.
+    pub oid: u32,
+    /// Where its link leads.
+    pub location: PathBuf,
+}
+
+/// Walks a data directory and its tablespaces; of those, only the folder `version_folder` is this server's.
+pub fn walk(directory: &Path, tablespaces: &[Tablespace], version_folder: &str, has_summaries: bool) -> Result<Tree> {
+    let mut tree = Tree::default();
+    folder(&mut tree, directory, "")?;
+    for tablespace in tablespaces {
+        let path = format!("pg_tblspc/{}/{version_folder}", tablespace.oid);
+        let at = tablespace.location.join(version_folder);
+        let Some(meta) = metadata(&at)? else { continue };
+        tree.folders.push(entry(&path, &meta));
+        folder(&mut tree, &at, &path)?;
+    }
+    // They are there in every backup, whatever is in pg_wal.
+    let wal = tree.folders.iter().find(|f| f.path == "pg_wal").cloned();
+    if let Some(wal) = wal {
+        let inner = ["archive_status"]
+            .into_iter()
+            .chain(has_summaries.then_some("summaries"));
+        tree.folders.extend(inner.map(|name| Entry {
+            path: format!("pg_wal/{name}"),
+            ..wal.clone()
+        }));
+    }
+    Ok(tree)
+}
+
+fn folder(tree: &mut Tree, at: &Path, path: &str) -> Result<()> {
+    let mut names = Vec::new();
+    let listing = match std::fs::read_dir(at) {
+        // A database may be dropped meanwhile.
+        Err(error) if error.kind() == ErrorKind::NotFound && !path.is_empty() => return Ok(()),
+        other => other.map_err(|e| Error::io(format_args!("listing {}", at.display()), e))?,
+    };
+    for found in listing {
+        let found = found.map_err(|e| Error::io(format_args!("listing {}", at.display()), e))?;
+        let name = found.file_name().into_string().map_err(|name| {
+            Error::refused(format!("{} has a name that is not UTF-8", at.join(name).display()))
+                .remedy("remove it, or use --source stream")
+        })?;
+        names.push(name);
+    }
+    names.sort();
+    let unlogged: HashSet<&str> = names.iter().filter_map(|name| name.strip_suffix("_init")).collect();
+    for name in &names {
+        let path = match path {
+            "" => name.clone(),
+            path => format!("{path}/{name}"),
+        };
+        if is_left_out(&path, name, &unlogged) {
+            continue;
+        }
+        let at = at.join(name);
+        let Some(mut meta) = metadata(&at)? else { continue };
+        let is_wal_link = path == "pg_wal" && meta.is_symlink();
+        if is_wal_link {
+            meta = std::fs::metadata(&at).map_err(|e| Error::io(format_args!("looking at {}", at.display()), e))?;
+        }
+        if meta.is_dir() {
+            tree.folders.push(entry(&path, &meta));
+            if !EMPTY.contains(&path.as_str()) {
+                folder(tree, &at, &path)?;
+            }
+        } else if meta.is_file() {
+            if path != CONTROL {
+                tree.files.push(Found {
+                    path,
+                    file: at,
+                    size: meta.len(),
+                });
+            }
+        } else if !path.starts_with("pg_tblspc/") && !meta.file_type().is_socket() {
+            // Links of tablespaces are described by the list of tablespaces.
+            tree.strange.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn is_left_out(path: &str, name: &str, unlogged: &HashSet<&str>) -> bool {
+    let is_temporary = name.starts_with("pgsql_tmp") || name.starts_with("pg_internal.init");
+    if is_temporary || LEFT_OUT.contains(&name) {
+        return true;
+    }
+    if !path.starts_with("base/") && !path.starts_with("pg_tblspc/") {
+        return false;
+    }
+    if is_temporary_relation(name) {
+        return true;
+    }
+    // Of an unlogged relation, only its initial contents.
+    relation_file(path)
+        .is_some_and(|file| file.fork != Fork::Init && unlogged.contains(file.relation.to_string().as_str()))
+}
+
+/// `t<backend>_<relation>`, with fork and segment.
+fn is_temporary_relation(name: &str) -> bool {
+    let Some((backend, rest)) = name.strip_prefix('t').and_then(|rest| rest.split_once('_')) else {
+        return false;
+    };
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let rest = match rest.split_once('.') {
+        Some((rest, segment)) if is_number(segment) => rest,
+        Some(_) => return false,
+        None => rest,
+    };
+    let relation = rest.split_once('_').map_or(rest, |(relation, _)| relation);
+    is_number(backend) && is_number(relation)
+}
+
+/// Of the name itself, not of what a link leads to; `None` if it has vanished.
+fn metadata(at: &Path) -> Result<Option<Metadata>> {
+    match std::fs::symlink_metadata(at) {
+        Ok(meta) => Ok(Some(meta)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io(format_args!("looking at {}", at.display()), error)),
+    }
+}
+
+/// A folder's entry, or a file's without content.
+pub fn entry(path: &str, meta: &Metadata) -> Entry {
+    let is_folder = meta.is_dir();
+    Entry {
+        path: path.to_owned(),
+        kind: if is_folder {
+            FileKind::FileDirectory
+        } else {
+            FileKind::FileRegular
+        },
+        size: if is_folder { 0 } else { meta.len() },
+        mode: meta.mode() & 0o7777,
+        mtime_us: meta.mtime().saturating_mul(1_000_000),
+        link_target: String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_outlive_the_server_is_left_out() {
+        let unlogged = HashSet::from(["77"]);
+        let out = |path: &str| is_left_out(path, path.rsplit('/').next().unwrap(), &unlogged);
+        for path in [
+            "postmaster.pid",
+            "base/pgsql_tmp",
+            "base/5/pg_internal.init",
+            "global/pg_internal.init.123",
+            "base/5/t3_16385",
+            "base/5/t3_16385_fsm.1",
+            "base/5/77",
+            "base/5/77.1",
+            "base/5/77_vm",
+        ] {
+            assert!(out(path), "{path}");
+        }
+        for path in [
+            "base/5/77_init",
+            "base/5/78",
+            "base/5/PG_VERSION",
+            "global/77",
+            "postgresql.auto.conf",
+            "base/5/table_1",
+        ] {
+            assert!(!out(path), "{path}");
+        }
+    }
+}
