@@ -7,40 +7,39 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use fairvault_tests::{Fixture, Shape, code, run, tools};
 
-/// Waits until the server sends files of a base backup.
-fn wait_for_streaming(s: &Fixture, server: &fairvault_tests::Server) -> Result<()> {
-    server.wait_for(
-        &s.scratch,
-        "select count(*) from pg_stat_progress_basebackup where phase = 'streaming database files'",
-        "1",
-    )
+/// Waits until files of a backup are read.
+fn wait_for_copying(s: &Fixture, server: &fairvault_tests::Server, source: &str) -> Result<()> {
+    let query = match source {
+        "stream" => "select count(*) from pg_stat_progress_basebackup where phase = 'streaming database files'",
+        _ => "select count(*) from pg_stat_activity where query like '%pg_control_system%' and state = 'idle'",
+    };
+    server.wait_for(&s.scratch, query, "1")
 }
 
-#[test]
-fn a_page_that_was_torn_while_it_was_read_is_benign() -> Result<()> {
-    let s = Fixture::new("torn", Shape::default())?;
-    // The tablespace is sent first, slowly: meanwhile a page of the table in the main directory changes.
+/// While a backup reads other files first, slowly, a page of a table changes, and is torn when it is read.
+fn torn(source: &str) -> Result<()> {
+    let s = Fixture::new(&format!("torn-{source}"), Shape::default())?;
     run(s.scratch.command("mkdir").arg(s.path("ts")))?;
     s.sql(&format!("create tablespace ts location '{}'", s.path("ts")))?;
-    s.sql("create table filler tablespace ts as select i, md5(i::text) from generate_series(1, 200000) i")?;
-    s.sql("create table t as select i, 0 as v from generate_series(1, 10000) i")?;
+    // BASE_BACKUP sends tablespaces first; the files of this machine are read in the other order.
+    let (first, last) = match source {
+        "stream" => ("ts", "pg_default"),
+        _ => ("pg_default", "ts"),
+    };
+    s.sql(&format!(
+        "create table filler tablespace {first} as select i, md5(i::text) from generate_series(1, 200000) i"
+    ))?;
+    s.sql(&format!(
+        "create table t tablespace {last} as select i, 0 as v from generate_series(1, 10000) i"
+    ))?;
     s.sql("create table untouched as select i from generate_series(1, 10000) i")?;
     s.sql("checkpoint")?;
     let path = s.sql("select pg_relation_filepath('t')")?;
-    let arguments = [
-        "backup",
-        "acme",
-        "--fast",
-        "--max-rate",
-        "4MiB",
-        "--progress",
-        "none",
-        "--output",
-        "json",
-    ];
+    let arguments = ["backup", "acme", "--fast", "--source", source, "--max-rate", "4MiB"];
+    let more = ["--progress", "none", "--output", "json"];
     let (exit, text) = std::thread::scope(|scope| -> Result<(i32, String)> {
-        let backup = scope.spawn(|| code(&mut s.command(&arguments)));
-        wait_for_streaming(&s, &s.server)?;
+        let backup = scope.spawn(|| code(s.command(&arguments).args(more)));
+        wait_for_copying(&s, &s.server, source)?;
         s.sql("update t set v = 1 where i <= 100")?;
         // Half of the page as the server would write it, half as it was: here, garbage.
         let file = std::fs::File::options().write(true).open(s.server.data.join(&path))?;
@@ -52,6 +51,7 @@ fn a_page_that_was_torn_while_it_was_read_is_benign() -> Result<()> {
         text.contains("benign: torn while it was read") && text.contains(&path) && text.contains("\"damaged_pages\":0"),
         "{text}"
     );
+    ensure!(text.contains(&format!("\"source\":\"{source}\"")), "{text}");
     ensure!(
         s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
             .contains("all good")
@@ -62,6 +62,16 @@ fn a_page_that_was_torn_while_it_was_read_is_benign() -> Result<()> {
     let copy = s.start("r", 5450)?;
     ensure!(copy.sql(&s.scratch, "select sum(v), count(*) from t")? == "100|10000");
     Ok(())
+}
+
+#[test]
+fn a_page_that_was_torn_while_it_was_streamed_is_benign() -> Result<()> {
+    torn("stream")
+}
+
+#[test]
+fn a_page_that_was_torn_while_its_file_was_read_is_benign() -> Result<()> {
+    torn("local")
 }
 
 #[test]
@@ -139,9 +149,18 @@ fn a_checkpoint_that_takes_its_time_is_waited_for() -> Result<()> {
 }
 
 #[test]
-fn a_promotion_during_a_backup_fails_it() -> Result<()> {
+fn a_promotion_during_a_streamed_backup_fails_it() -> Result<()> {
+    promoted("stream")
+}
+
+#[test]
+fn a_promotion_while_files_are_read_fails_the_backup() -> Result<()> {
+    promoted("local")
+}
+
+fn promoted(source: &str) -> Result<()> {
     let s = Fixture::new(
-        "promotion",
+        &format!("promotion-{source}"),
         Shape {
             archiving: true,
             ..Default::default()
@@ -161,6 +180,8 @@ fn a_promotion_during_a_backup_fails_it() -> Result<()> {
         "backup",
         "acme",
         "--fast",
+        "--source",
+        source,
         "--max-rate",
         "4MiB",
         "--progress",
@@ -168,7 +189,7 @@ fn a_promotion_during_a_backup_fails_it() -> Result<()> {
     ];
     let (exit, text) = std::thread::scope(|scope| -> Result<(i32, String)> {
         let backup = scope.spawn(|| code(&mut s.command(&arguments)));
-        wait_for_streaming(&s, &standby)?;
+        wait_for_copying(&s, &standby, source)?;
         run(standby
             .program(&s.scratch, "pg_ctl")
             .args(["promote", "-w", "-D"])
@@ -180,7 +201,7 @@ fn a_promotion_during_a_backup_fails_it() -> Result<()> {
     ensure!(!info.contains("unfinished"), "the session was ended: {info}");
     ensure!(info.matches(" full ").count() == 1, "{info}");
     // The new primary is backed up as it is, on its own timeline.
-    let id = s.backup_id(&["--conninfo", &conninfo])?;
+    let id = s.backup_id(&["--conninfo", &conninfo, "--source", source])?;
     let (exit, text) = s.restore("r", &["--backup", &id]);
     ensure!(exit == 0, "{text}");
     ensure!(s.start("r", 5461)?.sql(&s.scratch, "select count(*) from t")? == "300000");

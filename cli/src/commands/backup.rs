@@ -101,7 +101,7 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
                 "start_lsn": Lsn(info.start_lsn).to_string(), "stop_lsn": Lsn(info.stop_lsn).to_string(), "timeline": info.stop_timeline,
                 "files": info.files, "plain_bytes": info.plain_bytes, "new_plain_bytes": info.new_plain_bytes,
                 "new_stored_bytes": info.new_stored_bytes, "elapsed_ms": started.elapsed().as_millis() as u64,
-                "wal_method": info.wal_method, "page_failures": failures, "damaged_pages": info.damaged_pages, "notes": report.notes,
+                "wal_method": info.wal_method, "source": info.source, "page_failures": failures, "damaged_pages": info.damaged_pages, "notes": report.notes,
             }),
         );
     } else {

@@ -1,7 +1,5 @@
 //! The choice of a source, and what all of them have in common.
 
-use std::path::PathBuf;
-
 use fairvault_format::proto;
 
 use super::{Options, Server, SourceKind};
@@ -9,7 +7,6 @@ use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::progress::Progress;
 use crate::replication::base_backup::{self, BaseBackup};
-use crate::replication::connection::Connection;
 use crate::source::backup_mode::BackupMode;
 use crate::source::local::{self, Local, Reading};
 use crate::source::{Feed, stream};
@@ -32,13 +29,8 @@ impl<'a> Source<'a> {
         progress: &Progress,
     ) -> Result<Self> {
         if options.source != SourceKind::Stream {
-            match find_local(server, options).await {
-                Ok((connection, directory)) => {
-                    let session = BackupMode::start(connection, label, options.fast).await?;
-                    let rate = options.max_rate_kib.map(|kib| u64::from(kib) << 10);
-                    let local = Local::open(session, directory, Reading { readers, rate }).await?;
-                    return Ok(Self::Local(Some(Box::new(local))));
-                }
+            match open_local(server, options, label, readers).await {
+                Ok(local) => return Ok(Self::Local(Some(Box::new(local)))),
                 Err(error) if options.source == SourceKind::Local => {
                     return Err(error.context("--source local"));
                 }
@@ -93,8 +85,8 @@ impl<'a> Source<'a> {
     }
 }
 
-/// The data directory on this machine, and a connection for backup mode.
-async fn find_local(server: &Server, options: &Options) -> Result<(Connection, PathBuf)> {
+/// The data directory on this machine, its server in backup mode.
+async fn open_local(server: &Server, options: &Options, label: &str, readers: usize) -> Result<Local> {
     let mut connection = BackupMode::connect(&options.conninfo).await?;
     if connection.in_recovery() != server.connection.in_recovery() {
         return Err(Error::failed("the second connection reached another server")
@@ -102,5 +94,7 @@ async fn find_local(server: &Server, options: &Options) -> Result<(Connection, P
     }
     let directory = options.data_directory.as_deref();
     let directory = local::find(&mut connection, directory, server.system_identifier).await?;
-    Ok((connection, directory))
+    let session = BackupMode::start(connection, label, options.fast).await?;
+    let rate = options.max_rate_kib.map(|kib| u64::from(kib) << 10);
+    Local::open(session, directory, Reading { readers, rate }).await
 }

@@ -78,9 +78,10 @@ pub async fn find(connection: &mut Connection, directory: Option<&Path>, system_
     };
     let read = |path: &str| {
         let path = directory.join(path);
-        std::fs::read(&path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))
+        std::fs::read(&path).map_err(|e| unreadable(&path, e))
     };
-    let control = ControlFile::parse(&read_control(&directory)?)?;
+    let control = read_control(&directory).map_err(|e| unreadable(&directory.join(CONTROL), e))?;
+    let control = ControlFile::parse(&control)?;
     if control.system_identifier != system_identifier {
         return Err(other(format!(
             "its system identifier is {}, the server's {system_identifier}",
@@ -111,6 +112,12 @@ pub async fn find(connection: &mut Connection, directory: Option<&Path>, system_
             "process {postmaster} works there, and process {parent} serves the connection"
         ))),
     }
+}
+
+fn unreadable(path: &Path, error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::refused(format!("{} cannot be read", path.display()))
+        .remedy("run as the server's user, on its host, or use --source stream")
+        .caused_by(error)
 }
 
 /// The parent of a process of this machine.
