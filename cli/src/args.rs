@@ -239,10 +239,12 @@ pub enum BackupType {
 /// Sources.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Source {
-    /// local if the data directory is on this machine and can be read, else stream
+    /// local if the data directory is on this machine and can be read, else sql if the role may, else stream
     Auto,
     /// Files of the data directory on this machine, read in parallel
     Local,
+    /// Ranges of files over several ordinary connections
+    Sql,
     /// BASE_BACKUP over the replication protocol.
     Stream,
 }

@@ -2,9 +2,9 @@
 """An independent reader of fairvault repositories, format version 1.
 
 It is written from SPEC.md and proto/fairvault.proto alone and shares no code with the engine. It is there to show
-that the specification is enough: whoever has a repository, a key and these two files gets the data back. It reads
-repositories in a directory, verifies what it reads, and never writes to them. Numbers in comments are sections of
-SPEC.md.
+that the specification is enough: whoever has a repository, a key, the .proto and this folder gets the data back. It
+reads repositories in a directory, verifies what it reads, and never writes to them. Numbers in comments are sections
+of SPEC.md.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import os
 import re
 import struct
 import sys
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Iterator, NoReturn, Optional
 
@@ -32,6 +32,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+import pages
+from checks import Damaged, Failure, Unsupported, allowed, require, supported
+
 PROTO_FILE = Path(__file__).resolve().parent.parent / "proto" / "fairvault.proto"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 HEADER_LEN, SECTION_HEADER_LEN, TAG_LEN = 80, 16, 16
@@ -44,22 +47,6 @@ MAX_PACK, MAX_FRAMES, MAX_CHUNK, MAX_SEGMENT_CHUNK = 64 * MIB, 1_048_576, 512 * 
 MAX_SECTION, MAX_LOG_SECTION, MAX_SECTIONS = 256 * MIB, 16 * MIB, 65_536
 MAX_MANIFEST_SEGMENT, MAX_PATH, MAX_SLOT, MAX_JSON = 64 * MIB, 4096, 64 * KIB, 64 * KIB
 MAX_ARGON2_KIB, MAX_ARGON2_PASSES, MAX_ARGON2_LANES = 2 * GIB // KIB, 64, 64
-
-class Unsupported(Exception):
-    """The repository uses something that this reader does not know (exit code 3)."""
-
-class Damaged(Exception):
-    """Something in the repository does not match (exit code 4)."""
-
-class Failure(Exception):
-    """Neither: no key that fits, no such backup, a target that is not empty (exit code 1)."""
-
-def require(condition: Any, text: str, error: type[Exception] = Damaged) -> None:
-    """What does not match is damaged (13), unless the caller says otherwise."""
-    if not condition:
-        raise error(text)
-
-supported, allowed = partial(require, error=Unsupported), partial(require, error=Failure)
 
 def load_messages(path: Path) -> dict[str, Any]:
     """Message classes from the .proto. Enums become int32, which is the same on the wire; maps are left out."""
@@ -116,14 +103,20 @@ def unseal(key: bytes, ordinal: int, sealed: bytes, aad: bytes, where: str) -> b
     except InvalidTag:
         raise Damaged(f"{where}: does not open: altered, or not sealed for this place") from None
 
+def unzstd(body: bytes, limit: int, where: str) -> bytes:
+    """What exactly one zstd frame decodes to; refused if that is more than `limit`."""
+    try:
+        require(zstandard.frame_content_size(body) <= limit, f"{where}: decodes to more than {limit} bytes")
+        return zstandard.ZstdDecompressor().decompress(body, max_output_size=max(limit, 1), allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise Damaged(f"{where}: {error}") from None
+
 def decompress(codec: int, body: bytes, plain_len: int, where: str) -> bytes:
-    """Undo a known codec; makes at most one byte more than `plain_len`."""
+    """Undo a codec that the caller found to be known; makes no more than the limits allow."""
     if codec == 1:
-        try:
-            with zstandard.ZstdDecompressor().stream_reader(body) as stream:
-                body = stream.read(plain_len + 1)
-        except zstandard.ZstdError as error:
-            raise Damaged(f"{where}: {error}") from None
+        body = unzstd(body, plain_len, where)
+    elif codec == 2:
+        body = pages.Decoder(unzstd(body, pages.max_transformed(plain_len), where), plain_len, where).decode()
     require(len(body) == plain_len, f"{where}: the decoded length is not {plain_len}")
     return body
 
@@ -362,7 +355,7 @@ class Frames:
         require(len(sealed) == stored_len, f"{where}: ends early")
         plain = unseal(key, ordinal, sealed, header.raw + struct.pack("<I", ordinal), where)
         codec, flags, parameter, length = struct.unpack_from("<BBHI", plain)
-        supported(codec <= 1 and not flags, f"{where}: codec {codec}, flags {flags:#x}")
+        supported(codec <= 2 and not flags, f"{where}: codec {codec}, flags {flags:#x}")
         require((parameter, length) == (0, plain_len), f"{where}: the frame header does not match the manifest")
         chunk = decompress(codec, plain[8:], plain_len, where)
         require(self.stanza.keys.content_id(header.epoch, chunk) == id_, f"{where}: the chunk's id is wrong")

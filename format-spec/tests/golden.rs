@@ -10,6 +10,7 @@ use fairvault_format::keys::{self, EpochKeys, KeyRole, Scope, Secret};
 use fairvault_format::log::{Signers, open_entry, seal_entry};
 use fairvault_format::object::{ObjectReader, ObjectWriter, codec};
 use fairvault_format::pack::{DirectoryEntry, open_pack, seal_tail};
+use fairvault_format::pages::Encoder;
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use fairvault_format::repository::Repository;
 use fairvault_format::{names, sha256, wal};
@@ -91,6 +92,75 @@ fn pack() {
         assert_eq!(entry.id, keys.chunk_id(chunk));
         at += entry.stored_len as usize;
     }
+}
+
+/// A page with these items.
+fn page(items: &[&[u8]], special: usize) -> Vec<u8> {
+    let mut page = vec![0u8; 8192];
+    let mut upper = 8192 - special;
+    for (number, item) in items.iter().enumerate() {
+        upper -= item.len().next_multiple_of(8);
+        page[upper..upper + item.len()].copy_from_slice(item);
+        let pointer = upper as u32 | 1 << 15 | (item.len() as u32) << 17;
+        page[24 + 4 * number..28 + 4 * number].copy_from_slice(&pointer.to_le_bytes());
+    }
+    let lower = 24 + 4 * items.len();
+    for (at, value) in [(0, 7), (12, lower), (14, upper), (16, 8192 - special), (18, 8196)] {
+        page[at..at + 2].copy_from_slice(&(value as u16).to_le_bytes());
+    }
+    page[8192 - special..].fill(3);
+    page
+}
+
+/// A heap tuple of block 9 at line pointer `number`.
+fn tuple(number: u8, offset: u8, body: &[u8]) -> Vec<u8> {
+    let mut tuple = vec![
+        number, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0, number, 0, 3, 0, 1, 8, offset,
+    ];
+    tuple.resize(offset.into(), 0x55);
+    tuple.extend(body);
+    tuple
+}
+
+/// Pages of every kind, and a tail.
+fn pages_chunk() -> Vec<u8> {
+    let tuples = [
+        tuple(1, 24, b"twelve bytes"),
+        tuple(2, 32, b"with a null bitmap, and longer than what becomes columns"),
+        tuple(3, 24, b""),
+        tuple(4, 48, b"a bitmap of several words"),
+    ];
+    let tuples: Vec<&[u8]> = tuples.iter().map(Vec::as_slice).collect();
+    let mut chunk = page(&tuples, 0);
+    let mut left = page(&tuples[..2], 0);
+    left[4000] = 1;
+    chunk.extend(left);
+    chunk.extend(page(
+        &[
+            b"\0\0\x01\0\x02\0\x10\0keyvalue",
+            b"\0\0\x01\0\x03\0\x10\0keyvaluf",
+            b"short",
+        ],
+        16,
+    ));
+    chunk.extend([0; 8192]);
+    chunk.extend((0..8192u32).map(|i| (i * i % 251) as u8));
+    chunk.extend(b"a tail");
+    chunk
+}
+
+#[test]
+fn pages() {
+    let (keys, chunk) = (epoch_keys(), pages_chunk());
+    let header = ObjectHeader::new(Kind::Pack, 1, [18; 32]);
+    let key = FrameKey::new(&keys, &SCOPE, &header).unwrap();
+    let plan = Encoder::default().propose(&chunk, 2, 1);
+    let (mut transformed, mut frame) = (Vec::new(), vec![0; FRAME_HEADER_LEN]);
+    assert_eq!(Encoder::default().encode(&chunk, &plan, &mut transformed), 3);
+    frame.extend(zstd::bulk::compress(&transformed, 1).unwrap());
+    key.seal(0, codec::PAGES, chunk.len() as u32, &mut frame);
+    let stored = vector("frame-pages", &frame);
+    assert_eq!(key.open(0, &stored, "vector").unwrap(), chunk);
 }
 
 #[test]

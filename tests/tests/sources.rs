@@ -11,7 +11,10 @@ use fairvault_tests::{Fixture, Shape, code, run, tools};
 fn wait_for_copying(s: &Fixture, server: &fairvault_tests::Server, source: &str) -> Result<()> {
     let query = match source {
         "stream" => "select count(*) from pg_stat_progress_basebackup where phase = 'streaming database files'",
-        _ => "select count(*) from pg_stat_activity where query like '%pg_control_system%' and state = 'idle'",
+        "local" => {
+            "select count(*) from pg_stat_activity where query like 'SELECT catalog_version_no%' and state = 'idle'"
+        }
+        _ => "select count(*) from pg_stat_activity where query like 'WITH RECURSIVE f %' and state = 'idle'",
     };
     server.wait_for(&s.scratch, query, "1")
 }
@@ -72,6 +75,11 @@ fn a_page_that_was_torn_while_it_was_streamed_is_benign() -> Result<()> {
 #[test]
 fn a_page_that_was_torn_while_its_file_was_read_is_benign() -> Result<()> {
     torn("local")
+}
+
+#[test]
+fn a_page_that_was_torn_while_it_was_read_over_sql_is_benign() -> Result<()> {
+    torn("sql")
 }
 
 #[test]
@@ -158,6 +166,11 @@ fn a_promotion_while_files_are_read_fails_the_backup() -> Result<()> {
     promoted("local")
 }
 
+#[test]
+fn a_promotion_while_files_are_read_over_sql_fails_the_backup() -> Result<()> {
+    promoted("sql")
+}
+
 fn promoted(source: &str) -> Result<()> {
     let s = Fixture::new(
         &format!("promotion-{source}"),
@@ -217,7 +230,7 @@ fn progress_is_told_to_people_and_to_machines() -> Result<()> {
         "acme",
         "--fast",
         "--max-rate",
-        "16MiB",
+        "8MiB",
         "--progress",
         "json",
         "--output",

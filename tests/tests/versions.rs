@@ -190,7 +190,9 @@ fn whole_story(major: u32) -> Result<()> {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()?;
-    let backup = c.ok(&["backup", "acme", "--fast", "--progress", "none", "--output", "json"])?;
+    let json = ["--fast", "--progress", "none", "--output", "json"];
+    let take = |more: &[&str]| c.ok(&[&["backup", "acme"], &json[..], more].concat());
+    let backup = take(&["--source", "stream"])?;
     ensure!(backup.contains("\"wal_method\":\"archive\""), "{backup}");
     // Databases come and go while the next backup runs; most of its content is known by now.
     let churn = std::thread::scope(|scope| -> Result<String> {
@@ -203,23 +205,13 @@ fn whole_story(major: u32) -> Result<()> {
             }
             Ok(())
         });
-        let out = c.ok(&[
-            "backup",
-            "acme",
-            "--fast",
-            "--wal",
-            "stream",
-            "--max-rate",
-            "200MiB",
-            "--progress",
-            "none",
-            "--output",
-            "json",
-        ]);
+        let out = take(&["--source", "local", "--wal", "stream", "--max-rate", "200MiB"]);
         making.join().map_err(|_| anyhow::anyhow!("churn panicked"))??;
         out
     })?;
     ensure!(churn.contains("\"wal_method\":\"stream\""), "{churn}");
+    // The newest, from which most of what follows is recovered.
+    take(&["--source", "sql"])?;
 
     // Moments, each between two markers.
     let first = c.mark()?;
@@ -261,7 +253,11 @@ fn whole_story(major: u32) -> Result<()> {
         c.markers(&by_time)?
     );
     c.judge(&by_time)?;
-    let by_name = c.recovered("by-name", 5441, &["--target-name", "before-third"])?;
+    let by_name = c.recovered(
+        "by-name",
+        5441,
+        &["--target-name", "before-third", "--backup", &field(&churn, "id")?],
+    )?;
     ensure!(
         c.markers(&by_name)?.0 == second,
         "name: {:?}, expected {second}",

@@ -62,6 +62,7 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
         source: match args.source {
             Source::Auto => SourceKind::Auto,
             Source::Local => SourceKind::Local,
+            Source::Sql => SourceKind::Sql,
             Source::Stream => SourceKind::Stream,
         },
         data_directory: args.data_directory.clone(),

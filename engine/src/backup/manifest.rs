@@ -36,7 +36,7 @@ pub fn store_segments(
     packs: &[PackRef],
 ) -> Result<Vec<(String, u32, Vec<u32>)>> {
     done.sort_unstable_by_key(|d| (d.file, d.offset));
-    let mut order: Vec<usize> = (0..entries.len()).collect();
+    let mut order: Vec<usize> = (0..entries.len()).filter(|&number| !entries[number].is_gone).collect();
     order.sort_by(|&a, &b| entries[a].path.as_bytes().cmp(entries[b].path.as_bytes()));
     let mut codec = Codec::new(LEVEL)?;
     let mut out = Vec::new();

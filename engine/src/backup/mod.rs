@@ -53,10 +53,12 @@ pub enum WalMethod {
 /// Where the bytes come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SourceKind {
-    /// `Local` if the data directory is on this machine and can be read, else `Stream`.
+    /// `Local` if the data directory is on this machine and can be read, else `Sql` if the role may, else `Stream`.
     Auto,
     /// Files of the data directory on this machine.
     Local,
+    /// Ranges of files over ordinary connections.
+    Sql,
     /// BASE_BACKUP over the replication protocol.
     Stream,
 }
@@ -351,6 +353,7 @@ async fn transfer(
 
     let (known, packs) = chunks.finish()?;
     confirm_packs(&stanza, &known, &packs).await?;
+    let entries = || packed.entries.iter().filter(|entry| !entry.is_gone);
     let info = proto::BackupInfo {
         id: id.to_owned(),
         r#type: "full".to_owned(),
@@ -366,8 +369,8 @@ async fn transfer(
         block_size: BLOCK_SIZE,
         data_checksums: server.checksums,
         from_standby,
-        files: packed.entries.len() as u64,
-        plain_bytes: packed.entries.iter().map(|e| e.size).sum(),
+        files: entries().count() as u64,
+        plain_bytes: entries().map(|e| e.size).sum(),
         new_plain_bytes: progress
             .read_bytes
             .get()

@@ -7,8 +7,10 @@ use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::progress::Progress;
 use crate::replication::base_backup::{self, BaseBackup};
+use crate::replication::connection::Connection;
 use crate::source::backup_mode::BackupMode;
 use crate::source::local::{self, Local, Reading};
+use crate::source::sql::Sql;
 use crate::source::{Feed, stream};
 
 /// A source whose server is in backup mode.
@@ -17,6 +19,8 @@ pub enum Source<'a> {
     Stream(BaseBackup<'a>),
     /// Files; until they are read.
     Local(Option<Box<Local>>),
+    /// Ranges over ordinary connections; until they are read.
+    Sql(Option<Box<Sql>>),
 }
 
 impl<'a> Source<'a> {
@@ -28,13 +32,19 @@ impl<'a> Source<'a> {
         readers: usize,
         progress: &Progress,
     ) -> Result<Self> {
-        if options.source != SourceKind::Stream {
+        use SourceKind as K;
+        if matches!(options.source, K::Auto | K::Local) {
             match open_local(server, options, label, readers).await {
                 Ok(local) => return Ok(Self::Local(Some(Box::new(local)))),
-                Err(error) if options.source == SourceKind::Local => {
-                    return Err(error.context("--source local"));
-                }
+                Err(error) if options.source == K::Local => return Err(error.context("--source local")),
                 Err(error) => tracing::debug!("the data directory is not read directly: {error}"),
+            }
+        }
+        if matches!(options.source, K::Auto | K::Sql) {
+            match open_sql(server, options, label, readers).await {
+                Ok(sql) => return Ok(Self::Sql(Some(Box::new(sql)))),
+                Err(error) if options.source == K::Sql => return Err(error.context("--source sql")),
+                Err(error) => tracing::debug!("files are not read over SQL: {error}"),
             }
         }
         let request = base_backup::Options {
@@ -54,15 +64,18 @@ impl<'a> Source<'a> {
         match self {
             Self::Stream(_) => "stream",
             Self::Local(_) => "local",
+            Self::Sql(_) => "sql",
         }
     }
 
     /// Start LSN and its timeline.
     pub fn position(&self) -> (Lsn, u32) {
-        match self {
-            Self::Stream(backup) => (backup.start, backup.timeline),
-            Self::Local(local) => local.as_ref().map_or((Lsn(0), 0), |l| (l.start(), l.timeline())),
-        }
+        let position = match self {
+            Self::Stream(backup) => Some((backup.start, backup.timeline)),
+            Self::Local(local) => local.as_ref().map(|l| (l.start(), l.timeline())),
+            Self::Sql(sql) => sql.as_ref().map(|s| (s.start(), s.timeline())),
+        };
+        position.unwrap_or((Lsn(0), 0))
     }
 
     /// Tablespaces, for the manifest.
@@ -70,31 +83,55 @@ impl<'a> Source<'a> {
         match self {
             Self::Stream(backup) => stream::tablespaces(backup),
             Self::Local(local) => local.as_ref().map(|l| l.listed.clone()).unwrap_or_default(),
+            Self::Sql(sql) => sql.as_ref().map(|s| s.listed.clone()).unwrap_or_default(),
         }
     }
 
     /// Reads everything; the server is out of backup mode afterwards.
     pub async fn read(&mut self, feed: &mut Feed) -> Result<stream::Ended> {
+        let again = || Error::failed("the source was read before");
         match self {
             Self::Stream(backup) => stream::read(backup, feed).await,
-            Self::Local(local) => match local.take() {
-                Some(local) => local.read(feed).await,
-                None => Err(Error::failed("the source was read before")),
-            },
+            Self::Local(local) => local.take().ok_or_else(again)?.read(feed).await,
+            Self::Sql(sql) => sql.take().ok_or_else(again)?.read(feed).await,
         }
+    }
+}
+
+fn rate(options: &Options) -> Option<u64> {
+    options.max_rate_kib.map(|kib| u64::from(kib) << 10)
+}
+
+/// An ordinary connection to the same server.
+async fn connect(server: &Server, options: &Options) -> Result<Connection> {
+    let mut connection = BackupMode::connect(&options.conninfo).await?;
+    let identifier = connection
+        .value("SELECT system_identifier FROM pg_control_system()")
+        .await?;
+    let is_same = identifier.is_some_and(|text| text == server.system_identifier.to_string())
+        && connection.in_recovery() == server.connection.in_recovery();
+    match is_same {
+        true => Ok(connection),
+        false => Err(Error::failed("the second connection reached another server")
+            .remedy("name one host in conninfo, or use target_session_attrs")),
     }
 }
 
 /// The data directory on this machine, its server in backup mode.
 async fn open_local(server: &Server, options: &Options, label: &str, readers: usize) -> Result<Local> {
-    let mut connection = BackupMode::connect(&options.conninfo).await?;
-    if connection.in_recovery() != server.connection.in_recovery() {
-        return Err(Error::failed("the second connection reached another server")
-            .remedy("name one host in conninfo, or use target_session_attrs"));
-    }
+    let mut connection = connect(server, options).await?;
     let directory = options.data_directory.as_deref();
     let directory = local::find(&mut connection, directory, server.system_identifier).await?;
     let session = BackupMode::start(connection, label, options.fast).await?;
-    let rate = options.max_rate_kib.map(|kib| u64::from(kib) << 10);
+    let rate = rate(options);
     Local::open(session, directory, Reading { readers, rate }).await
+}
+
+/// The server in backup mode, if the role may read its files.
+async fn open_sql(server: &Server, options: &Options, label: &str, readers: usize) -> Result<Sql> {
+    let mut connection = connect(server, options).await?;
+    crate::source::sql::check_grants(&mut connection).await?;
+    let session = BackupMode::start(connection, label, options.fast).await?;
+    let info = options.conninfo.clone();
+    Sql::open(session, info, server.directory_mode, readers, rate(options)).await
 }

@@ -45,6 +45,8 @@ pub struct BackupLine {
     pub from_standby: bool,
     /// archive or stream.
     pub wal_method: String,
+    /// stream, local or sql.
+    pub source: String,
     /// Its own WAL is complete.
     pub restorable: bool,
     /// Notes.
@@ -206,6 +208,7 @@ pub async fn info_of(log: &Log) -> Result<Info> {
             damaged_pages: i.damaged_pages,
             from_standby: i.from_standby,
             wal_method: i.wal_method.clone(),
+            source: i.source.clone(),
             restorable,
             annotations: i.annotations.into_iter().collect(),
         });

@@ -41,7 +41,7 @@ pub const VERSIONS: &[Version] = &[
     Version {
         major: 17,
         wal_magic: 0xD116,
-        control_version: 1300,
+        control_version: 1700,
     },
     Version {
         major: 18,

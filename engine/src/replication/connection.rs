@@ -247,7 +247,7 @@ impl Connection {
     }
 
     /// Sends a simple query.
-    pub(super) async fn send_query(&mut self, query: &str) -> Result<()> {
+    pub(crate) async fn send_query(&mut self, query: &str) -> Result<()> {
         let mut out = BytesMut::new();
         frontend::query(query, &mut out).map_err(|e| Error::usage("a query holds a NUL byte").caused_by(e))?;
         self.wire.send(&out).await
@@ -279,6 +279,14 @@ impl Connection {
         match failure {
             Some(error) => Err(error),
             None => Ok(rows),
+        }
+    }
+
+    /// The answer to a COPY TO STDOUT that was sent.
+    pub(crate) fn copy_out(&mut self) -> CopyOut<'_> {
+        CopyOut {
+            connection: self,
+            failure: None,
         }
     }
 
@@ -372,12 +380,34 @@ impl Connection {
 }
 
 /// An identifier for the replication grammar.
-pub(super) fn quote_name(name: &str) -> String {
+pub(crate) fn quote_name(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
+/// The data of a COPY TO STDOUT.
+pub(crate) struct CopyOut<'a> {
+    connection: &'a mut Connection,
+    failure: Option<Error>,
+}
+
+impl CopyOut<'_> {
+    /// The next data; `None` when the query is over.
+    pub async fn next(&mut self) -> Result<Option<Bytes>> {
+        loop {
+            match self.connection.wire.receive().await? {
+                Message::CopyData(data) => return Ok(Some(data)),
+                Message::CopyOut | Message::CopyDone => {}
+                Message::Other(M::ErrorResponse(body)) => self.failure = Some(server_error(body.fields())),
+                Message::Other(M::ReadyForQuery(_)) => return self.failure.take().map_or(Ok(None), Err),
+                Message::Other(_) => {}
+                _ => return Err(broken("a strange answer to COPY")),
+            }
+        }
+    }
+}
+
 /// A string literal for the replication grammar.
-pub(super) fn quote_text(text: &str) -> String {
+pub(crate) fn quote_text(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
 

@@ -2,7 +2,11 @@
 //!
 //! What always holds: dropping the session ends backup mode, since the server ties it to the connection.
 
-use crate::error::{Error, Result};
+use std::sync::Arc;
+
+use super::stream::Ended;
+use super::{Chunk, Entry, Feed};
+use crate::error::{Context, Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::replication::connection::{Connection, Mode};
 use crate::replication::conninfo::ConnInfo;
@@ -68,6 +72,16 @@ impl BackupMode {
         })
     }
 
+    /// The folder of this server in a tablespace.
+    pub async fn version_folder(&mut self) -> Result<String> {
+        let catalog = self
+            .connection
+            .value("SELECT catalog_version_no FROM pg_control_system()")
+            .await?;
+        let catalog: u32 = parse("its catalog version", catalog)?;
+        Ok(format!("PG_{}_{catalog}", self.connection.major()))
+    }
+
     /// Ends backup mode; does not wait for archiving.
     pub async fn stop(mut self) -> Result<Stopped> {
         let function = match self.connection.major() {
@@ -104,6 +118,46 @@ impl BackupMode {
             tablespace_map,
         })
     }
+}
+
+/// How often pg_control is read again while the server writes it.
+pub const CONTROL_READS: usize = 50;
+
+/// The end of what is read: `pg_control`, whose content has been read last, then, backup mode being over, what
+/// `pg_backup_stop` says.
+pub async fn finish(session: BackupMode, feed: &mut Feed, control: Entry, content: Vec<u8>) -> Result<Ended> {
+    whole(feed, control.clone(), content).await?;
+    let stopped = session.stop().await.context(|| "ending the backup on the server")?;
+    for (path, text) in [
+        ("backup_label", stopped.label),
+        ("tablespace_map", stopped.tablespace_map),
+    ] {
+        if !text.is_empty() {
+            let entry = Entry {
+                path: path.to_owned(),
+                size: text.len() as u64,
+                ..control.clone()
+            };
+            whole(feed, entry, text.into_bytes()).await?;
+        }
+    }
+    Ok(Ended {
+        stop: stopped.stop,
+        timeline: stopped.timeline,
+    })
+}
+
+/// A small file with its content.
+async fn whole(feed: &mut Feed, entry: Entry, content: Vec<u8>) -> Result<()> {
+    let path: Arc<str> = entry.path.as_str().into();
+    let file = feed.entry(entry);
+    feed.chunk(Chunk {
+        file,
+        path,
+        offset: 0,
+        bytes: content.into(),
+    })
+    .await
 }
 
 fn parse<T: std::str::FromStr>(what: &str, text: Option<String>) -> Result<T> {

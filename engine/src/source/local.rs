@@ -11,23 +11,22 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fairvault_format::limits::CHUNK_BYTES;
-use fairvault_format::proto::{self, FileKind};
+use fairvault_format::proto;
 
-use super::backup_mode::BackupMode;
+use super::backup_mode::{BackupMode, CONTROL_READS, finish};
+use super::pace::Pace;
 use super::stream::Ended;
 use super::walk::{CONTROL, Found, Tablespace, entry, walk};
 use super::{Chunk, Entry, Feed};
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::postgres::control::ControlFile;
 use crate::replication::connection::Connection;
 
 /// Bytes of pg_control.
 const CONTROL_BYTES: usize = 8192;
-/// How often pg_control is read again while the server writes it.
-const CONTROL_READS: usize = 50;
 
 /// A data directory whose server is in backup mode.
 pub struct Local {
@@ -131,12 +130,7 @@ fn parent_of(process: &str) -> Option<String> {
 impl Local {
     /// Looks for tablespaces. The server is in backup mode.
     pub async fn open(mut session: BackupMode, directory: PathBuf, reading: Reading) -> Result<Self> {
-        let catalog = session
-            .connection
-            .value("SELECT catalog_version_no FROM pg_control_system()")
-            .await?
-            .unwrap_or_default();
-        let version_folder = format!("PG_{}_{catalog}", session.connection.major());
+        let version_folder = session.version_folder().await?;
         let (mut tablespaces, mut listed) = (Vec::new(), Vec::new());
         let folder = directory.join("pg_tblspc");
         let problem = |e| Error::io(format_args!("listing {}", folder.display()), e);
@@ -225,40 +219,8 @@ impl Local {
         let (content, meta) = control.await.map_err(blocking)??;
         let mut control = entry(CONTROL, &meta);
         control.size = content.len() as u64;
-        whole(feed, control.clone(), content).await?;
-        let stopped = session.stop().await.context(|| "ending the backup on the server")?;
-        for (path, text) in [
-            ("backup_label", stopped.label),
-            ("tablespace_map", stopped.tablespace_map),
-        ] {
-            if !text.is_empty() {
-                let entry = Entry {
-                    path: path.to_owned(),
-                    kind: FileKind::FileRegular,
-                    size: text.len() as u64,
-                    ..control.clone()
-                };
-                whole(feed, entry, text.into_bytes()).await?;
-            }
-        }
-        Ok(Ended {
-            stop: stopped.stop,
-            timeline: stopped.timeline,
-        })
+        finish(session, feed, control, content).await
     }
-}
-
-/// A small file with its content.
-async fn whole(feed: &mut Feed, entry: Entry, content: Vec<u8>) -> Result<()> {
-    let path: Arc<str> = entry.path.as_str().into();
-    let file = feed.entry(entry);
-    feed.chunk(Chunk {
-        file,
-        path,
-        offset: 0,
-        bytes: content.into(),
-    })
-    .await
 }
 
 /// pg_control, as the server writes it in one go: read until its CRC holds.
@@ -417,30 +379,4 @@ fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()> {
         let _ = rustix::fs::fadvise(file, offset + from as u64, len, rustix::fs::Advice::DontNeed);
     }
     Ok(())
-}
-
-/// Keeps all readers together below a rate.
-struct Pace {
-    rate: Option<u64>,
-    next: Mutex<Instant>,
-}
-
-impl Pace {
-    fn new(rate: Option<u64>) -> Self {
-        Self {
-            rate: rate.filter(|&rate| rate > 0),
-            next: Mutex::new(Instant::now()),
-        }
-    }
-
-    fn wait(&self, bytes: u64) {
-        let Some(rate) = self.rate else { return };
-        let until = {
-            let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
-            let from = (*next).max(Instant::now());
-            *next = from + Duration::from_secs_f64(bytes as f64 / rate as f64);
-            from
-        };
-        std::thread::sleep(until.saturating_duration_since(Instant::now()));
-    }
 }

@@ -3,6 +3,8 @@
 
 pub mod backup_mode;
 pub mod local;
+mod pace;
+pub mod sql;
 
 pub mod stream;
 pub mod tar;
@@ -32,6 +34,8 @@ pub struct Entry {
     pub mtime_us: i64,
     /// Target of a link.
     pub link_target: String,
+    /// It vanished while it was read, and is no part of the backup.
+    pub is_gone: bool,
 }
 
 /// A chunk of file content.
@@ -98,6 +102,13 @@ impl Feed {
         self.chunks.send(chunk).await.map_err(|_| Error::failed(PIPELINE_GONE))
     }
 
+    /// Takes back entries of files that have vanished; their chunks count for nothing.
+    pub fn left_out(&mut self, numbers: &[u32]) {
+        for &number in numbers {
+            self.entries[number as usize].is_gone = true;
+        }
+    }
+
     /// The entries, in the order of their numbers. Closes the feed.
     pub fn finish(self) -> Vec<Entry> {
         self.entries
@@ -111,6 +122,12 @@ pub struct Outlet {
 }
 
 impl Outlet {
+    /// Hands a chunk on; waits while the pipeline is full.
+    pub async fn send_async(&self, chunk: Chunk) -> Result<()> {
+        self.progress.read_bytes.add(chunk.bytes.len() as u64);
+        self.chunks.send(chunk).await.map_err(|_| Error::failed(PIPELINE_GONE))
+    }
+
     /// Hands a chunk on; blocks while the pipeline is full.
     pub fn send(&self, chunk: Chunk) -> Result<()> {
         self.progress.read_bytes.add(chunk.bytes.len() as u64);

@@ -116,6 +116,7 @@ fn begin(feed: &mut Feed, prefix: &str, header: Header) -> Result<Option<Current
         mode: header.mode,
         mtime_us: header.mtime_s.saturating_mul(1_000_000),
         link_target,
+        is_gone: false,
     };
     let path: Arc<str> = entry.path.as_str().into();
     let size = entry.size;

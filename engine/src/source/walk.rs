@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::postgres::files::{Fork, relation_file};
 
 /// Folders that are kept without what is in them.
-const EMPTY: [&str; 8] = [
+pub const EMPTY: [&str; 8] = [
     "pg_dynshmem",
     "pg_notify",
     "pg_replslot",
@@ -108,7 +108,8 @@ fn folder(tree: &mut Tree, at: &Path, path: &str) -> Result<()> {
         names.push(name);
     }
     names.sort();
-    let unlogged: HashSet<&str> = names.iter().filter_map(|name| name.strip_suffix("_init")).collect();
+    let inits: HashSet<&str> = names.iter().filter_map(|name| name.strip_suffix("_init")).collect();
+    let unlogged = |relation: &str| inits.contains(relation);
     for name in &names {
         let path = match path {
             "" => name.clone(),
@@ -144,7 +145,9 @@ fn folder(tree: &mut Tree, at: &Path, path: &str) -> Result<()> {
     Ok(())
 }
 
-fn is_left_out(path: &str, name: &str, unlogged: &HashSet<&str>) -> bool {
+/// Whether a backup leaves out `path`, whose last part is `name`; `unlogged` says whether a relation of the same folder
+/// has an initial fork.
+pub fn is_left_out(path: &str, name: &str, unlogged: &dyn Fn(&str) -> bool) -> bool {
     let is_temporary = name.starts_with("pgsql_tmp") || name.starts_with("pg_internal.init");
     if is_temporary || LEFT_OUT.contains(&name) {
         return true;
@@ -156,8 +159,7 @@ fn is_left_out(path: &str, name: &str, unlogged: &HashSet<&str>) -> bool {
         return true;
     }
     // Of an unlogged relation, only its initial contents.
-    relation_file(path)
-        .is_some_and(|file| file.fork != Fork::Init && unlogged.contains(file.relation.to_string().as_str()))
+    relation_file(path).is_some_and(|file| file.fork != Fork::Init && unlogged(&file.relation.to_string()))
 }
 
 /// `t<backend>_<relation>`, with fork and segment.
@@ -198,6 +200,7 @@ pub fn entry(path: &str, meta: &Metadata) -> Entry {
         mode: meta.mode() & 0o7777,
         mtime_us: meta.mtime().saturating_mul(1_000_000),
         link_target: String::new(),
+        is_gone: false,
     }
 }
 
@@ -207,7 +210,7 @@ mod tests {
 
     #[test]
     fn what_does_not_outlive_the_server_is_left_out() {
-        let unlogged = HashSet::from(["77"]);
+        let unlogged = |relation: &str| relation == "77";
         let out = |path: &str| is_left_out(path, path.rsplit('/').next().unwrap(), &unlogged);
         for path in [
             "postmaster.pid",

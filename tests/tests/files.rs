@@ -32,7 +32,7 @@ fn folders(folder: &Path) -> Result<String> {
 }
 
 #[test]
-fn what_files_and_the_stream_give_is_the_same() -> Result<()> {
+fn every_source_gives_the_same() -> Result<()> {
     let s = Fixture::new("same", Shape::default())?;
     run(s.scratch.command("mkdir").arg(s.path("ts")))?;
     s.sql(&format!("create tablespace ts location '{}'", s.path("ts")))?;
@@ -81,12 +81,21 @@ fn what_files_and_the_stream_give_is_the_same() -> Result<()> {
     ensure!(text.contains("\"source\":\"local\""), "{text}");
     let new: u64 = fairvault_tests::fixture::field(&text, "new_plain_bytes")?.parse()?;
     ensure!(new < 200 << 10, "what was streamed is known: {text}");
-    for (name, id) in [("streamed", &streamed), ("local", &local)] {
+    // What the link leads to is none of the cluster's, and SQL cannot tell.
+    run(s.scratch.command("rm").arg(s.path("data5432/link")))?;
+    let sql = s.backup_id(&["--source", "sql"])?;
+    for (name, id) in [("streamed", &streamed), ("local", &local), ("sql", &sql)] {
         let map = format!("all={}", s.path(&format!("{name}-ts")));
         let (exit, text) = s.restore(name, &["--backup", id, "--tablespace-map", &map]);
         ensure!(exit == 0, "{text}");
     }
-    for (a, b) in [("streamed", "local"), ("streamed-ts", "local-ts")] {
+    let pairs = [
+        ("streamed", "local"),
+        ("streamed-ts", "local-ts"),
+        ("streamed", "sql"),
+        ("streamed-ts", "sql-ts"),
+    ];
+    for (a, b) in pairs {
         ensure!(folders(&s.scratch.join(a))? == folders(&s.scratch.join(b))?);
         let (a, b) = (content(&s.scratch.join(a))?, content(&s.scratch.join(b))?);
         let one_sided: Vec<&String> = a
@@ -128,8 +137,17 @@ fn what_files_and_the_stream_give_is_the_same() -> Result<()> {
 }
 
 #[test]
-fn files_that_come_and_go_meanwhile_do_no_harm() -> Result<()> {
-    let s = Fixture::new("churn", Shape::default())?;
+fn files_that_come_and_go_while_they_are_read_do_no_harm() -> Result<()> {
+    churn("local")
+}
+
+#[test]
+fn files_that_come_and_go_while_they_are_read_over_sql_do_no_harm() -> Result<()> {
+    churn("sql")
+}
+
+fn churn(source: &str) -> Result<()> {
+    let s = Fixture::new(&format!("churn-{source}"), Shape::default())?;
     run(&mut s.server.pgbench(&s.scratch, &["-i", "-q", "-s", "3"]))?;
     s.sql("create table grows (i int, t text)")?;
     s.sql("create table shrinks as select i, md5(i::text) from generate_series(1, 100000) i")?;
@@ -157,7 +175,7 @@ fn files_that_come_and_go_meanwhile_do_no_harm() -> Result<()> {
                 .pgbench(&s.scratch, &["-n", "-c", "2", "-T", "8", "-f", &moves]))
         });
         std::thread::sleep(Duration::from_secs(1));
-        let id = s.backup_id(&["--source", "local", "--max-rate", "20MiB"])?;
+        let id = s.backup_id(&["--source", source, "--max-rate", "20MiB"])?;
         for thread in [churning, moving] {
             thread.join().map_err(|_| anyhow::anyhow!("panicked"))??;
         }
@@ -248,15 +266,15 @@ fn an_interrupted_backup_leaves_the_server_as_it_was() -> Result<()> {
         .spawn()?;
     s.server.wait_for(
         &s.scratch,
-        "select count(*) from pg_stat_activity where query like '%pg_control_system%' and state = 'idle'",
+        "select count(*) from pg_stat_activity where query like 'SELECT catalog_version_no%' and state = 'idle'",
         "1",
     )?;
     signal(&child, "INT")?;
     ensure!(child.wait()?.code() == Some(130));
     s.server.wait_for(
         &s.scratch,
-        "select count(*) from pg_stat_activity where query like '%pg_control_system%'",
-        "1",
+        "select count(*) from pg_stat_activity where query like 'SELECT catalog_version_no%'",
+        "0",
     )?;
     ensure!(!s.ok(&["info", "acme"])?.contains("unfinished"));
     s.backup_id(&["--source", "local"])?;
@@ -301,7 +319,22 @@ fn a_role_without_rights_is_told_which() -> Result<()> {
         "none",
     ])?;
     ensure!(text.contains("\"source\":\"stream\""), "{text}");
-    s.sql("grant execute on function pg_backup_start(text, boolean), pg_backup_stop(boolean) to r")?;
+    // What it is told is enough.
+    let (exit, text) = s.fairvault(&["--conninfo", &conninfo, "backup", "acme", "--source", "sql"]);
+    ensure!(
+        exit == 1 && text.contains("r may not read the server's files over SQL"),
+        "{exit} {text}"
+    );
+    let grant = text
+        .lines()
+        .find_map(|line| line.split_once("→ "))
+        .map(|(_, sql)| sql.to_owned());
+    s.sql(&grant.unwrap_or_default())?;
+    let id = s.backup_id(&["--conninfo", &conninfo])?;
+    let text = s.ok(&["info", "acme", "--output", "json"])?;
+    ensure!(text.contains("\"source\":\"sql\""), "{text}");
+    let (exit, text) = s.restore("q", &["--backup", &id]);
+    ensure!(exit == 0, "{text}");
     let id = s.backup_id(&[
         "--conninfo",
         &conninfo,

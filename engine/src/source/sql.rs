@@ -1,0 +1,521 @@
+//! The `sql` source: byte ranges of files over several ordinary connections, in parallel, between `pg_backup_start`
+//! and `pg_backup_stop`.
+//!
+//! What always holds: the server lists its files after backup mode has begun; each range comes with its number, and
+//! is put where it belongs; a file that vanished is left out, a range that is shorter than it was is padded with
+//! zeros; `pg_control` is read last.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::{Buf, Bytes, BytesMut};
+use fairvault_format::limits::CHUNK_BYTES;
+use fairvault_format::proto::{self, FileKind};
+use tokio::task::JoinSet;
+
+use super::backup_mode::{BackupMode, CONTROL_READS, finish};
+use super::pace::Pace;
+use super::stream::Ended;
+use super::walk::{CONTROL, EMPTY, is_left_out};
+use super::{Chunk, Entry, Feed, Outlet};
+use crate::error::{Error, Result};
+use crate::postgres::control::ControlFile;
+use crate::postgres::lsn::Lsn;
+use crate::replication::connection::{Connection, quote_text};
+use crate::replication::conninfo::ConnInfo;
+
+/// Bytes that one query asks for.
+const QUERY_BYTES: u64 = 4 << 20;
+/// Ranges that one query asks for.
+const QUERY_RANGES: usize = 256;
+
+/// A server in backup mode, and how to reach it again.
+pub struct Sql {
+    session: BackupMode,
+    info: ConnInfo,
+    /// Tablespaces for the manifest.
+    pub listed: Vec<proto::Tablespace>,
+    version_folder: String,
+    /// Mode of folders; files have the same without execution.
+    mode: u32,
+    connections: usize,
+    pace: Arc<Pace>,
+}
+
+/// A file as the server lists it.
+struct Listed {
+    path: String,
+    size: u64,
+    is_folder: bool,
+    mtime_us: i64,
+}
+
+impl Sql {
+    /// Looks for tablespaces. The server is in backup mode.
+    pub async fn open(
+        mut session: BackupMode,
+        info: ConnInfo,
+        mode: u32,
+        connections: usize,
+        rate: Option<u64>,
+    ) -> Result<Self> {
+        let version_folder = session.version_folder().await?;
+        let query =
+            "SELECT oid, pg_tablespace_location(oid) FROM pg_tablespace WHERE oid NOT IN (1663, 1664) ORDER BY oid";
+        let mut listed = Vec::new();
+        for row in session.connection.query(query).await? {
+            let mut row = row.into_iter();
+            let oid = row.next().flatten().and_then(|text| text.parse().ok());
+            let location = row.next().flatten().unwrap_or_default();
+            let oid = oid.ok_or_else(|| Error::failed("the server lists a tablespace without an oid"))?;
+            let in_place = !location.starts_with('/');
+            listed.push(proto::Tablespace {
+                oid,
+                location: if in_place { String::new() } else { location },
+                in_place,
+            });
+        }
+        Ok(Self {
+            session,
+            info,
+            listed,
+            version_folder,
+            mode,
+            connections,
+            pace: Arc::new(Pace::new(rate)),
+        })
+    }
+
+    /// Start LSN.
+    pub fn start(&self) -> Lsn {
+        self.session.start
+    }
+
+    /// Timeline of the start.
+    pub fn timeline(&self) -> u32 {
+        self.session.timeline
+    }
+
+    /// Reads everything and ends backup mode.
+    pub async fn read(self, feed: &mut Feed) -> Result<Ended> {
+        let Self {
+            mut session,
+            info,
+            listed,
+            version_folder,
+            mode,
+            connections,
+            pace,
+        } = self;
+        let has_summaries = session.connection.major() >= 17;
+        let found = list(&mut session.connection, &listed, &version_folder).await?;
+        feed.total(found.iter().map(|file| file.size).sum());
+        let mut ranges = Vec::new();
+        for file in &found {
+            let number = feed.entry(entry(file, mode));
+            if file.path == "pg_wal" {
+                for inner in ["archive_status"]
+                    .into_iter()
+                    .chain(has_summaries.then_some("summaries"))
+                {
+                    feed.entry(Entry {
+                        path: format!("pg_wal/{inner}"),
+                        ..entry(file, mode)
+                    });
+                }
+            }
+            if !file.is_folder {
+                ranges.push((number, Arc::<str>::from(file.path.as_str()), file.size));
+            }
+        }
+        let queue = Arc::new(Queue::new(ranges));
+        let mut readers = JoinSet::new();
+        for _ in 0..connections {
+            let connection = BackupMode::connect(&info).await?;
+            readers.spawn(read_ranges(connection, queue.clone(), feed.outlet(), pace.clone()));
+        }
+        while let Some(done) = readers.join_next().await {
+            done.map_err(|e| Error::failed("a reader panicked").caused_by(e))??;
+        }
+        feed.left_out(&queue.vanished());
+        let content = control(&mut session.connection).await?;
+        let control = Entry {
+            path: CONTROL.to_owned(),
+            kind: FileKind::FileRegular,
+            size: content.len() as u64,
+            mode: mode & 0o666,
+            mtime_us: 0,
+            link_target: String::new(),
+            is_gone: false,
+        };
+        finish(session, feed, control, content).await
+    }
+}
+
+fn entry(file: &Listed, mode: u32) -> Entry {
+    Entry {
+        path: file.path.clone(),
+        kind: if file.is_folder {
+            FileKind::FileDirectory
+        } else {
+            FileKind::FileRegular
+        },
+        size: if file.is_folder { 0 } else { file.size },
+        mode: if file.is_folder { mode } else { mode & 0o666 },
+        mtime_us: file.mtime_us,
+        link_target: String::new(),
+        is_gone: false,
+    }
+}
+
+/// Everything that belongs to a backup, `pg_control` not among it.
+async fn list(
+    connection: &mut Connection,
+    tablespaces: &[proto::Tablespace],
+    version_folder: &str,
+) -> Result<Vec<Listed>> {
+    let empty = EMPTY.map(quote_text).join(", ");
+    // What is below other folders of a tablespace is another server's.
+    let query = format!(
+        "WITH RECURSIVE f (path, is_folder, size, mtime) AS ( \
+           SELECT name, s.isdir, s.size, s.modification FROM pg_ls_dir('.', true, false) name, pg_stat_file(name, true) s \
+           UNION ALL \
+           SELECT f.path || '/' || name, s.isdir, s.size, s.modification \
+           FROM f, pg_ls_dir(f.path, true, false) name, pg_stat_file(f.path || '/' || name, true) s \
+           WHERE f.is_folder AND f.path NOT IN ({empty}) \
+             AND (f.path !~ '^pg_tblspc/[0-9]+$' OR name = {}) ) \
+         SELECT path, is_folder, size, (extract(epoch FROM mtime) * 1000000)::bigint FROM f WHERE size IS NOT NULL ORDER BY path",
+        quote_text(version_folder)
+    );
+    let rows = connection.query(&query).await.map_err(grants)?;
+    let mut found = Vec::with_capacity(rows.len());
+    for row in rows {
+        let field = |at: usize| row.get(at).and_then(Option::as_deref).unwrap_or_default();
+        let bad = || Error::failed(format!("the server lists {:?} in a strange way", field(0)));
+        if field(0).contains('\u{FFFD}') {
+            return Err(
+                Error::refused(format!("{} has a name that is not UTF-8", field(0))).remedy("use --source stream")
+            );
+        }
+        found.push(Listed {
+            path: field(0).to_owned(),
+            is_folder: field(1) == "t",
+            size: field(2).parse().map_err(|_| bad())?,
+            mtime_us: field(3).parse().map_err(|_| bad())?,
+        });
+    }
+    let names: HashSet<&str> = found
+        .iter()
+        .filter_map(|file| file.path.strip_suffix("_init"))
+        .collect();
+    let unlogged: HashSet<String> = names.into_iter().map(str::to_owned).collect();
+    let in_place = |path: &str| {
+        let oid = path.strip_prefix("pg_tblspc/").filter(|oid| !oid.contains('/'));
+        oid.is_none_or(|oid| tablespaces.iter().any(|t| t.in_place && t.oid.to_string() == oid))
+    };
+    let mut left_out: Vec<String> = Vec::new();
+    found.retain(|file| {
+        let (folder, name) = file.path.rsplit_once('/').unwrap_or(("", &file.path));
+        let is_unlogged = |relation: &str| unlogged.contains(&format!("{folder}/{relation}"));
+        let is_below = left_out.iter().any(|out| {
+            file.path
+                .strip_prefix(out.as_str())
+                .is_some_and(|rest| rest.starts_with('/'))
+        });
+        let out = is_below || is_left_out(&file.path, name, &is_unlogged) || file.path == CONTROL;
+        if out && file.is_folder && !is_below {
+            left_out.push(file.path.clone());
+        }
+        // Links of tablespaces are described by the list of tablespaces.
+        !out && in_place(&file.path)
+    });
+    Ok(found)
+}
+
+/// Ranges that nobody has asked for yet.
+struct Queue {
+    left: Mutex<Left>,
+    vanished: Mutex<Vec<u32>>,
+}
+
+struct Left {
+    files: std::vec::IntoIter<(u32, Arc<str>, u64)>,
+    current: Option<(u32, Arc<str>, u64)>,
+    offset: u64,
+}
+
+/// A range of a file.
+#[derive(Clone)]
+struct Range {
+    number: u32,
+    path: Arc<str>,
+    offset: u64,
+    len: u32,
+}
+
+impl Queue {
+    fn new(files: Vec<(u32, Arc<str>, u64)>) -> Self {
+        Self {
+            left: Mutex::new(Left {
+                files: files.into_iter(),
+                current: None,
+                offset: 0,
+            }),
+            vanished: Mutex::default(),
+        }
+    }
+
+    /// The ranges of the next query; none if there are no more.
+    fn next(&self) -> Vec<Range> {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut ranges, mut bytes) = (Vec::new(), 0);
+        while bytes < QUERY_BYTES && ranges.len() < QUERY_RANGES {
+            let Some((number, path, size)) = left.current.take().or_else(|| {
+                left.offset = 0;
+                left.files.next()
+            }) else {
+                break;
+            };
+            let len = u64::from(CHUNK_BYTES).min(size - left.offset) as u32;
+            if len > 0 {
+                ranges.push(Range {
+                    number,
+                    path: path.clone(),
+                    offset: left.offset,
+                    len,
+                });
+            }
+            bytes += u64::from(len);
+            left.offset += u64::from(len);
+            if left.offset < size {
+                left.current = Some((number, path, size));
+            }
+        }
+        ranges
+    }
+
+    fn gone(&self, number: u32) {
+        self.vanished
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(number);
+    }
+
+    fn vanished(&self) -> Vec<u32> {
+        std::mem::take(&mut *self.vanished.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// One connection: the next query is on its way while the answer to the last one is read.
+async fn read_ranges(mut connection: Connection, queue: Arc<Queue>, outlet: Outlet, pace: Arc<Pace>) -> Result<()> {
+    let mut asked = std::collections::VecDeque::new();
+    loop {
+        while asked.len() < 2 {
+            let ranges = queue.next();
+            if ranges.is_empty() {
+                break;
+            }
+            pace.wait_async(ranges.iter().map(|range| u64::from(range.len)).sum())
+                .await;
+            connection.send_query(&query(&ranges)).await?;
+            asked.push_back(ranges);
+        }
+        match asked.pop_front() {
+            Some(ranges) => answer(&mut connection, &ranges, &queue, &outlet).await?,
+            None => return Ok(()),
+        }
+    }
+}
+
+fn query(ranges: &[Range]) -> String {
+    let values: Vec<String> = ranges
+        .iter()
+        .enumerate()
+        .map(|(number, range)| {
+            format!(
+                "({number}, {}, {}::bigint, {}::bigint)",
+                quote_text(&range.path),
+                range.offset,
+                range.len
+            )
+        })
+        .collect();
+    format!(
+        "COPY (SELECT n, pg_read_binary_file(p, o, l, true) FROM (VALUES {}) AS r (n, p, o, l)) TO STDOUT (FORMAT binary)",
+        values.join(", ")
+    )
+}
+
+/// Takes the answer to a query.
+async fn answer(connection: &mut Connection, ranges: &[Range], queue: &Queue, outlet: &Outlet) -> Result<()> {
+    let mut rows = Rows::default();
+    let mut seen = vec![false; ranges.len()];
+    let mut copy = connection.copy_out();
+    while let Some(data) = copy.next().await.map_err(grants)? {
+        rows.buffer.extend_from_slice(&data);
+        while let Some((number, content)) = rows.next()? {
+            let place = usize::try_from(number)
+                .ok()
+                .filter(|&at| at < ranges.len() && !seen[at]);
+            let at = place.ok_or_else(|| Error::failed("the server answers with a range that was not asked for"))?;
+            seen[at] = true;
+            let range = &ranges[at];
+            let bytes = match content {
+                Some(content) if content.len() > range.len as usize => {
+                    return Err(Error::failed(format!("the server sent too much of {}", range.path)));
+                }
+                Some(content) if content.len() == range.len as usize => content,
+                short => {
+                    if short.is_none() {
+                        queue.gone(range.number);
+                    }
+                    let mut padded = short.map(|bytes| bytes.to_vec()).unwrap_or_default();
+                    padded.resize(range.len as usize, 0);
+                    padded.into()
+                }
+            };
+            outlet
+                .send_async(Chunk {
+                    file: range.number,
+                    path: range.path.clone(),
+                    offset: range.offset,
+                    bytes,
+                })
+                .await?;
+        }
+    }
+    match seen.iter().all(|&seen| seen) {
+        true => Ok(()),
+        false => Err(Error::failed("the server's answer lacks a range")),
+    }
+}
+
+/// Rows of COPY's binary format: a number and bytes, or NULL.
+#[derive(Default)]
+struct Rows {
+    buffer: BytesMut,
+    begun: bool,
+    ended: bool,
+}
+
+const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
+
+impl Rows {
+    fn next(&mut self) -> Result<Option<(i32, Option<Bytes>)>> {
+        let bad = || Error::failed("the server's answer is no binary copy");
+        if !self.begun {
+            let header = SIGNATURE.len() + 8;
+            if self.buffer.len() < header {
+                return Ok(None);
+            }
+            if !self.buffer.starts_with(SIGNATURE) || self.buffer[SIGNATURE.len()..header] != [0; 8] {
+                return Err(bad());
+            }
+            self.buffer.advance(header);
+            self.begun = true;
+        }
+        if self.ended {
+            return if self.buffer.is_empty() { Ok(None) } else { Err(bad()) };
+        }
+        let Some(fields) = self.buffer.first_chunk::<2>() else {
+            return Ok(None);
+        };
+        match i16::from_be_bytes(*fields) {
+            -1 => {
+                self.ended = true;
+                self.buffer.advance(2);
+                return if self.buffer.is_empty() { Ok(None) } else { Err(bad()) };
+            }
+            2 => {}
+            _ => return Err(bad()),
+        }
+        // Fields, length and number, length of the bytes.
+        let Some(head) = self.buffer.first_chunk::<14>() else {
+            return Ok(None);
+        };
+        let word = |at: usize| i32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        let (number_len, number, len) = (word(2), word(6), word(10));
+        if number_len != 4 || !(-1..=CHUNK_BYTES as i32).contains(&len) {
+            return Err(bad());
+        }
+        if len < 0 {
+            self.buffer.advance(14);
+            return Ok(Some((number, None)));
+        }
+        let len = len as usize;
+        if self.buffer.len() < 14 + len {
+            self.buffer.reserve(14 + len - self.buffer.len());
+            return Ok(None);
+        }
+        self.buffer.advance(14);
+        Ok(Some((number, Some(self.buffer.split_to(len).freeze()))))
+    }
+}
+
+/// pg_control, until its CRC holds.
+async fn control(connection: &mut Connection) -> Result<Vec<u8>> {
+    let query = format!(
+        "SELECT encode(pg_read_binary_file({}, 0, 8192, false), 'hex')",
+        quote_text(CONTROL)
+    );
+    let mut last = None;
+    for _ in 0..CONTROL_READS {
+        let text = connection.value(&query).await.map_err(grants)?.unwrap_or_default();
+        let content =
+            hex::decode(&text).map_err(|e| Error::failed("the server sent no bytes of pg_control").caused_by(e))?;
+        match ControlFile::parse(&content) {
+            Ok(_) => return Ok(content),
+            Err(error) => last = Some(error),
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    Err(last.unwrap_or_else(|| Error::damaged("pg_control")))
+}
+
+fn grants(error: Error) -> Error {
+    match error.to_string().contains("SQLSTATE 42501") {
+        true => error.remedy("`fairvault check` prints what to grant"),
+        false => error,
+    }
+}
+
+/// What a role needs for this source, as SQL, for a major version.
+pub fn grants_for(major: u32, role: &str) -> String {
+    let role = crate::replication::connection::quote_name(role);
+    format!("GRANT EXECUTE ON FUNCTION {} TO {role};", functions(major).join(", "))
+}
+
+/// Fails unless the connection's role may do all of it.
+pub async fn check_grants(connection: &mut Connection) -> Result<()> {
+    let functions = functions(connection.major());
+    let all: Vec<String> = functions
+        .iter()
+        .map(|function| format!("has_function_privilege({}, 'EXECUTE')", quote_text(function)))
+        .collect();
+    let may = connection.value(&format!("SELECT {}", all.join(" AND "))).await?;
+    if may.as_deref() == Some("t") {
+        return Ok(());
+    }
+    let role = connection.value("SELECT current_user").await?.unwrap_or_default();
+    Err(
+        Error::refused(format!("{role} may not read the server's files over SQL"))
+            .remedy(grants_for(connection.major(), &role)),
+    )
+}
+
+fn functions(major: u32) -> [&'static str; 5] {
+    let [start, stop] = match major {
+        ..15 => [
+            "pg_start_backup(text, boolean, boolean)",
+            "pg_stop_backup(boolean, boolean)",
+        ],
+        _ => ["pg_backup_start(text, boolean)", "pg_backup_stop(boolean)"],
+    };
+    [
+        start,
+        stop,
+        "pg_read_binary_file(text, bigint, bigint, boolean)",
+        "pg_ls_dir(text, boolean, boolean)",
+        "pg_stat_file(text, boolean)",
+    ]
+}
