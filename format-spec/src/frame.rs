@@ -46,8 +46,7 @@ impl FrameKey {
     /// Opens a frame and decodes its chunk. The caller checks the chunk's id.
     pub fn open(&self, ordinal: u32, stored: &[u8], what: &str) -> Result<Vec<u8>> {
         let mut reader = FrameReader::default();
-        self.open_with(&mut reader, ordinal, stored, what)?;
-        Ok(reader.chunk)
+        self.open_with(&mut reader, ordinal, stored, what).map(<[u8]>::to_vec)
     }
 
     /// The same, into the reader's buffer.
@@ -62,10 +61,13 @@ impl FrameKey {
         reader.frame.extend_from_slice(stored);
         self.key
             .open(ordinal.into(), &self.aad(ordinal), &mut reader.frame, what)?;
-        reader.decode(what)?;
-        Ok(&reader.chunk)
+        reader.decode(what)
     }
 }
+
+/// Where a [`FrameReader`]'s chunks begin in memory: at multiples of this, as file systems want it of whoever writes
+/// past their cache.
+pub const CHUNK_ALIGN: usize = 4096;
 
 /// Decodes frames; keeps its buffers from one to the next.
 #[derive(Default)]
@@ -73,13 +75,14 @@ pub struct FrameReader {
     /// Frame header and codec output.
     frame: Vec<u8>,
     transformed: Vec<u8>,
-    chunk: Vec<u8>,
+    /// The chunk, somewhere in it.
+    space: Vec<u8>,
     zstd: Option<zstd::bulk::Decompressor<'static>>,
     pages: pages::Decoder,
 }
 
 impl FrameReader {
-    fn decode(&mut self, what: &str) -> Result<()> {
+    fn decode(&mut self, what: &str) -> Result<&[u8]> {
         let Some((header, output)) = self.frame.split_first_chunk::<FRAME_HEADER_LEN>() else {
             return Err(FormatError::damaged(what, "it is shorter than a frame header"));
         };
@@ -95,33 +98,37 @@ impl FrameReader {
         let plain_len = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
         check_limit(what, plain_len.into(), limits::MANIFEST_CHUNK_BYTES.into())?;
         let plain_len = plain_len as usize;
-        self.chunk.clear();
-        if header[0] == codec::RAW {
-            self.chunk.extend_from_slice(output);
-        } else {
-            let zstd = match &mut self.zstd {
-                Some(zstd) => zstd,
-                none => none.insert(
-                    zstd::bulk::Decompressor::new()
-                        .map_err(|e| FormatError::damaged(what, format!("zstd cannot be set up: {e}")))?,
-                ),
-            };
-            let (into, most) = match header[0] {
-                codec::PAGES => (&mut self.transformed, plain_len + pages::overhead(plain_len)),
-                _ => (&mut self.chunk, plain_len),
-            };
-            into.clear();
-            into.reserve(most);
-            zstd.decompress_to_buffer(output, into)
-                .map_err(|e| FormatError::damaged(what, format!("zstd: {e}")))?;
-            if header[0] == codec::PAGES {
-                self.chunk.resize(plain_len, 0);
-                return self.pages.decode(&self.transformed, &mut self.chunk, what);
-            }
+        if self.space.len() < plain_len + CHUNK_ALIGN {
+            self.space.resize(plain_len + CHUNK_ALIGN, 0);
         }
-        match self.chunk.len() == plain_len {
-            true => Ok(()),
-            false => Err(wrong_length(what, self.chunk.len(), plain_len)),
+        let from = self.space.as_ptr().align_offset(CHUNK_ALIGN) % CHUNK_ALIGN;
+        let chunk = &mut self.space[from..from + plain_len];
+        if header[0] == codec::RAW {
+            if output.len() != plain_len {
+                return Err(wrong_length(what, output.len(), plain_len));
+            }
+            chunk.copy_from_slice(output);
+            return Ok(chunk);
+        }
+        let zstd = match &mut self.zstd {
+            Some(zstd) => zstd,
+            none => none.insert(
+                zstd::bulk::Decompressor::new()
+                    .map_err(|e| FormatError::damaged(what, format!("zstd cannot be set up: {e}")))?,
+            ),
+        };
+        let failed = |e: std::io::Error| FormatError::damaged(what, format!("zstd: {e}"));
+        if header[0] == codec::PAGES {
+            self.transformed.clear();
+            self.transformed.reserve(plain_len + pages::overhead(plain_len));
+            zstd.decompress_to_buffer(output, &mut self.transformed)
+                .map_err(failed)?;
+            self.pages.decode(&self.transformed, chunk, what)?;
+            return Ok(chunk);
+        }
+        match zstd.decompress_to_buffer(output, chunk).map_err(failed)? {
+            len if len == plain_len => Ok(chunk),
+            len => Err(wrong_length(what, len, plain_len)),
         }
     }
 }
@@ -132,6 +139,5 @@ pub fn decode_chunk(frame: Vec<u8>, what: &str) -> Result<Vec<u8>> {
         frame,
         ..Default::default()
     };
-    reader.decode(what)?;
-    Ok(reader.chunk)
+    reader.decode(what).map(<[u8]>::to_vec)
 }

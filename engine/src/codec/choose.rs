@@ -7,7 +7,11 @@ use zstd::zstd_safe::compress_bound;
 /// Pages in a sample.
 const SAMPLE_PAGES: usize = 12;
 /// Columns that are tried: words of a heap tuple's body, and of other items.
-const WORDS: [usize; 4] = [0, 2, 4, 8];
+const WORDS: [usize; 4] = [8, 4, 2, 0];
+/// What is tried with a few pages, where trying costs more than it can bring.
+const WORDS_OF_FEW: [usize; 1] = [4];
+/// That few.
+const FEW_PAGES: usize = 6;
 
 /// How to compress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,8 +29,17 @@ pub fn choose(zstd: &mut Compressor<'_>, encoder: &mut Encoder, plain: &[u8]) ->
     let mut size = |bytes: &[u8]| zstd.compress_to_buffer(bytes, &mut packed[..]).unwrap_or(usize::MAX);
     let mut best = (size(&sample), Choice::Plain);
     let mut transformed = Vec::new();
-    for words in WORDS {
-        let plan = encoder.propose(&sample, words, words);
+    let proposed = encoder.propose(&sample, WORDS[0], WORDS[0]);
+    let words = match sample.len() / PAGE {
+        ..FEW_PAGES => &WORDS_OF_FEW[..],
+        _ => &WORDS[..],
+    };
+    for &words in words {
+        let plan = Plan {
+            heap_words: words,
+            item_words: words,
+            ..proposed
+        };
         transformed.clear();
         if encoder.encode(&sample, &plan, &mut transformed) == 0 {
             break;

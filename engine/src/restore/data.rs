@@ -3,11 +3,11 @@
 
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use fairvault_format::frame::{FrameKey, FrameReader};
+use fairvault_format::frame::{CHUNK_ALIGN, FrameKey, FrameReader};
 use fairvault_format::index::PackRef;
 use fairvault_format::names;
 use fairvault_format::proto::{FileEntry, FileKind};
@@ -29,6 +29,9 @@ const GAP_BYTES: u32 = 256 << 10;
 const RANGES: usize = 4;
 /// Content that is decoded and written in one piece of work, bytes.
 const BATCH_BYTES: u64 = 4 << 20;
+/// Files of this size and more are written past the kernel's cache: what is restored is larger than that, more often
+/// than not, and copying into it costs more than all else.
+const DIRECT_BYTES: u64 = 1 << 20;
 /// Files that are synced at the same time.
 const SYNCS: usize = 16;
 
@@ -134,10 +137,13 @@ struct Work {
     placed_from: Vec<u32>,
     paths: Vec<PathBuf>,
     progress: Arc<Progress>,
-    /// As many pieces of work at once as there are cores.
+    /// Twice as many pieces of work at once as there are cores: half of them may be waiting for the disk.
     cores: Semaphore,
     /// Readers that nobody uses at the moment.
     readers: Mutex<Vec<FrameReader>>,
+    /// Files this large are written past the kernel's cache.
+    direct_from: AtomicU64,
+    sizes: Vec<u64>,
 }
 
 /// Writes every file.
@@ -177,8 +183,10 @@ pub async fn write_all(
         placed_from,
         paths,
         progress,
-        cores: Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from)),
+        cores: Semaphore::new(2 * std::thread::available_parallelism().map_or(2, usize::from)),
         readers: Mutex::default(),
+        direct_from: AtomicU64::new(DIRECT_BYTES),
+        sizes: plan.files.iter().map(|file| file.size).collect(),
     });
     let mut running =
         futures::stream::iter(ranges.into_iter().map(|range| fetch(work.clone(), range))).buffer_unordered(RANGES);
@@ -289,7 +297,7 @@ impl Work {
             self.stanza.scope(),
             &pack.header,
         )?;
-        let mut open: Option<(u32, std::fs::File)> = None;
+        let mut open: Option<(u32, Output)> = None;
         for &number in &range.frames {
             let frame = &self.frames[number as usize];
             let from = (frame.offset - range.from) as usize;
@@ -301,25 +309,98 @@ impl Work {
             );
             for p in &self.placements[a..b] {
                 let path = &self.paths[p.file as usize];
-                let what = || format!("writing {}", path.display());
+                let what = |e| Error::io(format_args!("writing {}", path.display()), e);
                 let file = match &mut open {
                     Some((file_number, file)) if *file_number == p.file => file,
                     other => {
-                        let file = std::fs::OpenOptions::new()
-                            .write(true)
-                            .open(path)
-                            .map_err(|e| Error::io(what(), e))?;
-                        &mut other.insert((p.file, file)).1
+                        let is_large = self.sizes[p.file as usize] >= self.direct_from.load(Ordering::Relaxed);
+                        &mut other.insert((p.file, Output::open(path, is_large).map_err(what)?)).1
                     }
                 };
                 let content = &chunk[p.frame_offset as usize..p.frame_offset as usize + p.len as usize];
-                file.write_all_at(content, p.file_offset)
-                    .map_err(|e| Error::io(what(), e))?;
+                if !file.write(content, p.frame_offset, p.file_offset).map_err(what)? {
+                    // This file system does not do it.
+                    self.direct_from.store(u64::MAX, Ordering::Relaxed);
+                }
                 self.progress.read_bytes.add(p.len.into());
             }
         }
         Ok(())
     }
+}
+
+/// A file that is being written.
+struct Output {
+    path: PathBuf,
+    /// Past the kernel's cache.
+    direct: Option<std::fs::File>,
+    /// Through it.
+    cached: Option<std::fs::File>,
+}
+
+impl Output {
+    fn open(path: &std::path::Path, is_large: bool) -> std::io::Result<Self> {
+        let direct = match is_large {
+            true => open_direct(path),
+            false => None,
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            direct,
+            cached: None,
+        })
+    }
+
+    /// Writes a part of a chunk that begins at `in_chunk`. False if the file system refuses to go past the cache.
+    fn write(&mut self, content: &[u8], in_chunk: u32, at: u64) -> std::io::Result<bool> {
+        let is_aligned = [u64::from(in_chunk), at, content.len() as u64]
+            .iter()
+            .all(|n| n % CHUNK_ALIGN as u64 == 0);
+        let mut goes_past = true;
+        if let Some(file) = self.direct.as_ref().filter(|_| is_aligned) {
+            match file.write_all_at(content, at) {
+                Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => goes_past = false,
+                other => return other.map(|()| true),
+            }
+        }
+        if !goes_past {
+            self.direct = None;
+        }
+        let file = match &mut self.cached {
+            Some(file) => file,
+            none => none.insert(std::fs::OpenOptions::new().write(true).open(&self.path)?),
+        };
+        file.write_all_at(content, at).map(|()| goes_past)
+    }
+}
+
+/// `None` where that is not possible.
+#[cfg(target_os = "linux")]
+fn open_direct(path: &std::path::Path) -> Option<std::fs::File> {
+    let flag = rustix::fs::OFlags::DIRECT.bits() as i32;
+    std::fs::OpenOptions::new()
+        .write(true)
+        .custom_flags(flag)
+        .open(path)
+        .ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn open_direct(_: &std::path::Path) -> Option<std::fs::File> {
+    None
+}
+
+/// Makes room for all of a file, so that a full disk is noticed now, and writers need not wait for each other later.
+fn make_room(file: &std::fs::File, size: u64) -> std::io::Result<()> {
+    #[cfg(target_os = "linux")]
+    if size >= DIRECT_BYTES {
+        use rustix::io::Errno;
+        match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, size) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    file.set_len(size)
 }
 
 /// A file of full length and with its mode; empty, if `truncate` says so.
@@ -333,7 +414,7 @@ fn create(file: &FileEntry, path: &std::path::Path, truncate: bool) -> Result<()
         .mode(mode)
         .open(path)
         .map_err(|e| Error::io(what(), e))?;
-    out.set_len(file.size).map_err(|e| Error::io(what(), e))?;
+    make_room(&out, file.size).map_err(|e| Error::io(what(), e))?;
     out.set_permissions(std::fs::Permissions::from_mode(mode))
         .map_err(|e| Error::io(what(), e))
 }

@@ -54,7 +54,8 @@ impl Encoder {
         taken
     }
 
-    /// Splits the pages of `plain`, and proposes a plan: differences where they have less entropy.
+    /// Splits the pages of `plain`, and proposes a plan: differences where they have less entropy. It holds for fewer
+    /// words as well.
     pub fn propose(&mut self, plain: &[u8], heap_words: usize, item_words: usize) -> Plan {
         self.split(plain, heap_words, item_words);
         let mut masks = Masks::default();
@@ -222,32 +223,63 @@ fn own_block(page: &[u8; PAGE], stored: impl Iterator<Item = (usize, Item)>) -> 
 
 /// Words of a column that are looked at.
 const SAMPLE: usize = 512;
+/// A column of fewer words says nothing.
+const FEW: usize = 16;
 
 /// For each plane of a column: do differences have less entropy?
 fn propose(column: &[u64]) -> u8 {
     let sample = &column[..column.len().min(SAMPLE)];
+    if sample.len() < FEW {
+        return 0;
+    }
+    let varies = sample.iter().fold(0, |all, word| all | (word ^ sample[0]));
     let mut mask = 0;
     for plane in 0..8 {
-        let bytes = || sample.iter().map(move |word| (word >> (8 * plane)) as u8);
-        let differences = bytes()
-            .zip(std::iter::once(0).chain(bytes()))
-            .map(|(a, b)| a.wrapping_sub(b));
-        if entropy(differences) < entropy(bytes()) * 0.95 {
+        if (varies >> (8 * plane)) as u8 == 0 {
+            continue;
+        }
+        let (mut plain, mut difference) = (Counts::new(), Counts::new());
+        let mut before = 0u8;
+        for word in sample {
+            let byte = (word >> (8 * plane)) as u8;
+            plain.add(byte);
+            difference.add(byte.wrapping_sub(before));
+            before = byte;
+        }
+        if difference.entropy(sample.len()) < plain.entropy(sample.len()) * 0.95 {
             mask |= 1 << plane;
         }
     }
     mask
 }
 
-/// Bits that an ideal coder of order 0 needs.
-fn entropy(bytes: impl Iterator<Item = u8>) -> f32 {
-    let mut counts = [0u32; 256];
-    let mut total = 0;
-    for byte in bytes {
-        counts[byte as usize] += 1;
-        total += 1;
+/// How often each byte occurs.
+struct Counts([u16; 256]);
+
+impl Counts {
+    fn new() -> Self {
+        Self([0; 256])
     }
-    let used = counts.iter().filter(|&&count| count > 0);
-    used.map(|&count| count as f32 * (total as f32 / count as f32).log2())
-        .sum()
+
+    fn add(&mut self, byte: u8) {
+        self.0[usize::from(byte)] += 1;
+    }
+
+    /// Bits that an ideal coder of order 0 needs for `total` bytes.
+    fn entropy(&self, total: usize) -> f32 {
+        let terms = weights();
+        let used: f32 = self.0.iter().map(|&count| terms[usize::from(count)]).sum();
+        terms[total] - used
+    }
+}
+
+/// n × log2(n), for every count in a sample.
+fn weights() -> &'static [f32; SAMPLE + 1] {
+    static WEIGHTS: std::sync::OnceLock<[f32; SAMPLE + 1]> = std::sync::OnceLock::new();
+    WEIGHTS.get_or_init(|| {
+        std::array::from_fn(|n| match n {
+            0 => 0.0,
+            n => n as f32 * (n as f32).log2(),
+        })
+    })
 }
