@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use fairvault_tests::fixture::{field, refused};
+use fairvault_tests::fixture::{field, files, refused};
 use fairvault_tests::{Fixture, Server, Shape, run};
 
 fn set_up(name: &str, archiving: bool) -> Result<Fixture> {
@@ -61,6 +61,56 @@ fn directories_that_are_not_ours_are_left_alone() -> Result<()> {
     s.start("new", 5450)?.stop(&s.scratch, "fast")?;
     ensure!(s.restore("new", &["--force"]).0 == 0);
     s.start("new", 5450)?;
+    Ok(())
+}
+
+#[test]
+fn delta_rewrites_what_differs_and_nothing_else() -> Result<()> {
+    use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
+    let s = set_up("delta", false)?;
+    for name in ["longer", "shorter", "changed", "missing", "linked", "mode"] {
+        s.sql(&format!(
+            "create table {name} as select i, md5(i::text) as t from generate_series(1, 60000) i"
+        ))?;
+    }
+    s.sql("checkpoint")?;
+    s.backup()?;
+    for name in ["good", "bad"] {
+        let (exit, text) = s.restore(name, &[]);
+        ensure!(exit == 0, "{text}");
+    }
+    let path = |name: &str| -> Result<std::path::PathBuf> {
+        let file = s.sql(&format!("select pg_relation_filepath('{name}')"))?;
+        Ok(s.scratch.join("bad").join(file))
+    };
+    let open = |name: &str| -> Result<std::fs::File> {
+        Ok(std::fs::File::options().read(true).write(true).open(path(name)?)?)
+    };
+    let longer = open("longer")?;
+    let len = longer.metadata()?.len();
+    longer.write_all_at(&[7; 100_000], len)?;
+    open("shorter")?.set_len(len / 2)?;
+    open("changed")?.write_all_at(b"changed", len / 2)?;
+    std::fs::remove_file(path("missing")?)?;
+    let precious = s.scratch.write("precious", b"do not touch")?;
+    std::fs::remove_file(path("linked")?)?;
+    symlink(&precious, path("linked")?)?;
+    std::fs::set_permissions(path("mode")?, std::fs::Permissions::from_mode(0o644))?;
+    let (exit, text) = s.restore("bad", &["--delta", "--output", "json"]);
+    ensure!(exit == 0, "{text}");
+    let written: u64 = field(&text, "bytes")?.parse()?;
+    let expected = 2 * len + len / 2 + (512 << 10);
+    ensure!(written <= expected + (1 << 20), "{written} of {len} each: {text}");
+    ensure!(std::fs::read(&precious)? == b"do not touch");
+    let all = files(&s.scratch.join("good"));
+    ensure!(all.len() == files(&s.scratch.join("bad")).len());
+    for good in all {
+        let bad = s.scratch.join("bad").join(good.strip_prefix(s.scratch.join("good"))?);
+        ensure!(std::fs::read(&good)? == std::fs::read(&bad)?, "{}", bad.display());
+        let mode = |path: &Path| Ok::<_, std::io::Error>(path.symlink_metadata()?.permissions().mode());
+        ensure!(mode(&good)? == mode(&bad)?, "{}", bad.display());
+    }
+    ensure!(s.start("bad", 5450)?.sql(&s.scratch, "select count(*) from linked")? == "60000");
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! `check`: is a backup possible, and is WAL arriving?
 
+use fairvault_engine::backup::source;
 use fairvault_engine::env::SystemEnv;
 use fairvault_engine::error::{Error, Result};
 use fairvault_engine::inspect::info_of;
@@ -141,6 +142,7 @@ async fn server(context: &Context, stanza: &str, lines: &mut Vec<Line>) -> Optio
     match attempt.await {
         Ok((server, detail)) => {
             lines.push(line("server", Ok(detail)));
+            lines.push(sources(context, stanza, server.cluster.system_identifier).await);
             Some(server)
         }
         Err(error) => {
@@ -148,6 +150,24 @@ async fn server(context: &Context, stanza: &str, lines: &mut Vec<Line>) -> Optio
             None
         }
     }
+}
+
+/// What backups can be read from, besides the replication protocol. That it is not much is no fault.
+async fn sources(context: &Context, stanza: &str, system_identifier: u64) -> Line {
+    let Ok(conninfo) = context.conninfo(stanza) else {
+        return line("sources", Ok("stream".to_owned()));
+    };
+    let mut detail = "stream".to_owned();
+    for (name, usable) in source::usable(&conninfo, system_identifier).await {
+        match usable {
+            Ok(()) => detail += &format!(", {name}"),
+            Err(error) => {
+                let remedy = error.advice().map(|advice| format!(" → {advice}")).unwrap_or_default();
+                detail += &format!("; not {name}: {error}{remedy}");
+            }
+        }
+    }
+    line("sources", Ok(detail))
 }
 
 async fn stanza_in(context: &Context, repository: &str, stanza: &str, server: Option<&Server>) -> Result<String> {

@@ -6,7 +6,7 @@
 pub mod judge;
 pub mod manifest;
 pub mod pipeline;
-mod source;
+pub mod source;
 pub mod upload;
 
 use source::Source;

@@ -8,9 +8,10 @@ use crate::postgres::lsn::Lsn;
 use crate::progress::Progress;
 use crate::replication::base_backup::{self, BaseBackup};
 use crate::replication::connection::Connection;
+use crate::replication::conninfo::ConnInfo;
 use crate::source::backup_mode::BackupMode;
 use crate::source::local::{self, Local, Reading};
-use crate::source::sql::Sql;
+use crate::source::sql::{self, Sql};
 use crate::source::{Feed, stream};
 
 /// A source whose server is in backup mode.
@@ -25,7 +26,7 @@ pub enum Source<'a> {
 
 impl<'a> Source<'a> {
     /// Chooses, and waits for the server's checkpoint.
-    pub async fn open(
+    pub(super) async fn open(
         server: &'a mut Server,
         options: &Options,
         label: &str,
@@ -130,8 +131,18 @@ async fn open_local(server: &Server, options: &Options, label: &str, readers: us
 /// The server in backup mode, if the role may read its files.
 async fn open_sql(server: &Server, options: &Options, label: &str, readers: usize) -> Result<Sql> {
     let mut connection = connect(server, options).await?;
-    crate::source::sql::check_grants(&mut connection).await?;
+    sql::check_grants(&mut connection).await?;
     let session = BackupMode::start(connection, label, options.fast).await?;
     let info = options.conninfo.clone();
     Sql::open(session, info, server.directory_mode, readers, rate(options)).await
+}
+
+/// Whether the sources that need more than a replication connection can be used, and if not, why: `local`, then `sql`.
+pub async fn usable(info: &ConnInfo, system_identifier: u64) -> [(&'static str, Result<()>); 2] {
+    let local = async {
+        let mut connection = BackupMode::connect(info).await?;
+        local::find(&mut connection, None, system_identifier).await.map(drop)
+    };
+    let sql = async { sql::check_grants(&mut BackupMode::connect(info).await?).await };
+    [("local", local.await), ("sql", sql.await)]
 }

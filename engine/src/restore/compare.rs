@@ -1,9 +1,9 @@
 //! What of a directory that is already there is right: content is compared chunk by chunk, by id.
 
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::direct::Input;
 use super::plan::{Placement, Plan};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -30,8 +30,8 @@ pub fn right(
     });
     let next = AtomicUsize::new(0);
     let worker = || -> Result<Vec<u32>> {
-        let (mut right, mut buffer) = (Vec::new(), Vec::new());
-        let mut open: Option<(u32, std::fs::File)> = None;
+        let mut right = Vec::new();
+        let mut open: Option<(u32, Input)> = None;
         loop {
             let from = next.fetch_add(RUN, Ordering::Relaxed);
             let Some(run) = order
@@ -46,19 +46,18 @@ pub fn right(
                     Some((file_number, file)) if *file_number == placement.file => file,
                     other => {
                         let path = &paths[placement.file as usize];
-                        let file = std::fs::File::open(path)
-                            .map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
+                        let file =
+                            Input::open(path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
                         &mut other.insert((placement.file, file)).1
                     }
                 };
-                buffer.resize(placement.len as usize, 0);
                 // What cannot be read is written anew.
-                if file.read_exact_at(&mut buffer, placement.file_offset).is_err() {
+                let Ok(content) = file.read(placement.len as usize, placement.file_offset) else {
                     continue;
-                }
+                };
                 let frame = &plan.frames[placement.frame as usize];
                 let epoch = plan.packs[frame.pack as usize].header.epoch;
-                if stanza.keys_of(epoch)?.chunk_id(&buffer) == frame.id {
+                if stanza.keys_of(epoch)?.chunk_id(content) == frame.id {
                     right.push(number);
                     progress.read_bytes.add(placement.len.into());
                     progress.deduplicated_bytes.add(placement.len.into());

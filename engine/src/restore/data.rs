@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use fairvault_format::frame::{CHUNK_ALIGN, FrameKey, FrameReader};
+use fairvault_format::frame::{FrameKey, FrameReader};
 use fairvault_format::index::PackRef;
 use fairvault_format::names;
 use fairvault_format::proto::{FileEntry, FileKind};
@@ -15,6 +15,7 @@ use futures::StreamExt;
 use tokio::sync::Semaphore;
 
 use super::compare;
+use super::direct::{DIRECT_BYTES, Output, make_room};
 use super::layout::Layout;
 use super::plan::{FrameRef, Placement, Plan};
 use crate::error::{Context, Error, Result};
@@ -29,9 +30,6 @@ const GAP_BYTES: u32 = 256 << 10;
 const RANGES: usize = 4;
 /// Content that is decoded and written in one piece of work, bytes.
 const BATCH_BYTES: u64 = 4 << 20;
-/// Files of this size and more are written past the kernel's cache: what is restored is larger than that, more often
-/// than not, and copying into it costs more than all else.
-const DIRECT_BYTES: u64 = 1 << 20;
 /// Files that are synced at the same time.
 const SYNCS: usize = 16;
 
@@ -327,80 +325,6 @@ impl Work {
         }
         Ok(())
     }
-}
-
-/// A file that is being written.
-struct Output {
-    path: PathBuf,
-    /// Past the kernel's cache.
-    direct: Option<std::fs::File>,
-    /// Through it.
-    cached: Option<std::fs::File>,
-}
-
-impl Output {
-    fn open(path: &std::path::Path, is_large: bool) -> std::io::Result<Self> {
-        let direct = match is_large {
-            true => open_direct(path),
-            false => None,
-        };
-        Ok(Self {
-            path: path.to_owned(),
-            direct,
-            cached: None,
-        })
-    }
-
-    /// Writes a part of a chunk that begins at `in_chunk`. False if the file system refuses to go past the cache.
-    fn write(&mut self, content: &[u8], in_chunk: u32, at: u64) -> std::io::Result<bool> {
-        let is_aligned = [u64::from(in_chunk), at, content.len() as u64]
-            .iter()
-            .all(|n| n % CHUNK_ALIGN as u64 == 0);
-        let mut goes_past = true;
-        if let Some(file) = self.direct.as_ref().filter(|_| is_aligned) {
-            match file.write_all_at(content, at) {
-                Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => goes_past = false,
-                other => return other.map(|()| true),
-            }
-        }
-        if !goes_past {
-            self.direct = None;
-        }
-        let file = match &mut self.cached {
-            Some(file) => file,
-            none => none.insert(std::fs::OpenOptions::new().write(true).open(&self.path)?),
-        };
-        file.write_all_at(content, at).map(|()| goes_past)
-    }
-}
-
-/// `None` where that is not possible.
-#[cfg(target_os = "linux")]
-fn open_direct(path: &std::path::Path) -> Option<std::fs::File> {
-    let flag = rustix::fs::OFlags::DIRECT.bits() as i32;
-    std::fs::OpenOptions::new()
-        .write(true)
-        .custom_flags(flag)
-        .open(path)
-        .ok()
-}
-
-#[cfg(not(target_os = "linux"))]
-fn open_direct(_: &std::path::Path) -> Option<std::fs::File> {
-    None
-}
-
-/// Makes room for all of a file, so that a full disk is noticed now, and writers need not wait for each other later.
-fn make_room(file: &std::fs::File, size: u64) -> std::io::Result<()> {
-    #[cfg(target_os = "linux")]
-    if size >= DIRECT_BYTES {
-        use rustix::io::Errno;
-        match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, size) {
-            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    file.set_len(size)
 }
 
 /// A file of full length and with its mode; empty, if `truncate` says so.

@@ -6,6 +6,7 @@
 
 mod compare;
 pub mod data;
+mod direct;
 pub mod layout;
 pub mod pgmanifest;
 pub mod plan;

@@ -1,0 +1,192 @@
+//! Micro benchmarks of the CPU stages, on one core, in bytes of plaintext a second: `cargo bench -p fairvault-benches`.
+
+use std::hint::black_box;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use fairvault_benches::{CHUNK, heap, index, text};
+use fairvault_engine::codec::{Codec, Content};
+use fairvault_engine::postgres::lsn::Lsn;
+use fairvault_engine::postgres::page;
+use fairvault_engine::source::tar::Parser;
+use fairvault_engine::wal::summary::summarize;
+use fairvault_format::frame::{FRAME_HEADER_LEN, FrameKey, FrameReader};
+use fairvault_format::header::{Kind, ObjectHeader};
+use fairvault_format::keys::{EpochKeys, Scope};
+use fairvault_format::pack::{DirectoryEntry, seal_tail};
+use fairvault_format::pages::{Decoder, Encoder};
+use fairvault_format::{proto, sha256, wal};
+
+const SCOPE: Scope = Scope {
+    repository: [1; 16],
+    stanza: [2; 16],
+};
+
+fn keys() -> EpochKeys {
+    EpochKeys {
+        epoch: 1,
+        data_key: Some([1; 32]),
+        id_key: [2; 32],
+        meta_key: [3; 32],
+        writer_seed: None,
+        operator_seed: None,
+        public_keys: Default::default(),
+    }
+}
+
+fn chunks() -> [(&'static str, Vec<u8>); 3] {
+    [("heap", heap()), ("index", index()), ("text", text())]
+}
+
+fn checks(c: &mut Criterion) {
+    let (heap, keys) = (heap(), keys());
+    let mut group = c.benchmark_group("checks");
+    group.throughput(Throughput::Bytes(CHUNK as u64));
+    group.bench_function("page checksums", |b| {
+        b.iter(|| {
+            for (block, page) in heap.chunks_exact(8192).enumerate() {
+                black_box(page::checksum(page, block as u32));
+            }
+        });
+    });
+    group.bench_function("chunk id", |b| b.iter(|| keys.chunk_id(black_box(&heap))));
+    group.bench_function("crc-32c", |b| b.iter(|| crc32c::crc32c(black_box(&heap))));
+    group.bench_function("pack name", |b| b.iter(|| sha256(black_box(&heap))));
+    group.finish();
+}
+
+fn transform(c: &mut Criterion) {
+    let mut group = c.benchmark_group("pages");
+    group.throughput(Throughput::Bytes(CHUNK as u64));
+    for (name, plain) in chunks().into_iter().take(2) {
+        let (mut encoder, mut out) = (Encoder::default(), Vec::new());
+        let plan = encoder.propose(&plain, 4, 4);
+        group.bench_function(BenchmarkId::new("take apart", name), |b| {
+            b.iter(|| {
+                out.clear();
+                encoder.encode(black_box(&plain), &plan, &mut out)
+            });
+        });
+        let (mut decoder, mut back) = (Decoder::default(), vec![0; plain.len()]);
+        group.bench_function(BenchmarkId::new("put together", name), |b| {
+            b.iter(|| {
+                decoder
+                    .decode(black_box(&out), &mut back, "a chunk")
+                    .map_err(|e| e.to_string())
+            });
+        });
+    }
+    group.finish();
+}
+
+fn codec(c: &mut Criterion) {
+    let mut group = c.benchmark_group("codec");
+    group.throughput(Throughput::Bytes(CHUNK as u64));
+    let (keys, header) = (keys(), ObjectHeader::new(Kind::Pack, 1, [4; 32]));
+    let key = FrameKey::new(&keys, &SCOPE, &header).expect("the keys are of this epoch");
+    for (name, plain) in chunks() {
+        for level in [1, 3] {
+            let mut zstd = zstd::bulk::Compressor::new(level).expect("a level");
+            group.bench_function(BenchmarkId::new(format!("zstd {level}"), name), |b| {
+                b.iter(|| zstd.compress(black_box(&plain)));
+            });
+        }
+        let mut codec = Codec::new(1).expect("a level");
+        group.bench_function(BenchmarkId::new("encode", name), |b| {
+            b.iter(|| codec.encode(black_box(&plain), Content::Pages { file: 1 }));
+        });
+        let (number, mut frame) = codec.encode(&plain, Content::Pages { file: 1 });
+        key.seal(0, number, plain.len() as u32, &mut frame);
+        let mut reader = FrameReader::default();
+        group.bench_function(BenchmarkId::new("open and decode", name), |b| {
+            b.iter(|| {
+                let chunk = key.open_with(&mut reader, 0, black_box(&frame), "a frame");
+                chunk.expect("the frame opens").len()
+            });
+        });
+    }
+    group.finish();
+}
+
+fn seal(c: &mut Criterion) {
+    let (keys, header, plain) = (keys(), ObjectHeader::new(Kind::Pack, 1, [4; 32]), text());
+    let key = FrameKey::new(&keys, &SCOPE, &header).expect("the keys are of this epoch");
+    let mut group = c.benchmark_group("seal");
+    group.throughput(Throughput::Bytes(CHUNK as u64));
+    group.bench_function("frame", |b| {
+        b.iter(|| {
+            let mut frame = Vec::with_capacity(FRAME_HEADER_LEN + CHUNK + 16);
+            frame.resize(FRAME_HEADER_LEN, 0);
+            frame.extend_from_slice(black_box(&plain));
+            key.seal(0, 0, CHUNK as u32, &mut frame);
+            frame
+        });
+    });
+    let entries = vec![
+        DirectoryEntry {
+            id: [7; 32],
+            stored_len: 4096,
+            plain_len: 8192,
+        };
+        4096
+    ];
+    group.throughput(Throughput::Elements(entries.len() as u64));
+    group.bench_function("directory of a pack", |b| {
+        b.iter(|| seal_tail(&keys, &SCOPE, &header, black_box(&entries)));
+    });
+    group.finish();
+}
+
+fn streams(c: &mut Criterion) {
+    let mut group = c.benchmark_group("streams");
+    let plain = text();
+    let mut archive = vec![0u8; 512];
+    archive[..4].copy_from_slice(b"file");
+    archive[100..108].copy_from_slice(b"0000600\0");
+    archive[124..136].copy_from_slice(format!("{CHUNK:011o}\0").as_bytes());
+    archive[136..148].copy_from_slice(b"00000000000\0");
+    archive[156] = b'0';
+    archive[257..265].copy_from_slice(b"ustar\x0000");
+    archive[148..156].fill(b' ');
+    let sum: u32 = archive.iter().map(|&byte| u32::from(byte)).sum();
+    archive[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    archive.extend_from_slice(&plain);
+    group.throughput(Throughput::Bytes(archive.len() as u64));
+    group.bench_function("tar", |b| {
+        b.iter(|| {
+            let (mut parser, mut events) = (Parser::default(), 0);
+            for message in black_box(&archive).chunks(64 << 10) {
+                let mut input = message;
+                while parser.next(&mut input).expect("an archive").is_some() {
+                    events += 1;
+                }
+            }
+            events
+        });
+    });
+    let segment: Vec<u8> = plain.iter().copied().cycle().take(16 << 20).collect();
+    group.throughput(Throughput::Bytes(segment.len() as u64));
+    group.sample_size(10);
+    group.bench_function("walking WAL", |b| {
+        b.iter(|| summarize(black_box(&segment), Lsn(16 << 20), 16 << 20));
+    });
+    let keys = keys();
+    group.bench_function("a WAL segment as an object", |b| {
+        b.iter(|| {
+            let header = proto::WalHeader::default();
+            wal::seal_wal(
+                &keys,
+                &SCOPE,
+                Kind::WalSegment,
+                [5; 32],
+                "x",
+                header,
+                black_box(&segment),
+                3,
+            )
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(stages, checks, transform, codec, seal, streams);
+criterion_main!(stages);
