@@ -245,6 +245,64 @@ fn a_standby_is_read_where_it_is() -> Result<()> {
 }
 
 #[test]
+fn files_that_are_replaced_meanwhile_are_whole() -> Result<()> {
+    let s = Fixture::new("replaced", Shape::default())?;
+    s.sql("create table filler as select i, md5(i::text) from generate_series(1, 200000) i")?;
+    let arguments = [
+        "backup",
+        "acme",
+        "--fast",
+        "--source",
+        "sql",
+        "--max-rate",
+        "6MiB",
+        "--progress",
+        "none",
+    ];
+    std::thread::scope(|scope| -> Result<()> {
+        let backup = scope.spawn(|| s.ok(&arguments));
+        s.server.wait_for(
+            &s.scratch,
+            "select count(*) from pg_stat_activity where query like 'WITH RECURSIVE f %' and state = 'idle'",
+            "1",
+        )?;
+        // Longer than when it was listed.
+        s.sql("alter system set application_name = 'a name that is longer than what was there before'")?;
+        backup.join().map_err(|_| anyhow::anyhow!("panicked"))??;
+        Ok(())
+    })?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    let settings = std::fs::read_to_string(s.path("r/postgresql.auto.conf"))?;
+    ensure!(!settings.contains('\0'), "{settings:?}");
+    s.start("r", 5450)?;
+    Ok(())
+}
+
+#[test]
+fn a_tablespace_that_cannot_be_seen_is_not_passed_over() -> Result<()> {
+    let s = Fixture::new("hidden", Shape::default())?;
+    run(s.scratch.command("mkdir").arg(s.path("ts")))?;
+    s.sql(&format!("create tablespace ts location '{}'", s.path("ts")))?;
+    s.sql("create table t tablespace ts as select i from generate_series(1, 1000) i")?;
+    s.sql("checkpoint")?;
+    // As if it were mounted for the server only.
+    let link = s.path(&format!(
+        "data5432/pg_tblspc/{}",
+        s.sql("select oid from pg_tablespace where spcname = 'ts'")?
+    ));
+    run(s.scratch.command("ln").args(["-sfn", &s.path("nowhere"), &link]))?;
+    refused(
+        s.fairvault(&["backup", "acme", "--fast", "--source", "local"]),
+        1,
+        "cannot be seen",
+    )?;
+    run(s.scratch.command("ln").args(["-sfn", &s.path("ts"), &link]))?;
+    s.backup_id(&["--source", "local"])?;
+    Ok(())
+}
+
+#[test]
 fn an_interrupted_backup_leaves_the_server_as_it_was() -> Result<()> {
     let s = Fixture::new("localstop", Shape::default())?;
     s.sql("create table t as select i, md5(i::text) from generate_series(1, 200000) i")?;

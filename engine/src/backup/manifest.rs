@@ -38,6 +38,14 @@ pub fn store_segments(
     done.sort_unstable_by_key(|d| (d.file, d.offset));
     let mut order: Vec<usize> = (0..entries.len()).filter(|&number| !entries[number].is_gone).collect();
     order.sort_by(|&a, &b| entries[a].path.as_bytes().cmp(entries[b].path.as_bytes()));
+    if let Some(pair) = order
+        .windows(2)
+        .find(|pair| entries[pair[0]].path == entries[pair[1]].path)
+    {
+        return Err(
+            Error::temporary(format!("{} was listed twice", entries[pair[0]].path)).remedy("take the backup again")
+        );
+    }
     let mut codec = Codec::new(LEVEL)?;
     let mut out = Vec::new();
     let mut builder = SegmentBuilder::default();

@@ -300,10 +300,12 @@ async fn transfer(
         let (known, packs) = worker_shared.chunks.finish()?;
         let segments = manifest::store_segments(&worker_shared, &entries, results.done, &known, &packs)?;
         worker_shared.packer.close()?;
+        let mut bad_pages = results.bad_pages;
+        bad_pages.retain(|page| !entries[page.entry as usize].is_gone);
         Ok(Packed {
             entries,
             segments,
-            bad_pages: results.bad_pages,
+            bad_pages,
         })
     });
     let name = source.name();

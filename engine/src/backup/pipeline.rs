@@ -35,6 +35,8 @@ pub struct Done {
 /// A page whose checksum was wrong.
 #[derive(Debug, Clone)]
 pub struct BadPage {
+    /// Number of the entry.
+    pub entry: u32,
     /// Path of its file.
     pub path: Arc<str>,
     /// The file.
@@ -157,6 +159,7 @@ fn check_pages(shared: &Shared, chunk: &Chunk, bad: &mut Vec<BadPage>) {
         let in_relation = file.segment.wrapping_mul(shared.blocks_per_segment).wrapping_add(block);
         if let page::Verdict::Bad { expected, found } = page::verify(page, in_relation) {
             bad.push(BadPage {
+                entry: chunk.file,
                 path: chunk.path.clone(),
                 file,
                 block,

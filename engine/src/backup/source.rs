@@ -131,7 +131,7 @@ async fn open_local(server: &Server, options: &Options, label: &str, readers: us
 /// The server in backup mode, if the role may read its files.
 async fn open_sql(server: &Server, options: &Options, label: &str, readers: usize) -> Result<Sql> {
     let mut connection = connect(server, options).await?;
-    sql::check_grants(&mut connection).await?;
+    sql::check_grants(&mut connection, sql::ALL).await?;
     let session = BackupMode::start(connection, label, options.fast).await?;
     let info = options.conninfo.clone();
     Sql::open(session, info, server.directory_mode, readers, rate(options)).await
@@ -141,8 +141,9 @@ async fn open_sql(server: &Server, options: &Options, label: &str, readers: usiz
 pub async fn usable(info: &ConnInfo, system_identifier: u64) -> [(&'static str, Result<()>); 2] {
     let local = async {
         let mut connection = BackupMode::connect(info).await?;
-        local::find(&mut connection, None, system_identifier).await.map(drop)
+        local::find(&mut connection, None, system_identifier).await?;
+        sql::check_grants(&mut connection, sql::LOCAL).await
     };
-    let sql = async { sql::check_grants(&mut BackupMode::connect(info).await?).await };
+    let sql = async { sql::check_grants(&mut BackupMode::connect(info).await?, sql::ALL).await };
     [("local", local.await), ("sql", sql.await)]
 }

@@ -394,7 +394,12 @@ impl CopyOut<'_> {
     /// The next data; `None` when the query is over.
     pub async fn next(&mut self) -> Result<Option<Bytes>> {
         loop {
-            match self.connection.wire.receive().await? {
+            let message = match self.connection.wire.receive().await {
+                Ok(message) => message,
+                // It said why before it went.
+                Err(error) => return Err(self.failure.take().unwrap_or(error)),
+            };
+            match message {
                 Message::CopyData(data) => return Ok(Some(data)),
                 Message::CopyOut | Message::CopyDone => {}
                 Message::Other(M::ErrorResponse(body)) => self.failure = Some(server_error(body.fields())),

@@ -1,7 +1,7 @@
 //! File content: ranged reads in pack order, frames opened and checked in parallel, positional writes, every file
 //! synced at the end.
 
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -128,12 +128,11 @@ fn ranges(frames: &[FrameRef], needed: &[bool]) -> Vec<Range> {
 
 struct Work {
     stanza: Arc<Stanza>,
-    packs: Vec<PackRef>,
-    frames: Vec<FrameRef>,
+    plan: Arc<Plan>,
     /// By frame.
     placements: Vec<Placement>,
     placed_from: Vec<u32>,
-    paths: Vec<PathBuf>,
+    paths: Arc<[PathBuf]>,
     progress: Arc<Progress>,
     /// Twice as many pieces of work at once as there are cores: half of them may be waiting for the disk.
     cores: Semaphore,
@@ -141,22 +140,23 @@ struct Work {
     readers: Mutex<Vec<FrameReader>>,
     /// Files this large are written past the kernel's cache.
     direct_from: AtomicU64,
-    sizes: Vec<u64>,
 }
 
 /// Writes every file.
 pub async fn write_all(
     stanza: Arc<Stanza>,
-    plan: &Plan,
+    plan: &Arc<Plan>,
     layout: &Layout,
     delta: bool,
     progress: Arc<Progress>,
 ) -> Result<Written> {
-    let paths: Vec<PathBuf> = plan.files.iter().map(|f| layout.path(&f.path)).collect();
-    let there = prepare(plan, &paths, delta)?;
+    let paths: Arc<[PathBuf]> = plan.files.iter().map(|f| layout.path(&f.path)).collect();
+    let (of, at) = (plan.clone(), paths.clone());
+    let preparing = tokio::task::spawn_blocking(move || prepare(&of, &at, delta));
+    let there: Arc<[bool]> = preparing.await.map_err(panicked)??.into();
     let mut placements = plan.placements.clone();
     if delta {
-        let right = compare::right(&stanza, plan, &paths, &there, &progress)?;
+        let right = compare::right(&stanza, plan, &paths, &there, &progress).await?;
         let mut right = right.into_iter();
         placements.retain(|_| !right.next().unwrap_or(false));
     }
@@ -175,8 +175,7 @@ pub async fn write_all(
     let ranges = ranges(&plan.frames, &needed);
     let work = Arc::new(Work {
         stanza,
-        packs: plan.packs.clone(),
-        frames: plan.frames.clone(),
+        plan: plan.clone(),
         placements,
         placed_from,
         paths,
@@ -184,7 +183,6 @@ pub async fn write_all(
         cores: Semaphore::new(2 * std::thread::available_parallelism().map_or(2, usize::from)),
         readers: Mutex::default(),
         direct_from: AtomicU64::new(DIRECT_BYTES),
-        sizes: plan.files.iter().map(|file| file.size).collect(),
     });
     let mut running =
         futures::stream::iter(ranges.into_iter().map(|range| fetch(work.clone(), range))).buffer_unordered(RANGES);
@@ -192,11 +190,13 @@ pub async fn write_all(
         result?;
     }
     let synced = work.clone();
-    let regular: Vec<bool> = plan.files.iter().map(|f| f.kind() == FileKind::FileRegular).collect();
-    tokio::task::spawn_blocking(move || sync_files(&synced.paths, &regular))
-        .await
-        .map_err(|e| Error::failed("syncing files panicked").caused_by(e))??;
+    let syncing = tokio::task::spawn_blocking(move || sync_files(&synced.plan.files, &synced.paths));
+    syncing.await.map_err(panicked)??;
     Ok(written)
+}
+
+fn panicked(error: tokio::task::JoinError) -> Error {
+    Error::failed("writing files panicked").caused_by(error)
 }
 
 /// Gives every file its length and mode; says of each whether its old content may be of use.
@@ -238,21 +238,21 @@ fn count(plan: &Plan, there: &[bool], placements: &[Placement]) -> Written {
 }
 
 async fn fetch(work: Arc<Work>, range: Range) -> Result<()> {
-    let name = names::pack(&work.packs[range.pack as usize].name);
+    let name = names::pack(&work.plan.packs[range.pack as usize].name);
     let bytes = work
         .stanza
         .store()
         .get_range(&name, range.from.into()..range.to.into())
         .await?;
     work.progress.stored_bytes.add(bytes.len() as u64);
-    let batches = batches(&work.frames, range).map(|batch| {
+    let batches = batches(&work.plan.frames, range).map(|batch| {
         let (work, bytes) = (work.clone(), bytes.clone());
         async move {
             let _core = work.cores.acquire().await;
             let inner = work.clone();
             tokio::task::spawn_blocking(move || inner.place(&batch, &bytes))
                 .await
-                .map_err(|e| Error::failed("writing files panicked").caused_by(e))?
+                .map_err(panicked)?
         }
     });
     futures::future::try_join_all(batches).await.map(drop)
@@ -289,7 +289,7 @@ impl Work {
     }
 
     fn place_with(&self, reader: &mut FrameReader, range: &Range, bytes: &Bytes) -> Result<()> {
-        let pack = &self.packs[range.pack as usize];
+        let pack = &self.plan.packs[range.pack as usize];
         let key = FrameKey::new(
             self.stanza.keys_of(pack.header.epoch)?,
             self.stanza.scope(),
@@ -297,7 +297,7 @@ impl Work {
         )?;
         let mut open: Option<(u32, Output)> = None;
         for &number in &range.frames {
-            let frame = &self.frames[number as usize];
+            let frame = &self.plan.frames[number as usize];
             let from = (frame.offset - range.from) as usize;
             let stored = bytes.get(from..from + frame.stored_len as usize).unwrap_or_default();
             let chunk = open_frame(reader, &self.stanza, &key, pack, frame, stored).context(|| "restoring")?;
@@ -311,7 +311,8 @@ impl Work {
                 let file = match &mut open {
                     Some((file_number, file)) if *file_number == p.file => file,
                     other => {
-                        let is_large = self.sizes[p.file as usize] >= self.direct_from.load(Ordering::Relaxed);
+                        let is_large =
+                            self.plan.files[p.file as usize].size >= self.direct_from.load(Ordering::Relaxed);
                         &mut other.insert((p.file, Output::open(path, is_large).map_err(what)?)).1
                     }
                 };
@@ -327,35 +328,60 @@ impl Work {
     }
 }
 
-/// A file of full length and with its mode; empty, if `truncate` says so.
-fn create(file: &FileEntry, path: &std::path::Path, truncate: bool) -> Result<()> {
-    let what = || format!("creating {}", path.display());
+/// Permissions that a file has while it is written, and those that it has in the end.
+fn modes(file: &FileEntry) -> (u32, u32) {
     let mode = if file.mode == 0 { 0o600 } else { file.mode & 0o7777 };
-    let out = std::fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(truncate)
-        .mode(mode)
-        .open(path)
-        .map_err(|e| Error::io(what(), e))?;
-    make_room(&out, file.size).map_err(|e| Error::io(what(), e))?;
-    out.set_permissions(std::fs::Permissions::from_mode(mode))
-        .map_err(|e| Error::io(what(), e))
+    (mode | 0o600, mode)
+}
+
+/// A file of full length that can be written; empty, if `truncate` says so.
+fn create(file: &FileEntry, path: &std::path::Path, truncate: bool) -> Result<()> {
+    let what = |e| Error::io(format_args!("creating {}", path.display()), e);
+    let permissions = std::fs::Permissions::from_mode(modes(file).0);
+    let open = || {
+        std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(truncate)
+            .mode(modes(file).0)
+            .open(path)
+    };
+    let out = match open() {
+        // One that is there may be for reading only.
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied && !truncate => {
+            std::fs::set_permissions(path, permissions.clone()).map_err(what)?;
+            open()
+        }
+        other => other,
+    };
+    let out = out.map_err(what)?;
+    make_room(&out, file.size).map_err(what)?;
+    out.set_permissions(permissions).map_err(what)
 }
 
 /// Syncs every file: those that were right already may have been written by a restore that died. Many at once: the
 /// file system then writes its journal for many of them together.
-fn sync_files(paths: &[PathBuf], regular: &[bool]) -> Result<()> {
+fn sync_files(files: &[FileEntry], paths: &[PathBuf]) -> Result<()> {
     let next = AtomicUsize::new(0);
     let worker = || -> Result<()> {
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
-            let Some(path) = paths.get(number) else { return Ok(()) };
-            if regular[number] {
-                std::fs::File::open(path)
-                    .and_then(|file| file.sync_all())
-                    .map_err(|e| Error::io(format_args!("syncing {}", path.display()), e))?;
+            let Some((file, path)) = files.get(number).zip(paths.get(number)) else {
+                return Ok(());
+            };
+            if file.kind() != FileKind::FileRegular {
+                continue;
             }
+            let (meanwhile, mode) = modes(file);
+            let finish = |out: std::fs::File| {
+                if mode != meanwhile {
+                    out.set_permissions(std::fs::Permissions::from_mode(mode))?;
+                }
+                out.sync_all()
+            };
+            std::fs::File::open(path)
+                .and_then(finish)
+                .map_err(|e| Error::io(format_args!("syncing {}", path.display()), e))?;
         }
     };
     std::thread::scope(|scope| {

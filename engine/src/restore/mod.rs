@@ -63,7 +63,7 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Report {
     /// What was done.
-    pub plan: Plan,
+    pub plan: Arc<Plan>,
     /// Files written.
     pub files: u64,
     /// Bytes written.
@@ -80,7 +80,7 @@ pub async fn run(
     cancelled: impl Future<Output = ()>,
 ) -> Result<Report> {
     progress.phase("planning");
-    let plan = Plan::make(log, options).await?;
+    let plan = Arc::new(Plan::make(log, options).await?);
     let work = async {
         progress.phase("preparing the directory");
         let layout = layout::prepare(&plan, options)?;

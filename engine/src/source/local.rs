@@ -19,10 +19,11 @@ use fairvault_format::proto;
 use super::backup_mode::{BackupMode, CONTROL_READS, finish};
 use super::pace::Pace;
 use super::stream::Ended;
-use super::walk::{CONTROL, Found, Tablespace, entry, walk};
+use super::walk::{CONTROL, Found, Tree, entry, walk};
 use super::{Chunk, Entry, Feed};
 use crate::error::{Error, Result};
 use crate::postgres::control::ControlFile;
+use crate::postgres::lsn::Lsn;
 use crate::replication::connection::Connection;
 
 /// Bytes of pg_control.
@@ -32,13 +33,10 @@ const CONTROL_BYTES: usize = 8192;
 pub struct Local {
     session: BackupMode,
     directory: PathBuf,
-    tablespaces: Vec<Tablespace>,
+    tree: Tree,
     /// Tablespaces for the manifest.
     pub listed: Vec<proto::Tablespace>,
-    version_folder: String,
-    readers: usize,
-    /// Bytes a second.
-    rate: Option<u64>,
+    reading: Reading,
 }
 
 /// How to read.
@@ -95,10 +93,19 @@ pub async fn find(connection: &mut Connection, directory: Option<&Path>, system_
         .nth(1)
         .and_then(|line| line.trim().parse().ok())
         .unwrap_or_default();
-    if !(began - 1..=began + 60).contains(&started) {
+    if !(began - 1..=began + 10).contains(&started) {
         return Err(other(
             "the server that works there was started at another time".to_owned(),
         ));
+    }
+    // Where the process may be looked at, it says itself where it works; in another namespace, numbers mean nothing.
+    let works_in = std::fs::read_link(format!("/proc/{postmaster}/cwd"));
+    let is_elsewhere = works_in.is_ok_and(|at| directory.canonicalize().is_ok_and(|directory| at != directory));
+    let name = std::fs::read_to_string(format!("/proc/{postmaster}/comm")).unwrap_or_default();
+    if is_elsewhere || !name.starts_with("postgres") {
+        return Err(other(format!(
+            "process {postmaster} of this machine does not work there"
+        )));
     }
     let parent = parent_of(&backend).ok_or_else(|| {
         other(format!(
@@ -127,8 +134,24 @@ fn parent_of(process: &str) -> Option<String> {
     behind.split_whitespace().nth(1).map(str::to_owned)
 }
 
+fn panicked(error: tokio::task::JoinError) -> Error {
+    Error::failed("reading the data directory panicked").caused_by(error)
+}
+
+/// The checkpoint with which the backup began is in the directory's pg_control, or a later one.
+fn begun_at(control: &[u8], start: Lsn, directory: &Path) -> Result<()> {
+    let redo = ControlFile::parse(control)?.redo;
+    match redo >= start {
+        true => Ok(()),
+        false => Err(Error::refused(format!(
+            "{} is not the data directory of this connection's server: its last checkpoint is at {redo}, and the backup began at {start}",
+            directory.display()
+        ))),
+    }
+}
+
 impl Local {
-    /// Looks for tablespaces. The server is in backup mode.
+    /// Lists what there is. The server is in backup mode.
     pub async fn open(mut session: BackupMode, directory: PathBuf, reading: Reading) -> Result<Self> {
         let version_folder = session.version_folder().await?;
         let (mut tablespaces, mut listed) = (Vec::new(), Vec::new());
@@ -144,10 +167,12 @@ impl Local {
             let mut location = String::new();
             if !in_place {
                 let target = std::fs::read_link(found.path()).map_err(problem)?;
-                location = target.to_str().map(str::to_owned).ok_or_else(|| {
-                    Error::refused(format!("the path of tablespace {oid} is not UTF-8")).remedy("use --source stream")
+                let absolute = target.to_str().filter(|path| path.starts_with('/'));
+                location = absolute.map(str::to_owned).ok_or_else(|| {
+                    Error::refused(format!("the path of tablespace {oid} is not absolute, or not UTF-8"))
+                        .remedy("use --source stream")
                 })?;
-                tablespaces.push(Tablespace { oid, location: target });
+                tablespaces.push(oid);
             }
             listed.push(proto::Tablespace {
                 oid,
@@ -156,19 +181,26 @@ impl Local {
             });
         }
         listed.sort_by_key(|t| t.oid);
+        let has_summaries = session.connection.major() >= 17;
+        let at = directory.clone();
+        let start = session.start;
+        let walked = tokio::task::spawn_blocking(move || {
+            // The server's checkpoint is there: this is where it works.
+            begun_at(&read_control(&at)?, start, &at)?;
+            walk(&at, &tablespaces, &version_folder, has_summaries)
+        });
+        let tree = walked.await.map_err(panicked)??;
         Ok(Self {
             session,
             directory,
-            tablespaces,
+            tree,
             listed,
-            version_folder,
-            readers: reading.readers,
-            rate: reading.rate,
+            reading,
         })
     }
 
     /// Start LSN.
-    pub fn start(&self) -> crate::postgres::lsn::Lsn {
+    pub fn start(&self) -> Lsn {
         self.session.start
     }
 
@@ -182,18 +214,11 @@ impl Local {
         let Self {
             session,
             directory,
-            tablespaces,
-            version_folder,
-            readers,
-            rate,
+            tree,
+            reading,
             ..
         } = self;
-        let has_summaries = session.connection.major() >= 17;
-        let control_at = directory.clone();
-        let at = directory.clone();
-        let blocking = |e| Error::failed("reading the data directory panicked").caused_by(e);
-        let walked = tokio::task::spawn_blocking(move || walk(&at, &tablespaces, &version_folder, has_summaries));
-        let tree = walked.await.map_err(blocking)??;
+        let Reading { readers, rate } = reading;
         if !tree.strange.is_empty() {
             tracing::warn!("left out, as neither files nor folders: {}", tree.strange.join(", "));
         }
@@ -208,15 +233,17 @@ impl Local {
             failed: AtomicBool::new(false),
         };
         let read = tokio::task::spawn_blocking(move || reader.read_all(tree.files, readers));
-        for entry in read.await.map_err(blocking)?? {
+        for entry in read.await.map_err(panicked)?? {
             feed.entry(entry);
         }
+        let start = session.start;
         let control = tokio::task::spawn_blocking(move || -> Result<_> {
-            let meta =
-                std::fs::metadata(control_at.join(CONTROL)).map_err(|e| Error::io("looking at pg_control", e))?;
-            Ok((read_control(&control_at)?, meta))
+            let meta = std::fs::metadata(directory.join(CONTROL)).map_err(|e| Error::io("looking at pg_control", e))?;
+            let content = read_control(&directory)?;
+            begun_at(&content, start, &directory)?;
+            Ok((content, meta))
         });
-        let (content, meta) = control.await.map_err(blocking)??;
+        let (content, meta) = control.await.map_err(panicked)??;
         let mut control = entry(CONTROL, &meta);
         control.size = content.len() as u64;
         finish(session, feed, control, content).await

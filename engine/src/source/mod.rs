@@ -109,6 +109,13 @@ impl Feed {
         }
     }
 
+    /// Files that turned out to have other lengths than they were listed with.
+    pub fn resize(&mut self, sizes: &[(u32, u64)]) {
+        for &(number, size) in sizes {
+            self.entries[number as usize].size = size;
+        }
+    }
+
     /// The entries, in the order of their numbers. Closes the feed.
     pub fn finish(self) -> Vec<Entry> {
         self.entries

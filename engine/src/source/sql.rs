@@ -20,8 +20,9 @@ use super::walk::{CONTROL, EMPTY, is_left_out};
 use super::{Chunk, Entry, Feed, Outlet};
 use crate::error::{Error, Result};
 use crate::postgres::control::ControlFile;
+use crate::postgres::files::relation_file;
 use crate::postgres::lsn::Lsn;
-use crate::replication::connection::{Connection, quote_text};
+use crate::replication::connection::{Connection, quote_name, quote_text};
 use crate::replication::conninfo::ConnInfo;
 
 /// Bytes that one query asks for.
@@ -32,13 +33,12 @@ const QUERY_RANGES: usize = 256;
 /// A server in backup mode, and how to reach it again.
 pub struct Sql {
     session: BackupMode,
-    info: ConnInfo,
     /// Tablespaces for the manifest.
     pub listed: Vec<proto::Tablespace>,
     version_folder: String,
     /// Mode of folders; files have the same without execution.
     mode: u32,
-    connections: usize,
+    readers: Vec<Connection>,
     pace: Arc<Pace>,
 }
 
@@ -75,13 +75,16 @@ impl Sql {
                 in_place,
             });
         }
+        let mut readers = Vec::new();
+        for _ in 0..connections {
+            readers.push(reader(&info, &mut session).await?);
+        }
         Ok(Self {
             session,
-            info,
             listed,
             version_folder,
             mode,
-            connections,
+            readers,
             pace: Arc::new(Pace::new(rate)),
         })
     }
@@ -100,11 +103,10 @@ impl Sql {
     pub async fn read(self, feed: &mut Feed) -> Result<Ended> {
         let Self {
             mut session,
-            info,
             listed,
             version_folder,
             mode,
-            connections,
+            readers: connections,
             pace,
         } = self;
         let has_summaries = session.connection.major() >= 17;
@@ -130,20 +132,21 @@ impl Sql {
         }
         let queue = Arc::new(Queue::new(ranges));
         let mut readers = JoinSet::new();
-        for _ in 0..connections {
-            let connection = BackupMode::connect(&info).await?;
+        for connection in connections {
             readers.spawn(read_ranges(connection, queue.clone(), feed.outlet(), pace.clone()));
         }
         while let Some(done) = readers.join_next().await {
             done.map_err(|e| Error::failed("a reader panicked").caused_by(e))??;
         }
-        feed.left_out(&queue.vanished());
+        let ended = queue.ended();
+        feed.left_out(&ended.vanished);
+        feed.resize(&ended.sizes);
         let content = control(&mut session.connection).await?;
         let control = Entry {
             path: CONTROL.to_owned(),
             kind: FileKind::FileRegular,
             size: content.len() as u64,
-            mode: mode & 0o666,
+            mode: 0o600,
             mtime_us: 0,
             link_target: String::new(),
             is_gone: false,
@@ -152,7 +155,37 @@ impl Sql {
     }
 }
 
+/// Another connection to the very server that is in backup mode: with several hosts, or behind a balancer, it may
+/// reach another one, whose files are of another moment.
+async fn reader(info: &ConnInfo, session: &mut BackupMode) -> Result<Connection> {
+    let own = "SELECT pg_backend_pid() || ' ' || extract(epoch FROM backend_start) FROM pg_stat_activity WHERE pid = pg_backend_pid()";
+    let token = session.connection.value(own).await?.unwrap_or_default();
+    let mut connection = BackupMode::connect(info).await?;
+    let query = format!(
+        "SELECT count(*) FROM pg_stat_activity WHERE pid || ' ' || extract(epoch FROM backend_start) = {}",
+        quote_text(&token)
+    );
+    match connection.value(&query).await?.as_deref() {
+        Some("1") if !token.is_empty() => Ok(connection),
+        _ => Err(
+            Error::refused("a connection for reading reached another server than the one in backup mode")
+                .remedy("name one host in conninfo, and do not connect through a balancer or a pooler"),
+        ),
+    }
+}
+
+/// Files that WAL does not make right are read as a whole, with the length that they have then: they may be replaced
+/// meanwhile.
+fn is_whole(path: &str, size: u64) -> bool {
+    size <= u64::from(CHUNK_BYTES) && relation_file(path).is_none()
+}
+
 fn entry(file: &Listed, mode: u32) -> Entry {
+    // A server's key, for one, must be nobody else's.
+    let file_mode = match relation_file(&file.path) {
+        Some(_) => mode & 0o666,
+        None => 0o600,
+    };
     Entry {
         path: file.path.clone(),
         kind: if file.is_folder {
@@ -161,7 +194,7 @@ fn entry(file: &Listed, mode: u32) -> Entry {
             FileKind::FileRegular
         },
         size: if file.is_folder { 0 } else { file.size },
-        mode: if file.is_folder { mode } else { mode & 0o666 },
+        mode: if file.is_folder { mode } else { file_mode },
         mtime_us: file.mtime_us,
         link_target: String::new(),
         is_gone: false,
@@ -182,7 +215,7 @@ async fn list(
            UNION ALL \
            SELECT f.path || '/' || name, s.isdir, s.size, s.modification \
            FROM f, pg_ls_dir(f.path, true, false) name, pg_stat_file(f.path || '/' || name, true) s \
-           WHERE f.is_folder AND f.path NOT IN ({empty}) \
+           WHERE f.is_folder AND f.path NOT IN ({empty}) AND f.path !~ '^([^/]+/){{6}}' \
              AND (f.path !~ '^pg_tblspc/[0-9]+$' OR name = {}) ) \
          SELECT path, is_folder, size, (extract(epoch FROM mtime) * 1000000)::bigint FROM f WHERE size IS NOT NULL ORDER BY path",
         quote_text(version_folder)
@@ -204,14 +237,22 @@ async fn list(
             mtime_us: field(3).parse().map_err(|_| bad())?,
         });
     }
+    for file in &found {
+        super::stream::check_path(&file.path)?;
+    }
     let names: HashSet<&str> = found
         .iter()
         .filter_map(|file| file.path.strip_suffix("_init"))
         .collect();
     let unlogged: HashSet<String> = names.into_iter().map(str::to_owned).collect();
-    let in_place = |path: &str| {
-        let oid = path.strip_prefix("pg_tblspc/").filter(|oid| !oid.contains('/'));
-        oid.is_none_or(|oid| tablespaces.iter().any(|t| t.in_place && t.oid.to_string() == oid))
+    // Links of tablespaces are described by the list of tablespaces; one that was made since then is made by WAL.
+    let belongs = |path: &str| {
+        let Some(below) = path.strip_prefix("pg_tblspc/") else {
+            return true;
+        };
+        let (oid, is_itself) = below.split_once('/').map_or((below, true), |(oid, _)| (oid, false));
+        let known = tablespaces.iter().find(|t| t.oid.to_string() == oid);
+        known.is_some_and(|t| t.in_place || !is_itself)
     };
     let mut left_out: Vec<String> = Vec::new();
     found.retain(|file| {
@@ -226,8 +267,7 @@ async fn list(
         if out && file.is_folder && !is_below {
             left_out.push(file.path.clone());
         }
-        // Links of tablespaces are described by the list of tablespaces.
-        !out && in_place(&file.path)
+        !out && belongs(&file.path)
     });
     Ok(found)
 }
@@ -235,7 +275,16 @@ async fn list(
 /// Ranges that nobody has asked for yet.
 struct Queue {
     left: Mutex<Left>,
-    vanished: Mutex<Vec<u32>>,
+    ended: Mutex<Ends>,
+}
+
+/// What became of files other than what was listed.
+#[derive(Default)]
+struct Ends {
+    /// They are gone.
+    vanished: Vec<u32>,
+    /// They have another length.
+    sizes: Vec<(u32, u64)>,
 }
 
 struct Left {
@@ -251,6 +300,8 @@ struct Range {
     path: Arc<str>,
     offset: u64,
     len: u32,
+    /// All of the file, however long it is by now.
+    whole: bool,
 }
 
 impl Queue {
@@ -261,7 +312,7 @@ impl Queue {
                 current: None,
                 offset: 0,
             }),
-            vanished: Mutex::default(),
+            ended: Mutex::default(),
         }
     }
 
@@ -276,16 +327,21 @@ impl Queue {
             }) else {
                 break;
             };
-            let len = u64::from(CHUNK_BYTES).min(size - left.offset) as u32;
+            let whole = is_whole(&path, size);
+            let len = match whole {
+                true => CHUNK_BYTES,
+                false => u64::from(CHUNK_BYTES).min(size - left.offset) as u32,
+            };
             if len > 0 {
                 ranges.push(Range {
                     number,
                     path: path.clone(),
                     offset: left.offset,
                     len,
+                    whole,
                 });
             }
-            bytes += u64::from(len);
+            bytes += u64::from(len).min(size.max(8192));
             left.offset += u64::from(len);
             if left.offset < size {
                 left.current = Some((number, path, size));
@@ -294,15 +350,12 @@ impl Queue {
         ranges
     }
 
-    fn gone(&self, number: u32) {
-        self.vanished
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(number);
+    fn note(&self, note: impl FnOnce(&mut Ends)) {
+        note(&mut self.ended.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    fn vanished(&self) -> Vec<u32> {
-        std::mem::take(&mut *self.vanished.lock().unwrap_or_else(PoisonError::into_inner))
+    fn ended(&self) -> Ends {
+        std::mem::take(&mut *self.ended.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -364,16 +417,23 @@ async fn answer(connection: &mut Connection, ranges: &[Range], queue: &Queue, ou
                 Some(content) if content.len() > range.len as usize => {
                     return Err(Error::failed(format!("the server sent too much of {}", range.path)));
                 }
+                Some(content) if range.whole => {
+                    queue.note(|ends| ends.sizes.push((range.number, content.len() as u64)));
+                    content
+                }
                 Some(content) if content.len() == range.len as usize => content,
                 short => {
                     if short.is_none() {
-                        queue.gone(range.number);
+                        queue.note(|ends| ends.vanished.push(range.number));
                     }
                     let mut padded = short.map(|bytes| bytes.to_vec()).unwrap_or_default();
                     padded.resize(range.len as usize, 0);
                     padded.into()
                 }
             };
+            if bytes.is_empty() {
+                continue;
+            }
             outlet
                 .send_async(Chunk {
                     file: range.number,
@@ -464,7 +524,8 @@ async fn control(connection: &mut Connection) -> Result<Vec<u8>> {
         let content =
             hex::decode(&text).map_err(|e| Error::failed("the server sent no bytes of pg_control").caused_by(e))?;
         match ControlFile::parse(&content) {
-            Ok(_) => return Ok(content),
+            Ok(_) if content.len() == 8192 => return Ok(content),
+            Ok(_) => last = Some(Error::damaged(format!("pg_control has {} bytes", content.len()))),
             Err(error) => last = Some(error),
         }
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
@@ -479,15 +540,14 @@ fn grants(error: Error) -> Error {
     }
 }
 
-/// What a role needs for this source, as SQL, for a major version.
-pub fn grants_for(major: u32, role: &str) -> String {
-    let role = crate::replication::connection::quote_name(role);
-    format!("GRANT EXECUTE ON FUNCTION {} TO {role};", functions(major).join(", "))
-}
+/// Functions that a source needs, of those in [`functions`]: `local`.
+pub const LOCAL: usize = 2;
+/// `sql`.
+pub const ALL: usize = 5;
 
-/// Fails unless the connection's role may do all of it.
-pub async fn check_grants(connection: &mut Connection) -> Result<()> {
-    let functions = functions(connection.major());
+/// Fails unless the connection's role may call the first `count` functions; the remedy is the SQL that lets it.
+pub async fn check_grants(connection: &mut Connection, count: usize) -> Result<()> {
+    let functions = &functions(connection.major())[..count];
     let all: Vec<String> = functions
         .iter()
         .map(|function| format!("has_function_privilege({}, 'EXECUTE')", quote_text(function)))
@@ -497,13 +557,18 @@ pub async fn check_grants(connection: &mut Connection) -> Result<()> {
         return Ok(());
     }
     let role = connection.value("SELECT current_user").await?.unwrap_or_default();
-    Err(
-        Error::refused(format!("{role} may not read the server's files over SQL"))
-            .remedy(grants_for(connection.major(), &role)),
-    )
+    let what = match count {
+        LOCAL => "put the server into backup mode",
+        _ => "read the server's files over SQL",
+    };
+    Err(Error::refused(format!("{role} may not {what}")).remedy(format!(
+        "GRANT EXECUTE ON FUNCTION {} TO {};",
+        functions.join(", "),
+        quote_name(&role)
+    )))
 }
 
-fn functions(major: u32) -> [&'static str; 5] {
+fn functions(major: u32) -> [&'static str; ALL] {
     let [start, stop] = match major {
         ..15 => [
             "pg_start_backup(text, boolean, boolean)",

@@ -131,7 +131,7 @@ fn begin(feed: &mut Feed, prefix: &str, header: Header) -> Result<Option<Current
 }
 
 /// A path of a server that lies must not lead out of the restored directory.
-fn check_path(path: &str) -> Result<()> {
+pub(super) fn check_path(path: &str) -> Result<()> {
     let bad = path.len() > fairvault_format::limits::PATH_BYTES
         || path.split('/').any(|part| matches!(part, "" | "." | ".."))
         || path.contains('\0');

@@ -58,25 +58,26 @@ pub struct Tree {
     pub strange: Vec<String>,
 }
 
-/// A tablespace in a folder of its own.
-#[derive(Debug)]
-pub struct Tablespace {
-    /// Oid.
-    pub oid: u32,
-    /// Where its link leads.
-    pub location: PathBuf,
-}
-
 /// Walks a data directory and its tablespaces; of those, only the folder `version_folder` is this server's.
-pub fn walk(directory: &Path, tablespaces: &[Tablespace], version_folder: &str, has_summaries: bool) -> Result<Tree> {
+pub fn walk(directory: &Path, tablespaces: &[u32], version_folder: &str, has_summaries: bool) -> Result<Tree> {
     let mut tree = Tree::default();
     folder(&mut tree, directory, "")?;
-    for tablespace in tablespaces {
-        let path = format!("pg_tblspc/{}/{version_folder}", tablespace.oid);
-        let at = tablespace.location.join(version_folder);
-        let Some(meta) = metadata(&at)? else { continue };
-        tree.folders.push(entry(&path, &meta));
-        folder(&mut tree, &at, &path)?;
+    for oid in tablespaces {
+        let link = directory.join(format!("pg_tblspc/{oid}"));
+        let at = link.join(version_folder);
+        match metadata(&at)? {
+            Some(meta) => {
+                let path = format!("pg_tblspc/{oid}/{version_folder}");
+                tree.folders.push(entry(&path, &meta));
+                folder(&mut tree, &at, &path)?;
+            }
+            // It was dropped meanwhile.
+            None if metadata(&link)?.is_none() => {}
+            None => {
+                return Err(Error::refused(format!("tablespace {oid} cannot be seen: there is no {}", at.display()))
+                    .remedy("make its folder visible to this process (mounts, systemd's ProtectHome or PrivateTmp), or use --source stream"));
+            }
+        }
     }
     // They are there in every backup, whatever is in pg_wal.
     let wal = tree.folders.iter().find(|f| f.path == "pg_wal").cloned();
@@ -108,6 +109,8 @@ fn folder(tree: &mut Tree, at: &Path, path: &str) -> Result<()> {
         names.push(name);
     }
     names.sort();
+    // A name that is replaced meanwhile may be listed twice.
+    names.dedup();
     let inits: HashSet<&str> = names.iter().filter_map(|name| name.strip_suffix("_init")).collect();
     let unlogged = |relation: &str| inits.contains(relation);
     for name in &names {
@@ -130,6 +133,7 @@ fn folder(tree: &mut Tree, at: &Path, path: &str) -> Result<()> {
                 folder(tree, &at, &path)?;
             }
         } else if meta.is_file() {
+            check_readable(&at)?;
             if path != CONTROL {
                 tree.files.push(Found {
                     path,
@@ -175,6 +179,16 @@ fn is_temporary_relation(name: &str) -> bool {
     };
     let relation = rest.split_once('_').map_or(rest, |(relation, _)| relation);
     is_number(backend) && is_number(relation)
+}
+
+/// Before the backup relies on this source.
+fn check_readable(at: &Path) -> Result<()> {
+    use rustix::io::Errno;
+    match rustix::fs::access(at, rustix::fs::Access::READ_OK) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(Error::io(format_args!("reading {}", at.display()), error.into())
+            .remedy("run as the server's user, or use --source stream")),
+    }
 }
 
 /// Of the name itself, not of what a link leads to; `None` if it has vanished.

@@ -92,8 +92,11 @@ impl Decoder {
             what,
         };
         let fixed = input.take(FIXED)?;
-        if fixed[0] != LAYOUT || fixed[3] != 0 {
+        if fixed[0] != LAYOUT {
             return Err(FormatError::unsupported(what, format!("page layout {}", fixed[0])));
+        }
+        if fixed[3] != 0 {
+            return Err(input.damaged("a byte that is always zero"));
         }
         let (heap_words, item_words) = (usize::from(fixed[1]), usize::from(fixed[2]));
         if heap_words.max(item_words) > LEAD_WORDS {

@@ -23,6 +23,7 @@ use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
 use crate::replication::wal_stream::WalItem;
 use crate::wal::archive::Archive;
+use crate::wal::fetch::Piece;
 
 /// Segments up to this size are held and stored as one object.
 const WHOLE_BYTES: u64 = 16 << 20;
@@ -293,7 +294,10 @@ impl<'a> Pump<'a> {
     fn next_work(&mut self, may_complete: bool, all: bool) -> Option<Storing<'a>> {
         let size = self.archive.segment_size as usize;
         if self.current.received() == size && (self.holds_whole || self.current.stored == size) {
-            return may_complete.then(|| self.complete());
+            if may_complete {
+                return Some(self.complete());
+            }
+            // What waits is stored as a piece meanwhile: commits wait for it.
         }
         self.is_due(all).then(|| self.piece())
     }
@@ -416,6 +420,7 @@ impl<'a> Pump<'a> {
             .iter()
             .position(|held| Some(&held.piece) == joined.replaced.first());
         if let Some(at) = at {
+            let kept = joined.piece.clone();
             let one = Held {
                 piece: joined.piece,
                 generation: joined.generation,
@@ -423,8 +428,9 @@ impl<'a> Pump<'a> {
             };
             pieces.splice(at..at + joined.replaced.len(), [one]);
             let archive = self.archive.clone();
+            let replaced: Vec<Piece> = joined.replaced.into_iter().filter(|p| *p != kept).collect();
             work.deleting
-                .spawn(async move { archive.delete_pieces(&joined.replaced).await });
+                .spawn(async move { archive.delete_pieces(&replaced).await });
         }
         Ok(())
     }
