@@ -540,7 +540,7 @@ fn grants(error: Error) -> Error {
     }
 }
 
-/// Functions that a source needs, of those in [`functions`]: `local`.
+/// Functions that a source needs, of those in `functions`: `local`.
 pub const LOCAL: usize = 2;
 /// `sql`.
 pub const ALL: usize = 5;

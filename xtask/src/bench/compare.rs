@@ -369,7 +369,7 @@ fn damage(folder: &Path) -> Result<()> {
         let file = std::fs::File::options().write(true).open(&path)?;
         for page in 0..pages {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            if (state >> 33) % 100 == 0 {
+            if (state >> 33).is_multiple_of(100) {
                 file.write_all_at(&state.to_le_bytes(), page * 8192 + 4096)?;
             }
         }

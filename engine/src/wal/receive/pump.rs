@@ -293,12 +293,11 @@ impl<'a> Pump<'a> {
     /// The next thing to store. A segment is completed while nothing is done to its pieces.
     fn next_work(&mut self, may_complete: bool, all: bool) -> Option<Storing<'a>> {
         let size = self.archive.segment_size as usize;
-        if self.current.received() == size && (self.holds_whole || self.current.stored == size) {
-            if may_complete {
-                return Some(self.complete());
-            }
-            // What waits is stored as a piece meanwhile: commits wait for it.
+        let is_full = self.current.received() == size && (self.holds_whole || self.current.stored == size);
+        if is_full && may_complete {
+            return Some(self.complete());
         }
+        // Of a full one, what waits is stored as a piece meanwhile: commits wait for it.
         self.is_due(all).then(|| self.piece())
     }
 
