@@ -342,6 +342,9 @@ pub struct RestoreArgs {
     /// Reuse right files of a directory that is not empty
     #[arg(long)]
     pub delta: bool,
+    /// Leave pages of zeros out, as holes in their files
+    #[arg(long)]
+    pub sparse: bool,
     /// Replace a data directory that is not empty
     #[arg(long, conflicts_with = "delta")]
     pub force: bool,

@@ -111,8 +111,14 @@ fn files_beyond_one_gibibyte_and_a_linked_pg_wal() -> Result<()> {
         s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
             .contains("all good")
     );
-    let (exit, text) = s.restore("r", &[]);
+    let (exit, text) = s.restore("r", &["--sparse"]);
     ensure!(exit == 0, "{text}");
+    let restored = std::fs::metadata(s.scratch.join("r").join(&path))?;
+    let (len, stored) = (restored.len(), std::os::unix::fs::MetadataExt::blocks(&restored) * 512);
+    ensure!(
+        len == 1 << 30 && stored < 64 << 20,
+        "{len} bytes, {stored} of them stored"
+    );
     ensure!(
         std::fs::symlink_metadata(s.path("r/pg_wal"))?.is_dir(),
         "a copy keeps its WAL to itself"

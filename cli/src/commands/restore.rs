@@ -71,6 +71,7 @@ fn options(context: &Context, args: &RestoreArgs) -> Result<Options> {
         keep_archiving: args.archiving == Archiving::Keep,
         standby: args.standby,
         delta: args.delta,
+        sparse: args.sparse,
         force: args.force,
         tablespace_map: map,
         keep_tablespaces: args.keep_tablespaces,

@@ -14,10 +14,10 @@ use fairvault_format::proto::{FileEntry, FileKind};
 use futures::StreamExt;
 use tokio::sync::Semaphore;
 
-use super::compare;
 use super::direct::{DIRECT_BYTES, Output, make_room};
 use super::layout::Layout;
 use super::plan::{FrameRef, Placement, Plan};
+use super::{Options, compare};
 use crate::error::{Context, Error, Result};
 use crate::progress::Progress;
 use crate::stanza::Stanza;
@@ -30,6 +30,8 @@ const GAP_BYTES: u32 = 256 << 10;
 const RANGES: usize = 4;
 /// Content that is decoded and written in one piece of work, bytes.
 const BATCH_BYTES: u64 = 4 << 20;
+/// The smallest hole.
+const HOLE_BYTES: usize = 8192;
 /// Files that are synced at the same time.
 const SYNCS: usize = 16;
 
@@ -129,6 +131,8 @@ fn ranges(frames: &[FrameRef], needed: &[bool]) -> Vec<Range> {
 struct Work {
     stanza: Arc<Stanza>,
     plan: Arc<Plan>,
+    /// Pages of zeros are left out, but of files that had any content.
+    holes: Option<Arc<[bool]>>,
     /// By frame.
     placements: Vec<Placement>,
     placed_from: Vec<u32>,
@@ -147,12 +151,13 @@ pub async fn write_all(
     stanza: Arc<Stanza>,
     plan: &Arc<Plan>,
     layout: &Layout,
-    delta: bool,
+    options: &Options,
     progress: Arc<Progress>,
 ) -> Result<Written> {
+    let (delta, sparse) = (options.delta, options.sparse);
     let paths: Arc<[PathBuf]> = plan.files.iter().map(|f| layout.path(&f.path)).collect();
     let (of, at) = (plan.clone(), paths.clone());
-    let preparing = tokio::task::spawn_blocking(move || prepare(&of, &at, delta));
+    let preparing = tokio::task::spawn_blocking(move || prepare(&of, &at, delta, sparse));
     let there: Arc<[bool]> = preparing.await.map_err(panicked)??.into();
     let mut placements = plan.placements.clone();
     if delta {
@@ -176,6 +181,7 @@ pub async fn write_all(
     let work = Arc::new(Work {
         stanza,
         plan: plan.clone(),
+        holes: sparse.then_some(there),
         placements,
         placed_from,
         paths,
@@ -200,7 +206,7 @@ fn panicked(error: tokio::task::JoinError) -> Error {
 }
 
 /// Gives every file its length and mode; says of each whether its old content may be of use.
-fn prepare(plan: &Plan, paths: &[PathBuf], delta: bool) -> Result<Vec<bool>> {
+fn prepare(plan: &Plan, paths: &[PathBuf], delta: bool, sparse: bool) -> Result<Vec<bool>> {
     // What no extent covers is zero: only a file that is covered as a whole can be compared extent by extent.
     let mut covered = vec![0; plan.files.len()];
     for placement in &plan.placements {
@@ -212,7 +218,7 @@ fn prepare(plan: &Plan, paths: &[PathBuf], delta: bool) -> Result<Vec<bool>> {
             let path = &paths[number];
             let is_file = || path.symlink_metadata().is_ok_and(|meta| meta.is_file());
             there[number] = delta && covered[number] == file.size && is_file();
-            create(file, path, !there[number])?;
+            create(file, path, !there[number], !sparse)?;
         }
     }
     Ok(there)
@@ -317,15 +323,37 @@ impl Work {
                     }
                 };
                 let content = &chunk[p.frame_offset as usize..p.frame_offset as usize + p.len as usize];
-                if !file.write(content, p.frame_offset, p.file_offset).map_err(what)? {
-                    // This file system does not do it.
-                    self.direct_from.store(u64::MAX, Ordering::Relaxed);
+                let leaves_holes = self.holes.as_ref().is_some_and(|there| !there[p.file as usize]);
+                for run in runs(content, leaves_holes) {
+                    let at = run.start;
+                    let wrote = file.write(&content[run], p.frame_offset + at as u32, p.file_offset + at as u64);
+                    if !wrote.map_err(what)? {
+                        // This file system does not do it.
+                        self.direct_from.store(u64::MAX, Ordering::Relaxed);
+                    }
                 }
                 self.progress.read_bytes.add(p.len.into());
             }
         }
         Ok(())
     }
+}
+
+/// What of some content is to be written: all of it, or the runs of pages that are not only zeros.
+fn runs(content: &[u8], leaves_holes: bool) -> Vec<std::ops::Range<usize>> {
+    if !leaves_holes {
+        return std::iter::once(0..content.len()).collect();
+    }
+    let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+    for (number, page) in content.chunks(HOLE_BYTES).enumerate() {
+        let from = number * HOLE_BYTES;
+        match runs.last_mut() {
+            _ if page.iter().all(|&byte| byte == 0) => {}
+            Some(last) if last.end == from => last.end += page.len(),
+            _ => runs.push(from..from + page.len()),
+        }
+    }
+    runs
 }
 
 /// Permissions that a file has while it is written, and those that it has in the end.
@@ -335,7 +363,7 @@ fn modes(file: &FileEntry) -> (u32, u32) {
 }
 
 /// A file of full length that can be written; empty, if `truncate` says so.
-fn create(file: &FileEntry, path: &std::path::Path, truncate: bool) -> Result<()> {
+fn create(file: &FileEntry, path: &std::path::Path, truncate: bool, with_room: bool) -> Result<()> {
     let what = |e| Error::io(format_args!("creating {}", path.display()), e);
     let permissions = std::fs::Permissions::from_mode(modes(file).0);
     let open = || {
@@ -355,7 +383,7 @@ fn create(file: &FileEntry, path: &std::path::Path, truncate: bool) -> Result<()
         other => other,
     };
     let out = out.map_err(what)?;
-    make_room(&out, file.size).map_err(what)?;
+    make_room(&out, file.size, with_room).map_err(what)?;
     out.set_permissions(permissions).map_err(what)
 }
 

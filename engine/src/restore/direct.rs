@@ -9,6 +9,7 @@ use fairvault_format::frame::CHUNK_ALIGN;
 /// Files of this size and more are written past the kernel's cache: what is restored is larger than that, more often
 /// than not, and copying into it costs more than all else.
 pub const DIRECT_BYTES: u64 = 1 << 20;
+
 /// A file that is being written.
 pub struct Output {
     path: PathBuf,
@@ -108,9 +109,10 @@ impl Input {
 }
 
 /// Makes room for all of a file, so that a full disk is noticed now, and writers need not wait for each other later.
-pub fn make_room(file: &File, size: u64) -> std::io::Result<()> {
+/// Without `with_room`, only the length is set: what is not written stays a hole.
+pub fn make_room(file: &File, size: u64, with_room: bool) -> std::io::Result<()> {
     #[cfg(target_os = "linux")]
-    if size >= DIRECT_BYTES {
+    if with_room && size >= DIRECT_BYTES {
         use rustix::io::Errno;
         match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, size) {
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {}

@@ -49,6 +49,8 @@ pub struct Options {
     pub standby: bool,
     /// Reuse files that are there.
     pub delta: bool,
+    /// Leave pages of zeros out, as holes in their files.
+    pub sparse: bool,
     /// Empty the directory first.
     pub force: bool,
     /// Old to new absolute tablespace paths; `all` puts each below the folder.
@@ -86,7 +88,7 @@ pub async fn run(
         let layout = layout::prepare(&plan, options)?;
         progress.total_bytes.set(plan.files.iter().map(|f| f.size).sum());
         progress.phase("copying");
-        let written = data::write_all(log.stanza().clone(), &plan, &layout, options.delta, progress.clone()).await?;
+        let written = data::write_all(log.stanza().clone(), &plan, &layout, options, progress.clone()).await?;
         progress.phase("writing recovery settings");
         let changed = settings::write(&plan, &layout, options, log.stanza())?;
         pgmanifest::write(&plan, &layout, &changed)?;

@@ -102,7 +102,7 @@ pub async fn find(connection: &mut Connection, directory: Option<&Path>, system_
     let works_in = std::fs::read_link(format!("/proc/{postmaster}/cwd"));
     let is_elsewhere = works_in.is_ok_and(|at| directory.canonicalize().is_ok_and(|directory| at != directory));
     let name = std::fs::read_to_string(format!("/proc/{postmaster}/comm")).unwrap_or_default();
-    if is_elsewhere || !name.starts_with("postgres") {
+    if is_elsewhere || !(name.starts_with("postgres") || name.starts_with("postmaster")) {
         return Err(other(format!(
             "process {postmaster} of this machine does not work there"
         )));

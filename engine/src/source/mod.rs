@@ -2,6 +2,7 @@
 //! file content that begin at multiples of the chunk size.
 
 pub mod backup_mode;
+mod copy_rows;
 pub mod local;
 mod pace;
 pub mod sql;

@@ -8,12 +8,12 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bytes::{Buf, Bytes, BytesMut};
 use fairvault_format::limits::CHUNK_BYTES;
 use fairvault_format::proto::{self, FileKind};
 use tokio::task::JoinSet;
 
 use super::backup_mode::{BackupMode, CONTROL_READS, finish};
+use super::copy_rows::Rows;
 use super::pace::Pace;
 use super::stream::Ended;
 use super::walk::{CONTROL, EMPTY, is_left_out};
@@ -405,7 +405,7 @@ async fn answer(connection: &mut Connection, ranges: &[Range], queue: &Queue, ou
     let mut seen = vec![false; ranges.len()];
     let mut copy = connection.copy_out();
     while let Some(data) = copy.next().await.map_err(grants)? {
-        rows.buffer.extend_from_slice(&data);
+        rows.feed(&data);
         while let Some((number, content)) = rows.next()? {
             let place = usize::try_from(number)
                 .ok()
@@ -447,68 +447,6 @@ async fn answer(connection: &mut Connection, ranges: &[Range], queue: &Queue, ou
     match seen.iter().all(|&seen| seen) {
         true => Ok(()),
         false => Err(Error::failed("the server's answer lacks a range")),
-    }
-}
-
-/// Rows of COPY's binary format: a number and bytes, or NULL.
-#[derive(Default)]
-struct Rows {
-    buffer: BytesMut,
-    begun: bool,
-    ended: bool,
-}
-
-const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
-
-impl Rows {
-    fn next(&mut self) -> Result<Option<(i32, Option<Bytes>)>> {
-        let bad = || Error::failed("the server's answer is no binary copy");
-        if !self.begun {
-            let header = SIGNATURE.len() + 8;
-            if self.buffer.len() < header {
-                return Ok(None);
-            }
-            if !self.buffer.starts_with(SIGNATURE) || self.buffer[SIGNATURE.len()..header] != [0; 8] {
-                return Err(bad());
-            }
-            self.buffer.advance(header);
-            self.begun = true;
-        }
-        if self.ended {
-            return if self.buffer.is_empty() { Ok(None) } else { Err(bad()) };
-        }
-        let Some(fields) = self.buffer.first_chunk::<2>() else {
-            return Ok(None);
-        };
-        match i16::from_be_bytes(*fields) {
-            -1 => {
-                self.ended = true;
-                self.buffer.advance(2);
-                return if self.buffer.is_empty() { Ok(None) } else { Err(bad()) };
-            }
-            2 => {}
-            _ => return Err(bad()),
-        }
-        // Fields, length and number, length of the bytes.
-        let Some(head) = self.buffer.first_chunk::<14>() else {
-            return Ok(None);
-        };
-        let word = |at: usize| i32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-        let (number_len, number, len) = (word(2), word(6), word(10));
-        if number_len != 4 || !(-1..=CHUNK_BYTES as i32).contains(&len) {
-            return Err(bad());
-        }
-        if len < 0 {
-            self.buffer.advance(14);
-            return Ok(Some((number, None)));
-        }
-        let len = len as usize;
-        if self.buffer.len() < 14 + len {
-            self.buffer.reserve(14 + len - self.buffer.len());
-            return Ok(None);
-        }
-        self.buffer.advance(14);
-        Ok(Some((number, Some(self.buffer.split_to(len).freeze()))))
     }
 }
 
