@@ -53,13 +53,16 @@ fn results() -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// Bytes of the files below a folder; those that links lead to as well (pgBackRest's `latest`) count once.
 fn size_of(folder: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
     let files = fairvault_tests::fixture::files(folder);
-    files
+    let lengths: std::collections::HashMap<(u64, u64), u64> = files
         .iter()
-        .filter_map(|f| std::fs::metadata(f).ok())
-        .map(|m| m.len())
-        .sum()
+        .filter_map(|file| std::fs::metadata(file).ok())
+        .map(|meta| ((meta.dev(), meta.ino()), meta.len()))
+        .collect();
+    lengths.values().sum()
 }
 
 /// Makes `segments` complete segments of WAL: half of pgbench's transactions, half of rows with random text.
