@@ -9,9 +9,9 @@ use crate::progress::Progress;
 use crate::replication::base_backup::{self, BaseBackup};
 use crate::replication::connection::Connection;
 use crate::replication::conninfo::ConnInfo;
-use crate::source::backup_mode::BackupMode;
+use crate::source::backup_mode::{ALL, BackupMode, LOCAL, check_grants};
 use crate::source::local::{self, Local, Reading};
-use crate::source::sql::{self, Sql};
+use crate::source::sql::Sql;
 use crate::source::{Feed, stream};
 
 /// A source whose server is in backup mode.
@@ -123,6 +123,7 @@ async fn open_local(server: &Server, options: &Options, label: &str, readers: us
     let mut connection = connect(server, options).await?;
     let directory = options.data_directory.as_deref();
     let directory = local::find(&mut connection, directory, server.system_identifier).await?;
+    check_grants(&mut connection, LOCAL).await?;
     let session = BackupMode::start(connection, label, options.fast).await?;
     let rate = rate(options);
     Local::open(session, directory, Reading { readers, rate }).await
@@ -131,7 +132,7 @@ async fn open_local(server: &Server, options: &Options, label: &str, readers: us
 /// The server in backup mode, if the role may read its files.
 async fn open_sql(server: &Server, options: &Options, label: &str, readers: usize) -> Result<Sql> {
     let mut connection = connect(server, options).await?;
-    sql::check_grants(&mut connection, sql::ALL).await?;
+    check_grants(&mut connection, ALL).await?;
     let session = BackupMode::start(connection, label, options.fast).await?;
     let info = options.conninfo.clone();
     Sql::open(session, info, server.directory_mode, readers, rate(options)).await
@@ -142,8 +143,8 @@ pub async fn usable(info: &ConnInfo, system_identifier: u64) -> [(&'static str, 
     let local = async {
         let mut connection = BackupMode::connect(info).await?;
         local::find(&mut connection, None, system_identifier).await?;
-        sql::check_grants(&mut connection, sql::LOCAL).await
+        check_grants(&mut connection, LOCAL).await
     };
-    let sql = async { sql::check_grants(&mut BackupMode::connect(info).await?, sql::ALL).await };
+    let sql = async { check_grants(&mut BackupMode::connect(info).await?, ALL).await };
     [("local", local.await), ("sql", sql.await)]
 }

@@ -319,7 +319,7 @@ impl Work {
                     other => {
                         let is_large =
                             self.plan.files[p.file as usize].size >= self.direct_from.load(Ordering::Relaxed);
-                        &mut other.insert((p.file, Output::open(path, is_large).map_err(what)?)).1
+                        &mut other.insert((p.file, Output::open(path, is_large))).1
                     }
                 };
                 let content = &chunk[p.frame_offset as usize..p.frame_offset as usize + p.len as usize];

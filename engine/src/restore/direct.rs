@@ -21,16 +21,16 @@ pub struct Output {
 
 impl Output {
     /// Opens a file; past the cache if it is large and the file system does that.
-    pub fn open(path: &Path, is_large: bool) -> std::io::Result<Self> {
+    pub fn open(path: &Path, is_large: bool) -> Self {
         let direct = match is_large {
             true => open_direct(OpenOptions::new().write(true), path),
             false => None,
         };
-        Ok(Self {
+        Self {
             path: path.to_owned(),
             direct,
             cached: None,
-        })
+        }
     }
 
     /// Writes a part of a chunk that begins at `in_chunk`. False if the file system refuses to go past the cache.

@@ -8,7 +8,7 @@ use super::stream::Ended;
 use super::{Chunk, Entry, Feed};
 use crate::error::{Context, Error, Result};
 use crate::postgres::lsn::Lsn;
-use crate::replication::connection::{Connection, Mode};
+use crate::replication::connection::{Connection, Mode, quote_name, quote_text};
 use crate::replication::conninfo::ConnInfo;
 
 /// A server in backup mode.
@@ -59,7 +59,7 @@ impl BackupMode {
             ..15 => format!("SELECT pg_start_backup('{label}', {fast}, false)"),
             _ => format!("SELECT pg_backup_start('{label}', {fast})"),
         };
-        let start = connection.value(&start).await.map_err(grants)?;
+        let start = connection.value(&start).await?;
         let start: Lsn = parse("the start of the backup", start)?;
         let timeline = connection
             .value("SELECT timeline_id FROM pg_control_checkpoint()")
@@ -94,7 +94,7 @@ impl BackupMode {
              THEN (SELECT min_recovery_end_timeline FROM pg_control_recovery()) ELSE {} END FROM {function}",
             self.timeline
         );
-        let rows = self.connection.query(&query).await.map_err(grants)?;
+        let rows = self.connection.query(&query).await?;
         let mut row = rows.into_iter().next().unwrap_or_default().into_iter();
         let stop = parse("the end of the backup", row.next().flatten())?;
         let label = row.next().flatten().unwrap_or_default();
@@ -166,12 +166,47 @@ fn parse<T: std::str::FromStr>(what: &str, text: Option<String>) -> Result<T> {
         .map_err(|_| Error::failed(format!("the server says {text:?} for {what}")))
 }
 
-fn grants(error: Error) -> Error {
-    match error.to_string().contains("SQLSTATE 42501") {
-        true => error.remedy(
-            "GRANT EXECUTE ON FUNCTION pg_backup_start(text, boolean), pg_backup_stop(boolean) TO the role of conninfo \
-             (14: pg_start_backup(text, boolean, boolean), pg_stop_backup(boolean, boolean)), or use --source stream",
-        ),
-        false => error,
+/// Functions that a source needs, of those in `functions`: `local`.
+pub const LOCAL: usize = 2;
+/// `sql`.
+pub const ALL: usize = 5;
+
+/// Fails unless the connection's role may call the first `count` functions; the remedy is the SQL that lets it.
+pub async fn check_grants(connection: &mut Connection, count: usize) -> Result<()> {
+    let functions = &functions(connection.major())[..count];
+    let all: Vec<String> = functions
+        .iter()
+        .map(|function| format!("has_function_privilege({}, 'EXECUTE')", quote_text(function)))
+        .collect();
+    let may = connection.value(&format!("SELECT {}", all.join(" AND "))).await?;
+    if may.as_deref() == Some("t") {
+        return Ok(());
     }
+    let role = connection.value("SELECT current_user").await?.unwrap_or_default();
+    let what = match count {
+        LOCAL => "put the server into backup mode",
+        _ => "read the server's files over SQL",
+    };
+    Err(Error::refused(format!("{role} may not {what}")).remedy(format!(
+        "GRANT EXECUTE ON FUNCTION {} TO {};",
+        functions.join(", "),
+        quote_name(&role)
+    )))
+}
+
+fn functions(major: u32) -> [&'static str; ALL] {
+    let [start, stop] = match major {
+        ..15 => [
+            "pg_start_backup(text, boolean, boolean)",
+            "pg_stop_backup(boolean, boolean)",
+        ],
+        _ => ["pg_backup_start(text, boolean)", "pg_backup_stop(boolean)"],
+    };
+    [
+        start,
+        stop,
+        "pg_read_binary_file(text, bigint, bigint, boolean)",
+        "pg_ls_dir(text, boolean, boolean)",
+        "pg_stat_file(text, boolean)",
+    ]
 }

@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::postgres::control::ControlFile;
 use crate::postgres::files::relation_file;
 use crate::postgres::lsn::Lsn;
-use crate::replication::connection::{Connection, quote_name, quote_text};
+use crate::replication::connection::{Connection, quote_text};
 use crate::replication::conninfo::ConnInfo;
 
 /// Bytes that one query asks for.
@@ -240,11 +240,8 @@ async fn list(
     for file in &found {
         super::stream::check_path(&file.path)?;
     }
-    let names: HashSet<&str> = found
-        .iter()
-        .filter_map(|file| file.path.strip_suffix("_init"))
-        .collect();
-    let unlogged: HashSet<String> = names.into_iter().map(str::to_owned).collect();
+    let inits = found.iter().filter_map(|file| file.path.strip_suffix("_init"));
+    let unlogged: HashSet<String> = inits.map(str::to_owned).collect();
     // Links of tablespaces are described by the list of tablespaces; one that was made since then is made by WAL.
     let belongs = |path: &str| {
         let Some(below) = path.strip_prefix("pg_tblspc/") else {
@@ -476,49 +473,4 @@ fn grants(error: Error) -> Error {
         true => error.remedy("`fairvault check` prints what to grant"),
         false => error,
     }
-}
-
-/// Functions that a source needs, of those in `functions`: `local`.
-pub const LOCAL: usize = 2;
-/// `sql`.
-pub const ALL: usize = 5;
-
-/// Fails unless the connection's role may call the first `count` functions; the remedy is the SQL that lets it.
-pub async fn check_grants(connection: &mut Connection, count: usize) -> Result<()> {
-    let functions = &functions(connection.major())[..count];
-    let all: Vec<String> = functions
-        .iter()
-        .map(|function| format!("has_function_privilege({}, 'EXECUTE')", quote_text(function)))
-        .collect();
-    let may = connection.value(&format!("SELECT {}", all.join(" AND "))).await?;
-    if may.as_deref() == Some("t") {
-        return Ok(());
-    }
-    let role = connection.value("SELECT current_user").await?.unwrap_or_default();
-    let what = match count {
-        LOCAL => "put the server into backup mode",
-        _ => "read the server's files over SQL",
-    };
-    Err(Error::refused(format!("{role} may not {what}")).remedy(format!(
-        "GRANT EXECUTE ON FUNCTION {} TO {};",
-        functions.join(", "),
-        quote_name(&role)
-    )))
-}
-
-fn functions(major: u32) -> [&'static str; ALL] {
-    let [start, stop] = match major {
-        ..15 => [
-            "pg_start_backup(text, boolean, boolean)",
-            "pg_stop_backup(boolean, boolean)",
-        ],
-        _ => ["pg_backup_start(text, boolean)", "pg_backup_stop(boolean)"],
-    };
-    [
-        start,
-        stop,
-        "pg_read_binary_file(text, bigint, bigint, boolean)",
-        "pg_ls_dir(text, boolean, boolean)",
-        "pg_stat_file(text, boolean)",
-    ]
 }

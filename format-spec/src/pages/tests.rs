@@ -1,3 +1,5 @@
+//! What was taken apart comes back, whatever it was; what claims to have been taken apart is not believed.
+
 use super::*;
 
 fn plan(heap_words: usize, item_words: usize) -> Plan {
