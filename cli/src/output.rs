@@ -2,6 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use fairvault_engine::error::Error;
@@ -66,74 +67,97 @@ pub fn error(error: &Error, output: Output) {
     }
 }
 
-/// Shows progress until it is dropped.
+/// Shows progress until it is dropped. However short a phase was, it is told that it was gone through.
 pub struct Display {
-    stop: Option<tokio::task::JoinHandle<()>>,
-    terminal: bool,
+    screen: Arc<Screen>,
+    task: Option<tokio::task::JoinHandle<()>>,
 }
 
 impl Display {
     /// Starts to show.
     pub fn start(mode: ProgressMode, progress: Arc<Progress>, stored_word: &'static str) -> Self {
-        let terminal = mode == ProgressMode::Auto && std::io::stderr().is_terminal();
-        if mode == ProgressMode::None {
-            return Self {
-                stop: None,
-                terminal: false,
-            };
-        }
-        let every = Duration::from_millis(if terminal {
-            250
-        } else if mode == ProgressMode::Json {
-            1000
-        } else {
-            10_000
+        let screen = Arc::new(Screen {
+            progress,
+            is_json: mode == ProgressMode::Json,
+            is_terminal: mode == ProgressMode::Auto && std::io::stderr().is_terminal(),
+            stored_word,
+            started: Instant::now(),
+            phases_shown: AtomicUsize::new(0),
         });
-        let started = Instant::now();
-        let task = tokio::spawn(async move {
-            let mut shown = "";
-            let mut ticker = tokio::time::interval(Duration::from_millis(250));
-            let mut last = Instant::now().checked_sub(every).unwrap_or(started);
-            loop {
-                ticker.tick().await;
-                let phase = progress.current_phase();
-                if last.elapsed() < every && phase == shown {
-                    continue;
+        let every = Duration::from_millis(match (screen.is_terminal, screen.is_json) {
+            (true, _) => 250,
+            (_, true) => 1000,
+            _ => 10_000,
+        });
+        let shared = screen.clone();
+        let task = (mode != ProgressMode::None).then(|| {
+            tokio::spawn(async move {
+                let mut ticker = tokio::time::interval(Duration::from_millis(250));
+                let mut last: Option<Instant> = None;
+                loop {
+                    ticker.tick().await;
+                    let is_due = last.is_none_or(|last| last.elapsed() >= every);
+                    if shared.show(is_due) {
+                        last = Some(Instant::now());
+                    }
                 }
-                last = Instant::now();
-                let text = match mode {
-                    ProgressMode::Json => event(&progress, started.elapsed()),
-                    _ => status(&progress, started.elapsed(), stored_word),
-                };
-                let mut stderr = std::io::stderr().lock();
-                let _ = match terminal {
-                    true => write!(stderr, "\r\x1b[2K{text}").and_then(|()| stderr.flush()),
-                    false => writeln!(stderr, "{text}"),
-                };
-                shown = phase;
-            }
+            })
         });
-        Self {
-            stop: Some(task),
-            terminal,
-        }
+        Self { screen, task }
     }
 }
 
 impl Drop for Display {
     fn drop(&mut self) {
-        if let Some(task) = self.stop.take() {
-            task.abort();
-            if self.terminal {
-                let _ = write!(std::io::stderr(), "\r\x1b[2K");
-            }
+        let Some(task) = self.task.take() else { return };
+        task.abort();
+        if self.screen.is_terminal {
+            let _ = write!(std::io::stderr(), "\r\x1b[2K");
+        } else {
+            self.screen.show(false);
         }
     }
 }
 
-fn status(progress: &Progress, elapsed: Duration, stored_word: &str) -> String {
+/// Where progress is written, and what is there already.
+struct Screen {
+    progress: Arc<Progress>,
+    is_json: bool,
+    is_terminal: bool,
+    stored_word: &'static str,
+    started: Instant,
+    phases_shown: AtomicUsize,
+}
+
+impl Screen {
+    /// Shows the phases that were not shown yet, or how far the present one is if that `is_due`. Says whether
+    /// anything was shown.
+    fn show(&self, is_due: bool) -> bool {
+        let phases = self.progress.phases();
+        let shown = self.phases_shown.swap(phases.len(), Relaxed);
+        let new = match is_due && shown == phases.len() {
+            true => phases.len().saturating_sub(1)..phases.len(),
+            false => shown..phases.len(),
+        };
+        let mut stderr = std::io::stderr().lock();
+        for at in new.clone() {
+            let phase = phases[at];
+            let text = match self.is_json {
+                true => event(&self.progress, phase, self.started.elapsed()),
+                false if at + 1 < phases.len() => format!("{phase} …"),
+                false => status(&self.progress, phase, self.started.elapsed(), self.stored_word),
+            };
+            let _ = match self.is_terminal {
+                true => write!(stderr, "\r\x1b[2K{text}").and_then(|()| stderr.flush()),
+                false => writeln!(stderr, "{text}"),
+            };
+        }
+        !new.is_empty()
+    }
+}
+
+fn status(progress: &Progress, phase: &str, elapsed: Duration, stored_word: &str) -> String {
     let (read, total) = (progress.read_bytes.get(), progress.total_bytes.get());
-    let phase = progress.current_phase();
     if read == 0 {
         return format!("{phase} …");
     }
@@ -171,9 +195,9 @@ fn status(progress: &Progress, elapsed: Duration, stored_word: &str) -> String {
     out
 }
 
-fn event(progress: &Progress, elapsed: Duration) -> String {
+fn event(progress: &Progress, phase: &str, elapsed: Duration) -> String {
     serde_json::json!({
-        "schema": "fairvault/v1", "kind": "progress", "phase": progress.current_phase(),
+        "schema": "fairvault/v1", "kind": "progress", "phase": phase,
         "elapsed_ms": elapsed.as_millis() as u64,
         "read_bytes": progress.read_bytes.get(), "total_bytes": progress.total_bytes.get(),
         "deduplicated_bytes": progress.deduplicated_bytes.get(), "stored_bytes": progress.stored_bytes.get(),

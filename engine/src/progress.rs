@@ -27,7 +27,7 @@ impl Counter {
 /// How far a backup or a restore is.
 #[derive(Debug, Default)]
 pub struct Progress {
-    phase: Mutex<&'static str>,
+    phases: Mutex<Vec<&'static str>>,
     /// Bytes to go through; an estimate, 0 if not known.
     pub total_bytes: Counter,
     /// Bytes of the cluster read (backup) or written (restore).
@@ -45,12 +45,12 @@ pub struct Progress {
 impl Progress {
     /// Names what is being done.
     pub fn phase(&self, phase: &'static str) {
-        *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = phase;
+        self.phases.lock().unwrap_or_else(PoisonError::into_inner).push(phase);
         tracing::debug!("{phase}");
     }
 
-    /// What is being done.
-    pub fn current_phase(&self) -> &'static str {
-        *self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What was named so far, in order; the last one is being done.
+    pub fn phases(&self) -> Vec<&'static str> {
+        self.phases.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
