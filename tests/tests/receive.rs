@@ -171,12 +171,58 @@ fn acknowledged_commits_are_never_lost_in_synchronous_mode() -> Result<()> {
     }
     s.server.stop(&s.scratch, "immediate")?;
     std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
-    let (exit, text) = s.restore("r", &[]);
-    ensure!(exit == 0, "{text}");
-    s.configure("r", "synchronous_standby_names = ''\n")?;
-    let there: u32 = s.rows(&s.start("r", 5450)?)?.parse()?;
+    let there: u32 = restored(&s, "r")?.parse()?;
     ensure!(there >= acknowledged, "{there} of {acknowledged}");
     Ok(())
+}
+
+#[test]
+fn a_restore_waits_for_what_a_receiver_has_acknowledged() -> Result<()> {
+    let s = Fixture::new(
+        "syncjournal",
+        Shape {
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = on\n",
+            more: "wal = { flush_interval = \"3s\" }",
+            ..Default::default()
+        },
+    )?;
+    s.sql("set synchronous_commit = local; create table t (x int)")?;
+    s.backup()?;
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    let commit = || s.sql("insert into t values (1)");
+    for _ in 0..7 {
+        commit()?;
+    }
+    s.server.stop(&s.scratch, "immediate")?;
+    std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
+    // What was acknowledged is in the repository's journals; the receiver lives, and stores it after a while.
+    ensure!(restored(&s, "alive")? == "7");
+    receiver.kill()?;
+    // A journal that nobody has stored, in a repository that cannot be written.
+    let journals = s.scratch.join("vault/acme/journals");
+    let left = fairvault_tests::fixture::files(&journals);
+    ensure!(left.iter().any(|f| f.extension().is_some_and(|e| e == "wal")), "{left:?}");
+    let pieces = s.scratch.join("vault/acme/wal");
+    std::fs::rename(&pieces, s.scratch.join("hidden"))?;
+    s.scratch.write("vault/acme/wal", b"")?;
+    let (exit, text) = s.restore("refused", &[]);
+    ensure!(exit != 0 && text.contains("storing acknowledged WAL from"), "{exit} {text}");
+    std::fs::remove_file(&pieces)?;
+    std::fs::rename(s.scratch.join("hidden"), &pieces)?;
+    ensure!(restored(&s, "dead")? == "7");
+    let left = fairvault_tests::fixture::files(&journals);
+    ensure!(!left.iter().any(|f| f.extension().is_some_and(|e| e == "wal")), "{left:?}");
+    Ok(())
+}
+
+fn restored(s: &Fixture, name: &str) -> Result<String> {
+    let (exit, text) = s.restore(name, &[]);
+    ensure!(exit == 0, "{text}");
+    s.configure(name, "synchronous_standby_names = ''\n")?;
+    let server = s.start(name, 5450)?;
+    let rows = s.rows(&server)?;
+    server.stop(&s.scratch, "immediate")?;
+    Ok(rows)
 }
 
 #[test]

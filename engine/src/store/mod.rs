@@ -130,6 +130,12 @@ impl Store {
         &self.shown
     }
 
+    /// The folder on this machine that it is, if it is one.
+    pub fn directory(&self) -> Option<PathBuf> {
+        let root = self.settings.root.as_ref()?;
+        Some(root.path.join(&self.prefix))
+    }
+
     /// Its settings.
     pub fn settings(&self) -> &StoreSettings {
         &self.settings

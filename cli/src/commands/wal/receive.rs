@@ -66,7 +66,8 @@ pub async fn run(context: &Context, args: ReceiveArgs) -> Result<Outcome> {
             stanza,
             repository,
             options,
-            spool: spool.map(|folder| (folder, spool_size)),
+            spool,
+            spool_size,
         });
     }
     let (stop_in, stop) = watch::channel(false);
@@ -92,8 +93,10 @@ struct Receiver<'a> {
     stanza: &'a str,
     repository: &'a str,
     options: Options,
-    /// Folder of its spool, and what that may hold.
-    spool: Option<(PathBuf, u64)>,
+    /// Folder of its spool.
+    spool: Option<PathBuf>,
+    /// Bytes that the spool may hold.
+    spool_size: u64,
 }
 
 impl Receiver<'_> {
@@ -126,11 +129,15 @@ impl Receiver<'_> {
         // With a spool, the store may be away: this host remembers the keys.
         let opened = Stanza::open(&access).await?;
         let stopped = async { _ = stop.wait_for(|stop| *stop).await };
-        match &self.spool {
-            Some((folder, limit)) => {
-                receive::run_with_spool(opened, folder.clone(), *limit, &self.options, stopped).await
-            }
-            None => receive::run(Log::open(opened).await?, &self.options, stopped).await,
+        let limit = self.spool_size;
+        if let Some(folder) = &self.spool {
+            return receive::run_with_spool(opened, folder.clone(), limit, &self.options, stopped).await;
+        }
+        let log = Log::open(opened.clone()).await?;
+        match receive::journals_folder(&opened).filter(|_| self.options.synchronous) {
+            // The repository is a folder, and there: the log was read from it.
+            Some(folder) => receive::run_with_spool(opened, folder, limit, &self.options, stopped).await,
+            None => receive::run(log, &self.options, stopped).await,
         }
     }
 }

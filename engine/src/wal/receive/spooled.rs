@@ -70,6 +70,7 @@ pub async fn run(
         stanza,
         guard: guard_in,
         options: &at_leisure,
+        asks_server: true,
     };
     let mut stored_lessons = Lessons::default();
     let storing = keep_trying(stop_storing.clone(), async || {
@@ -107,11 +108,37 @@ async fn all_taken(spool: &Spool) {
     }
 }
 
+/// Stores what `spool` holds, without a server, until `stop` says that it is enough.
+pub async fn store_only(
+    stanza: Arc<Stanza>,
+    spool: &Arc<Spool>,
+    options: &Options,
+    stop: watch::Receiver<bool>,
+) -> Result<()> {
+    let store = Storing {
+        spool,
+        stanza,
+        guard: watch::channel(None).0,
+        options,
+        asks_server: false,
+    };
+    let mut lessons = Lessons::default();
+    let (_never, mut connected) = watch::channel(0);
+    loop {
+        let ended = store.once(&mut lessons, &mut connected, stop.clone()).await?;
+        if ended == Ended::Stopped || *stop.borrow() {
+            return Ok(());
+        }
+    }
+}
+
 struct Storing<'a> {
     spool: &'a Arc<Spool>,
     stanza: Arc<Stanza>,
     guard: watch::Sender<Option<Arc<Guard>>>,
     options: &'a Options,
+    /// Whether holes before what the spool holds are filled from the server.
+    asks_server: bool,
 }
 
 impl Storing<'_> {
@@ -155,6 +182,12 @@ impl Storing<'_> {
         };
         let missing = start::find(&archive, &history, &identity, lessons).await?;
         if missing.why != Why::Compare && missing.segment.number < first.number {
+            if !self.asks_server {
+                let missing = missing.segment;
+                tracing::warn!("GAP: {} is not in the repository", missing.name(archive.segment_size));
+                lessons.postponed.insert((missing.timeline, missing.number));
+                return Ok(Ended::Next);
+            }
             return self.fill(&guard, &archive, missing, first, lessons, stop).await;
         }
         // Of a timeline that was closed, what lies beyond is not stored.
@@ -181,7 +214,7 @@ impl Storing<'_> {
         };
         let reader = self.spool.reader(from, until);
         let origin = Origin::Spool(Box::new(reader));
-        let may_fill = !lessons.postponed.is_empty();
+        let may_fill = self.asks_server && !lessons.postponed.is_empty();
         tokio::select! {
             outcome = pump::run(&guard, &archive, self.options, origin, start, stop) => outcome.ended,
             // The server may have what is missing by now. What is being stored is in the spool.

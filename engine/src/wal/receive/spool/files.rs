@@ -9,7 +9,7 @@ use fairvault_format::journal::Journal;
 use fairvault_format::object::SECTION_HEADER_LEN;
 use fairvault_format::proto;
 
-use super::{Cluster, Spool, State, sync_folder};
+use super::{Cluster, Position, Spool, State, sync_folder};
 use crate::env;
 use crate::error::{Context, Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
@@ -103,15 +103,37 @@ impl OpenPart {
 }
 
 impl Spool {
-    /// What an earlier run left. The last journal of a timeline is written anew: what is read of it may never have
-    /// been synced, and counts only once it is.
-    pub(super) fn scan(&self) -> Result<State> {
-        let mut state = State::default();
+    /// The journals that are there, in order.
+    fn parts(&self) -> Result<Vec<Part>> {
         let entries = std::fs::read_dir(&self.folder).map_err(self.io("listing", ""))?;
         let mut parts: Vec<Part> = entries
             .filter_map(|entry| Part::parse(entry.ok()?.file_name().to_str()?))
             .collect();
         parts.sort_by_key(|part| (part.timeline, part.start));
+        Ok(parts)
+    }
+
+    /// Where the last journal ends, as far as it opens; nothing is changed.
+    pub(super) fn last_position(&self) -> Result<Option<(Cluster, Position)>> {
+        for part in self.parts()?.iter().rev() {
+            // One that was only begun holds nothing yet.
+            let Ok((mut open, cluster)) = self.open_part(part) else {
+                continue;
+            };
+            while open.section()?.is_some() {}
+            if open.at > part.start {
+                let (timeline, lsn) = (part.timeline, open.at);
+                return Ok(Some((cluster, Position { timeline, lsn })));
+            }
+        }
+        Ok(None)
+    }
+
+    /// What an earlier run left. The last journal of a timeline is written anew: what is read of it may never have
+    /// been synced, and counts only once it is.
+    pub(super) fn scan(&self) -> Result<State> {
+        let mut state = State::default();
+        let parts = self.parts()?;
         for at in 0..parts.len() {
             let mut part = parts[at].clone();
             let next = parts.get(at + 1).filter(|next| next.timeline == part.timeline);

@@ -131,6 +131,20 @@ impl Spool {
         Ok(Arc::new(this))
     }
 
+    /// Of a spool that somebody else has open: its cluster, and where it ends now.
+    pub fn look(stanza: Arc<Stanza>, folder: PathBuf) -> Result<Option<(Cluster, Position)>> {
+        let lock = File::open(folder.join(LOCK)).map_err(|e| Error::io(folder.display(), e))?;
+        let this = Self {
+            state: Mutex::default(),
+            changed: watch::channel(()).0,
+            stanza,
+            folder,
+            limit: 0,
+            _lock: lock,
+        };
+        this.last_position()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,0 +1,121 @@
+//! Journals in a repository that is a folder: what a synchronous receiver without a spool of its own appends
+//! to, one fsync a batch, where a piece would cost a new file and its folder.
+//!
+//! What always holds: they lie in the stanza's own folder of the repository, and so last as long as it does;
+//! whoever restores stores first what a receiver that is gone has left in them.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::known::Known;
+use super::spool::Spool;
+use super::{Options, spooled};
+use crate::commit::Log;
+use crate::error::{Context, Error, Kind, Result};
+use crate::replication::conninfo::ConnInfo;
+use crate::postgres::lsn::Lsn;
+use crate::postgres::segment::Segment;
+use crate::stanza::Stanza;
+use crate::wal::archive::Archive;
+
+/// In a stanza's folder; a folder for each host below.
+const FOLDER: &str = "journals";
+/// How long a receiver at work is given to store what it has acknowledged.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Where a receiver on this host keeps its journals, if the repository is a folder.
+pub fn folder(stanza: &Stanza) -> Option<PathBuf> {
+    let host = stanza.host().replace('/', "_");
+    Some(stanza.store().directory()?.join(FOLDER).join(host))
+}
+
+/// Stores what receivers that are gone have left in journals of the repository, as pieces and segments at zstd
+/// level `level`. A receiver that is at work does so by itself, and is waited for.
+pub async fn store(stanza: &Arc<Stanza>, level: i32) -> Result<()> {
+    let Some(folder) = stanza.store().directory().map(|d| d.join(FOLDER)) else {
+        return Ok(());
+    };
+    let listing = |e| Error::io(format_args!("listing {}", folder.display()), e);
+    let hosts = match std::fs::read_dir(&folder) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        hosts => hosts.map_err(listing)?,
+    };
+    for host in hosts {
+        let host = host.map_err(listing)?.path();
+        let stored = store_one(stanza, host.clone(), level).await;
+        stored.map_err(|error| {
+            let what = format_args!("storing acknowledged WAL from {}", host.display());
+            error.context(what).remedy(
+                "recovery would end before what was acknowledged. Restore where the repository can be written, \
+                 or move that folder out of the repository to do without",
+            )
+        })?;
+    }
+    Ok(())
+}
+
+async fn store_one(stanza: &Arc<Stanza>, folder: PathBuf, level: i32) -> Result<()> {
+    let spool = match Spool::open(stanza.clone(), folder.clone(), u64::MAX) {
+        Err(error) if error.kind() == Kind::Held => return wait_for_receiver(stanza, folder, level).await,
+        spool => spool?,
+    };
+    if spool.end().is_none() {
+        return Ok(());
+    }
+    let options = Options {
+        conninfo: ConnInfo::parse("").context(|| "no server")?,
+        slot: None,
+        standbys: Vec::new(),
+        flush_interval: Duration::ZERO,
+        piece_size: 4 << 20,
+        synchronous: false,
+        keep_pieces: false,
+        skip_gap: false,
+        level,
+    };
+    let (stop_in, stop) = watch::channel(false);
+    let mut changes = spool.changes();
+    let storing = spooled::store_only(stanza.clone(), &spool, &options, stop);
+    tokio::pin!(storing);
+    while !spool.is_stored() {
+        tokio::select! {
+            ended = &mut storing => { ended?; break }
+            _ = changes.changed() => {}
+            () = tokio::time::sleep(Duration::from_millis(50)) => {}
+        }
+    }
+    stop_in.send_replace(true);
+    if let Some(end) = spool.end().filter(|_| spool.is_stored()) {
+        tracing::info!("WAL up to {} on timeline {} was stored from journals", end.lsn, end.timeline);
+        spool.clear();
+        return Ok(());
+    }
+    Err(Error::failed("not all of it could be stored"))
+}
+
+/// Waits until a receiver at work has stored what it has acknowledged so far.
+async fn wait_for_receiver(stanza: &Arc<Stanza>, folder: PathBuf, level: i32) -> Result<()> {
+    let Some((cluster, end)) = Spool::look(stanza.clone(), folder)? else {
+        return Ok(());
+    };
+    let log = Log::open(stanza.clone()).await?;
+    let archive = Archive::open(&log, Some(cluster.system_identifier), level)?;
+    let last = Segment::of(end.timeline, Lsn(end.lsn.0 - 1), cluster.segment_size);
+    let began = tokio::time::Instant::now();
+    loop {
+        let known = Known::of(&archive, last).await?;
+        if last.start(cluster.segment_size).0 + known.end as u64 >= end.lsn.0 {
+            return Ok(());
+        }
+        if began.elapsed() > PATIENCE {
+            return Err(Error::temporary(format!(
+                "a receiver at work has acknowledged WAL up to {}, and not stored it yet",
+                end.lsn
+            )));
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
