@@ -201,17 +201,26 @@ fn a_restore_waits_for_what_a_receiver_has_acknowledged() -> Result<()> {
     // A journal that nobody has stored, in a repository that cannot be written.
     let journals = s.scratch.join("vault/acme/journals");
     let left = fairvault_tests::fixture::files(&journals);
-    ensure!(left.iter().any(|f| f.extension().is_some_and(|e| e == "wal")), "{left:?}");
+    ensure!(
+        left.iter().any(|f| f.extension().is_some_and(|e| e == "wal")),
+        "{left:?}"
+    );
     let pieces = s.scratch.join("vault/acme/wal");
     std::fs::rename(&pieces, s.scratch.join("hidden"))?;
     s.scratch.write("vault/acme/wal", b"")?;
     let (exit, text) = s.restore("refused", &[]);
-    ensure!(exit != 0 && text.contains("storing acknowledged WAL from"), "{exit} {text}");
+    ensure!(
+        exit != 0 && text.contains("storing acknowledged WAL from"),
+        "{exit} {text}"
+    );
     std::fs::remove_file(&pieces)?;
     std::fs::rename(s.scratch.join("hidden"), &pieces)?;
     ensure!(restored(&s, "dead")? == "7");
     let left = fairvault_tests::fixture::files(&journals);
-    ensure!(!left.iter().any(|f| f.extension().is_some_and(|e| e == "wal")), "{left:?}");
+    ensure!(
+        !left.iter().any(|f| f.extension().is_some_and(|e| e == "wal")),
+        "{left:?}"
+    );
     Ok(())
 }
 

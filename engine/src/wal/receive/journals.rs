@@ -15,9 +15,9 @@ use super::spool::Spool;
 use super::{Options, spooled};
 use crate::commit::Log;
 use crate::error::{Context, Error, Kind, Result};
-use crate::replication::conninfo::ConnInfo;
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
+use crate::replication::conninfo::ConnInfo;
 use crate::stanza::Stanza;
 use crate::wal::archive::Archive;
 
@@ -89,7 +89,11 @@ async fn store_one(stanza: &Arc<Stanza>, folder: PathBuf, level: i32) -> Result<
     }
     stop_in.send_replace(true);
     if let Some(end) = spool.end().filter(|_| spool.is_stored()) {
-        tracing::info!("WAL up to {} on timeline {} was stored from journals", end.lsn, end.timeline);
+        tracing::info!(
+            "WAL up to {} on timeline {} was stored from journals",
+            end.lsn,
+            end.timeline
+        );
         spool.clear();
         return Ok(());
     }
