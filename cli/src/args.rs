@@ -230,10 +230,14 @@ pub struct BackupArgs {
 /// Kinds of backups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum BackupType {
-    /// What fits: a full backup.
+    /// incr if there is a backup to build on, else full
     Auto,
-    /// Everything is read; what the repository has is not stored again.
+    /// Everything is read; what the repository has is not stored again
     Full,
+    /// Only what changed since the newest full backup is read; the backup is complete all the same
+    Diff,
+    /// Only what changed since the newest backup is read; the backup is complete all the same
+    Incr,
 }
 
 /// Sources.

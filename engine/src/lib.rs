@@ -19,5 +19,6 @@ pub mod restore;
 pub mod source;
 pub mod stanza;
 pub mod store;
+pub mod track;
 pub mod verify;
 pub mod wal;

@@ -4,7 +4,9 @@
 //! PostgreSQL refuses to run as root: as root, servers and the commands that PostgreSQL would run go to the
 //! user `postgres`.
 
+pub mod dice;
 pub mod fixture;
+pub mod physical;
 pub mod proxy;
 pub mod receiver;
 pub mod rgw;

@@ -7,32 +7,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use fairvault_tests::dice::{Dice, number};
 use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::receiver::Receiver;
 use fairvault_tests::s3::S3;
 use fairvault_tests::{Fixture, Server, Shape, code, run, tools};
-
-/// Pseudo-random numbers (splitmix64), the same for a seed on every machine.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % sides
-    }
-
-    fn pause(&mut self, longest_ms: u64) {
-        std::thread::sleep(Duration::from_millis(self.roll(longest_ms)));
-    }
-}
-
-fn number(variable: &str, default: u64) -> u64 {
-    let text = std::env::var(variable).ok();
-    text.and_then(|text| text.parse().ok()).unwrap_or(default)
-}
 
 /// What can happen, in words for the log.
 const EVENTS: [&str; 8] = [

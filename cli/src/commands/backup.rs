@@ -10,7 +10,7 @@ use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::progress::Progress;
 
 use super::{Outcome, stanza, stop_signal};
-use crate::args::{BackupArgs, Output, Source, WalArg};
+use crate::args::{BackupArgs, BackupType, Output, Source, WalArg};
 use crate::config;
 use crate::config::Codec;
 use crate::context::Context;
@@ -59,6 +59,12 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
     }
     let (codec, level) = context.backup_compression(&args.stanza, args.level)?;
     let options = Options {
+        kind: match args.kind {
+            BackupType::Auto => backup::Kind::Auto,
+            BackupType::Full => backup::Kind::Full,
+            BackupType::Diff => backup::Kind::Diff,
+            BackupType::Incr => backup::Kind::Incr,
+        },
         source: match args.source {
             Source::Auto => SourceKind::Auto,
             Source::Local => SourceKind::Local,
@@ -98,7 +104,7 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
         output::json(
             "backup",
             &serde_json::json!({
-                "id": info.id, "type": info.r#type, "stanza": args.stanza, "repository": log.stanza().shown(),
+                "id": info.id, "type": info.r#type, "parent": info.parent, "no_parent_reason": info.no_parent_reason, "read_bytes": info.read_bytes, "stanza": args.stanza, "repository": log.stanza().shown(),
                 "start_lsn": Lsn(info.start_lsn).to_string(), "stop_lsn": Lsn(info.stop_lsn).to_string(), "timeline": info.stop_timeline,
                 "files": info.files, "plain_bytes": info.plain_bytes, "new_plain_bytes": info.new_plain_bytes,
                 "new_stored_bytes": info.new_stored_bytes, "elapsed_ms": started.elapsed().as_millis() as u64,
@@ -106,21 +112,22 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
             }),
         );
     } else {
-        let known = info.plain_bytes.saturating_sub(info.new_plain_bytes);
+        let known = info.read_bytes.saturating_sub(info.new_plain_bytes);
+        let mut what = format!("{} in {} files", output::bytes(info.plain_bytes), info.files);
+        if !info.parent.is_empty() {
+            what += &format!(" on {}, {} read", info.parent, output::bytes(info.read_bytes));
+        }
+        what += &format!(", {} stored", output::bytes(info.new_stored_bytes));
+        if known > 0 {
+            what += &format!(", {} deduplicated", output::bytes(known));
+        }
         output::line(format_args!(
-            "backup {} of {}: {} in {} files, {} stored{}, {} ({}/s)",
+            "{} backup {} of {}: {what}, {} ({}/s)",
+            info.r#type,
             info.id,
             args.stanza,
-            output::bytes(info.plain_bytes),
-            info.files,
-            output::bytes(info.new_stored_bytes),
-            if known > 0 {
-                format!(", {} deduplicated", output::bytes(known))
-            } else {
-                String::new()
-            },
             output::seconds(started.elapsed()),
-            output::bytes((info.plain_bytes as f64 / started.elapsed().as_secs_f64().max(0.001)) as u64),
+            output::bytes((info.read_bytes as f64 / started.elapsed().as_secs_f64().max(0.001)) as u64),
         ));
         output::line(format_args!(
             "consistent from {} (timeline {})",

@@ -15,27 +15,85 @@ use crate::codec::{Codec, Content};
 use crate::dedup::{Claim, Known};
 use crate::env;
 use crate::error::{Error, Result};
-use crate::source::Entry;
+use crate::source::{Entry, Wanted};
 use crate::stanza::Stanza;
 
-/// Files in a manifest segment: small enough that a change touches little, large enough to be few.
-const SEGMENT_FILES: usize = 2048;
+/// Files in a manifest segment: at most, and about how many.
+const SEGMENT_FILES: usize = 4096;
+const USUAL_FILES: u32 = 1024;
 /// Extents in a manifest segment.
 const SEGMENT_EXTENTS: usize = 65_536;
 
 /// zstd level of manifest segments: they are small.
 const LEVEL: i32 = 3;
 
+/// Consecutive bytes of a file that are consecutive in a chunk too.
+#[derive(Debug, Clone, Copy)]
+pub struct Extent {
+    file: u32,
+    offset: u64,
+    len: u32,
+    handle: u32,
+    in_chunk: u32,
+    /// Of what was read; 0 for what the parent has.
+    crc32c: u32,
+}
+
+/// What every file is made of: what was read, and what the parent has.
+pub fn extents(shared: &Shared, entries: &[Entry], done: Vec<Done>) -> Result<Vec<Extent>> {
+    let mut read = vec![0u64; entries.len()];
+    let mut all = Vec::with_capacity(done.len());
+    for d in done {
+        read[d.file as usize] += u64::from(d.run.len);
+        all.push(Extent {
+            file: d.file,
+            offset: d.run.offset,
+            len: d.run.len,
+            handle: d.handle,
+            in_chunk: d.in_chunk,
+            crc32c: d.crc32c,
+        });
+    }
+    for (number, entry) in entries.iter().enumerate() {
+        let (Wanted::Blocks(ranges), false) = (&entry.wanted, entry.is_gone) else {
+            continue;
+        };
+        let basis = shared.basis.as_ref();
+        let basis = basis.ok_or_else(|| Error::failed("a part of a file was read without a parent"))?;
+        let wanted = entry.wanted.bytes(entry.size);
+        if read[number] != wanted {
+            let read = read[number];
+            return Err(Error::failed(format!(
+                "{}: {read} of {wanted} changed bytes went through the pipeline",
+                entry.path
+            )));
+        }
+        for kept in basis.kept(&entry.path, entry.size, ranges) {
+            let frame = &basis.manifest.frames[kept.frame as usize];
+            let pack = &basis.manifest.packs[frame.pack as usize];
+            all.push(Extent {
+                file: number as u32,
+                offset: kept.file_offset,
+                len: kept.len,
+                handle: shared.chunks.adopt(pack, frame),
+                in_chunk: kept.frame_offset,
+                crc32c: 0,
+            });
+        }
+    }
+    all.sort_unstable_by_key(|e| (e.file, e.offset));
+    Ok(all)
+}
+
 /// Stores the manifest segments as chunks. Returns for each its first path, its number of files and the
 /// handles of its chunks. Blocks.
 pub fn store_segments(
     shared: &Shared,
     entries: &[Entry],
-    mut done: Vec<Done>,
+    extents: &[Extent],
     known: &[Known],
     packs: &[PackRef],
 ) -> Result<Vec<(String, u32, Vec<u32>)>> {
-    done.sort_unstable_by_key(|d| (d.file, d.offset));
     let mut order: Vec<usize> = (0..entries.len()).filter(|&number| !entries[number].is_gone).collect();
     order.sort_by(|&a, &b| entries[a].path.as_bytes().cmp(entries[b].path.as_bytes()));
     if let Some(pair) = order
@@ -50,17 +108,23 @@ pub fn store_segments(
     let mut out = Vec::new();
     let mut builder = SegmentBuilder::default();
     for (position, &number) in order.iter().enumerate() {
-        let from = done.partition_point(|d| (d.file as usize) < number);
-        let to = done.partition_point(|d| d.file as usize <= number);
-        builder.file(&entries[number], &done[from..to], known, packs)?;
+        let from = extents.partition_point(|e| (e.file as usize) < number);
+        let to = extents.partition_point(|e| e.file as usize <= number);
+        builder.file(&entries[number], &extents[from..to], known, packs)?;
         let full = builder.segment.files.len() >= SEGMENT_FILES || builder.extents >= SEGMENT_EXTENTS;
-        if full || position + 1 == order.len() {
+        if full || position + 1 == order.len() || ends_segment(&entries[number].path) {
             let (segment, first) = std::mem::take(&mut builder).finish();
             let files = segment.files.len() as u32;
             out.push((first, files, store(shared, &mut codec, &segment)?));
         }
     }
     Ok(out)
+}
+
+/// Segments end where the paths say so, not by number: a file that is new then changes one segment, and the others are
+/// shared with the parent.
+fn ends_segment(path: &str) -> bool {
+    crc32c::crc32c(path.as_bytes()).is_multiple_of(USUAL_FILES)
 }
 
 fn store(shared: &Shared, codec: &mut Codec, segment: &proto::ManifestSegment) -> Result<Vec<u32>> {
@@ -92,30 +156,40 @@ struct SegmentBuilder {
 }
 
 impl SegmentBuilder {
-    fn file(&mut self, entry: &Entry, done: &[Done], known: &[Known], packs: &[PackRef]) -> Result<()> {
+    fn file(&mut self, entry: &Entry, parts: &[Extent], known: &[Known], packs: &[PackRef]) -> Result<()> {
         let mut extents = proto::Extents::default();
-        let (mut crc, mut covered) = (0u32, 0u64);
-        for d in done {
-            if d.offset != covered {
+        let is_composed = entry.wanted != Wanted::All;
+        let (mut crc, mut covered, mut last) = (0u32, 0u64, None::<&Extent>);
+        for part in parts {
+            // What the parent has nothing for is zero there.
+            if part.offset < covered || part.offset > covered && !is_composed {
                 return Err(Error::failed(format!(
                     "{}: its chunks do not follow each other",
                     entry.path
                 )));
             }
-            covered += u64::from(d.len);
-            crc = crc32c::crc32c_combine(crc, d.crc32c, d.len as usize);
-            extents.file_offset.push(d.offset);
-            extents.len.push(d.len);
-            extents.frame.push(self.frame(d.handle, known, packs)?);
-            extents.frame_offset.push(0);
+            crc = crc32c::crc32c_combine(crc, part.crc32c, part.len as usize);
+            let goes_on = last.is_some_and(|last| {
+                last.handle == part.handle && last.in_chunk + last.len == part.in_chunk && part.offset == covered
+            });
+            covered = part.offset + u64::from(part.len);
+            last = Some(part);
+            if let Some(len) = extents.len.last_mut().filter(|_| goes_on) {
+                *len += part.len;
+                continue;
+            }
+            extents.file_offset.push(part.offset);
+            extents.len.push(part.len);
+            extents.frame.push(self.frame(part.handle, known, packs)?);
+            extents.frame_offset.push(part.in_chunk);
         }
-        if covered != entry.size {
+        if covered > entry.size || covered < entry.size && !is_composed {
             return Err(Error::failed(format!(
                 "{}: {covered} of {} bytes went through the pipeline",
                 entry.path, entry.size
             )));
         }
-        self.extents += done.len();
+        self.extents += extents.len.len();
         self.segment.files.push(proto::FileEntry {
             path: entry.path.clone(),
             kind: entry.kind as i32,
@@ -123,9 +197,10 @@ impl SegmentBuilder {
             mode: entry.mode,
             mtime_us: entry.mtime_us,
             link_target: entry.link_target.clone(),
-            crc32c: crc,
-            extents: (!done.is_empty()).then_some(extents),
+            crc32c: if is_composed { 0 } else { crc },
+            extents: (!parts.is_empty()).then_some(extents),
             path_bytes: Vec::new(),
+            composed: is_composed,
         });
         Ok(())
     }

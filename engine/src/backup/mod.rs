@@ -5,6 +5,7 @@
 
 pub mod judge;
 pub mod manifest;
+pub mod parent;
 pub mod pipeline;
 pub mod source;
 pub mod upload;
@@ -27,17 +28,38 @@ use crate::error::{Context, Error, Result};
 use crate::pack::Packer;
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
+use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT};
 use crate::progress::Progress;
 use crate::replication::connection::{Connection, Mode};
 use crate::replication::conninfo::ConnInfo;
 use crate::source::{Entry, Feed, PIPELINE_GONE};
+use crate::track::selection::Selection;
 use crate::wal::archive::Archive;
 use crate::wal::stream::{Until, capture};
 
-/// Size of a page; servers built with another BLCKSZ are refused.
-const BLOCK_SIZE: u32 = 8192;
-/// Blocks in a segment file of 1 GiB.
-const BLOCKS_PER_SEGMENT: u32 = 131_072;
+/// What a backup builds on. Whatever it is, the backup is complete, and restores by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `Incr` if there is a backup to build on, else `Full`.
+    Auto,
+    /// Nothing: everything is read.
+    Full,
+    /// The newest full backup.
+    Diff,
+    /// The newest backup.
+    Incr,
+}
+
+impl Kind {
+    /// As it is written in a backup's facts, and the last letter of its id.
+    fn words(self) -> (&'static str, char) {
+        match self {
+            Self::Auto | Self::Full => ("full", 'F'),
+            Self::Diff => ("diff", 'D'),
+            Self::Incr => ("incr", 'I'),
+        }
+    }
+}
 
 /// How WAL from start to stop gets into the repository.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +88,8 @@ pub enum SourceKind {
 /// What to do.
 #[derive(Debug, Clone)]
 pub struct Options {
+    /// What it builds on.
+    pub kind: Kind,
     /// Source.
     pub source: SourceKind,
     /// Where the server's data directory is on this machine; without, the server is asked.
@@ -111,7 +135,7 @@ struct Server {
     wal: WalMethod,
 }
 
-/// Takes a full backup. When `cancelled` completes, it stops cleanly and its session is ended.
+/// Takes a backup. When `cancelled` completes, it stops cleanly and its session is ended.
 pub async fn run(
     log: &mut Log,
     options: &Options,
@@ -128,7 +152,17 @@ pub async fn run(
         )));
     }
     let env = log.stanza().clone();
-    let mut session = Session::begin(log, "backup", |state| backup_id(state, env.env())).await?;
+    let has_parent = parent::is_there(log.state(), options.kind, server.system_identifier);
+    let kind = match options.kind {
+        Kind::Auto if has_parent => Kind::Incr,
+        Kind::Auto => Kind::Full,
+        kind => kind,
+    };
+    let options = &Options {
+        kind,
+        ..options.clone()
+    };
+    let mut session = Session::begin(log, "backup", |state| backup_id(state, env.env(), kind)).await?;
     let id = session.backup().to_owned();
     let outcome = tokio::select! {
         outcome = transfer(log, &mut session, server, archive, options, &id, progress.clone()) => outcome,
@@ -152,11 +186,12 @@ pub async fn run(
 }
 
 /// The time, as far as no other backup has it.
-fn backup_id(state: &proto::Snapshot, env: &dyn Env) -> String {
+fn backup_id(state: &proto::Snapshot, env: &dyn Env, kind: Kind) -> String {
+    let (_, letter) = kind.words();
     let mut now_us = env.now_us();
     loop {
         let time = jiff::Timestamp::from_microsecond(now_us).unwrap_or_default();
-        let id = format!("{}F", time.strftime("%Y%m%d-%H%M%S"));
+        let id = format!("{}{letter}", time.strftime("%Y%m%d-%H%M%S"));
         if !state::is_taken(state, &id) {
             return id;
         }
@@ -172,7 +207,7 @@ async fn inspect(options: &Options) -> Result<Server> {
     if connection
         .show("block_size")
         .await?
-        .is_some_and(|size| size != BLOCK_SIZE.to_string())
+        .is_some_and(|size| size != BLOCK_BYTES.to_string())
     {
         return Err(Error::new(
             crate::error::Kind::Unsupported,
@@ -253,11 +288,10 @@ async fn transfer(
     let from_standby = server.connection.in_recovery();
     let server_version = server.connection.server_version();
     let label = format!("fairvault {id}");
-    let checked_page = server.checksums.then_some(BLOCK_SIZE);
+    let (system_identifier, checksums) = (server.system_identifier, server.checksums);
     let mut source = Source::open(&mut server, options, &label, workers, &progress).await?;
     let (start, timeline) = source.position();
     let tablespaces = source.tablespaces();
-    progress.phase("copying");
 
     let (until, until_seen) = watch::channel(None);
     let mut wal_task = WalTask::new(wal_connection.map(|connection| {
@@ -272,6 +306,30 @@ async fn transfer(
         ))
     }));
 
+    if options.kind != Kind::Full {
+        progress.phase("finding what changed");
+    }
+    let child = parent::Child {
+        system_identifier,
+        server_version,
+        checksums,
+        start,
+        timeline,
+    };
+    let choosing = parent::choose(log, &archive, options, &child);
+    let (basis, no_parent_reason) = tokio::select! {
+        choice = choosing => match choice? {
+            parent::Choice::Parent(basis) => (Some(basis), String::new()),
+            parent::Choice::None(why) => (None, why),
+        },
+        error = wal_task.failure() => return Err(error),
+    };
+    match &basis {
+        Some(basis) => tracing::info!("building on backup {}", basis.parent.id),
+        None if options.kind != Kind::Full => tracing::warn!("everything is read: {no_parent_reason}"),
+        None => {}
+    }
+    progress.phase("copying");
     let chunks = Arc::new(SessionChunks::new(index));
     let (finished_in, finished_out) = mpsc::channel(1);
     let shared = Arc::new(pipeline::Shared {
@@ -280,12 +338,13 @@ async fn transfer(
         packer: Packer::new(stanza.clone(), chunks.clone(), finished_in),
         level: options.level,
         pages: options.pages,
-        checked_page,
-        blocks_per_segment: BLOCKS_PER_SEGMENT,
+        checksums,
+        basis: basis.clone(),
         progress: progress.clone(),
     });
     let (chunks_in, chunks_out) = mpsc::channel(workers * 4);
-    let mut feed = Feed::new(chunks_in, progress.clone());
+    let selection = Selection { basis: basis.clone() };
+    let mut feed = Feed::new(chunks_in, progress.clone(), selection);
 
     // The workers, then the manifest segments, which go through the same packer.
     let worker_shared = shared.clone();
@@ -297,8 +356,9 @@ async fn transfer(
             .blocking_recv()
             .map_err(|_| Error::failed("the source has ended early"))?;
         // Packs of content must have their names before a manifest can point to them.
+        let extents = manifest::extents(&worker_shared, &entries, results.done)?;
         let (known, packs) = worker_shared.chunks.finish()?;
-        let segments = manifest::store_segments(&worker_shared, &entries, results.done, &known, &packs)?;
+        let segments = manifest::store_segments(&worker_shared, &entries, &extents, &known, &packs)?;
         worker_shared.packer.close()?;
         let mut bad_pages = results.bad_pages;
         bad_pages.retain(|page| !entries[page.entry as usize].is_gone);
@@ -358,7 +418,13 @@ async fn transfer(
     let entries = || packed.entries.iter().filter(|entry| !entry.is_gone);
     let info = proto::BackupInfo {
         id: id.to_owned(),
-        r#type: "full".to_owned(),
+        r#type: options.kind.words().0.to_owned(),
+        parent: basis.map(|basis| basis.parent.id.clone()).unwrap_or_default(),
+        no_parent_reason: match options.kind {
+            Kind::Full => String::new(),
+            _ => no_parent_reason,
+        },
+        read_bytes: progress.read_bytes.get(),
         system_identifier: server.system_identifier,
         server_version,
         start_timeline: timeline,
@@ -368,7 +434,7 @@ async fn transfer(
         started_us,
         stopped_us: stanza.env().now_us(),
         wal_segment_size: archive.segment_size,
-        block_size: BLOCK_SIZE,
+        block_size: BLOCK_BYTES,
         data_checksums: server.checksums,
         from_standby,
         files: entries().count() as u64,

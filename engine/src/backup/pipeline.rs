@@ -13,21 +13,23 @@ use crate::error::{Error, Result};
 use crate::pack::Packer;
 use crate::postgres::files::{RelationFile, relation_file};
 use crate::postgres::page;
+use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT};
 use crate::progress::Progress;
-use crate::source::Chunk;
+use crate::source::{Chunk, Run};
 use crate::stanza::Stanza;
+use crate::track::selection::Basis;
 
-/// A chunk that went through the pipeline.
+/// A run of a chunk that went through the pipeline.
 #[derive(Debug, Clone, Copy)]
 pub struct Done {
     /// Number of the entry.
     pub file: u32,
-    /// Offset in the file, bytes.
-    pub offset: u64,
-    /// Length, bytes.
-    pub len: u32,
     /// Handle of the chunk.
     pub handle: u32,
+    /// Where it is in the file.
+    pub run: Run,
+    /// Where it is in the chunk, bytes.
+    pub in_chunk: u32,
     /// CRC-32C of the content.
     pub crc32c: u32,
 }
@@ -70,10 +72,10 @@ pub struct Shared {
     pub level: i32,
     /// Pages may be taken apart.
     pub pages: bool,
-    /// Size of a page if the cluster has checksums.
-    pub checked_page: Option<u32>,
-    /// Blocks in a segment file.
-    pub blocks_per_segment: u32,
+    /// The cluster has checksums.
+    pub checksums: bool,
+    /// The parent, if there is one.
+    pub basis: Option<Arc<Basis>>,
     /// Counters.
     pub progress: Arc<Progress>,
 }
@@ -121,7 +123,7 @@ fn worker(shared: &Shared, input: &Mutex<mpsc::Receiver<Chunk>>) -> Result<Resul
 }
 
 fn process(shared: &Shared, codec: &mut Codec, chunk: &Chunk, results: &mut Results) -> Result<()> {
-    check_pages(shared, chunk, &mut results.bad_pages);
+    check_pages(shared, chunk, &mut results.bad_pages)?;
     let id = shared.stanza.keys().chunk_id(&chunk.bytes);
     let len = chunk.bytes.len() as u32;
     let handle = match shared.chunks.claim(id, len) {
@@ -140,32 +142,57 @@ fn process(shared: &Shared, codec: &mut Codec, chunk: &Chunk, results: &mut Resu
             handle
         }
     };
-    results.done.push(Done {
-        file: chunk.file,
-        offset: chunk.offset,
-        len,
-        handle,
-        crc32c: crc32c::crc32c(&chunk.bytes),
-    });
+    let mut in_chunk = 0;
+    for &run in &chunk.runs {
+        let content = &chunk.bytes[in_chunk as usize..(in_chunk + run.len) as usize];
+        results.done.push(Done {
+            file: chunk.file,
+            handle,
+            run,
+            in_chunk,
+            crc32c: crc32c::crc32c(content),
+        });
+        in_chunk += run.len;
+    }
     Ok(())
 }
 
-fn check_pages(shared: &Shared, chunk: &Chunk, bad: &mut Vec<BadPage>) {
-    let Some(page_size) = shared.checked_page else { return };
-    let Some(file) = relation_file(&chunk.path) else { return };
-    let first = (chunk.offset / u64::from(page_size)) as u32;
-    for (index, page) in chunk.bytes.chunks_exact(page_size as usize).enumerate() {
-        let block = first + index as u32;
-        let in_relation = file.segment.wrapping_mul(shared.blocks_per_segment).wrapping_add(block);
-        if let page::Verdict::Bad { expected, found } = page::verify(page, in_relation) {
-            bad.push(BadPage {
-                entry: chunk.file,
-                path: chunk.path.clone(),
-                file,
-                block,
-                expected,
-                found,
-            });
+fn check_pages(shared: &Shared, chunk: &Chunk, bad: &mut Vec<BadPage>) -> Result<()> {
+    if !shared.checksums && shared.basis.is_none() {
+        return Ok(());
+    }
+    let Some(file) = relation_file(&chunk.path) else {
+        return Ok(());
+    };
+    let mut rest = &chunk.bytes[..];
+    for run in &chunk.runs {
+        let (content, behind) = rest.split_at(run.len as usize);
+        rest = behind;
+        let first = (run.offset / u64::from(BLOCK_BYTES)) as u32;
+        for (index, page) in content.chunks_exact(BLOCK_BYTES as usize).enumerate() {
+            let block = first + index as u32;
+            let in_relation = file.segment.wrapping_mul(BLOCKS_PER_SEGMENT).wrapping_add(block);
+            let verdict = match shared.checksums {
+                true => page::verify(page, in_relation),
+                false => page::Verdict::Good,
+            };
+            match verdict {
+                page::Verdict::Bad { expected, found } => bad.push(BadPage {
+                    entry: chunk.file,
+                    path: chunk.path.clone(),
+                    file,
+                    block,
+                    expected,
+                    found,
+                }),
+                // A page that says nothing sensible says nothing of the WAL either.
+                _ => {
+                    if let Some(basis) = &shared.basis {
+                        basis.check_page(&file, in_relation, page)?;
+                    }
+                }
+            }
         }
     }
+    Ok(())
 }

@@ -11,6 +11,7 @@ use fairvault_format::proto::Snapshot;
 use fairvault_format::{limits, names, sha256};
 
 use crate::error::{Error, Result};
+use crate::restore::plan::FrameRef;
 use crate::stanza::Stanza;
 
 /// Runs fetched at once.
@@ -121,7 +122,7 @@ impl Index {
 }
 
 /// The packs that the store lists, with their lengths.
-async fn list_packs(stanza: &Stanza) -> Result<HashMap<[u8; 32], u64>> {
+pub async fn list_packs(stanza: &Stanza) -> Result<HashMap<[u8; 32], u64>> {
     let listed = stanza.store().list(names::PACKS).await?;
     Ok(listed
         .into_iter()
@@ -130,7 +131,7 @@ async fn list_packs(stanza: &Stanza) -> Result<HashMap<[u8; 32], u64>> {
 }
 
 /// The packs that were found damaged.
-async fn distrusted(stanza: &Stanza) -> Result<HashSet<[u8; 32]>> {
+pub async fn distrusted(stanza: &Stanza) -> Result<HashSet<[u8; 32]>> {
     let listed = stanza.store().list(names::DISTRUSTED).await?;
     Ok(listed.iter().filter_map(|(name, _)| names::parse_hash(name)).collect())
 }
@@ -210,6 +211,19 @@ struct Tables {
     pack_numbers: HashMap<[u8; 32], u32>,
 }
 
+impl Tables {
+    /// The number of a pack that is stored.
+    fn number(&mut self, pack: &PackRef) -> u32 {
+        if let Some(&number) = self.pack_numbers.get(&pack.name) {
+            return number;
+        }
+        let number = self.packs.len() as u32;
+        self.packs.push(Some(*pack));
+        self.pack_numbers.insert(pack.name, number);
+        number
+    }
+}
+
 /// The chunks and packs of one session.
 #[derive(Debug)]
 pub struct SessionChunks {
@@ -239,22 +253,11 @@ impl SessionChunks {
         }
         let handle = t.chunks.len() as u32;
         t.handles.insert(id, handle);
-        let known = self.index.find(&id).map(|(pack, entry)| {
-            let number = match t.pack_numbers.get(&pack.name) {
-                Some(&number) => number,
-                None => {
-                    let number = t.packs.len() as u32;
-                    t.packs.push(Some(*pack));
-                    t.pack_numbers.insert(pack.name, number);
-                    number
-                }
-            };
-            Place {
-                pack: number,
-                ordinal: entry.ordinal,
-                offset: entry.offset,
-                stored_len: entry.stored_len,
-            }
+        let known = self.index.find(&id).map(|(pack, entry)| Place {
+            pack: t.number(pack),
+            ordinal: entry.ordinal,
+            offset: entry.offset,
+            stored_len: entry.stored_len,
         });
         t.chunks.push(Known {
             id,
@@ -266,6 +269,28 @@ impl SessionChunks {
         } else {
             Claim::New(handle)
         }
+    }
+
+    /// A chunk that the parent has, where it has it.
+    pub fn adopt(&self, pack: &PackRef, frame: &FrameRef) -> u32 {
+        let mut t = self.tables();
+        if let Some(&handle) = t.handles.get(&frame.id) {
+            return handle;
+        }
+        let handle = t.chunks.len() as u32;
+        t.handles.insert(frame.id, handle);
+        let place = Place {
+            pack: t.number(pack),
+            ordinal: frame.ordinal,
+            offset: frame.offset,
+            stored_len: frame.stored_len,
+        };
+        t.chunks.push(Known {
+            id: frame.id,
+            plain_len: frame.plain_len,
+            place: Some(place),
+        });
+        handle
     }
 
     /// Says where a claimed chunk was put.

@@ -9,6 +9,11 @@ pub mod page;
 pub mod segment;
 pub mod walker;
 
+/// Size of a page, bytes (BLCKSZ). Servers built with another one are refused.
+pub const BLOCK_BYTES: u32 = 8192;
+/// Pages in a relation's file (RELSEG_SIZE): 1 GiB.
+pub const BLOCKS_PER_SEGMENT: u32 = 131_072;
+
 /// What depends on the major version, in one table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Version {

@@ -10,14 +10,15 @@ use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::stanza::Stanza;
 
-/// For each placement of the plan: the file has the right content there. `there` says which files may have any.
+/// For each placement of the plan whether the file has the right content there, and the CRC-32C of that. `there` says
+/// which files may have any.
 pub async fn right(
     stanza: &Arc<Stanza>,
     plan: &Arc<Plan>,
     paths: &Arc<[PathBuf]>,
     there: &Arc<[bool]>,
     progress: &Arc<Progress>,
-) -> Result<Vec<bool>> {
+) -> Result<Vec<Option<u32>>> {
     let stop = StopOnDrop::default();
     let comparison = Comparison {
         stanza: stanza.clone(),
@@ -52,7 +53,7 @@ struct Comparison {
 }
 
 impl Comparison {
-    fn run(&self) -> Result<Vec<bool>> {
+    fn run(&self) -> Result<Vec<Option<u32>>> {
         let Self {
             stanza,
             plan,
@@ -73,7 +74,7 @@ impl Comparison {
             (placement.file, placement.file_offset)
         });
         let next = AtomicUsize::new(0);
-        let worker = || -> Result<Vec<u32>> {
+        let worker = || -> Result<Vec<(u32, u32)>> {
             let mut right = Vec::new();
             let mut open: Option<(u32, Input)> = None;
             loop {
@@ -105,7 +106,7 @@ impl Comparison {
                     let frame = &plan.frames[placement.frame as usize];
                     let epoch = plan.packs[frame.pack as usize].header.epoch;
                     if stanza.keys_of(epoch)?.chunk_id(content) == frame.id {
-                        right.push(number);
+                        right.push((number, crc32c::crc32c(content)));
                         progress.read_bytes.add(placement.len.into());
                         progress.deduplicated_bytes.add(placement.len.into());
                     }
@@ -113,7 +114,7 @@ impl Comparison {
             }
         };
         let workers = std::thread::available_parallelism().map_or(2, usize::from);
-        let found: Vec<Result<Vec<u32>>> = std::thread::scope(|scope| {
+        let found: Vec<Result<Vec<(u32, u32)>>> = std::thread::scope(|scope| {
             let handles: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
             let joined = handles.into_iter().map(|handle| {
                 handle
@@ -122,10 +123,10 @@ impl Comparison {
             });
             joined.collect()
         });
-        let mut all = vec![false; plan.placements.len()];
+        let mut all = vec![None; plan.placements.len()];
         for numbers in found {
-            for number in numbers? {
-                all[number as usize] = true;
+            for (number, crc) in numbers? {
+                all[number as usize] = Some(crc);
             }
         }
         Ok(all)

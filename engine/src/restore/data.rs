@@ -1,6 +1,7 @@
 //! File content: ranged reads in pack order, frames opened and checked in parallel, positional writes, every file
 //! synced at the end.
 
+use std::collections::HashMap;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -14,6 +15,7 @@ use fairvault_format::proto::{FileEntry, FileKind};
 use futures::StreamExt;
 use tokio::sync::Semaphore;
 
+use super::crc::Parts;
 use super::direct::{DIRECT_BYTES, Output, make_room};
 use super::layout::Layout;
 use super::plan::{FrameRef, Placement, Plan};
@@ -36,7 +38,7 @@ const HOLE_BYTES: usize = 8192;
 const SYNCS: usize = 16;
 
 /// What was written.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone)]
 pub struct Written {
     /// Files.
     pub files: u64,
@@ -44,6 +46,8 @@ pub struct Written {
     pub bytes: u64,
     /// Files that were right already.
     pub kept: u64,
+    /// CRC-32C of files whose manifest does not have it, by number.
+    pub crcs: HashMap<u32, u32>,
 }
 
 /// One frame, read and checked.
@@ -137,6 +141,7 @@ struct Work {
     placements: Vec<Placement>,
     placed_from: Vec<u32>,
     paths: Arc<[PathBuf]>,
+    parts: Parts,
     progress: Arc<Progress>,
     /// Twice as many pieces of work at once as there are cores: half of them may be waiting for the disk.
     cores: Semaphore,
@@ -160,12 +165,19 @@ pub async fn write_all(
     let preparing = tokio::task::spawn_blocking(move || prepare(&of, &at, delta, sparse));
     let there: Arc<[bool]> = preparing.await.map_err(panicked)??.into();
     let mut placements = plan.placements.clone();
+    let parts = Parts::default();
     if delta {
         let right = compare::right(&stanza, plan, &paths, &there, &progress).await?;
         let mut right = right.into_iter();
-        placements.retain(|_| !right.next().unwrap_or(false));
+        placements.retain(|placement| match right.next().flatten() {
+            Some(crc) => {
+                parts.add_crc(placement, crc);
+                false
+            }
+            None => true,
+        });
     }
-    let written = count(plan, &there, &placements);
+    let mut written = count(plan, &there, &placements);
     progress.files.add(written.files + written.kept);
     placements.sort_unstable_by_key(|p| p.frame);
     let mut needed = vec![false; plan.frames.len()];
@@ -185,6 +197,7 @@ pub async fn write_all(
         placements,
         placed_from,
         paths,
+        parts,
         progress,
         cores: Semaphore::new(2 * std::thread::available_parallelism().map_or(2, usize::from)),
         readers: Mutex::default(),
@@ -198,6 +211,7 @@ pub async fn write_all(
     let synced = work.clone();
     let syncing = tokio::task::spawn_blocking(move || sync_files(&synced.plan.files, &synced.paths));
     syncing.await.map_err(panicked)??;
+    written.crcs = work.parts.finish(plan);
     Ok(written)
 }
 
@@ -323,6 +337,7 @@ impl Work {
                     }
                 };
                 let content = &chunk[p.frame_offset as usize..p.frame_offset as usize + p.len as usize];
+                self.parts.add(&self.plan, p, content);
                 let leaves_holes = self.holes.as_ref().is_some_and(|there| !there[p.file as usize]);
                 for run in runs(content, leaves_holes) {
                     let at = run.start;

@@ -5,6 +5,7 @@
 //! caller says so; `pg_control` is written last; success is reported only after everything was synced.
 
 mod compare;
+mod crc;
 pub mod data;
 mod direct;
 pub mod layout;
@@ -91,7 +92,7 @@ pub async fn run(
         let written = data::write_all(log.stanza().clone(), &plan, &layout, options, progress.clone()).await?;
         progress.phase("writing recovery settings");
         let changed = settings::write(&plan, &layout, options, log.stanza())?;
-        pgmanifest::write(&plan, &layout, &changed)?;
+        pgmanifest::write(&plan, &layout, &changed, &written.crcs)?;
         progress.phase("syncing");
         finish(&plan, &layout)?;
         Ok::<_, Error>(written)

@@ -2,6 +2,7 @@
 //!
 //! It lists the files as they now are: those that the restore had to change get their new length and CRC.
 
+use std::collections::HashMap;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 
@@ -33,8 +34,9 @@ fn checksum(crc: u32) -> String {
     hex::encode(crc.to_le_bytes())
 }
 
-/// Writes `backup_manifest`.
-pub fn write(plan: &Plan, layout: &Layout, changed: &[String]) -> Result<()> {
+/// Writes `backup_manifest`. `changed` are paths of files that the restore changed, `crcs` the CRCs of files whose
+/// manifest does not have it, by number.
+pub fn write(plan: &Plan, layout: &Layout, changed: &[String], crcs: &HashMap<u32, u32>) -> Result<()> {
     let version = if plan.info.server_version >= 170_000 { 2 } else { 1 };
     let mut text = format!("{{ \"PostgreSQL-Backup-Manifest-Version\": {version},\n");
     if version >= 2 {
@@ -52,13 +54,14 @@ pub fn write(plan: &Plan, layout: &Layout, changed: &[String]) -> Result<()> {
             ..FileEntry::default()
         });
     let added: Vec<FileEntry> = added.collect();
-    for file in plan
-        .files
-        .iter()
-        .filter(|f| f.kind() == FileKind::FileRegular)
-        .chain(&added)
+    let numbered = plan.files.iter().enumerate();
+    let numbered = numbered.map(|(number, file)| (Some(number as u32), file));
+    for (number, file) in numbered
+        .filter(|(_, f)| f.kind() == FileKind::FileRegular)
+        .chain(added.iter().map(|file| (None, file)))
     {
-        let (mut size, mut crc) = (file.size, file.crc32c);
+        let computed = number.and_then(|number| crcs.get(&number));
+        let (mut size, mut crc) = (file.size, computed.copied().unwrap_or(file.crc32c));
         if changed.iter().any(|c| c == &file.path) {
             let path = layout.directory.join(&file.path);
             let Ok(content) = std::fs::read(&path) else { continue };

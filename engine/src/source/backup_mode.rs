@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use super::stream::Ended;
-use super::{Chunk, Entry, Feed};
+use super::{Chunk, Entry, Feed, Run};
 use crate::error::{Context, Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::replication::connection::{Connection, Mode, quote_name, quote_text};
@@ -151,10 +151,11 @@ pub async fn finish(session: BackupMode, feed: &mut Feed, control: Entry, conten
 async fn whole(feed: &mut Feed, entry: Entry, content: Vec<u8>) -> Result<()> {
     let path: Arc<str> = entry.path.as_str().into();
     let file = feed.entry(entry);
+    let len = content.len() as u32;
     feed.chunk(Chunk {
         file,
         path,
-        offset: 0,
+        runs: Box::new([Run { offset: 0, len }]),
         bytes: content.into(),
     })
     .await

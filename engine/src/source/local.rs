@@ -13,18 +13,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
-use fairvault_format::limits::CHUNK_BYTES;
 use fairvault_format::proto;
 
 use super::backup_mode::{BackupMode, CONTROL_READS, finish};
 use super::pace::Pace;
 use super::stream::Ended;
 use super::walk::{CONTROL, Found, Tree, entry, walk};
-use super::{Chunk, Entry, Feed};
+use super::{Chunk, Entry, Feed, Run};
 use crate::error::{Error, Result};
 use crate::postgres::control::ControlFile;
 use crate::postgres::lsn::Lsn;
 use crate::replication::connection::Connection;
+use crate::track::selection::Selection;
 
 /// Bytes of pg_control.
 const CONTROL_BYTES: usize = 8192;
@@ -222,13 +222,16 @@ impl Local {
         if !tree.strange.is_empty() {
             tracing::warn!("left out, as neither files nor folders: {}", tree.strange.join(", "));
         }
-        feed.total(tree.files.iter().map(|file| file.size).sum());
+        let selection = feed.selection().clone();
+        let to_read = tree.files.iter().map(|f| selection.of(&f.path, f.size).bytes(f.size));
+        feed.total(to_read.sum());
         for folder in tree.folders {
             feed.entry(folder);
         }
         let reader = Reader {
             first: feed.next_number(),
             outlet: feed.outlet(),
+            selection,
             pace: Pace::new(rate),
             failed: AtomicBool::new(false),
         };
@@ -282,14 +285,14 @@ struct Open {
 /// A chunk to be read.
 struct Job {
     open: Arc<Open>,
-    offset: u64,
-    len: u32,
+    runs: Box<[Run]>,
 }
 
 struct Reader {
     /// Number of the first file.
     first: u32,
     outlet: super::Outlet,
+    selection: Selection,
     pace: Pace,
     failed: AtomicBool,
 }
@@ -351,11 +354,15 @@ impl Reader {
                 path: found.path.as_str().into(),
                 file,
             });
-            entries.push(entry(&found.path, &meta));
-            for offset in (0..meta.len()).step_by(CHUNK_BYTES as usize) {
-                let len = u64::from(CHUNK_BYTES).min(meta.len() - offset) as u32;
-                let open = open.clone();
-                if jobs.send(Job { open, offset, len }).is_err() || self.failed.load(Ordering::Relaxed) {
+            let wanted = self.selection.of(&found.path, meta.len());
+            let chunks = wanted.chunks(meta.len());
+            entries.push(Entry {
+                wanted,
+                ..entry(&found.path, &meta)
+            });
+            for runs in chunks {
+                let (open, runs) = (open.clone(), runs.into());
+                if jobs.send(Job { open, runs }).is_err() || self.failed.load(Ordering::Relaxed) {
                     return Err(Error::failed(super::PIPELINE_GONE));
                 }
             }
@@ -364,14 +371,20 @@ impl Reader {
     }
 
     fn read(&self, job: &Job) -> Result<()> {
-        self.pace.wait(job.len.into());
-        let mut bytes = vec![0; job.len as usize];
-        read_at(&job.open.file, &mut bytes, job.offset)
-            .map_err(|e| Error::io(format_args!("reading {} at {}", job.open.path, job.offset), e))?;
+        let len: usize = job.runs.iter().map(|run| run.len as usize).sum();
+        self.pace.wait(len as u64);
+        let mut bytes = vec![0; len];
+        let mut rest = &mut bytes[..];
+        for run in &job.runs {
+            let (now, behind) = rest.split_at_mut(run.len as usize);
+            read_at(&job.open.file, now, run.offset)
+                .map_err(|e| Error::io(format_args!("reading {} at {}", job.open.path, run.offset), e))?;
+            rest = behind;
+        }
         self.outlet.send(Chunk {
             file: job.open.number,
             path: job.open.path.clone(),
-            offset: job.offset,
+            runs: job.runs.clone(),
             bytes: bytes.into(),
         })
     }

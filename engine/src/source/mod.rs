@@ -10,6 +10,7 @@ pub mod sql;
 pub mod stream;
 pub mod tar;
 mod walk;
+mod wanted;
 
 use std::sync::Arc;
 
@@ -19,6 +20,8 @@ use tokio::sync::mpsc;
 
 use crate::error::{Error, Result};
 use crate::progress::Progress;
+use crate::track::selection::Selection;
+pub use wanted::{Run, Wanted};
 
 /// A file, folder or link, without its content.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +40,8 @@ pub struct Entry {
     pub link_target: String,
     /// It vanished while it was read, and is no part of the backup.
     pub is_gone: bool,
+    /// What of it is read.
+    pub wanted: Wanted,
 }
 
 /// A chunk of file content.
@@ -46,9 +51,9 @@ pub struct Chunk {
     pub file: u32,
     /// The entry's path, for messages and to know whether it has checksummed pages.
     pub path: Arc<str>,
-    /// Offset in the file, bytes.
-    pub offset: u64,
-    /// Content.
+    /// Where it is in the file, in order: one run, or gathered blocks.
+    pub runs: Box<[Run]>,
+    /// Content of the runs, one after the other.
     pub bytes: Bytes,
 }
 
@@ -60,16 +65,29 @@ pub struct Feed {
     entries: Vec<Entry>,
     chunks: mpsc::Sender<Chunk>,
     progress: Arc<Progress>,
+    selection: Selection,
 }
 
 impl Feed {
-    /// A feed into a bounded channel.
-    pub fn new(chunks: mpsc::Sender<Chunk>, progress: Arc<Progress>) -> Self {
+    /// A feed into a bounded channel, of what `selection` says.
+    pub fn new(chunks: mpsc::Sender<Chunk>, progress: Arc<Progress>, selection: Selection) -> Self {
         Self {
             entries: Vec::new(),
             chunks,
             progress,
+            selection,
         }
+    }
+
+    /// What is to be read.
+    pub fn selection(&self) -> &Selection {
+        &self.selection
+    }
+
+    /// Bytes that came and are in the parent.
+    pub fn passed_over(&self, bytes: u64) {
+        self.progress.read_bytes.add(bytes);
+        self.progress.deduplicated_bytes.add(bytes);
     }
 
     /// How much there is to read, as far as that is known.

@@ -8,6 +8,7 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use bytes::Bytes;
 use fairvault_format::limits::CHUNK_BYTES;
 use fairvault_format::proto::{self, FileKind};
 use tokio::task::JoinSet;
@@ -17,8 +18,9 @@ use super::copy_rows::Rows;
 use super::pace::Pace;
 use super::stream::Ended;
 use super::walk::{CONTROL, EMPTY, is_left_out};
-use super::{Chunk, Entry, Feed, Outlet};
+use super::{Chunk, Entry, Feed, Outlet, Run, Wanted};
 use crate::error::{Error, Result};
+use crate::postgres::BLOCK_BYTES;
 use crate::postgres::control::ControlFile;
 use crate::postgres::files::relation_file;
 use crate::postgres::lsn::Lsn;
@@ -28,7 +30,7 @@ use crate::replication::conninfo::ConnInfo;
 /// Bytes that one query asks for.
 const QUERY_BYTES: u64 = 4 << 20;
 /// Ranges that one query asks for.
-const QUERY_RANGES: usize = 256;
+const QUERY_RANGES: usize = 512;
 
 /// A server in backup mode, and how to reach it again.
 pub struct Sql {
@@ -111,10 +113,14 @@ impl Sql {
         } = self;
         let has_summaries = session.connection.major() >= 17;
         let found = list(&mut session.connection, &listed, &version_folder).await?;
-        feed.total(found.iter().map(|file| file.size).sum());
-        let mut ranges = Vec::new();
-        for file in &found {
-            let number = feed.entry(entry(file, mode));
+        let wanted: Vec<Wanted> = found.iter().map(|f| feed.selection().of(&f.path, f.size)).collect();
+        feed.total(found.iter().zip(&wanted).map(|(f, wanted)| wanted.bytes(f.size)).sum());
+        let mut files = Vec::new();
+        for (file, wanted) in found.iter().zip(wanted) {
+            let number = feed.entry(Entry {
+                wanted: wanted.clone(),
+                ..entry(file, mode)
+            });
             if file.path == "pg_wal" {
                 for inner in ["archive_status"]
                     .into_iter()
@@ -127,10 +133,18 @@ impl Sql {
                 }
             }
             if !file.is_folder {
-                ranges.push((number, Arc::<str>::from(file.path.as_str()), file.size));
+                files.push(File {
+                    number,
+                    path: file.path.as_str().into(),
+                    size: file.size,
+                    chunks: match is_whole(&file.path, file.size) {
+                        true => Chunks::Whole,
+                        false => Chunks::Of(wanted.chunks(file.size)),
+                    },
+                });
             }
         }
-        let queue = Arc::new(Queue::new(ranges));
+        let queue = Arc::new(Queue::new(files));
         let mut readers = JoinSet::new();
         for connection in connections {
             readers.spawn(read_ranges(connection, queue.clone(), feed.outlet(), pace.clone()));
@@ -150,6 +164,7 @@ impl Sql {
             mtime_us: 0,
             link_target: String::new(),
             is_gone: false,
+            wanted: Wanted::All,
         };
         finish(session, feed, control, content).await
     }
@@ -198,6 +213,7 @@ fn entry(file: &Listed, mode: u32) -> Entry {
         mtime_us: file.mtime_us,
         link_target: String::new(),
         is_gone: false,
+        wanted: Wanted::All,
     }
 }
 
@@ -269,7 +285,7 @@ async fn list(
     Ok(found)
 }
 
-/// Ranges that nobody has asked for yet.
+/// Chunks that nobody has asked for yet.
 struct Queue {
     left: Mutex<Left>,
     ended: Mutex<Ends>,
@@ -285,66 +301,93 @@ struct Ends {
 }
 
 struct Left {
-    files: std::vec::IntoIter<(u32, Arc<str>, u64)>,
-    current: Option<(u32, Arc<str>, u64)>,
-    offset: u64,
+    files: std::vec::IntoIter<File>,
+    current: Option<File>,
 }
 
-/// A range of a file.
-#[derive(Clone)]
-struct Range {
+/// A file, and what nobody has asked for yet of it.
+struct File {
     number: u32,
     path: Arc<str>,
-    offset: u64,
-    len: u32,
-    /// All of the file, however long it is by now.
+    /// As it was listed, bytes.
+    size: u64,
+    chunks: Chunks,
+}
+
+enum Chunks {
+    /// All of it, however long it is by now.
+    Whole,
+    /// These.
+    Of(super::wanted::Chunks),
+    /// No more.
+    None,
+}
+
+/// A chunk that a query asks for, a row for each of its runs.
+struct Asked {
+    number: u32,
+    path: Arc<str>,
+    runs: Box<[Run]>,
     whole: bool,
+    /// What came, while rows are missing.
+    content: Vec<u8>,
+    missing: usize,
+}
+
+impl Asked {
+    fn len(&self) -> usize {
+        self.runs.iter().map(|run| run.len as usize).sum()
+    }
+}
+
+impl File {
+    fn next(&mut self) -> Option<Asked> {
+        let (runs, whole) = match &mut self.chunks {
+            Chunks::Whole => {
+                self.chunks = Chunks::None;
+                let len = CHUNK_BYTES;
+                (vec![Run { offset: 0, len }], true)
+            }
+            Chunks::Of(chunks) => (chunks.next()?, false),
+            Chunks::None => return None,
+        };
+        Some(Asked {
+            number: self.number,
+            path: self.path.clone(),
+            missing: runs.len(),
+            runs: runs.into(),
+            whole,
+            content: Vec::new(),
+        })
+    }
 }
 
 impl Queue {
-    fn new(files: Vec<(u32, Arc<str>, u64)>) -> Self {
+    fn new(files: Vec<File>) -> Self {
         Self {
             left: Mutex::new(Left {
                 files: files.into_iter(),
                 current: None,
-                offset: 0,
             }),
             ended: Mutex::default(),
         }
     }
 
-    /// The ranges of the next query; none if there are no more.
-    fn next(&self) -> Vec<Range> {
+    /// The chunks of the next query; none if there are no more.
+    fn next(&self) -> Vec<Asked> {
         let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut ranges, mut bytes) = (Vec::new(), 0);
-        while bytes < QUERY_BYTES && ranges.len() < QUERY_RANGES {
-            let Some((number, path, size)) = left.current.take().or_else(|| {
-                left.offset = 0;
-                left.files.next()
-            }) else {
+        let (mut asked, mut bytes, mut rows) = (Vec::new(), 0, 0);
+        while bytes < QUERY_BYTES && rows < QUERY_RANGES {
+            let Some(mut file) = left.current.take().or_else(|| left.files.next()) else {
                 break;
             };
-            let whole = is_whole(&path, size);
-            let len = match whole {
-                true => CHUNK_BYTES,
-                false => u64::from(CHUNK_BYTES).min(size - left.offset) as u32,
-            };
-            if len > 0 {
-                ranges.push(Range {
-                    number,
-                    path: path.clone(),
-                    offset: left.offset,
-                    len,
-                    whole,
-                });
-            }
-            bytes += u64::from(len).min(size.max(8192));
-            left.offset += u64::from(len);
-            if left.offset < size {
-                left.current = Some((number, path, size));
-            }
+            let Some(chunk) = file.next() else { continue };
+            bytes += (chunk.len() as u64).min(file.size.max(u64::from(BLOCK_BYTES)));
+            rows += chunk.runs.len();
+            asked.push(chunk);
+            left.current = Some(file);
         }
-        ranges
+        asked
     }
 
     fn note(&self, note: impl FnOnce(&mut Ends)) {
@@ -358,36 +401,35 @@ impl Queue {
 
 /// One connection: the next query is on its way while the answer to the last one is read.
 async fn read_ranges(mut connection: Connection, queue: Arc<Queue>, outlet: Outlet, pace: Arc<Pace>) -> Result<()> {
-    let mut asked = std::collections::VecDeque::new();
+    let mut under_way = std::collections::VecDeque::new();
     loop {
-        while asked.len() < 2 {
-            let ranges = queue.next();
-            if ranges.is_empty() {
+        while under_way.len() < 2 {
+            let asked = queue.next();
+            if asked.is_empty() {
                 break;
             }
-            pace.wait_async(ranges.iter().map(|range| u64::from(range.len)).sum())
+            pace.wait_async(asked.iter().map(|chunk| chunk.len() as u64).sum())
                 .await;
-            connection.send_query(&query(&ranges)).await?;
-            asked.push_back(ranges);
+            connection.send_query(&query(&asked)).await?;
+            under_way.push_back(asked);
         }
-        match asked.pop_front() {
-            Some(ranges) => answer(&mut connection, &ranges, &queue, &outlet).await?,
+        match under_way.pop_front() {
+            Some(asked) => answer(&mut connection, asked, &queue, &outlet).await?,
             None => return Ok(()),
         }
     }
 }
 
-fn query(ranges: &[Range]) -> String {
-    let values: Vec<String> = ranges
+/// Each run of each chunk, numbered in that order.
+fn query(asked: &[Asked]) -> String {
+    let runs = asked
         .iter()
+        .flat_map(|chunk| chunk.runs.iter().map(|run| (&chunk.path, run)));
+    let values: Vec<String> = runs
         .enumerate()
-        .map(|(number, range)| {
-            format!(
-                "({number}, {}, {}::bigint, {}::bigint)",
-                quote_text(&range.path),
-                range.offset,
-                range.len
-            )
+        .map(|(number, (path, run))| {
+            let path = quote_text(path);
+            format!("({number}, {path}, {}::bigint, {}::bigint)", run.offset, run.len)
         })
         .collect();
     format!(
@@ -397,54 +439,75 @@ fn query(ranges: &[Range]) -> String {
 }
 
 /// Takes the answer to a query.
-async fn answer(connection: &mut Connection, ranges: &[Range], queue: &Queue, outlet: &Outlet) -> Result<()> {
+async fn answer(connection: &mut Connection, mut asked: Vec<Asked>, queue: &Queue, outlet: &Outlet) -> Result<()> {
+    // Of each row: its chunk, and the run of that.
+    let places: Vec<(usize, usize)> = asked
+        .iter()
+        .enumerate()
+        .flat_map(|(chunk, asked)| (0..asked.runs.len()).map(move |run| (chunk, run)))
+        .collect();
+    let mut seen = vec![false; places.len()];
     let mut rows = Rows::default();
-    let mut seen = vec![false; ranges.len()];
     let mut copy = connection.copy_out();
     while let Some(data) = copy.next().await.map_err(grants)? {
         rows.feed(&data);
         while let Some((number, content)) = rows.next()? {
-            let place = usize::try_from(number)
+            let row = usize::try_from(number)
                 .ok()
-                .filter(|&at| at < ranges.len() && !seen[at]);
-            let at = place.ok_or_else(|| Error::failed("the server answers with a range that was not asked for"))?;
-            seen[at] = true;
-            let range = &ranges[at];
-            let bytes = match content {
-                Some(content) if content.len() > range.len as usize => {
-                    return Err(Error::failed(format!("the server sent too much of {}", range.path)));
+                .filter(|&row| seen.get(row) == Some(&false));
+            let row = row.ok_or_else(|| Error::failed("the server answers with a range that was not asked for"))?;
+            seen[row] = true;
+            let (chunk, run) = places[row];
+            if let Some(bytes) = take(&mut asked[chunk], run, content, queue)?
+                && !bytes.is_empty()
+            {
+                let chunk = &asked[chunk];
+                let mut runs = chunk.runs.clone();
+                if chunk.whole {
+                    runs[0].len = bytes.len() as u32;
                 }
-                Some(content) if range.whole => {
-                    queue.note(|ends| ends.sizes.push((range.number, content.len() as u64)));
-                    content
-                }
-                Some(content) if content.len() == range.len as usize => content,
-                short => {
-                    if short.is_none() {
-                        queue.note(|ends| ends.vanished.push(range.number));
-                    }
-                    let mut padded = short.map(|bytes| bytes.to_vec()).unwrap_or_default();
-                    padded.resize(range.len as usize, 0);
-                    padded.into()
-                }
-            };
-            if bytes.is_empty() {
-                continue;
+                outlet
+                    .send_async(Chunk {
+                        file: chunk.number,
+                        path: chunk.path.clone(),
+                        runs,
+                        bytes,
+                    })
+                    .await?;
             }
-            outlet
-                .send_async(Chunk {
-                    file: range.number,
-                    path: range.path.clone(),
-                    offset: range.offset,
-                    bytes,
-                })
-                .await?;
         }
     }
     match seen.iter().all(|&seen| seen) {
         true => Ok(()),
         false => Err(Error::failed("the server's answer lacks a range")),
     }
+}
+
+/// Takes the content of a run, `None` if its file is gone; gives the chunk's content once all of it came.
+fn take(chunk: &mut Asked, run: usize, content: Option<Bytes>, queue: &Queue) -> Result<Option<Bytes>> {
+    let number = chunk.number;
+    let len = chunk.runs[run].len as usize;
+    if content.is_none() {
+        queue.note(|ends| ends.vanished.push(number));
+    }
+    let content = content.unwrap_or_default();
+    if content.len() > len {
+        return Err(Error::failed(format!("the server sent too much of {}", chunk.path)));
+    }
+    if chunk.whole {
+        queue.note(|ends| ends.sizes.push((number, content.len() as u64)));
+        return Ok(Some(content));
+    }
+    if chunk.runs.len() == 1 && content.len() == len {
+        return Ok(Some(content));
+    }
+    // What is missing is zero.
+    let total = chunk.len();
+    chunk.content.resize(total, 0);
+    let from: usize = chunk.runs[..run].iter().map(|run| run.len as usize).sum();
+    chunk.content[from..from + content.len()].copy_from_slice(&content);
+    chunk.missing -= 1;
+    Ok((chunk.missing == 0).then(|| std::mem::take(&mut chunk.content).into()))
 }
 
 /// pg_control, until its CRC holds.

@@ -10,9 +10,11 @@ use fairvault_format::limits::CHUNK_BYTES;
 use fairvault_format::proto::{self, FileKind};
 
 use super::tar::{Event, Header, Kind, Parser};
-use super::{Chunk, Entry, Feed};
+use super::{Chunk, Entry, Feed, Run, Wanted};
 use crate::error::{Error, Result};
+use crate::postgres::files::relation_file;
 use crate::postgres::lsn::Lsn;
+use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT};
 use crate::replication::base_backup::{BaseBackup, Item};
 
 /// What a source found out besides the files.
@@ -44,9 +46,13 @@ pub fn tablespaces(backup: &BaseBackup<'_>) -> Vec<proto::Tablespace> {
 struct Current {
     number: u32,
     path: Arc<str>,
-    offset: u64,
+    wanted: Wanted,
+    /// What came so far, bytes.
+    position: u64,
+    size: u64,
+    /// The chunk that is being filled, and where it is in the file.
     buffer: BytesMut,
-    left: u64,
+    runs: Vec<Run>,
 }
 
 /// Reads the base backup to its end.
@@ -117,16 +123,24 @@ fn begin(feed: &mut Feed, prefix: &str, header: Header) -> Result<Option<Current
         mtime_us: header.mtime_s.saturating_mul(1_000_000),
         link_target,
         is_gone: false,
+        wanted: Wanted::All,
     };
     let path: Arc<str> = entry.path.as_str().into();
     let size = entry.size;
+    let wanted = feed.selection().of(&path, size);
+    let entry = Entry {
+        wanted: wanted.clone(),
+        ..entry
+    };
     let number = feed.entry(entry);
     Ok((kind == FileKind::FileRegular).then(|| Current {
         number,
         path,
-        offset: 0,
+        wanted,
+        position: 0,
+        size,
         buffer: BytesMut::new(),
-        left: size,
+        runs: Vec::new(),
     }))
 }
 
@@ -144,13 +158,24 @@ pub(super) fn check_path(path: &str) -> Result<()> {
 
 async fn append(feed: &Feed, file: &mut Current, mut bytes: &[u8]) -> Result<()> {
     while !bytes.is_empty() {
-        if file.buffer.capacity() == 0 {
-            file.buffer
-                .reserve((CHUNK_BYTES as usize).min(usize::try_from(file.left).unwrap_or(usize::MAX)));
+        let room = CHUNK_BYTES as usize - file.buffer.len();
+        let (take, is_wanted) = match &file.wanted {
+            Wanted::All => (room.min(bytes.len()), true),
+            // To the end of the page, which begins here or began before.
+            Wanted::Blocks(_) => {
+                let block = (file.position / u64::from(BLOCK_BYTES)) as u32;
+                let begun = (file.position % u64::from(BLOCK_BYTES)) as usize;
+                let take = (BLOCK_BYTES as usize - begun).min(bytes.len());
+                (take, file.wanted.has(block))
+            }
+        };
+        let (now, rest) = bytes.split_at(take);
+        match is_wanted {
+            true => keep(file, now),
+            false => pass_over(feed, file, now)?,
         }
-        let take = (CHUNK_BYTES as usize - file.buffer.len()).min(bytes.len());
-        file.buffer.extend_from_slice(&bytes[..take]);
-        bytes = &bytes[take..];
+        file.position += take as u64;
+        bytes = rest;
         if file.buffer.len() == CHUNK_BYTES as usize {
             flush(feed, file).await?;
         }
@@ -158,16 +183,39 @@ async fn append(feed: &Feed, file: &mut Current, mut bytes: &[u8]) -> Result<()>
     Ok(())
 }
 
+fn keep(file: &mut Current, bytes: &[u8]) {
+    if file.buffer.capacity() == 0 {
+        let left = usize::try_from(file.size.saturating_sub(file.position)).unwrap_or(usize::MAX);
+        file.buffer.reserve((CHUNK_BYTES as usize).min(left));
+    }
+    file.buffer.extend_from_slice(bytes);
+    let (offset, len) = (file.position, bytes.len() as u32);
+    match file.runs.last_mut() {
+        Some(last) if last.offset + u64::from(last.len) == offset => last.len += len,
+        _ => file.runs.push(Run { offset, len }),
+    }
+}
+
+/// What the parent has: it came all the same, so that it can be seen whether that is true.
+fn pass_over(feed: &Feed, file: &Current, bytes: &[u8]) -> Result<()> {
+    feed.passed_over(bytes.len() as u64);
+    let block = u64::from(BLOCK_BYTES);
+    let begins = file.position.is_multiple_of(block);
+    match (&feed.selection().basis, relation_file(&file.path)) {
+        (Some(basis), Some(relation)) if begins => {
+            let number = relation.segment * BLOCKS_PER_SEGMENT + (file.position / block) as u32;
+            basis.check_page(&relation, number, bytes)
+        }
+        _ => Ok(()),
+    }
+}
+
 async fn flush(feed: &Feed, file: &mut Current) -> Result<()> {
-    let bytes = std::mem::take(&mut file.buffer).freeze();
-    let offset = file.offset;
-    file.offset += bytes.len() as u64;
-    file.left = file.left.saturating_sub(bytes.len() as u64);
     feed.chunk(Chunk {
         file: file.number,
         path: file.path.clone(),
-        offset,
-        bytes,
+        runs: std::mem::take(&mut file.runs).into(),
+        bytes: std::mem::take(&mut file.buffer).freeze(),
     })
     .await
 }

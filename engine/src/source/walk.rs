@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use fairvault_format::proto::FileKind;
 
-use super::Entry;
+use super::{Entry, Wanted};
 use crate::error::{Error, Result};
 use crate::postgres::files::{Fork, relation_file};
 
@@ -215,6 +215,7 @@ pub fn entry(path: &str, meta: &Metadata) -> Entry {
         mtime_us: meta.mtime().saturating_mul(1_000_000),
         link_target: String::new(),
         is_gone: false,
+        wanted: Wanted::All,
     }
 }
 

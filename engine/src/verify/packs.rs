@@ -1,6 +1,5 @@
 //! Packs and the frames that backups need of them.
 
-use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -12,15 +11,11 @@ use futures::StreamExt;
 use super::{BackupVerdict, CONCURRENT, Finding, Level, MAX_LISTED, Report};
 use crate::error::{Kind, Result};
 use crate::postgres::files::relation_file;
-use crate::postgres::page;
+use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT, page};
 use crate::progress::Progress;
 use crate::restore::data::open_frame;
 use crate::restore::plan::{FrameRef, Manifest};
 use crate::stanza::Stanza;
-
-/// Page size and blocks in a segment file, as `backup` insists on them.
-const PAGE: u64 = 8192;
-const BLOCKS_PER_SEGMENT: u32 = 131_072;
 
 /// What is lost, and what is not known.
 #[derive(Default)]
@@ -41,30 +36,29 @@ impl Checked {
 /// Findings listed for one pack.
 const MAX_PER_PACK: usize = 20;
 
-/// Which checksummed pages a frame holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Pages {
-    /// None that is known.
-    Unknown,
-    /// Those of a relation, from this block on.
-    From(u32),
-    /// Two relations share the frame, or a page was damaged at its source: nothing to compare with.
-    Incomparable,
+/// Checksummed pages in a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Pages {
+    /// The first one, counted in the chunk.
+    at: u32,
+    /// How many.
+    count: u32,
+    /// Block of the first one in its relation; `None` if a page was damaged at its source.
+    block: Option<u32>,
 }
 
 impl Pages {
-    fn merge(self, other: Self) -> Self {
-        match (self, other) {
-            (Self::Unknown, known) | (known, Self::Unknown) => known,
-            (a, b) if a == b => a,
-            _ => Self::Incomparable,
-        }
+    /// Which block a page of the chunk is, if it is one of these; the inner `None` if it cannot be compared.
+    fn block_of(&self, page: u32) -> Option<Option<u32>> {
+        let behind = page.checked_sub(self.at).filter(|&behind| behind < self.count)?;
+        Some(self.block.map(|block| block.wrapping_add(behind)))
     }
 }
 
 struct Frame {
     place: FrameRef,
-    pages: Pages,
+    /// Different backups may use different parts.
+    pages: Vec<Pages>,
 }
 
 /// The packs that must be there, and the frames in them that backups need.
@@ -101,36 +95,37 @@ impl Wanted {
         for failure in &manifest.root.page_failures {
             failed.entry(&failure.path).or_default().push(failure.block);
         }
-        let mut pages = vec![Pages::Unknown; manifest.frames.len()];
+        let mut pages: Vec<Vec<Pages>> = vec![Vec::new(); manifest.frames.len()];
         for p in &manifest.placements {
             let path = &manifest.files[p.file as usize].path;
-            let Some(relation) = relation_file(path).filter(|_| has_checksums && p.frame_offset == 0) else {
+            let is_paged = has_checksums && p.frame_offset.is_multiple_of(BLOCK_BYTES);
+            let Some(relation) = relation_file(path).filter(|_| is_paged) else {
                 continue;
             };
-            let block = (p.file_offset / PAGE) as u32;
-            let covered = block..block + p.len / PAGE as u32;
+            let block = (p.file_offset / u64::from(BLOCK_BYTES)) as u32;
+            let count = p.len / BLOCK_BYTES;
             let known_bad = failed
                 .get(path.as_str())
-                .is_some_and(|blocks| blocks.iter().any(|b| covered.contains(b)));
-            let here = match known_bad {
-                true => Pages::Incomparable,
-                false => Pages::From(relation.segment.wrapping_mul(BLOCKS_PER_SEGMENT).wrapping_add(block)),
-            };
-            let known = &mut pages[p.frame as usize];
-            *known = known.merge(here);
+                .is_some_and(|blocks| blocks.iter().any(|b| (block..block + count).contains(b)));
+            let in_relation = relation.segment.wrapping_mul(BLOCKS_PER_SEGMENT).wrapping_add(block);
+            pages[p.frame as usize].push(Pages {
+                at: p.frame_offset / BLOCK_BYTES,
+                count,
+                block: (!known_bad).then_some(in_relation),
+            });
         }
         for reference in &manifest.packs {
             self.packs.entry(reference.name).or_default().reference = Some(*reference);
         }
         for (frame, pages) in manifest.frames.iter().zip(pages) {
             let pack = self.packs.entry(manifest.packs[frame.pack as usize].name).or_default();
-            match pack.frames.entry(frame.ordinal) {
-                Entry::Vacant(slot) => _ = slot.insert(Frame { place: *frame, pages }),
-                Entry::Occupied(mut there) => {
-                    let there = there.get_mut();
-                    there.pages = there.pages.merge(pages);
-                }
-            }
+            let known = pack.frames.entry(frame.ordinal).or_insert_with(|| Frame {
+                place: *frame,
+                pages: Vec::new(),
+            });
+            let new = pages.into_iter().filter(|pages| !known.pages.contains(pages));
+            let new: Vec<Pages> = new.collect();
+            known.pages.extend(new);
         }
     }
 }
@@ -277,11 +272,16 @@ fn check_frame(
         .get(from..from + frame.place.stored_len as usize)
         .unwrap_or_default();
     let chunk = open_frame(reader, stanza, &key, reference, &frame.place, stored)?;
-    let Pages::From(first) = frame.pages else {
+    if frame.pages.is_empty() {
         return Ok(None);
-    };
-    for (i, page) in chunk.chunks_exact(PAGE as usize).enumerate() {
-        let block = first.wrapping_add(i as u32);
+    }
+    for (at, page) in chunk.chunks_exact(BLOCK_BYTES as usize).enumerate() {
+        let mut blocks = frame.pages.iter().filter_map(|pages| pages.block_of(at as u32));
+        // Two relations that share the frame have pages without checksums in common: nothing to compare with.
+        let Some(Some(block)) = blocks.next() else { continue };
+        if blocks.any(|other| other != Some(block)) {
+            continue;
+        }
         if let page::Verdict::Bad { expected, found } = page::verify(page, block) {
             return Ok(Some(format!(
                 "frame {}: page {block} has checksum {found:04x}, expected {expected:04x}",

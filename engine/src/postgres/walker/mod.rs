@@ -92,7 +92,8 @@ impl PageHeader {
     }
 }
 
-fn u32_at(b: &[u8], at: usize) -> u32 {
+/// A little-endian number; 0 where there are not enough bytes.
+pub(crate) fn u32_at(b: &[u8], at: usize) -> u32 {
     b.get(at..at + 4)
         .map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
 }

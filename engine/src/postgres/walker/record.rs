@@ -10,6 +10,10 @@ pub mod rmgr {
     pub const XLOG: u8 = 0;
     /// Transactions
     pub const XACT: u8 = 1;
+    /// Files of relations
+    pub const SMGR: u8 = 2;
+    /// Databases
+    pub const DBASE: u8 = 4;
     /// Tablespaces
     pub const TBLSPC: u8 = 5;
 }
@@ -68,6 +72,21 @@ pub struct Decoded<'a> {
 }
 
 impl<'a> Record<'a> {
+    /// A record that no WAL holds.
+    #[cfg(test)]
+    pub(crate) fn for_tests(bytes: &'a [u8], lsn: Lsn, rmgr: u8, info: u8, major: u32) -> Self {
+        Self {
+            lsn,
+            end: Lsn(lsn.0 + bytes.len() as u64),
+            prev: Lsn(0),
+            xid: 0,
+            rmgr,
+            info,
+            major,
+            bytes,
+        }
+    }
+
     /// Takes the record apart; `None` if its inside contradicts itself.
     pub fn decode(&self) -> Option<Decoded<'a>> {
         let mut rest = &self.bytes[RECORD_HEADER..];

@@ -1,0 +1,169 @@
+//! Which earlier backup a new one builds on, and why none if there is none.
+//!
+//! What always holds: a parent is of the same cluster, version, checksum state and timeline, and had ended before its
+//! child begins; all WAL between the two is walked. Anything else reads everything.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use fairvault_format::proto;
+
+use super::{Kind, Options};
+use crate::commit::Log;
+use crate::dedup::{distrusted, list_packs};
+use crate::error::{Kind as ErrorKind, Result};
+use crate::postgres::BLOCK_BYTES;
+use crate::postgres::lsn::Lsn;
+use crate::restore::plan::Manifest;
+use crate::track::range::{self, Range};
+use crate::track::selection::Basis;
+use crate::wal::archive::Archive;
+
+/// What is known of a backup that has begun.
+pub struct Child {
+    /// System identifier.
+    pub system_identifier: u64,
+    /// As server_version_num.
+    pub server_version: u32,
+    /// The cluster has checksums.
+    pub checksums: bool,
+    /// Where it begins.
+    pub start: Lsn,
+    /// On which timeline.
+    pub timeline: u32,
+}
+
+/// What there is to build on.
+pub enum Choice {
+    /// This.
+    Parent(Arc<Basis>),
+    /// Nothing, and why.
+    None(String),
+}
+
+/// Whether a state has a backup that one of `kind` may build on, as far as that is known before it begins.
+pub fn is_there(state: &proto::Snapshot, kind: Kind, system_identifier: u64) -> bool {
+    candidates(state, kind, system_identifier).next().is_some()
+}
+
+/// Newest first.
+fn candidates(
+    state: &proto::Snapshot,
+    kind: Kind,
+    system_identifier: u64,
+) -> impl Iterator<Item = (&proto::CommittedBackup, &proto::BackupInfo)> {
+    let of_kind = move |info: &proto::BackupInfo| match kind {
+        Kind::Full => false,
+        Kind::Diff => info.r#type == "full" || info.parent.is_empty(),
+        Kind::Auto | Kind::Incr => true,
+    };
+    let infos = state.backups.iter().filter_map(|b| Some((b, b.info.as_ref()?)));
+    let mut found: Vec<_> = infos
+        .filter(|(_, info)| info.system_identifier == system_identifier && of_kind(info))
+        .collect();
+    found.sort_by_key(|(_, info)| std::cmp::Reverse(info.stop_lsn));
+    found.into_iter()
+}
+
+/// Chooses for a backup that has begun.
+pub async fn choose(log: &Log, archive: &Archive, options: &Options, child: &Child) -> Result<Choice> {
+    if options.kind == Kind::Full {
+        return Ok(Choice::None("a full backup was asked for".to_owned()));
+    }
+    let mut why_not = "there is no earlier backup of this cluster".to_owned();
+    for (number, (backup, info)) in candidates(log.state(), options.kind, child.system_identifier).enumerate() {
+        if let Some(why) = obstacle(info, child) {
+            // The newest one says most.
+            if number == 0 {
+                why_not = format!("backup {} cannot be its parent: {why}", info.id);
+            }
+            continue;
+        }
+        return with_parent(log, archive, options, backup, info, child.start).await;
+    }
+    Ok(Choice::None(why_not))
+}
+
+/// Why a backup cannot be the parent.
+fn obstacle(info: &proto::BackupInfo, child: &Child) -> Option<String> {
+    let (version, timeline, start) = (child.server_version, child.timeline, child.start);
+    if (info.start_timeline, info.stop_timeline) != (timeline, timeline) {
+        return Some(format!(
+            "it is of timeline {}, and this is {timeline}",
+            info.stop_timeline
+        ));
+    }
+    if info.server_version != version {
+        return Some(format!(
+            "it is of server version {}, and this is {version}",
+            info.server_version
+        ));
+    }
+    if info.data_checksums != child.checksums {
+        return Some("checksums were switched on or off since".to_owned());
+    }
+    if info.block_size != BLOCK_BYTES {
+        return Some("its pages have another size".to_owned());
+    }
+    if Lsn(info.stop_lsn) > start {
+        return Some(format!(
+            "it ended at {}, and this one begins at {start}",
+            Lsn(info.stop_lsn)
+        ));
+    }
+    None
+}
+
+async fn with_parent(
+    log: &Log,
+    archive: &Archive,
+    options: &Options,
+    backup: &proto::CommittedBackup,
+    info: &proto::BackupInfo,
+    start: Lsn,
+) -> Result<Choice> {
+    let stanza = log.stanza();
+    let manifest = match Manifest::read(stanza, &backup.root).await {
+        Ok(manifest) => manifest,
+        // The repository is away: so it is for all else.
+        Err(error) if error.kind() == ErrorKind::Temporary => return Err(error),
+        Err(error) => return Ok(Choice::None(format!("the manifest of backup {}: {error}", info.id))),
+    };
+    let range = Range {
+        timeline: info.start_timeline,
+        from: Lsn(info.start_lsn),
+        to: start,
+    };
+    let map = range::changes(archive, &options.conninfo, info.system_identifier, range).await;
+    if let Some(why) = map.unknown() {
+        return Ok(Choice::None(format!(
+            "what changed since backup {} is not known: {why}",
+            info.id
+        )));
+    }
+    let listed = list_packs(stanza).await?;
+    let bad = distrusted(stanza).await?;
+    let marks = &log.state().open_marks;
+    let marked: HashSet<&[u8]> = marks.iter().flat_map(|m| m.packs.iter().map(Vec::as_slice)).collect();
+    let mut need = vec![0u64; manifest.packs.len()];
+    for frame in &manifest.frames {
+        let need = &mut need[frame.pack as usize];
+        *need = (*need).max(u64::from(frame.offset) + u64::from(frame.stored_len));
+    }
+    let packs = manifest.packs.iter().zip(need);
+    let good: Vec<bool> = packs
+        .map(|(pack, need)| {
+            listed.get(&pack.name).is_some_and(|&len| len >= need)
+                && !bad.contains(&pack.name)
+                && !marked.contains(&pack.name[..])
+        })
+        .collect();
+    let is_good = |pack: u32| good[pack as usize];
+    Ok(Choice::Parent(Arc::new(Basis::new(
+        info.clone(),
+        manifest,
+        map,
+        start,
+        is_good,
+    ))))
+}

@@ -1,0 +1,14 @@
+//! Which blocks changed: WAL → block maps, and what a backup has to read because of them.
+//!
+//! What always holds: doubt reads more. Whatever the tracker does not understand, or has no WAL for, ends in "read
+//! everything", with the reason. Only main forks are tracked: WAL does not name every change of the others (clearing a
+//! bit of a visibility map registers no block), and they are small.
+
+pub mod map;
+pub mod range;
+pub mod records;
+pub mod selection;
+
+/// Version of what [`records`] understands. It rises when that changes, so that maps of a faulty parser can be
+/// distrusted.
+pub const PARSER_VERSION: u32 = 1;
