@@ -29,8 +29,6 @@ pub enum Kind {
     WalPiece = 7,
     /// History, backup history or partial segment.
     WalSide = 8,
-    /// Changed blocks.
-    BlockMap = 9,
     /// A reader at work.
     Lease = 10,
     /// Pieces declared to be a segment.
@@ -50,7 +48,6 @@ impl Kind {
             6 => Self::WalSegment,
             7 => Self::WalPiece,
             8 => Self::WalSide,
-            9 => Self::BlockMap,
             10 => Self::Lease,
             11 => Self::PieceSeal,
             12 => Self::Journal,

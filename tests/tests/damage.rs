@@ -123,7 +123,17 @@ fn a_killed_backup_leaves_a_valid_repository_and_its_packs_are_used_again() -> R
         "create table t as select i, (select string_agg(decode(md5(random()::text || j), 'hex'), '') from generate_series(i - i + 1, 60) j) as x from generate_series(1, 440000) i",
     )?;
     ensure!(s.fairvault(&["stanza", "create", "acme"]).0 == 0);
-    let slow = ["backup", "acme", "--fast", "--max-rate", "48MiB", "--progress", "none"];
+    let slow = [
+        "backup",
+        "acme",
+        "--fast",
+        "--type",
+        "full",
+        "--max-rate",
+        "48MiB",
+        "--progress",
+        "none",
+    ];
     let mut child = s.command(&slow).spawn()?;
     // Until the first packs are announced: genesis, begin, announce.
     let entry = s.scratch.join(&format!("vault/acme/log/{:020}", 3));

@@ -10,7 +10,7 @@ use fairvault_format::proto;
 
 use super::{Kind, Options};
 use crate::commit::Log;
-use crate::dedup::{distrusted, list_packs};
+use crate::dedup::{self, list_packs};
 use crate::error::{Kind as ErrorKind, Result};
 use crate::postgres::BLOCK_BYTES;
 use crate::postgres::lsn::Lsn;
@@ -134,7 +134,8 @@ async fn with_parent(
         from: Lsn(info.start_lsn),
         to: start,
     };
-    let map = range::changes(archive, &options.conninfo, info.system_identifier, range).await;
+    let distrusted = &log.state().distrusted;
+    let map = range::changes(archive, &options.conninfo, distrusted, range).await;
     if let Some(why) = map.unknown() {
         return Ok(Choice::None(format!(
             "what changed since backup {} is not known: {why}",
@@ -142,7 +143,7 @@ async fn with_parent(
         )));
     }
     let listed = list_packs(stanza).await?;
-    let bad = distrusted(stanza).await?;
+    let bad = dedup::distrusted(stanza).await?;
     let marks = &log.state().open_marks;
     let marked: HashSet<&[u8]> = marks.iter().flat_map(|m| m.packs.iter().map(Vec::as_slice)).collect();
     let mut need = vec![0u64; manifest.packs.len()];

@@ -115,6 +115,16 @@ impl BlockMap {
         self.relations.get(&id)
     }
 
+    /// All relations that changed by themselves, in order.
+    pub fn relations(&self) -> impl Iterator<Item = (RelationId, &Changes)> {
+        self.relations.iter().map(|(&id, changes)| (id, changes))
+    }
+
+    /// Tablespace and database of all that changed as a whole, in order.
+    pub fn databases(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.databases.iter().copied()
+    }
+
     /// Whether a block counts as changed.
     pub fn has(&self, id: RelationId, block: u32) -> bool {
         self.everything.is_some()

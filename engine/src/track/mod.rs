@@ -7,6 +7,7 @@
 pub mod map;
 pub mod range;
 pub mod records;
+pub mod segment;
 pub mod selection;
 
 /// Version of what [`records`] understands. It rises when that changes, so that maps of a faulty parser can be

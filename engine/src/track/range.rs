@@ -2,21 +2,23 @@
 
 use std::time::Duration;
 
+use fairvault_format::proto;
 use futures::StreamExt;
 
 use super::map::BlockMap;
-use super::records;
+use super::segment::{Chain, is_usable};
 use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
-use crate::postgres::walker::{WAL_PAGE, Walker};
+use crate::postgres::walker::WAL_PAGE;
 use crate::replication::connection::{Connection, Mode};
 use crate::replication::conninfo::ConnInfo;
 use crate::replication::wal_stream::{WalItem, WalStream};
 use crate::wal::archive::Archive;
+use crate::wal::summary::Summarizer;
 
 /// Segments fetched at once.
-const FETCH: usize = 3;
+const FETCH: usize = 8;
 /// How long the server may send nothing.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// There is a record at the end of the range: this much of it must have come, so that it is known to begin there.
@@ -33,17 +35,23 @@ pub struct Range {
     pub to: Lsn,
 }
 
-/// What the range changed. Where that cannot be known, the map says so, and why.
-pub async fn changes(archive: &Archive, server: &ConnInfo, system_identifier: u64, range: Range) -> BlockMap {
+/// What the range changed, and perhaps more. Where that cannot be known, the map says so, and why. Maps of parsers in
+/// `distrusted` are made anew.
+pub async fn changes(
+    archive: &Archive,
+    server: &ConnInfo,
+    distrusted: &[proto::DistrustParser],
+    range: Range,
+) -> BlockMap {
     let read = async {
-        let (tracker, missing) = from_archive(archive, range).await?;
-        match missing {
-            None => Ok(tracker),
-            Some(segment) => from_server(tracker, server, system_identifier, segment).await,
+        let mut chain = Chain::default();
+        match from_archive(archive, distrusted, range, &mut chain).await? {
+            None => Ok(chain),
+            Some(segment) => from_server(archive, server, range, segment, chain).await,
         }
     };
     let why = match read.await {
-        Ok(tracker) => return tracker.map,
+        Ok(chain) => return chain.finish(),
         Err(error) => error,
     };
     let mut map = BlockMap::default();
@@ -51,98 +59,117 @@ pub async fn changes(archive: &Archive, server: &ConnInfo, system_identifier: u6
     map
 }
 
-/// Walks WAL from the beginning of a segment on.
-struct Tracker {
-    walker: Walker,
+/// Whole segments of the archive; says from which one on they are missing, if they end too early.
+async fn from_archive(
+    archive: &Archive,
+    distrusted: &[proto::DistrustParser],
     range: Range,
-    segment_size: u64,
-    map: BlockMap,
-}
-
-impl Tracker {
-    fn new(range: Range, segment_size: u64) -> Self {
-        let first = Segment::of(range.timeline, range.from, segment_size).start(segment_size);
-        Self {
-            walker: Walker::new(first, segment_size),
-            range,
-            segment_size,
-            map: BlockMap::default(),
-        }
-    }
-
-    /// Takes whole pages; an error if what they hold cannot be read as far as it is needed.
-    fn feed(&mut self, pages: &[u8]) -> Result<()> {
-        let Self { walker, range, map, .. } = self;
-        walker.feed(pages, |record| {
-            if (range.from..range.to).contains(&record.lsn) {
-                records::note(map, record);
-            }
-        });
-        match walker.stopped() {
-            Some(stop) if stop.at < range.to => {
-                Err(Error::failed(format!("it cannot be read at {}: {}", stop.at, stop.why)))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn is_done(&self) -> bool {
-        self.walker.stopped().is_some_and(|stop| stop.at >= self.range.to) || self.walker.next_record() >= self.range.to
-    }
-}
-
-/// Whole segments of the archive; also says from which one on they are missing.
-async fn from_archive(archive: &Archive, range: Range) -> Result<(Tracker, Option<Segment>)> {
+    chain: &mut Chain,
+) -> Result<Option<Segment>> {
     let size = archive.segment_size;
-    let mut tracker = Tracker::new(range, size);
     let first = Segment::of(range.timeline, range.from, size);
     let segments = std::iter::successors(Some(first), |segment| Some(segment.next()));
-    let mut fetched = futures::stream::iter(segments)
-        .map(|segment| async move { (segment, archive.whole_segment(segment).await) })
+    let mut summaries = futures::stream::iter(segments)
+        .map(|segment| async move { (segment, summary(archive, distrusted, segment).await) })
         .buffered(FETCH);
-    while let Some((segment, content)) = fetched.next().await {
-        let Some(content) = content? else {
-            return Ok((tracker, Some(segment)));
+    while let Some((segment, summary)) = summaries.next().await {
+        let Some(summary) = summary? else {
+            return Ok(Some(segment));
         };
-        let walked = tokio::task::spawn_blocking(move || {
-            tracker.feed(&content)?;
-            Ok::<_, Error>(tracker)
-        });
-        tracker = walked
-            .await
-            .map_err(|e| Error::failed("walking WAL panicked").caused_by(e))??;
-        if tracker.is_done() {
-            return Ok((tracker, None));
+        let taken = chain.push(&summary, range.to);
+        taken.map_err(|why| Error::failed(format!("{}: {why}", segment.name(size))))?;
+        if chain.is_complete(segment.end(size), range.to) {
+            return Ok(None);
         }
     }
     Err(Error::failed("there is no end to it"))
 }
 
+/// What a segment says of itself, from its header; from its content where the header holds no map that can be used.
+async fn summary(
+    archive: &Archive,
+    distrusted: &[proto::DistrustParser],
+    segment: Segment,
+) -> Result<Option<proto::WalSummary>> {
+    let Some(header) = archive.segment_header(segment).await? else {
+        return Ok(None);
+    };
+    let kept = header
+        .summary
+        .filter(|s| s.map.as_ref().is_some_and(|map| is_usable(map, distrusted)));
+    if kept.is_some() {
+        return Ok(kept);
+    }
+    let Some(content) = archive.whole_segment(segment).await? else {
+        return Ok(None);
+    };
+    let (start, size) = (segment.start(archive.segment_size), archive.segment_size);
+    let walked = tokio::task::spawn_blocking(move || {
+        let mut summarizer = Summarizer::new(start, size);
+        summarizer.feed(&content);
+        summarizer.finish_with_map()
+    });
+    let summary = walked
+        .await
+        .map_err(|e| Error::failed("walking WAL panicked").caused_by(e))?;
+    Ok(Some(summary))
+}
+
 /// The rest, from `segment` on.
 async fn from_server(
-    mut tracker: Tracker,
+    archive: &Archive,
     server: &ConnInfo,
-    system_identifier: u64,
-    segment: Segment,
-) -> Result<Tracker> {
+    range: Range,
+    mut segment: Segment,
+    mut chain: Chain,
+) -> Result<Chain> {
+    let size = archive.segment_size;
     let mut connection = Connection::open(server, Mode::Replication).await?;
-    if connection.identify().await?.system_identifier != system_identifier {
+    if connection.identify().await?.system_identifier != archive.system_identifier {
         return Err(Error::failed("the connection for it reached another server"));
     }
-    let mut position = segment.start(tracker.segment_size);
+    let mut position = segment.start(size);
     let mut stream = WalStream::start(connection, None, position, segment.timeline).await?;
-    let mut rest: Vec<u8> = Vec::new();
-    let needed = tracker.range.to.0 + RECORD_HEADER;
-    while position.0 < needed {
+    let mut summarizer = Summarizer::new(position, size);
+    let needed = range.to.0 + RECORD_HEADER;
+    loop {
+        if position == segment.end(size) {
+            let next = Summarizer::new(position, size);
+            push(
+                &mut chain,
+                std::mem::replace(&mut summarizer, next),
+                segment,
+                size,
+                range,
+            )?;
+            segment = segment.next();
+        }
+        if position.0 >= needed {
+            break;
+        }
         let item = tokio::time::timeout(PATIENCE, stream.next()).await;
         let item = item.map_err(|_| Error::failed(format!("the server sends nothing behind {position}")))??;
         match item {
             WalItem::Data { start, bytes } if start == position => {
-                position.0 += bytes.len() as u64;
-                rest.extend_from_slice(&bytes);
-                let whole = rest.len() / WAL_PAGE * WAL_PAGE;
-                tracker.feed(&rest[..whole])?;
-                rest.drain(..whole);
+                let mut rest = &bytes[..];
+                while !rest.is_empty() {
+                    let room = (segment.end(size).0 - position.0) as usize;
+                    let (now, behind) = rest.split_at(room.min(rest.len()));
+                    summarizer.feed(now);
+                    position.0 += now.len() as u64;
+                    rest = behind;
+                    if position == segment.end(size) && !rest.is_empty() {
+                        let next = Summarizer::new(position, size);
+                        push(
+                            &mut chain,
+                            std::mem::replace(&mut summarizer, next),
+                            segment,
+                            size,
+                            range,
+                        )?;
+                        segment = segment.next();
+                    }
+                }
             }
             WalItem::Data { start, .. } => {
                 return Err(Error::failed(format!("the server sent {start}, expected {position}")));
@@ -156,11 +183,19 @@ async fn from_server(
         }
     }
     stream.stop().await;
-    // What is behind the end need not be there.
-    rest.resize(rest.len().next_multiple_of(WAL_PAGE), 0);
-    tracker.feed(&rest)?;
-    match tracker.is_done() {
-        true => Ok(tracker),
-        false => Err(Error::failed(format!("it ends at {}", tracker.walker.next_record()))),
+    if position > segment.start(size) {
+        // Of the last page, what is behind the end need not be there.
+        let missing = (WAL_PAGE - position.0 as usize % WAL_PAGE) % WAL_PAGE;
+        summarizer.feed(&vec![0; missing]);
+        push(&mut chain, summarizer, segment, size, range)?;
     }
+    match chain.is_complete(position, range.to) {
+        true => Ok(chain),
+        false => Err(Error::failed(format!("it is not whole at {position}"))),
+    }
+}
+
+fn push(chain: &mut Chain, summarizer: Summarizer, segment: Segment, size: u64, range: Range) -> Result<()> {
+    let taken = chain.push(&summarizer.finish_with_map(), range.to);
+    taken.map_err(|why| Error::failed(format!("{} from the server: {why}", segment.name(size))))
 }

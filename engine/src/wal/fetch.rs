@@ -12,7 +12,7 @@ use crate::postgres::walker::Walker;
 /// How often pieces are listed anew because one was replaced meanwhile.
 const LISTINGS: usize = 10;
 /// Bytes that are fetched to read the header of a WAL object.
-const HEADER_GUESS: u64 = 4096;
+const HEADER_GUESS: u64 = 16 << 10;
 
 /// A stored piece of a segment: LSNs of its first byte and behind its last one, and its object.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

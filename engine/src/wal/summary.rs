@@ -1,21 +1,27 @@
 //! What one WAL segment says of itself, for planning recoveries without opening data.
 //!
 //! It sees one segment alone: a record that crosses into the next segment is reported as unfinished, and
-//! whoever depends on it walks both segments.
+//! whoever depends on it walks both segments, or puts it together from what the block maps of both hold.
 
 use fairvault_format::proto;
+use prost::Message;
 
 use crate::postgres::lsn::Lsn;
 use crate::postgres::walker::{Record, WAL_PAGE, Walker, What, begins_with_end_of_switch};
+use crate::track::segment::Collector;
 
 /// Version of the walker, recorded in summaries.
 pub const PARSER_VERSION: u32 = 1;
+
+/// A larger block map is not kept: whoever needs it reads the segment.
+const MAP_BYTES: usize = 1 << 20;
 
 /// Makes a summary of bytes as they come.
 #[derive(Debug)]
 pub struct Summarizer {
     walker: Walker,
     out: proto::WalSummary,
+    map: Collector,
     /// Bytes that are no whole page yet.
     page: Vec<u8>,
     at_start: bool,
@@ -31,6 +37,7 @@ impl Summarizer {
                 ..Default::default()
             },
             page: Vec::new(),
+            map: Collector::default(),
             at_start: true,
         }
     }
@@ -58,13 +65,26 @@ impl Summarizer {
         if std::mem::take(&mut self.at_start) {
             self.out.switched = begins_with_end_of_switch(bytes);
         }
-        let out = &mut self.out;
-        self.walker.feed(bytes, |record| note(out, record));
+        let (out, map) = (&mut self.out, &mut self.map);
+        self.walker.feed(bytes, |record| {
+            note(out, record);
+            map.take(record);
+        });
     }
 
-    /// The summary. Whole segments only: a page that is not complete is not looked at.
+    /// The summary, to be kept. Whole segments only: a page that is not complete is not looked at.
     pub fn finish(self) -> proto::WalSummary {
-        let Self { walker, mut out, .. } = self;
+        let mut out = self.finish_with_map();
+        out.map = out.map.filter(|map| map.encoded_len() <= MAP_BYTES);
+        out
+    }
+
+    /// The summary with its block map, however large that is.
+    pub fn finish_with_map(self) -> proto::WalSummary {
+        let Self {
+            walker, mut out, map, ..
+        } = self;
+        out.map = map.finish(&walker);
         out.next_record = walker.next_record().0;
         if let Some(rmgr) = walker.unfinished() {
             out.unfinished = true;

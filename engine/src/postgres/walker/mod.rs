@@ -144,11 +144,17 @@ pub struct Walker {
     record_at: Lsn,
     record_len: usize,
     skip: usize,
+    /// What was passed over at the beginning: up to [`HELD_BYTES`], and how much it was.
+    head: Vec<u8>,
+    head_seen: usize,
+    /// The first page says that the record before it goes on nowhere.
+    drops: bool,
     first: bool,
     prev: Option<Lsn>,
     switched: bool,
     stop: Option<Stop>,
     timeline: u32,
+    major: u32,
 }
 
 impl Walker {
@@ -163,11 +169,15 @@ impl Walker {
             record_at: start,
             record_len: 0,
             skip: 0,
+            head: Vec::new(),
+            head_seen: 0,
+            drops: false,
             first: true,
             prev: None,
             switched: false,
             stop: None,
             timeline: 0,
+            major: 0,
         }
     }
 
@@ -179,6 +189,11 @@ impl Walker {
     /// Timeline in the newest page header.
     pub fn timeline(&self) -> u32 {
         self.timeline
+    }
+
+    /// Major version that wrote the newest page; 0 before the first.
+    pub fn major(&self) -> u32 {
+        self.major
     }
 
     /// Where the next record begins, or began if it is not complete yet.
@@ -193,6 +208,21 @@ impl Walker {
     /// The record that began and is not complete: its resource manager, if that much of it is there.
     pub fn unfinished(&self) -> Option<Option<u8>> {
         (!self.record.is_empty()).then(|| self.record.get(17).copied())
+    }
+
+    /// Of the record that began before the first page: its bytes, without page headers. `None` if they are too many.
+    pub fn head(&self) -> Option<&[u8]> {
+        (self.head.len() == self.head_seen).then_some(&self.head)
+    }
+
+    /// Of the record that is not complete: the same.
+    pub fn tail(&self) -> Option<&[u8]> {
+        (self.record.is_empty() || self.record.len() == self.record_seen).then_some(&self.record)
+    }
+
+    /// Whether the record that began before the first page goes on nowhere: the server crashed while it wrote it.
+    pub fn drops_unfinished(&self) -> bool {
+        self.drops
     }
 
     /// Where the last complete record began.
@@ -244,6 +274,7 @@ impl Walker {
             );
         }
         self.timeline = header.timeline;
+        self.major = header.major;
         let mut offset = if header.long.is_some() {
             LONG_HEADER
         } else {
@@ -261,6 +292,7 @@ impl Walker {
         } else if header.info & OVERWRITE_CONTRECORD != 0 {
             self.record.clear();
             self.skip = 0;
+            self.drops |= self.first;
         } else if !self.first && (!self.record.is_empty() || self.skip != 0) {
             return self.halt(self.record_at, "the record is not continued on the next page");
         }
@@ -269,6 +301,9 @@ impl Walker {
         self.first = false;
         if self.skip > 0 {
             let here = self.skip.min(WAL_PAGE - offset);
+            let room = HELD_BYTES.saturating_sub(self.head.len()).min(here);
+            self.head.extend_from_slice(&page[offset..offset + room]);
+            self.head_seen += here;
             self.skip -= here;
             offset += here.next_multiple_of(8).min(WAL_PAGE - offset);
         }

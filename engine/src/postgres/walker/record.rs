@@ -72,6 +72,22 @@ pub struct Decoded<'a> {
 }
 
 impl<'a> Record<'a> {
+    /// A record from all its bytes, without page headers; `None` if these are not all, or its CRC is wrong.
+    pub fn assemble(bytes: &'a [u8], lsn: Lsn, major: u32) -> Option<Self> {
+        let (head, body) = bytes.split_at_checked(RECORD_HEADER)?;
+        let crc = crc32c::crc32c_append(crc32c::crc32c(body), &head[..20]);
+        (u32_at(head, 0) as usize == bytes.len() && crc == u32_at(head, 20)).then(|| Self {
+            lsn,
+            end: Lsn(lsn.0 + bytes.len() as u64),
+            prev: Lsn(u64_at(head, 8)),
+            xid: u32_at(head, 4),
+            rmgr: head[17],
+            info: head[16],
+            major,
+            bytes,
+        })
+    }
+
     /// A record that no WAL holds.
     #[cfg(test)]
     pub(crate) fn for_tests(bytes: &'a [u8], lsn: Lsn, rmgr: u8, info: u8, major: u32) -> Self {
