@@ -16,6 +16,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   soak [ROUNDS] [SEED] push and receive while everything around them dies: rounds (15) on each of four set-ups
   bench compare [SIZE] [ROUNDS] [DATA] backups and restores beside pgBackRest and pg_basebackup, of data sets of SIZE (1)
                  times a few hundred MB, ROUNDS (3) times; DATA is pgbench, mixed, small or blobs; needs root
+  bench incr [SIZE] [many] incremental backups of SIZE (1) GB beside pgBackRest; with `many`, the last of 200 is restored;
+                 needs root
   bench wal [N]  archiving and fetching N segments (200) beside pgBackRest; needs root
   bench rpo      what a lost server costs: twenty deaths on each kind of repository, and the distribution
   bench sync [S] commits a second with a synchronous receiver, beside pg_receivewal
@@ -46,6 +48,11 @@ fn main() -> ExitCode {
         }
         ["bench", "compare", size, rounds, data] => {
             number(size).and_then(|size| bench::compare::run_it(size, number(rounds)?, Some(data)))
+        }
+        ["bench", "incr"] => bench::incremental::run_it(1, false),
+        ["bench", "incr", size] => number(size).and_then(|size| bench::incremental::run_it(size, false)),
+        ["bench", "incr", size, many] => {
+            number(size).and_then(|size| bench::incremental::run_it(size, *many == "many"))
         }
         ["bench", "wal"] => bench::wal::run_it(200),
         ["bench", "wal", segments] => number(segments).and_then(bench::wal::run_it),

@@ -15,6 +15,7 @@ use crate::error::{Kind as ErrorKind, Result};
 use crate::postgres::BLOCK_BYTES;
 use crate::postgres::lsn::Lsn;
 use crate::restore::plan::Manifest;
+use crate::track::has_fault;
 use crate::track::range::{self, Range};
 use crate::track::selection::Basis;
 use crate::wal::archive::Archive;
@@ -131,7 +132,10 @@ async fn with_parent(
     };
     let range = Range {
         timeline: info.start_timeline,
-        from: Lsn(info.start_lsn),
+        from: Lsn(match has_fault("parent's stop") {
+            true => info.stop_lsn,
+            false => info.start_lsn,
+        }),
         to: start,
     };
     let distrusted = &log.state().distrusted;

@@ -1,5 +1,6 @@
 //! What one WAL record changes. Formats are those of `storage_xlog.h`, `dbcommands_xlog.h`, `xact.h`, `pg_control.h`.
 
+use super::has_fault;
 use super::map::{BlockMap, RelationId};
 use crate::postgres::walker::{Record, rmgr, u32_at};
 
@@ -18,6 +19,9 @@ pub fn note(map: &mut BlockMap, record: &Record<'_>) {
         return map.everything(format!("the record at {lsn} cannot be taken apart"));
     };
     for block in decoded.blocks.iter().filter(|block| u32::from(block.fork) == MAIN) {
+        if record.rmgr == rmgr::BTREE && has_fault("no btree") {
+            continue;
+        }
         let id = RelationId {
             tablespace: block.tablespace,
             database: block.database,
@@ -26,6 +30,8 @@ pub fn note(map: &mut BlockMap, record: &Record<'_>) {
         map.relation(id).add(block.block);
     }
     let understood = match record.rmgr {
+        rmgr::SMGR | rmgr::XACT if has_fault("no limits") => Some(()),
+        rmgr::DBASE if has_fault("no databases") => Some(()),
         rmgr::SMGR => storage(map, record, decoded.main),
         rmgr::DBASE => database(map, record, decoded.main),
         rmgr::XACT => transaction(map, record, decoded.main),

@@ -17,7 +17,7 @@ use super::{chart, elsewhere, results, size_of, timed};
 
 /// A tool with its settings.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Tool {
+pub enum Tool {
     /// pgBackRest at zstd level 3: what all are compared with.
     PeerZstd,
     /// pgBackRest as it comes, but with two processes.
@@ -33,7 +33,8 @@ enum Tool {
 impl Tool {
     const ALL: [Self; 5] = [Self::PeerZstd, Self::Ours, Self::Peer, Self::OursZstd, Self::BaseBackup];
 
-    fn name(self) -> &'static str {
+    /// How it is called in results.
+    pub fn name(self) -> &'static str {
         match self {
             Self::PeerZstd => "pgBackRest, zstd 3",
             Self::Peer => "pgBackRest, as it comes",
@@ -125,6 +126,7 @@ fn compare(data: &Data, size: u32, rounds: usize, rows: &mut Vec<Row>) -> Result
                     tool: *tool,
                     s3: place,
                     id: format!("{}{round}{}", *tool as u8, u8::from(place.is_some())),
+                    more: "",
                 };
                 run.all(costs)?;
             }
@@ -157,20 +159,26 @@ fn median(costs: &[Cost]) -> Cost {
     }
 }
 
-/// One tool, once: a backup, a restore, a restore over damage.
-struct Run<'a> {
-    s: &'a Fixture,
-    tool: Tool,
-    s3: Option<&'a S3>,
+/// One tool at work in its own repository.
+pub struct Run<'a> {
+    /// The server, and a folder for everything.
+    pub s: &'a Fixture,
+    /// Which tool.
+    pub tool: Tool,
+    /// Where the repository is, if not in a folder.
+    pub s3: Option<&'a S3>,
     /// Part of every name.
-    id: String,
+    pub id: String,
+    /// More lines of pgBackRest's configuration.
+    pub more: &'static str,
 }
 
 impl Run<'_> {
+    /// A backup, a restore, a restore over damage.
     fn all(&self, costs: &mut [Vec<Cost>; 3]) -> Result<()> {
         let [repository, restored] = ["repo", "restored"].map(|name| self.s.scratch.join(&self.name(name)));
         self.prepare()?;
-        let mut cost = self.measure(self.backup())?;
+        let mut cost = self.measure(self.backup("full"))?;
         if self.s3.is_none() {
             cost.stored = size_of(&repository) as f64 / 1_048_576.0;
         }
@@ -198,16 +206,18 @@ impl Run<'_> {
         costs[action].push(cost);
     }
 
-    fn name(&self, what: &str) -> String {
+    /// Its name of something.
+    pub fn name(&self, what: &str) -> String {
         format!("{what}{}", self.id)
     }
 
-    fn path(&self, what: &str) -> String {
+    /// Its place of something.
+    pub fn path(&self, what: &str) -> String {
         self.s.path(&self.name(what))
     }
 
     /// Empty folders, configuration, stanza.
-    fn prepare(&self) -> Result<()> {
+    pub fn prepare(&self) -> Result<()> {
         for folder in ["repo", "restored"] {
             run(self.s.scratch.command("mkdir").args(["-m", "700", &self.path(folder)]))?;
         }
@@ -229,8 +239,9 @@ impl Run<'_> {
                 };
                 let text = format!(
                     "[global]\n{repo}\nrepo1-cipher-type=aes-256-cbc\nrepo1-cipher-pass=secret\n{compression}process-max=2\n\
-                     spool-path={dir}/spool\nlock-path={dir}/lock\nlog-path={dir}/log\nlog-level-console=warn\nlog-level-file=off\narchive-check=n\nstart-fast=y\n\
+                     spool-path={dir}/spool\nlock-path={dir}/lock\nlog-path={dir}/log\nlog-level-console=warn\nlog-level-file=off\narchive-check=n\nstart-fast=y\n{}\
                      [acme]\npg1-path={}\npg1-socket-path={dir}\npg1-port=5432\npg1-user=postgres\n",
+                    self.more,
                     self.s.server.data.display()
                 );
                 self.s.scratch.write(&self.name("conf"), text.as_bytes())?;
@@ -266,7 +277,7 @@ impl Run<'_> {
     }
 
     /// The tool with its configuration.
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let config = format!("--config={}", self.path("conf"));
         match self.tool {
             Tool::Peer | Tool::PeerZstd => {
@@ -290,14 +301,15 @@ impl Run<'_> {
         }
     }
 
-    fn backup(&self) -> Command {
+    /// A backup of a type.
+    pub fn backup(&self, kind: &str) -> Command {
         match self.tool {
-            Tool::Peer | Tool::PeerZstd => self.command(&["backup", "--type=full"]),
+            Tool::Peer | Tool::PeerZstd => self.command(&["backup", &format!("--type={kind}")]),
             Tool::Ours | Tool::OursZstd => self.command(&[
                 "backup",
                 "acme",
                 "--type",
-                "full",
+                kind,
                 "--fast",
                 "--workers",
                 "2",
@@ -315,7 +327,8 @@ impl Run<'_> {
         }
     }
 
-    fn restore(&self, delta: bool) -> Command {
+    /// A restore, over what is there or into an empty folder.
+    pub fn restore(&self, delta: bool) -> Command {
         let target = self.path("restored");
         match self.tool {
             Tool::Ours | Tool::OursZstd => {
@@ -332,7 +345,8 @@ impl Run<'_> {
         }
     }
 
-    fn measure(&self, command: Command) -> Result<Cost> {
+    /// What a command costs.
+    pub fn measure(&self, command: Command) -> Result<Cost> {
         // What a run before has left to be written is not this one's.
         run(&mut Command::new("sync"))?;
         let file = self.s.scratch.join("peak");

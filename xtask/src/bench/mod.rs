@@ -4,6 +4,7 @@
 mod chart;
 pub mod compare;
 mod data;
+pub mod incremental;
 pub mod replay;
 pub mod sync;
 pub mod wal;

@@ -14,6 +14,8 @@ pub mod rmgr {
     pub const SMGR: u8 = 2;
     /// Databases
     pub const DBASE: u8 = 4;
+    /// B-trees
+    pub const BTREE: u8 = 11;
     /// Tablespaces
     pub const TBLSPC: u8 = 5;
 }

@@ -1,0 +1,288 @@
+//! Backups that are built on others: what they read, when they read everything, and that they hold what they must.
+
+use std::io::Write;
+use std::process::Stdio;
+
+use anyhow::{Context, Result, ensure};
+use fairvault_tests::fixture::{SMALL, field, files};
+use fairvault_tests::{Fixture, Shape, code, run, tools};
+
+/// A backup's JSON.
+fn backup(s: &Fixture, more: &[&str]) -> Result<String> {
+    let mut all = vec!["backup", "acme", "--fast", "--progress", "none", "--output", "json"];
+    all.extend(more);
+    s.ok(&all)
+}
+
+fn number(text: &str, key: &str) -> Result<u64> {
+    field(text, key)?.parse().with_context(|| format!("{key} in {text}"))
+}
+
+/// What SQL says of a restored copy of a backup, or of the newest.
+fn restored(s: &Fixture, name: &str, more: &[&str], sql: &str) -> Result<String> {
+    let (exit, text) = s.restore(name, more);
+    ensure!(exit == 0, "{text}");
+    let copy = s.start(name, 5450)?;
+    let said = copy.sql(&s.scratch, sql)?;
+    copy.stop(&s.scratch, "immediate")?;
+    Ok(said)
+}
+
+const SUM: &str = "select count(*), sum(n) from t";
+
+#[test]
+fn only_what_changed_is_read_and_every_backup_is_complete() -> Result<()> {
+    let s = Fixture::new(
+        "incr",
+        Shape {
+            archiving: true,
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table t (id int primary key, n int, x text) with (fillfactor = 80)")?;
+    s.sql("insert into t select i, 0, md5(i::text) || md5((i * 3)::text) from generate_series(1, 400000) i")?;
+    s.sql("vacuum analyze")?;
+    let full = backup(&s, &[])?;
+    ensure!(field(&full, "type")? == "full", "the first one: {full}");
+    let cluster = number(&full, "plain_bytes")?;
+    let mut ids = vec![(field(&full, "id")?, "400000|0".to_owned())];
+    for (round, source) in ["local", "sql", "stream", "local"].iter().enumerate() {
+        let step = 997 + round;
+        s.sql(&format!("update t set n = n + 1 where id % {step} = 0"))?;
+        let now = s.sql(SUM)?;
+        let incr = backup(&s, &["--source", source])?;
+        ensure!(
+            field(&incr, "type")? == "incr" && field(&incr, "parent")? == ids[round].0,
+            "{incr}"
+        );
+        ensure!(number(&incr, "new_stored_bytes")? < 3 << 20, "{incr}");
+        ensure!(
+            *source == "stream" || number(&incr, "read_bytes")? < cluster / 2,
+            "{incr}"
+        );
+        ids.push((field(&incr, "id")?, now));
+    }
+    let diff = backup(&s, &["--type", "diff"])?;
+    ensure!(field(&diff, "parent")? == ids[0].0, "{diff}");
+    let unchanged = backup(&s, &["--source", "local"])?;
+    ensure!(number(&unchanged, "new_stored_bytes")? < 300 << 10, "{unchanged}");
+    // Each one by itself, whatever became of the others' order.
+    for (number, (id, sum)) in ids.iter().enumerate() {
+        let there = restored(
+            &s,
+            &format!("r{number}"),
+            &["--backup", id, "--target", "immediate"],
+            SUM,
+        )?;
+        ensure!(there == *sum, "backup {id} holds {there}, and should {sum}");
+    }
+    let text = s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    ensure!(text.contains("all good"), "{text}");
+    Ok(())
+}
+
+/// A server that archives, and backups, with a deliberate bug.
+struct Faulty(Fixture, &'static str);
+
+impl Faulty {
+    fn new(fault: &'static str) -> Result<Self> {
+        let s = Fixture::new(
+            "incrfault",
+            Shape {
+                archiving: true,
+                ..Default::default()
+            },
+        )?;
+        let push = format!("{} {} wal push acme %p", s.path("fairvault"), s.options.join(" "));
+        s.sql(&format!(
+            "alter system set archive_command = 'env \"FAIRVAULT_FAULT={fault}\" {push}'"
+        ))?;
+        s.sql("select pg_reload_conf()")?;
+        Ok(Self(s, fault))
+    }
+
+    fn backup(&self) -> Result<String> {
+        let mut command = self.0.scratch.command("env");
+        command
+            .arg(format!("HOME={}", self.0.path("")))
+            .arg(format!("FAIRVAULT_FAULT={}", self.1))
+            .arg(self.0.path("fairvault"))
+            .args(&self.0.options)
+            .args(["backup", "acme", "--fast", "--progress", "none", "--output", "json"]);
+        let (exit, text) = code(&mut command);
+        ensure!(exit == 0, "{exit} {text}");
+        Ok(text)
+    }
+}
+
+/// A transaction cuts its own new table, whose first rows a backup has seen, and its file grows without any WAL, as by
+/// a crash after it was extended. Returns how many rows the next backup brings back: there is one.
+fn cut_and_grown(fault: &'static str) -> Result<String> {
+    let faulty = Faulty::new(fault)?;
+    let s = &faulty.0;
+    let mut psql = s.scratch.command(tools::bin(15).join("psql"));
+    psql.args(["-X", "-q", "-U", "postgres", "-p", "5432", "-h"])
+        .arg(s.scratch.path());
+    let mut session = psql.stdin(Stdio::piped()).stdout(Stdio::null()).spawn()?;
+    let mut says = session.stdin.take().context("a pipe")?;
+    writeln!(
+        says,
+        "begin; create table t (n int, x text); insert into t select 1, repeat('x', 1000) from generate_series(1, 7000); \
+         select pg_advisory_lock(1);"
+    )?;
+    let is_there = "select count(*) from pg_locks where locktype = 'advisory' and granted";
+    s.server.wait_for(&s.scratch, is_there, "1")?;
+    faulty.backup()?;
+    writeln!(says, "truncate t; insert into t values (1, 'the only one'); commit;")?;
+    drop(says);
+    session.wait()?;
+    s.sql("checkpoint")?;
+    let path = s.server.data.join(s.sql("select pg_relation_filepath('t')")?);
+    s.server.stop(&s.scratch, "fast")?;
+    ensure!(path.metadata()?.len() == 8192, "{} bytes", path.metadata()?.len());
+    std::fs::File::options().write(true).open(&path)?.set_len(600 * 8192)?;
+    s.server.start(&s.scratch)?;
+    let text = faulty.backup()?;
+    ensure!(!field(&text, "parent")?.is_empty(), "{text}");
+    restored(s, "r", &[], "select count(*) from t")
+}
+
+#[test]
+fn what_was_cut_and_grew_without_wal_is_read_again() -> Result<()> {
+    ensure!(cut_and_grown("")? == "1");
+    // A tracker that misses it brings back what was cut: this test would see it.
+    ensure!(cut_and_grown("no limits")? != "1", "the deliberate bug does no harm");
+    Ok(())
+}
+
+/// A database is made anew under its old number, by copying files of which no WAL says what is in them. Returns what
+/// the next backup says is in them: 2.
+fn copied_anew(fault: &'static str) -> Result<String> {
+    let faulty = Faulty::new(fault)?;
+    let s = &faulty.0;
+    s.sql("create database form")?;
+    let in_form = |sql: &str| s.server.sql_in(&s.scratch, "form", sql);
+    in_form("create table t as select 1 as n")?;
+    let copy = "create database d oid = 50000 template form strategy file_copy";
+    s.sql(copy)?;
+    faulty.backup()?;
+    in_form("update t set n = 2")?;
+    s.sql("drop database d")?;
+    s.sql(copy)?;
+    let text = faulty.backup()?;
+    ensure!(!field(&text, "parent")?.is_empty(), "{text}");
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    let copy = s.start("r", 5450)?;
+    copy.sql_in(&s.scratch, "d", "select n from t")
+}
+
+#[test]
+fn a_database_that_was_copied_is_read_again() -> Result<()> {
+    ensure!(copied_anew("")? == "2");
+    let with_bug = copied_anew("no databases");
+    ensure!(!with_bug.is_ok_and(|n| n == "2"), "the deliberate bug does no harm");
+    Ok(())
+}
+
+#[test]
+fn everything_is_read_after_a_promotion_and_where_wal_is_missing() -> Result<()> {
+    let s = Fixture::new(
+        "incrall",
+        Shape {
+            archiving: true,
+            ..SMALL
+        },
+    )?;
+    s.sql("create table t (n int, x text); insert into t select i, md5(i::text) from generate_series(1, 30000) i")?;
+    backup(&s, &[])?;
+    s.sql("update t set n = n + 1 where n % 100 = 0")?;
+    s.flush_archive(&s.server)?;
+    s.flush_archive(&s.server)?;
+    // WAL in between is gone, and the server does not have it any more either.
+    let mut segments = s.objects("wal");
+    segments.retain(|path| path.extension().is_some_and(|e| e == "0001") && !path.to_string_lossy().contains("backup"));
+    let victim = &segments[segments.len() - 2];
+    std::fs::rename(victim, s.scratch.join("victim"))?;
+    s.sql("checkpoint")?;
+    let text = backup(&s, &["--type", "incr"])?;
+    let why = field(&text, "no_parent_reason")?;
+    ensure!(
+        field(&text, "parent")?.is_empty() && why.contains("is not known"),
+        "{text}"
+    );
+    std::fs::rename(s.scratch.join("victim"), victim)?;
+    ensure!(!field(&backup(&s, &[])?, "parent")?.is_empty());
+    // A copy goes on on a timeline of its own.
+    let (exit, text) = s.restore("r", &["--archiving", "keep"]);
+    ensure!(exit == 0, "{text}");
+    s.server.stop(&s.scratch, "fast")?;
+    let copy = s.start("r", 5432)?;
+    copy.sql(&s.scratch, "insert into t select 1, 'new' from generate_series(1, 100)")?;
+    let text = backup(&s, &["--type", "incr"])?;
+    let why = field(&text, "no_parent_reason")?;
+    ensure!(why.contains("timeline"), "{text}");
+    let text = backup(&s, &["--type", "incr"])?;
+    ensure!(!field(&text, "parent")?.is_empty(), "the one after: {text}");
+    copy.stop(&s.scratch, "fast")?;
+    let rows = restored(&s, "again", &[], "select count(*) from t")?;
+    ensure!(rows == "30100", "{rows}");
+    Ok(())
+}
+
+#[test]
+fn what_is_lost_in_the_repository_is_read_again() -> Result<()> {
+    let s = Fixture::new(
+        "incrlost",
+        Shape {
+            archiving: true,
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table t (n int, x text)")?;
+    s.sql("insert into t select i, md5(i::text) || md5((i * 7)::text) from generate_series(1, 600000) i")?;
+    backup(&s, &[])?;
+    let sum = s.sql(SUM)?;
+    // The one with the content; the manifest is in another.
+    let mut packs = files(&s.scratch.join("vault/acme/packs"));
+    packs.sort_by_key(|path| path.metadata().map_or(0, |meta| meta.len()));
+    std::fs::remove_file(packs.last().context("a pack")?)?;
+    let text = backup(&s, &["--type", "incr"])?;
+    ensure!(!field(&text, "parent")?.is_empty(), "{text}");
+    let id = field(&text, "id")?;
+    ensure!(restored(&s, "r", &["--backup", &id, "--target", "immediate"], SUM)? == sum);
+    Ok(())
+}
+
+#[test]
+fn of_many_tables_an_incremental_writes_little() -> Result<()> {
+    let s = Fixture::new(
+        "incrmany",
+        Shape {
+            archiving: true,
+            settings: "max_locks_per_transaction = 2000\nautovacuum = off\n",
+            ..Default::default()
+        },
+    )?;
+    for hundred in 0..50 {
+        s.sql(&format!(
+            "do $$ begin for i in 1..100 loop execute format('create table t_{hundred}_%s (id int primary key)', i); end loop; end $$"
+        ))?;
+    }
+    backup(&s, &[])?;
+    s.sql("insert into t_1_1 values (1)")?;
+    for source in ["local", "sql"] {
+        s.sql("create table more (i int); drop table more; insert into t_7_1 values (random() * 1000000)")?;
+        // What another source knows of files (times, modes) is another manifest.
+        backup(&s, &["--source", source])?;
+        s.sql("create table one_more (i int)")?;
+        let text = backup(&s, &["--source", source])?;
+        s.sql("drop table one_more")?;
+        ensure!(number(&text, "files")? > 10_000, "{text}");
+        ensure!(number(&text, "new_stored_bytes")? < 400 << 10, "{text}");
+    }
+    run(s
+        .command(&["verify", "acme", "--level", "data", "--progress", "none"])
+        .stdout(Stdio::null()))
+    .map(drop)
+}

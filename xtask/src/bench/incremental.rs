@@ -1,0 +1,186 @@
+//! `cargo xtask bench incr`: incremental backups after different amounts of change, beside pgBackRest with block
+//! incremental, on one server, both encrypting, both with two workers. fairvault archives the WAL meanwhile, as it does
+//! for real; the peer archives nothing.
+
+use anyhow::{Context, Result};
+use fairvault_tests::{Fixture, Shape, run, tools};
+
+use super::compare::{Cost, Run, Tool};
+use super::{elsewhere, results, size_of};
+
+/// What pgBackRest needs for its block incremental.
+const BLOCK: &str = "repo1-bundle=y\nrepo1-block=y\n";
+/// Incrementals whose last one is restored.
+const MANY: usize = 200;
+
+/// A change of the data between two backups.
+struct Load {
+    name: &'static str,
+    /// Of all pages of the large table, this part is changed, in parts per ten thousand.
+    pages: u32,
+    /// Rows that are added, per GB.
+    rows: u32,
+}
+
+const LOADS: [Load; 5] = [
+    Load {
+        name: "nothing changed",
+        pages: 0,
+        rows: 0,
+    },
+    Load {
+        name: "0.05 % of pages",
+        pages: 5,
+        rows: 0,
+    },
+    Load {
+        name: "1 % of pages",
+        pages: 100,
+        rows: 0,
+    },
+    Load {
+        name: "10 % of pages",
+        pages: 1000,
+        rows: 0,
+    },
+    Load {
+        name: "5 % appended",
+        pages: 0,
+        rows: 340_000,
+    },
+];
+
+/// Builds with optimisation, and runs there. `size` is in GB; with `many`, the last of many small incrementals is
+/// restored beside a full backup.
+pub fn run_it(size: u32, many: bool) -> Result<()> {
+    if elsewhere(&["incr", &size.to_string(), if many { "many" } else { "few" }])? {
+        return Ok(());
+    }
+    tools::install_debian()?;
+    tools::install_time()?;
+    tools::install_sid()?;
+    tools::install_pgbackrest()?;
+    let compared = compare(size, many);
+    tools::unmount_sid();
+    compared
+}
+
+fn compare(size: u32, many: bool) -> Result<()> {
+    let settings = "shared_buffers = 512MB\nmax_wal_size = 16GB\nmin_wal_size = 4GB\nmaintenance_work_mem = 256MB\nautovacuum = off\n";
+    let s = Fixture::new(
+        "benchincr",
+        Shape {
+            stanza: false,
+            settings,
+            ..Default::default()
+        },
+    )?;
+    let scale = (size * 68).to_string();
+    run(&mut s.server.pgbench(&s.scratch, &["-i", "-q", "-F", "90", "-s", &scale]))?;
+    s.sql("create table log (id bigint, at timestamptz default now(), what text)")?;
+    s.sql("select pg_switch_wal(); checkpoint")?;
+    let at_work = |tool: Tool| Run {
+        s: &s,
+        tool,
+        s3: None,
+        id: format!("-{}", tool as u8),
+        more: BLOCK,
+    };
+    let (peer, ours) = (at_work(Tool::PeerZstd), at_work(Tool::Ours));
+    peer.prepare()?;
+    ours.prepare()?;
+    // Archiving begins with the stanza.
+    let push = format!(
+        "{} --config {} wal push acme %p",
+        s.path("fairvault"),
+        ours.path("conf")
+    );
+    s.sql("alter system set archive_mode = on")?;
+    s.sql(&format!("alter system set archive_command = '{push}'"))?;
+    s.server.stop(&s.scratch, "fast")?;
+    s.server.start(&s.scratch)?;
+    let mut table = String::from(
+        "| change | pgBackRest s | fairvault s | ratio | pgBackRest CPU s | fairvault CPU s | ratio | pgBackRest MiB | fairvault MiB | ratio |\n|---|---|---|---|---|---|---|---|---|---|\n",
+    );
+    let mut row = |name: &str, [peer, ours]: [Cost; 2]| {
+        let line = format!(
+            "| {name} | {:.2} | {:.2} | {:.2} | {:.2} | {:.2} | {:.2} | {:.2} | {:.2} | {:.3} |\n",
+            peer.wall,
+            ours.wall,
+            ours.wall / peer.wall,
+            peer.cpu,
+            ours.cpu,
+            ours.cpu / peer.cpu,
+            peer.stored,
+            ours.stored,
+            ours.stored / peer.stored
+        );
+        print!("{line}");
+        table += &line;
+    };
+    row("full", [backup(&peer, "full")?, backup(&ours, "full")?]);
+    for (number, load) in LOADS.iter().enumerate() {
+        change(&s, load, size, number as u32 + 1)?;
+        row(load.name, [backup(&peer, "incr")?, backup(&ours, "incr")?]);
+    }
+    row(
+        "restore",
+        [peer.measure(peer.restore(false))?, ours.measure(ours.restore(false))?],
+    );
+    if many {
+        for number in 0..MANY {
+            change(&s, &LOADS[1], size, 10 + number as u32)?;
+            backup(&ours, "incr")?;
+        }
+        let last = restore_into(&ours, "last")?;
+        backup(&ours, "full")?;
+        let full = restore_into(&ours, "full")?;
+        row(
+            "restore of a full (left), and of the last of 200 incrementals",
+            [full, last],
+        );
+    }
+    let file = results()?.join("incremental.md");
+    std::fs::write(&file, &table)?;
+    println!("\n{table}\nwritten to {}", file.display());
+    Ok(())
+}
+
+/// What a backup costs, and by how much its repository grows without the WAL.
+fn backup(run: &Run<'_>, kind: &str) -> Result<Cost> {
+    let stored = || {
+        let folder = run.s.scratch.join(&run.name("repo"));
+        let wal = size_of(&folder.join("acme/wal"));
+        (size_of(&folder) - wal) as f64 / 1_048_576.0
+    };
+    let before = stored();
+    let mut cost = run.measure(run.backup(kind))?;
+    cost.stored = stored() - before;
+    Ok(cost)
+}
+
+fn restore_into(run: &Run<'_>, name: &str) -> Result<Cost> {
+    let to = run.s.path(name);
+    let command = run.command(&["restore", "acme", "--to", &to, "--progress", "none"]);
+    run.measure(command).context("restoring")
+}
+
+fn change(s: &Fixture, load: &Load, size: u32, round: u32) -> Result<()> {
+    if load.pages > 0 {
+        // A row on each of some pages; its new version finds room there.
+        s.sql(&format!(
+            "select setseed({seed}); update pgbench_accounts set abalance = abalance + 1 where ctid = any (array( \
+             select format('(%s,%s)', b, 1 + ({round} + b) % 50)::tid \
+             from generate_series(0, pg_relation_size('pgbench_accounts') / 8192 - 1) b where random() < {part}))",
+            seed = f64::from(round % 100) / 100.0,
+            part = f64::from(load.pages) / 10_000.0
+        ))?;
+    }
+    if load.rows > 0 {
+        let rows = load.rows * size;
+        s.sql(&format!(
+            "insert into log (id, what) select i, md5(i::text) || md5((i * 3)::text) || ' happened' from generate_series(1, {rows}) i"
+        ))?;
+    }
+    s.sql("checkpoint").map(drop)
+}
