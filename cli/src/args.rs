@@ -195,6 +195,10 @@ pub struct BackupArgs {
     /// Kind of backup
     #[arg(long = "type", value_enum, default_value_t = BackupType::Auto)]
     pub kind: BackupType,
+    /// Read everything, and compare what an incremental backup would have left out with its parent: a difference is
+    /// exit code 4
+    #[arg(long)]
+    pub audit: bool,
     /// Where the bytes come from
     #[arg(long, value_enum, default_value_t = Source::Auto)]
     pub source: Source,

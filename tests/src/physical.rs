@@ -1,11 +1,11 @@
-//! Two data directories compared page by page, as far as PostgreSQL lets two copies at one LSN differ: hints, unused
-//! space, and what replay does not keep (`backend/access/common/bufmask.c`).
+//! Two data directories compared page by page, as far as PostgreSQL lets two copies at one LSN differ.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use fairvault_engine::postgres::files::{Fork, relation_file};
+use fairvault_engine::postgres::hints::mask;
 
 const PAGE: usize = 8192;
 
@@ -36,85 +36,6 @@ fn relations(folder: &Path) -> Result<BTreeMap<String, PathBuf>> {
             || name.ends_with("pg_filenode.map")
     });
     Ok(found)
-}
-
-fn u16_at(page: &[u8], at: usize) -> usize {
-    usize::from(u16::from_le_bytes([page[at], page[at + 1]]))
-}
-
-fn zero(page: &mut [u8], at: usize, len: usize) {
-    page[at..at + len].fill(0);
-}
-
-/// Takes out of a page what may differ.
-fn mask(page: &mut [u8]) {
-    let (lower, upper, special) = (u16_at(page, 12), u16_at(page, 14), u16_at(page, 16));
-    // pd_lsn, which two processes that set the same hint may leave behind the WAL; pd_checksum; PD_HAS_FREE_LINES,
-    // PD_PAGE_FULL; pd_prune_xid.
-    zero(page, 0, 10);
-    page[10] &= !3;
-    zero(page, 20, 4);
-    if !(24 <= lower && lower <= upper && upper <= special && special <= PAGE) {
-        return;
-    }
-    zero(page, lower, upper - lower);
-    let opaque = PAGE - special;
-    // Sequences and BRIN have a special area too; their items have no hints.
-    let last = u16_at(page, PAGE - 2);
-    if opaque == 8 && u16_at(page, special) == 0x1717 {
-        // A sequence: values are logged ahead of their use.
-        return zero(page, upper, special - upper);
-    }
-    // GIN_DELETED, as the pages of a pending list that was worked off.
-    if opaque == 8 && last < 0x200 && last & 4 != 0 {
-        return page.fill(0);
-    }
-    // SP-GiST's metapage holds a cache of pages with room, which is not logged.
-    if opaque == 8 && last == 0xFF82 && page[special] & 1 != 0 {
-        return zero(page, 28, lower - 28);
-    }
-    let is_heap = opaque == 0;
-    let is_btree = opaque == 16 && last <= 0xFF7F;
-    if is_btree {
-        let flags = u16_at(page, PAGE - 4);
-        // BTP_DELETED and BTP_HALF_DEAD: what they hold does not count.
-        if flags & (4 | 16) != 0 {
-            return page.fill(0);
-        }
-        // BTP_SPLIT_END, BTP_HAS_GARBAGE, and the number of a vacuum.
-        let kept = (flags & !(32 | 64)) as u16;
-        page[PAGE - 4..PAGE - 2].copy_from_slice(&kept.to_le_bytes());
-        zero(page, PAGE - 2, 2);
-    }
-    for number in 0..(lower - 24) / 4 {
-        let at = 24 + number * 4;
-        let pointer = u32::from_le_bytes([page[at], page[at + 1], page[at + 2], page[at + 3]]);
-        let (offset, flags, len) = ((pointer & 0x7FFF) as usize, pointer >> 15 & 3, (pointer >> 17) as usize);
-        if !is_heap {
-            // A dead index item is a hint.
-            if flags == 3 && len > 0 {
-                page[at..at + 4].copy_from_slice(&(pointer & !(3 << 15) | 1 << 15).to_le_bytes());
-            }
-            continue;
-        }
-        if flags == 1 && len >= 23 && offset >= upper && offset + len <= special {
-            // t_cid; hint bits of t_infomask, HEAP_COMBOCID; padding.
-            zero(page, offset + 8, 4);
-            page[offset + 20] &= !0x20;
-            page[offset + 21] &= !0x0F;
-            let padding = len.next_multiple_of(8).min(special - offset) - len;
-            zero(page, offset + len, padding);
-        }
-    }
-    if opaque == 16 && last == 0xFF80 {
-        // Hash: LH_PAGE_HAS_DEAD_TUPLES.
-        page[PAGE - 4] &= !0x80;
-    }
-    if opaque == 16 && last == 0xFF81 {
-        // GiST: F_HAS_GARBAGE, and the NSN, which only counts during a split.
-        page[PAGE - 4] &= !16;
-        zero(page, special, 8);
-    }
 }
 
 fn lsn(page: &[u8]) -> String {
@@ -151,53 +72,56 @@ pub fn differences(a: &Path, b: &Path, limit: usize) -> Result<Vec<String>> {
         // Zeros at the end are pages that were never used.
         one.resize(len, 0);
         two.resize(len, 0);
+        if len % PAGE != 0 {
+            if one != two {
+                found.push(format!("{name} differs"));
+            }
+            continue;
+        }
         let is_map = relation_file(name).is_some_and(|file| file.fork == Fork::Vm);
-        for (block, (one, two)) in one.chunks_mut(PAGE).zip(two.chunks_mut(PAGE)).enumerate() {
-            if one == two {
+        let pages = one
+            .as_chunks_mut::<PAGE>()
+            .0
+            .iter_mut()
+            .zip(two.as_chunks_mut::<PAGE>().0);
+        for (block, (one, two)) in pages.enumerate() {
+            let lsns = (lsn(one), lsn(two));
+            if one == two || means_the_same(one, two, is_map) {
                 continue;
             }
-            let lsns = (lsn(one), lsn(two));
-            if one.len() < PAGE {
-                found.push(format!("{name} differs"));
-                break;
-            }
-            match is_map {
-                true => {
-                    zero(one, 0, 24);
-                    zero(two, 0, 24);
-                    // CREATE DATABASE with WAL_LOG logs maps without what is in them: replay leaves them empty.
-                    if one.iter().all(|&b| b == 0) || two.iter().all(|&b| b == 0) {
-                        continue;
-                    }
-                }
-                false => {
-                    mask(one);
-                    mask(two);
-                }
-            }
-            if let Some(at) = (0..PAGE).find(|&at| one[at] != two[at]) {
-                let end = (0..PAGE).rfind(|&at| one[at] != two[at]).unwrap_or(at);
-                let show = |page: &[u8]| {
-                    page[at..PAGE.min(at + 16)]
-                        .iter()
-                        .map(|b| format!("{b:02x}"))
-                        .collect::<String>()
-                };
-                found.push(format!(
-                    "{name} block {block} from {at} to {end} (lower {}, upper {}, special {}): {} and {}; LSN {} and {}",
-                    u16_at(one, 12),
-                    u16_at(one, 14),
-                    u16_at(one, 16),
-                    show(one),
-                    show(two),
-                    lsns.0,
-                    lsns.1
-                ));
-            }
+            let at = (0..PAGE).find(|&at| one[at] != two[at]).unwrap_or_default();
+            let end = (0..PAGE).rfind(|&at| one[at] != two[at]).unwrap_or_default();
+            let show = |page: &[u8]| {
+                page[at..PAGE.min(at + 16)]
+                    .iter()
+                    .map(|b| format!("{b:02x}"))
+                    .collect::<String>()
+            };
+            found.push(format!(
+                "{name} block {block} from {at} to {end}: {} and {}; LSN {} and {}",
+                show(one),
+                show(two),
+                lsns.0,
+                lsns.1
+            ));
             if found.len() >= limit {
                 return Ok(found);
             }
         }
     }
     Ok(found)
+}
+
+/// Whether two pages are the same but for what may differ; that is taken out of both.
+fn means_the_same(one: &mut [u8; PAGE], two: &mut [u8; PAGE], is_map: bool) -> bool {
+    if !is_map {
+        mask(one);
+        mask(two);
+        return one == two;
+    }
+    one[..24].fill(0);
+    two[..24].fill(0);
+    // CREATE DATABASE with WAL_LOG logs maps without what is in them: replay leaves them empty.
+    let is_empty = |page: &[u8; PAGE]| page.iter().all(|&byte| byte == 0);
+    one == two || is_empty(one) || is_empty(two)
 }

@@ -65,6 +65,7 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
             BackupType::Diff => backup::Kind::Diff,
             BackupType::Incr => backup::Kind::Incr,
         },
+        audit: args.audit,
         source: match args.source {
             Source::Auto => SourceKind::Auto,
             Source::Local => SourceKind::Local,
@@ -101,6 +102,10 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
             .iter()
             .map(|f| serde_json::json!({ "path": f.path, "block": f.block, "expected": f.expected, "found": f.found, "judgement": f.judgement }))
             .collect();
+        let missed = report.missed.iter();
+        let missed: Vec<_> = missed
+            .map(|m| serde_json::json!({ "path": m.path, "block": m.block }))
+            .collect();
         output::json(
             "backup",
             &serde_json::json!({
@@ -108,7 +113,7 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
                 "start_lsn": Lsn(info.start_lsn).to_string(), "stop_lsn": Lsn(info.stop_lsn).to_string(), "timeline": info.stop_timeline,
                 "files": info.files, "plain_bytes": info.plain_bytes, "new_plain_bytes": info.new_plain_bytes,
                 "new_stored_bytes": info.new_stored_bytes, "elapsed_ms": started.elapsed().as_millis() as u64,
-                "wal_method": info.wal_method, "source": info.source, "page_failures": failures, "damaged_pages": info.damaged_pages, "notes": report.notes,
+                "wal_method": info.wal_method, "source": info.source, "page_failures": failures, "audited": args.audit, "missed_blocks": missed, "damaged_pages": info.damaged_pages, "notes": report.notes,
             }),
         );
     } else {
@@ -137,12 +142,25 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
         for note in &report.notes {
             output::line(format_args!("note: {note}"));
         }
+        for missed in &report.missed {
+            output::line(format_args!("missed: block {} of {}", missed.block, missed.path));
+        }
         for failure in &report.page_failures {
             output::line(format_args!(
                 "page {} of {}: checksum {:04x}, expected {:04x}: {}",
                 failure.block, failure.path, failure.found, failure.expected, failure.judgement
             ));
         }
+    }
+    if !report.missed.is_empty() {
+        return Err(Error::damaged(format!(
+            "{} blocks changed although the WAL since backup {} does not say so",
+            report.missed.len(),
+            info.parent
+        ))
+        .remedy(
+            "this backup is right, since everything was read. Trust no incremental backup before it, and report this",
+        ));
     }
     if damaged.is_empty() {
         return Ok(Outcome::Done);

@@ -33,6 +33,7 @@ use crate::progress::Progress;
 use crate::replication::connection::{Connection, Mode};
 use crate::replication::conninfo::ConnInfo;
 use crate::source::{Entry, Feed, PIPELINE_GONE};
+use crate::track::audit::{Audit, Missed};
 use crate::track::selection::Selection;
 use crate::wal::archive::Archive;
 use crate::wal::stream::{Until, capture};
@@ -90,6 +91,8 @@ pub enum SourceKind {
 pub struct Options {
     /// What it builds on.
     pub kind: Kind,
+    /// Read everything, and compare what would have been left out with the parent.
+    pub audit: bool,
     /// Source.
     pub source: SourceKind,
     /// Where the server's data directory is on this machine; without, the server is asked.
@@ -121,6 +124,8 @@ pub struct Report {
     pub info: proto::BackupInfo,
     /// Pages whose checksum was wrong, judged.
     pub page_failures: Vec<proto::PageFailure>,
+    /// Blocks that changed although the WAL does not say so, if that was looked for.
+    pub missed: Vec<Missed>,
     /// Other things a person should know.
     pub notes: Vec<String>,
 }
@@ -329,6 +334,22 @@ async fn transfer(
         None if options.kind != Kind::Full => tracing::warn!("everything is read: {no_parent_reason}"),
         None => {}
     }
+    let audited = basis.clone().filter(|_| options.audit);
+    let audit = audited.map(|basis| Arc::new(Audit::new(stanza.clone(), basis)));
+    match &audit {
+        Some(audit) => tracing::info!(
+            "auditing: everything is read, and up to {} MiB of the parent are fetched",
+            audit.to_fetch().div_ceil(1 << 20)
+        ),
+        None if options.audit => {
+            return Err(Error::new(
+                crate::error::Kind::Usage,
+                format!("there is nothing to audit: {no_parent_reason}"),
+            )
+            .remedy("take a backup first, and audit the next one"));
+        }
+        None => {}
+    }
     progress.phase("copying");
     let chunks = Arc::new(SessionChunks::new(index));
     let (finished_in, finished_out) = mpsc::channel(1);
@@ -340,10 +361,14 @@ async fn transfer(
         pages: options.pages,
         checksums,
         basis: basis.clone(),
+        audit: audit.clone(),
         progress: progress.clone(),
     });
     let (chunks_in, chunks_out) = mpsc::channel(workers * 4);
-    let selection = Selection { basis: basis.clone() };
+    let selection = Selection {
+        basis: basis.clone(),
+        audit: audit.clone(),
+    };
     let mut feed = Feed::new(chunks_in, progress.clone(), selection);
 
     // The workers, then the manifest segments, which go through the same packer.
@@ -476,6 +501,7 @@ async fn transfer(
         Report {
             info,
             page_failures,
+            missed: audit.map(|audit| audit.finish()).unwrap_or_default(),
             notes,
         },
     ))

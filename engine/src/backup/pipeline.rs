@@ -17,6 +17,7 @@ use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT};
 use crate::progress::Progress;
 use crate::source::{Chunk, Run};
 use crate::stanza::Stanza;
+use crate::track::audit::Audit;
 use crate::track::selection::Basis;
 
 /// A run of a chunk that went through the pipeline.
@@ -76,6 +77,8 @@ pub struct Shared {
     pub checksums: bool,
     /// The parent, if there is one.
     pub basis: Option<Arc<Basis>>,
+    /// What it would have left out is compared.
+    pub audit: Option<Arc<Audit>>,
     /// Counters.
     pub progress: Arc<Progress>,
 }
@@ -124,6 +127,9 @@ fn worker(shared: &Shared, input: &Mutex<mpsc::Receiver<Chunk>>) -> Result<Resul
 
 fn process(shared: &Shared, codec: &mut Codec, chunk: &Chunk, results: &mut Results) -> Result<()> {
     check_pages(shared, chunk, &mut results.bad_pages)?;
+    if let Some(audit) = &shared.audit {
+        audit.check(chunk)?;
+    }
     let id = shared.stanza.keys().chunk_id(&chunk.bytes);
     let len = chunk.bytes.len() as u32;
     let handle = match shared.chunks.claim(id, len) {
@@ -187,7 +193,7 @@ fn check_pages(shared: &Shared, chunk: &Chunk, bad: &mut Vec<BadPage>) -> Result
                 }),
                 // A page that says nothing sensible says nothing of the WAL either.
                 _ => {
-                    if let Some(basis) = &shared.basis {
+                    if let Some(basis) = shared.basis.as_ref().filter(|_| shared.audit.is_none()) {
                         basis.check_page(&file, in_relation, page)?;
                     }
                 }

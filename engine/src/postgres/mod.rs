@@ -4,6 +4,7 @@
 
 pub mod control;
 pub mod files;
+pub mod hints;
 pub mod lsn;
 pub mod page;
 pub mod segment;

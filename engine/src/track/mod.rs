@@ -4,6 +4,7 @@
 //! everything", with the reason. Only main forks are tracked: WAL does not name every change of the others (clearing a
 //! bit of a visibility map registers no block), and they are small.
 
+pub mod audit;
 pub mod map;
 pub mod range;
 pub mod records;

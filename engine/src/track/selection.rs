@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use fairvault_format::proto::{self, FileKind};
 
+use super::audit::Audit;
 use super::map::{BlockMap, Changes, RelationId};
 use crate::error::{Error, Result};
 use crate::postgres::files::{Fork, RelationFile, relation_file};
@@ -185,6 +186,35 @@ impl Basis {
         kept
     }
 
+    /// The same for a part of the file.
+    pub fn kept_within(&self, path: &str, part: Range<u64>, wanted: &[Range<u32>]) -> Vec<Placement> {
+        let mut kept = self.kept(path, part.end, wanted);
+        kept.retain(|p| p.file_offset + u64::from(p.len) > part.start);
+        for p in &mut kept {
+            let before = part.start.saturating_sub(p.file_offset);
+            p.file_offset += before;
+            p.frame_offset += before as u32;
+            p.len -= before as u32;
+        }
+        kept
+    }
+
+    /// What the parent has stored of main forks, bytes.
+    pub fn stored_bytes(&self) -> u64 {
+        let Manifest {
+            files,
+            frames,
+            placements,
+            ..
+        } = &self.manifest;
+        let is_main = |path: &str| relation_file(path).is_some_and(|relation| relation.fork == Fork::Main);
+        let used = placements.iter().filter(|p| is_main(&files[p.file as usize].path));
+        let used: std::collections::HashSet<u32> = used.map(|p| p.frame).collect();
+        used.iter()
+            .map(|&frame| u64::from(frames[frame as usize].stored_len))
+            .sum()
+    }
+
     /// Fails if a page is newer than the map says: then the map is wrong, and nothing that was left out can be trusted.
     /// `block` counts from the beginning of the relation.
     pub fn check_page(&self, relation: &RelationFile, block: u32, page: &[u8]) -> Result<()> {
@@ -219,13 +249,23 @@ fn id(relation: &RelationFile) -> RelationId {
 pub struct Selection {
     /// Without one, everything is read.
     pub basis: Option<Arc<Basis>>,
+    /// Everything is read, and what would have been left out is compared.
+    pub audit: Option<Arc<Audit>>,
 }
 
 impl Selection {
     /// What of a file is to be read that now has `size` bytes.
     pub fn of(&self, path: &str, size: u64) -> Wanted {
-        self.basis
-            .as_ref()
-            .map_or(Wanted::All, |basis| basis.wanted(path, size))
+        let Some(basis) = &self.basis else {
+            return Wanted::All;
+        };
+        let wanted = basis.wanted(path, size);
+        match &self.audit {
+            None => wanted,
+            Some(audit) => {
+                audit.predict(path, wanted);
+                Wanted::All
+            }
+        }
     }
 }

@@ -1,0 +1,120 @@
+//! Is what tracking would have left out as it was? A backup reads everything, and compares it with the parent.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::selection::Basis;
+use crate::error::Result;
+use crate::postgres::BLOCK_BYTES;
+use crate::postgres::hints::mask;
+use crate::restore::data::read_frame;
+use crate::source::{Chunk, Wanted};
+use crate::stanza::Stanza;
+
+const BLOCK: usize = BLOCK_BYTES as usize;
+
+/// A block that changed, and of which the block map knows nothing.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Missed {
+    /// File.
+    pub path: String,
+    /// Block in the file.
+    pub block: u32,
+}
+
+/// An audit under way.
+pub struct Audit {
+    basis: Arc<Basis>,
+    stanza: Arc<Stanza>,
+    runtime: tokio::runtime::Handle,
+    /// What of each file would have been read.
+    predicted: Mutex<HashMap<String, Wanted>>,
+    missed: Mutex<Vec<Missed>>,
+}
+
+impl Audit {
+    /// Begins one; to be called where the store can be asked.
+    pub fn new(stanza: Arc<Stanza>, basis: Arc<Basis>) -> Self {
+        Self {
+            basis,
+            stanza,
+            runtime: tokio::runtime::Handle::current(),
+            predicted: Mutex::default(),
+            missed: Mutex::default(),
+        }
+    }
+
+    /// Bytes that may have to be fetched at most: what the parent has of main forks.
+    pub fn to_fetch(&self) -> u64 {
+        self.basis.stored_bytes()
+    }
+
+    /// What of a file tracking would have read.
+    pub fn predict(&self, path: &str, wanted: Wanted) {
+        let mut predicted = self.predicted.lock().unwrap_or_else(PoisonError::into_inner);
+        predicted.insert(path.to_owned(), wanted);
+    }
+
+    /// Compares what tracking would have left out of a chunk with the parent. Blocks.
+    pub fn check(&self, chunk: &Chunk) -> Result<()> {
+        let predicted = {
+            let predicted = self.predicted.lock().unwrap_or_else(PoisonError::into_inner);
+            predicted.get(&*chunk.path).cloned()
+        };
+        let Some(Wanted::Blocks(ranges)) = predicted else {
+            return Ok(());
+        };
+        let mut missed = Vec::new();
+        // What is kept of a chunk is often one frame, in parts.
+        let mut last: Option<(u32, Vec<u8>)> = None;
+        let mut rest = &chunk.bytes[..];
+        for run in &chunk.runs {
+            let (content, behind) = rest.split_at(run.len as usize);
+            rest = behind;
+            let end = run.offset + u64::from(run.len);
+            for kept in self.basis.kept_within(&chunk.path, run.offset..end, &ranges) {
+                let frame = &self.basis.manifest.frames[kept.frame as usize];
+                let pack = &self.basis.manifest.packs[frame.pack as usize];
+                let before = match &mut last {
+                    Some((number, content)) if *number == kept.frame => content,
+                    last => {
+                        let content = self.runtime.block_on(read_frame(&self.stanza, pack, frame))?;
+                        &mut last.insert((kept.frame, content)).1
+                    }
+                };
+                let (at, inside) = ((kept.file_offset - run.offset) as usize, kept.frame_offset as usize);
+                let len = kept.len as usize;
+                let now = content[at..at + len].as_chunks::<BLOCK>().0;
+                let before = before[inside..inside + len].as_chunks::<BLOCK>().0;
+                let first = (kept.file_offset / u64::from(BLOCK_BYTES)) as u32;
+                for (block, (now, before)) in (first..).zip(now.iter().zip(before)) {
+                    if now != before && !means_the_same(now, before) {
+                        missed.push(Missed {
+                            path: chunk.path.to_string(),
+                            block,
+                        });
+                    }
+                }
+            }
+        }
+        self.missed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .extend(missed);
+        Ok(())
+    }
+
+    /// What tracking has missed, in order.
+    pub fn finish(&self) -> Vec<Missed> {
+        let mut missed = std::mem::take(&mut *self.missed.lock().unwrap_or_else(PoisonError::into_inner));
+        missed.sort();
+        missed
+    }
+}
+
+fn means_the_same(one: &[u8; BLOCK], two: &[u8; BLOCK]) -> bool {
+    let (mut one, mut two) = (*one, *two);
+    mask(&mut one);
+    mask(&mut two);
+    one == two
+}
