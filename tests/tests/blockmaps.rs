@@ -1,0 +1,168 @@
+//! Block maps beside the summaries that PostgreSQL 17 and later makes of its own WAL.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use fairvault_engine::postgres::lsn::Lsn;
+use fairvault_engine::postgres::segment::Segment;
+use fairvault_engine::postgres::walker::Walker;
+use fairvault_engine::track::map::{BlockMap, RelationId};
+use fairvault_engine::track::records;
+use fairvault_tests::{Scratch, Server};
+
+const SEGMENT: u64 = 16 << 20;
+
+/// What the server says of a relation's main fork.
+#[derive(Default)]
+struct Summary {
+    limit: Option<u32>,
+    blocks: Vec<u32>,
+}
+
+fn work(server: &Server, scratch: &Scratch) -> Result<()> {
+    for sql in [
+        "create table a (i int primary key, t text, j jsonb)",
+        "create index on a using gin (j); create index on a using hash (t)",
+        "insert into a select i, md5(i::text), json_build_object('a', i % 7)::jsonb from generate_series(1, 20000) i",
+        "update a set t = t || 'x' where i % 3 = 0",
+        "delete from a where i > 5000",
+        "vacuum a",
+        "create table b as select * from a",
+        "truncate b",
+        "insert into b select * from a",
+        "begin; create table c as select * from a; rollback",
+        "create sequence s; select nextval('s') from generate_series(1, 100)",
+        "drop table b",
+        "create database d template template0 strategy wal_log",
+        "create database e template template0 strategy file_copy",
+        "drop database e",
+        "vacuum full a",
+        "reindex table a",
+        "checkpoint",
+    ] {
+        for statement in sql.split(';') {
+            let whole = if sql.starts_with("begin") { sql } else { statement };
+            server.sql(scratch, whole)?;
+            if sql.starts_with("begin") {
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Walks the server's own WAL.
+fn map(server: &Server, timeline: u32, from: Lsn, to: Lsn) -> Result<BlockMap> {
+    let mut map = BlockMap::default();
+    let mut segment = Segment::of(timeline, from, SEGMENT);
+    let mut walker = Walker::new(segment.start(SEGMENT), SEGMENT);
+    while segment.start(SEGMENT) < to {
+        let content = std::fs::read(server.data.join("pg_wal").join(segment.name(SEGMENT)))?;
+        walker.feed(&content, |record| {
+            if (from..to).contains(&record.lsn) {
+                records::note(&mut map, record);
+            }
+        });
+        segment = segment.next();
+    }
+    ensure!(
+        walker.stopped().is_none_or(|stop| stop.at >= to),
+        "{:?}",
+        walker.stopped()
+    );
+    Ok(map)
+}
+
+fn compare(major: u32) -> Result<()> {
+    let scratch = Scratch::new(&format!("maps{major}"))?;
+    let settings = "summarize_wal = on\nwal_keep_size = 2GB\nautovacuum = off\n";
+    let server = Server::create(&scratch, major, 5432, settings)?;
+    server.sql(&scratch, "checkpoint")?;
+    work(&server, &scratch)?;
+    let at = server.sql(&scratch, "select pg_current_wal_lsn()")?;
+    server.sql(&scratch, "checkpoint")?;
+    server.wait_for(
+        &scratch,
+        &format!("select count(*) > 0 from pg_available_wal_summaries() where end_lsn >= '{at}'"),
+        "t",
+    )?;
+    let summaries = server.sql(
+        &scratch,
+        "select tli, start_lsn, end_lsn from pg_available_wal_summaries() order by 2",
+    )?;
+    let (mut relations, mut blocks) = (0, 0);
+    for line in summaries.lines() {
+        let fields: Vec<&str> = line.split('|').collect();
+        let lsn = |text: &str| text.parse::<Lsn>().map_err(anyhow::Error::msg);
+        let (from, to) = (lsn(fields[1])?, lsn(fields[2])?);
+        let ours = map(&server, fields[0].parse()?, from, to)?;
+        ensure!(ours.unknown().is_none(), "{:?}", ours.unknown());
+        let contents = server.sql(
+            &scratch,
+            &format!(
+                "select reltablespace, reldatabase, relfilenode, relblocknumber, is_limit_block \
+                 from pg_wal_summary_contents({}, '{from}', '{to}') where relforknumber = 0",
+                fields[0]
+            ),
+        )?;
+        let mut theirs: BTreeMap<RelationId, Summary> = BTreeMap::new();
+        for row in contents.lines() {
+            let row: Vec<&str> = row.split('|').collect();
+            let number = |at: usize| row[at].parse::<u32>().context("a number");
+            let id = RelationId {
+                tablespace: number(0)?,
+                database: number(1)?,
+                relation: number(2)?,
+            };
+            let summary = theirs.entry(id).or_default();
+            match row[4] {
+                "t" => summary.limit = Some(number(3)?),
+                _ => summary.blocks.push(number(3)?),
+            }
+        }
+        for (id, summary) in &theirs {
+            relations += 1;
+            // A database that was made or dropped has an entry without a relation.
+            if id.relation == 0 {
+                ensure!(ours.has_database(*id), "database {}", id.database);
+                continue;
+            }
+            for &block in &summary.blocks {
+                blocks += 1;
+                ensure!(
+                    ours.has(*id, block),
+                    "{id:?} block {block} is missing in {from} to {to}"
+                );
+            }
+            let limit = ours.changes(*id).and_then(|changes| changes.limit());
+            ensure!(
+                limit == summary.limit,
+                "{id:?}: limit {limit:?}, the server says {:?}",
+                summary.limit
+            );
+        }
+        for (id, changes) in ours.relations() {
+            let summary = theirs.get(&id);
+            for block in changes.blocks(0, u32::MAX) {
+                let is_there =
+                    summary.is_some_and(|s| s.blocks.contains(&block) || s.limit.is_some_and(|limit| block >= limit));
+                ensure!(is_there, "{id:?} block {block} is only in ours, {from} to {to}");
+            }
+        }
+    }
+    ensure!(
+        relations > 50 && blocks > 1000,
+        "{relations} relations, {blocks} blocks"
+    );
+    Ok(())
+}
+
+#[test]
+fn maps_of_17_are_what_the_server_summarizes() -> Result<()> {
+    compare(17)
+}
+
+#[test]
+fn maps_of_18_are_what_the_server_summarizes() -> Result<()> {
+    compare(18)
+}
