@@ -262,6 +262,69 @@ fn everything_is_read_after_a_promotion_and_where_wal_is_missing() -> Result<()>
 }
 
 #[test]
+fn primary_and_standby_take_turns_and_one_that_lags_reads_everything() -> Result<()> {
+    let s = Fixture::new(
+        "incrstandby",
+        Shape {
+            archiving: true,
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table t (n int, x text); insert into t select i, md5(i::text) from generate_series(1, 50000) i")?;
+    backup(&s, &[])?;
+    s.flush_archive(&s.server)?;
+    let standby = s.standby("standby", 5460, &[], "")?;
+    let conninfo = standby.conninfo();
+    let catch_up = || -> Result<()> {
+        let at = s.sql("select pg_current_wal_lsn()")?;
+        standby.wait_for(&s.scratch, &format!("select pg_last_wal_replay_lsn() >= '{at}'"), "t")?;
+        standby.sql(&s.scratch, "checkpoint").map(drop)
+    };
+    for (round, source) in ["local", "stream", "sql", "local"].iter().enumerate() {
+        s.sql(&format!(
+            "update t set n = n + 1 where n % {} = 0; checkpoint",
+            50 + round
+        ))?;
+        catch_up()?;
+        let sum = s.sql(SUM)?;
+        let text = match round % 2 {
+            0 => backup(&s, &["--conninfo", &conninfo, "--source", source])?,
+            _ => backup(&s, &["--source", source])?,
+        };
+        ensure!(!field(&text, "parent")?.is_empty(), "{text}");
+        let id = field(&text, "id")?;
+        let there = restored(
+            &s,
+            &format!("r{round}"),
+            &["--backup", &id, "--target", "immediate"],
+            SUM,
+        )?;
+        ensure!(there == sum, "{id}: {there} and not {sum}");
+    }
+    // What the primary's backup has seen is the standby's future.
+    catch_up()?;
+    standby.sql(&s.scratch, "select pg_wal_replay_pause()")?;
+    s.sql("update t set n = n + 1")?;
+    backup(&s, &[])?;
+    let text = backup(&s, &["--conninfo", &conninfo, "--type", "incr"])?;
+    let parent = field(&text, "parent")?;
+    let newest = s.ok(&["info", "acme"])?;
+    let id = field(&text, "id")?;
+    let (before, _) = newest.split_once(&id).context("the backup")?;
+    let primarys = before.lines().rev().nth(1).context("the one before")?;
+    ensure!(!primarys.contains(&parent) || parent.is_empty(), "{text}\n{newest}");
+    ensure!(
+        restored(
+            &s,
+            "last",
+            &["--backup", &id, "--target", "immediate"],
+            "select count(*) from t"
+        )? == "50000"
+    );
+    Ok(())
+}
+
+#[test]
 fn what_is_lost_in_the_repository_is_read_again() -> Result<()> {
     let s = Fixture::new(
         "incrlost",

@@ -375,7 +375,7 @@ fn verify(s: &Fixture, copy: &Server) -> Result<()> {
 
 fn torture(major: u32) -> Result<()> {
     let seed = number("FAIRVAULT_TORTURE_SEED", 1);
-    let rounds = number("FAIRVAULT_TORTURE_ROUNDS", if tools::is_full() { 30 } else { 6 });
+    let rounds = number("FAIRVAULT_TORTURE_ROUNDS", if tools::is_full() { 20 } else { 5 });
     let mut torture = Torture::new(major, seed, "")?;
     for round in 0..=rounds {
         println!("round {round}");
@@ -414,6 +414,16 @@ fn a_tracker_that_passes_over_a_kind_of_record_is_found_out() -> Result<()> {
 #[test]
 fn a_tracker_that_begins_at_the_parents_stop_is_found_out() -> Result<()> {
     planted("parent's stop")
+}
+
+#[test]
+fn every_backup_of_19_is_what_replay_makes() -> Result<()> {
+    if !tools::is_full() {
+        eprintln!("PostgreSQL 19 is part of `cargo xtask test --full` and of `cargo xtask torture`");
+        return Ok(());
+    }
+    tools::install_sid()?;
+    torture(19)
 }
 
 #[test]

@@ -14,6 +14,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   lint           formatting, clippy, licences and sources of dependencies
   fuzz [SECONDS] every fuzz target for some seconds each
   soak [ROUNDS] [SEED] push and receive while everything around them dies: rounds (15) on each of four set-ups
+  torture [ROUNDS] [SEED] incremental backups under random changes, each compared page by page with what replay makes:
+                 rounds (50) on each version
   bench compare [SIZE] [ROUNDS] [DATA] backups and restores beside pgBackRest and pg_basebackup, of data sets of SIZE (1)
                  times a few hundred MB, ROUNDS (3) times; DATA is pgbench, mixed, small or blobs; needs root
   bench incr [SIZE] [many] incremental backups of SIZE (1) GB beside pgBackRest; with `many`, the last of 200 is restored;
@@ -41,6 +43,9 @@ fn main() -> ExitCode {
         ["soak"] => steps::soak("15", "1"),
         ["soak", rounds] => steps::soak(rounds, "1"),
         ["soak", rounds, seed] => steps::soak(rounds, seed),
+        ["torture"] => steps::torture("50", "1"),
+        ["torture", rounds] => steps::torture(rounds, "1"),
+        ["torture", rounds, seed] => steps::torture(rounds, seed),
         ["bench", "compare"] => bench::compare::run_it(1, 3, None),
         ["bench", "compare", size] => number(size).and_then(|size| bench::compare::run_it(size, 3, None)),
         ["bench", "compare", size, rounds] => {

@@ -143,6 +143,19 @@ pub fn soak(rounds: &str, seed: &str) -> Result<()> {
     alone("soak", "2", &variables)
 }
 
+/// Random changes and backups of every version, compared page by page.
+pub fn torture(rounds: &str, seed: &str) -> Result<()> {
+    tools::install_npm_servers()?;
+    let variables = [
+        ("FAIRVAULT_FULL", "1"),
+        ("FAIRVAULT_TORTURE_ROUNDS", rounds),
+        ("FAIRVAULT_TORTURE_SEED", seed),
+    ];
+    let tortured = alone("torture", "2", &variables);
+    tools::unmount_sid();
+    tortured
+}
+
 /// Runs one file of tests by itself, with what it prints.
 fn alone(name: &str, threads: &str, variables: &[(&str, &str)]) -> Result<()> {
     tools::install_debian()?;

@@ -54,13 +54,18 @@ fn print(info: &Info) {
     }
     for b in &info.backups {
         output::line(format_args!(
-            "  {:<17} {:<5} {}  {:>10}  {:>10} added  PostgreSQL {}{}{}",
+            "  {:<17} {:<5} {}  {:>10}  {:>10} added  PostgreSQL {}{}{}{}",
             b.id,
             b.r#type,
             b.stopped,
             output::bytes(b.plain_bytes),
             output::bytes(b.new_stored_bytes),
             b.server_version / 10_000,
+            if b.no_parent_reason.is_empty() {
+                ""
+            } else {
+                "  everything was read"
+            },
             if b.damaged_pages > 0 {
                 format!("  {} DAMAGED PAGES", b.damaged_pages)
             } else {

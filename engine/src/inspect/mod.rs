@@ -21,6 +21,12 @@ pub struct BackupLine {
     pub id: String,
     /// full, diff, incr.
     pub r#type: String,
+    /// The backup that it was built on, which it does not need to be restored; empty if none.
+    pub parent: String,
+    /// Why everything was read, if that was not asked for.
+    pub no_parent_reason: String,
+    /// Bytes of the cluster that were read.
+    pub read_bytes: u64,
     /// Server version as in server_version_num.
     pub server_version: u32,
     /// Times, RFC 3339 in UTC.
@@ -196,6 +202,9 @@ pub async fn info_of(log: &Log) -> Result<Info> {
         out.backups.push(BackupLine {
             id: i.id.clone(),
             r#type: i.r#type.clone(),
+            parent: i.parent.clone(),
+            no_parent_reason: i.no_parent_reason.clone(),
+            read_bytes: i.read_bytes,
             server_version: i.server_version,
             started: rfc3339(i.started_us),
             stopped: rfc3339(i.stopped_us),

@@ -10,6 +10,9 @@ use fairvault_format::frame::CHUNK_ALIGN;
 /// than not, and copying into it costs more than all else.
 pub const DIRECT_BYTES: u64 = 1 << 20;
 
+/// Writes shorter than this go through the cache, which puts the scattered pages of an incremental backup together.
+const DIRECT_WRITE_BYTES: usize = 64 << 10;
+
 /// A file that is being written.
 pub struct Output {
     path: PathBuf,
@@ -35,11 +38,12 @@ impl Output {
 
     /// Writes a part of a chunk that begins at `in_chunk`. False if the file system refuses to go past the cache.
     pub fn write(&mut self, content: &[u8], in_chunk: u32, at: u64) -> std::io::Result<bool> {
-        let is_aligned = [u64::from(in_chunk), at, content.len() as u64]
+        let is_suited = [u64::from(in_chunk), at, content.len() as u64]
             .iter()
-            .all(|n| n % CHUNK_ALIGN as u64 == 0);
+            .all(|n| n % CHUNK_ALIGN as u64 == 0)
+            && content.len() >= DIRECT_WRITE_BYTES;
         let mut goes_past = true;
-        if let Some(file) = self.direct.as_ref().filter(|_| is_aligned) {
+        if let Some(file) = self.direct.as_ref().filter(|_| is_suited) {
             match file.write_all_at(content, at) {
                 Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => goes_past = false,
                 other => return other.map(|()| true),

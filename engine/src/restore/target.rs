@@ -434,7 +434,7 @@ impl<'a> Choice<'a> {
                 }
                 found.through = self.records_end(&reader, start.max(stop), end).await?;
             }
-            Target::Immediate => found.setting = Some(("recovery_target", "immediate".to_owned())),
+            Target::Immediate => self.immediate(&reader, stop, &mut found).await?,
             Target::Time(time_us) => {
                 self.time(&reader, &info, (*time_us, exclusive), &reach, &mut found)
                     .await?
@@ -451,6 +451,35 @@ impl<'a> Choice<'a> {
             found.until = Some(Lsn(found.through.0.div_ceil(size) * size));
         }
         Ok(found)
+    }
+
+    /// PostgreSQL stops at the first record behind the point of consistency, which it has to read, and which may lie in
+    /// the next segment. Where there is none, the end of the WAL is that point.
+    async fn immediate(&self, reader: &Reader<'_>, stop: Lsn, found: &mut Reachable) -> Result<()> {
+        let size = self.archive.segment_size;
+        let mut next = None;
+        let from = Lsn(stop.0.saturating_sub(1) / size * size);
+        let search = reader.walk_records(from, found.wal_end, |record| match record.lsn < stop {
+            true => ControlFlow::Continue(()),
+            false => {
+                next = Some(record.end);
+                ControlFlow::Break(())
+            }
+        });
+        search.await?;
+        match next {
+            Some(end) => {
+                found.through = end.min(found.wal_end).max(stop);
+                found.setting = Some(("recovery_target", "immediate".to_owned()));
+            }
+            None => {
+                found.until = Some(found.wal_end);
+                found.notes.push(format!(
+                    "the WAL in the repository ends where the backup becomes consistent ({stop}): recovery goes there"
+                ));
+            }
+        }
+        Ok(())
     }
 
     async fn time(
