@@ -8,7 +8,9 @@ use fairvault_engine::postgres::segment::Segment;
 use fairvault_engine::postgres::walker::Walker;
 use fairvault_engine::track::map::{BlockMap, RelationId};
 use fairvault_engine::track::records;
-use fairvault_tests::{Scratch, Server};
+use fairvault_engine::wal::summary::summarize;
+use fairvault_tests::{Fixture, Scratch, Server, Shape};
+use prost::Message;
 
 const SEGMENT: u64 = 16 << 20;
 
@@ -165,4 +167,47 @@ fn maps_of_17_are_what_the_server_summarizes() -> Result<()> {
 #[test]
 fn maps_of_18_are_what_the_server_summarizes() -> Result<()> {
     compare(18)
+}
+
+/// Kept maps are a thousandth of the WAL that they describe.
+#[test]
+fn maps_of_a_pgbench_load_are_small() -> Result<()> {
+    let s = Fixture::new(
+        "mapsize",
+        Shape {
+            archiving: true,
+            settings: "autovacuum = off\nmax_wal_size = 4GB\nshared_buffers = 256MB\n",
+            ..Default::default()
+        },
+    )?;
+    fairvault_tests::run(&mut s.server.pgbench(&s.scratch, &["-i", "-q", "-s", "20"]))?;
+    s.sql("checkpoint")?;
+    let from = s.flush_archive(&s.server)?;
+    fairvault_tests::run(
+        &mut s
+            .server
+            .pgbench(&s.scratch, &["-n", "-c", "4", "-j", "2", "-t", "20000"]),
+    )?;
+    s.flush_archive(&s.server)?;
+    let (mut wal, mut maps) = (0, 0);
+    for entry in std::fs::read_dir(s.server.data.join("pg_wal"))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.len() != 24 || name <= from {
+            continue;
+        }
+        let content = std::fs::read(entry.path())?;
+        let number = u64::from_str_radix(&name[16..], 16)?;
+        let summary = summarize(&content, Lsn(number * SEGMENT), SEGMENT);
+        // Segments that are kept for later use hold older WAL.
+        let Some(map) = summary.map.filter(|_| summary.records > 0 && summary.stopped_at == 0) else {
+            continue;
+        };
+        wal += SEGMENT;
+        maps += zstd::bulk::compress(&map.encode_to_vec(), 3)?.len() as u64;
+    }
+    ensure!(wal > 3 * SEGMENT, "{wal} bytes of WAL");
+    ensure!(maps * 1000 <= wal, "{maps} bytes for {wal}");
+    println!("{maps} bytes for {} MiB of WAL", wal >> 20);
+    Ok(())
 }

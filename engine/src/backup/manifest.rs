@@ -10,6 +10,7 @@ use fairvault_format::object::ObjectWriter;
 use fairvault_format::{limits, proto};
 use prost::Message;
 
+use super::cut::cuts;
 use super::pipeline::{Done, Shared};
 use crate::codec::{Codec, Content};
 use crate::dedup::{Claim, Known};
@@ -17,6 +18,7 @@ use crate::env;
 use crate::error::{Error, Result};
 use crate::source::{Entry, Wanted};
 use crate::stanza::Stanza;
+use crate::track::selection::Basis;
 
 /// Files in a manifest segment: at most, and about how many.
 const SEGMENT_FILES: usize = 4096;
@@ -107,13 +109,14 @@ pub fn store_segments(
     let mut codec = Codec::new(LEVEL)?;
     let mut out = Vec::new();
     let mut builder = SegmentBuilder::default();
+    let parents = Order::of(shared.basis.as_deref());
     for (position, &number) in order.iter().enumerate() {
         let from = extents.partition_point(|e| (e.file as usize) < number);
         let to = extents.partition_point(|e| e.file as usize <= number);
-        builder.file(&entries[number], &extents[from..to], known, packs)?;
+        builder.file(&entries[number], &extents[from..to])?;
         let full = builder.segment.files.len() >= SEGMENT_FILES || builder.extents >= SEGMENT_EXTENTS;
         if full || position + 1 == order.len() || ends_segment(&entries[number].path) {
-            let (segment, first) = std::mem::take(&mut builder).finish();
+            let (segment, first) = std::mem::take(&mut builder).finish(&parents, known, packs)?;
             let files = segment.files.len() as u32;
             out.push((first, files, store(shared, &mut codec, &segment)?));
         }
@@ -131,7 +134,8 @@ fn store(shared: &Shared, codec: &mut Codec, segment: &proto::ManifestSegment) -
     let bytes = segment.encode_to_vec();
     fairvault_format::error::check_limit("a manifest segment", bytes.len() as u64, limits::MANIFEST_SEGMENT_BYTES)?;
     let mut handles = Vec::new();
-    for chunk in bytes.chunks(limits::MANIFEST_CHUNK_BYTES as usize) {
+    for cut in cuts(&bytes) {
+        let chunk = &bytes[cut];
         let id = shared.stanza.keys().chunk_id(chunk);
         handles.push(match shared.chunks.claim(id, chunk.len() as u32) {
             Claim::Present(handle) => handle,
@@ -149,14 +153,15 @@ fn store(shared: &Shared, codec: &mut Codec, segment: &proto::ManifestSegment) -
 #[derive(Default)]
 struct SegmentBuilder {
     segment: proto::ManifestSegment,
-    frames: proto::FrameTable,
-    frame_numbers: HashMap<u32, u32>,
-    pack_numbers: HashMap<u32, u32>,
+    /// Handles in the order in which they were met, and their positions there; extents hold the latter until all are
+    /// known.
+    handles: Vec<u32>,
+    positions: HashMap<u32, u32>,
     extents: usize,
 }
 
 impl SegmentBuilder {
-    fn file(&mut self, entry: &Entry, parts: &[Extent], known: &[Known], packs: &[PackRef]) -> Result<()> {
+    fn file(&mut self, entry: &Entry, parts: &[Extent]) -> Result<()> {
         let mut extents = proto::Extents::default();
         let is_composed = entry.wanted != Wanted::All;
         let (mut crc, mut covered, mut last) = (0u32, 0u64, None::<&Extent>);
@@ -180,7 +185,7 @@ impl SegmentBuilder {
             }
             extents.file_offset.push(part.offset);
             extents.len.push(part.len);
-            extents.frame.push(self.frame(part.handle, known, packs)?);
+            extents.frame.push(self.frame(part.handle));
             extents.frame_offset.push(part.in_chunk);
         }
         if covered > entry.size || covered < entry.size && !is_composed {
@@ -205,28 +210,72 @@ impl SegmentBuilder {
         Ok(())
     }
 
-    fn frame(&mut self, handle: u32, known: &[Known], packs: &[PackRef]) -> Result<u32> {
-        if let Some(&number) = self.frame_numbers.get(&handle) {
-            return Ok(number);
+    fn frame(&mut self, handle: u32) -> u32 {
+        let next = self.handles.len() as u32;
+        let position = *self.positions.entry(handle).or_insert(next);
+        if position == next {
+            self.handles.push(handle);
         }
-        let chunk = &known[handle as usize];
-        let place = chunk.place.ok_or_else(|| Error::failed("a chunk without a place"))?;
-        let pack_names = &mut self.segment.pack_names;
-        let pack = *self.pack_numbers.entry(place.pack).or_insert_with(|| {
-            pack_names.push(packs[place.pack as usize].name.to_vec());
-            pack_names.len() as u32 - 1
-        });
-        let number = self.frames.pack.len() as u32;
-        push_frame(&mut self.frames, chunk, pack)?;
-        self.frame_numbers.insert(handle, number);
-        Ok(number)
+        position
     }
 
-    fn finish(mut self) -> (proto::ManifestSegment, String) {
-        self.segment.frames = Some(self.frames);
+    /// Numbers the frames: those of the parent in its order, then the new ones, so that what is as it was is encoded
+    /// as it was.
+    fn finish(mut self, order: &Order, known: &[Known], packs: &[PackRef]) -> Result<(proto::ManifestSegment, String)> {
+        let mut sorted: Vec<u32> = (0..self.handles.len() as u32).collect();
+        sorted.sort_by_key(|&at| (order.rank(&known[self.handles[at as usize] as usize].id), at));
+        let mut numbers = vec![0u32; sorted.len()];
+        let mut frames = proto::FrameTable::default();
+        let mut pack_numbers: HashMap<u32, u32> = HashMap::new();
+        for (number, &at) in sorted.iter().enumerate() {
+            numbers[at as usize] = number as u32;
+            let chunk = &known[self.handles[at as usize] as usize];
+            let place = chunk.place.ok_or_else(|| Error::failed("a chunk without a place"))?;
+            let pack_names = &mut self.segment.pack_names;
+            let pack = *pack_numbers.entry(place.pack).or_insert_with(|| {
+                pack_names.push(packs[place.pack as usize].name.to_vec());
+                pack_names.len() as u32 - 1
+            });
+            push_frame(&mut frames, chunk, pack)?;
+        }
+        let extents = self.segment.files.iter_mut().filter_map(|file| file.extents.as_mut());
+        for frame in extents.flat_map(|extents| &mut extents.frame) {
+            *frame = numbers[*frame as usize];
+        }
+        self.segment.frames = Some(frames);
         let first = self.segment.files.first().map(|f| f.path.clone()).unwrap_or_default();
-        (self.segment, first)
+        Ok((self.segment, first))
     }
+}
+
+/// The order of the parent's frames.
+struct Order {
+    /// The beginning of each frame's id, and its position; sorted.
+    known: Vec<(u64, u32)>,
+}
+
+impl Order {
+    fn of(basis: Option<&Basis>) -> Self {
+        let frames = basis.iter().flat_map(|basis| &basis.manifest.frames);
+        let mut known: Vec<(u64, u32)> = frames.zip(0..).map(|(frame, at)| (prefix(&frame.id), at)).collect();
+        known.sort_unstable();
+        Self { known }
+    }
+
+    /// Its position; behind all for one that the parent does not have. Two that begin alike cost sharing, nothing else.
+    fn rank(&self, id: &[u8; 32]) -> u32 {
+        let at = self.known.partition_point(|(known, _)| *known < prefix(id));
+        match self.known.get(at) {
+            Some((known, rank)) if *known == prefix(id) => *rank,
+            _ => u32::MAX,
+        }
+    }
+}
+
+fn prefix(id: &[u8; 32]) -> u64 {
+    let mut first = [0; 8];
+    first.copy_from_slice(&id[..8]);
+    u64::from_be_bytes(first)
 }
 
 fn push_frame(table: &mut proto::FrameTable, chunk: &Known, pack: u32) -> Result<()> {

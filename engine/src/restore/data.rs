@@ -19,6 +19,7 @@ use super::crc::Parts;
 use super::direct::{DIRECT_BYTES, Output, make_room};
 use super::layout::Layout;
 use super::plan::{FrameRef, Placement, Plan};
+use super::spans::spans;
 use super::{Options, compare};
 use crate::error::{Context, Error, Result};
 use crate::progress::Progress;
@@ -52,15 +53,24 @@ pub struct Written {
 
 /// One frame, read and checked.
 pub async fn read_frame(stanza: &Stanza, pack: &PackRef, frame: &FrameRef) -> Result<Vec<u8>> {
+    read_frames(stanza, pack, std::slice::from_ref(frame)).await
+}
+
+/// The content of frames that lie one behind the other in a pack.
+pub async fn read_frames(stanza: &Stanza, pack: &PackRef, frames: &[FrameRef]) -> Result<Vec<u8>> {
     let name = names::pack(&pack.name);
-    let from = u64::from(frame.offset);
-    let bytes = stanza
-        .store()
-        .get_range(&name, from..from + u64::from(frame.stored_len))
-        .await?;
+    let from = frames.first().map_or(0, |frame| u64::from(frame.offset));
+    let len: u64 = frames.iter().map(|frame| u64::from(frame.stored_len)).sum();
+    let bytes = stanza.store().get_range(&name, from..from + len).await?;
     let key = FrameKey::new(stanza.keys_of(pack.header.epoch)?, stanza.scope(), &pack.header)?;
     let mut reader = FrameReader::default();
-    open_frame(&mut reader, stanza, &key, pack, frame, &bytes).map(<[u8]>::to_vec)
+    let (mut content, mut at) = (Vec::new(), 0);
+    for frame in frames {
+        let stored = bytes.get(at..at + frame.stored_len as usize).unwrap_or_default();
+        at += frame.stored_len as usize;
+        content.extend_from_slice(open_frame(&mut reader, stanza, &key, pack, frame, stored)?);
+    }
+    Ok(content)
 }
 
 /// Opens a frame into the reader's buffer and checks its id.
@@ -140,6 +150,8 @@ struct Work {
     /// By frame.
     placements: Vec<Placement>,
     placed_from: Vec<u32>,
+    /// By frame: what is written in one piece, gaps included.
+    spans: HashMap<u32, Placement>,
     paths: Arc<[PathBuf]>,
     parts: Parts,
     progress: Arc<Progress>,
@@ -189,13 +201,25 @@ pub async fn write_all(
     for i in 1..placed_from.len() {
         placed_from[i] += placed_from[i - 1];
     }
-    let ranges = ranges(&plan.frames, &needed);
+    // Over what is there already, and around holes, only what is needed may be written.
+    let spans = match delta || sparse {
+        true => HashMap::new(),
+        false => spans(&plan.files, &placements),
+    };
+    let [first, second] = [true, false].map(|is_span| {
+        let frames = needed.iter().enumerate();
+        let needed: Vec<bool> = frames
+            .map(|(frame, &needed)| needed && spans.contains_key(&(frame as u32)) == is_span)
+            .collect();
+        ranges(&plan.frames, &needed)
+    });
     let work = Arc::new(Work {
         stanza,
         plan: plan.clone(),
         holes: sparse.then_some(there),
         placements,
         placed_from,
+        spans,
         paths,
         parts,
         progress,
@@ -203,10 +227,13 @@ pub async fn write_all(
         readers: Mutex::default(),
         direct_from: AtomicU64::new(DIRECT_BYTES),
     });
-    let mut running =
-        futures::stream::iter(ranges.into_iter().map(|range| fetch(work.clone(), range))).buffer_unordered(RANGES);
-    while let Some(result) = running.next().await {
-        result?;
+    // What lies in the gaps of the spans comes after them.
+    for ranges in [first, second] {
+        let fetching = ranges.into_iter().map(|range| fetch(work.clone(), range));
+        let mut running = futures::stream::iter(fetching).buffer_unordered(RANGES);
+        while let Some(result) = running.next().await {
+            result?;
+        }
     }
     let synced = work.clone();
     let syncing = tokio::task::spawn_blocking(move || sync_files(&synced.plan.files, &synced.paths));
@@ -325,7 +352,17 @@ impl Work {
                 self.placed_from[number as usize] as usize,
                 self.placed_from[number as usize + 1] as usize,
             );
-            for p in &self.placements[a..b] {
+            let placements = &self.placements[a..b];
+            for p in placements {
+                self.parts.add(
+                    &self.plan,
+                    p,
+                    &chunk[p.frame_offset as usize..(p.frame_offset + p.len) as usize],
+                );
+                self.progress.read_bytes.add(p.len.into());
+            }
+            let span = self.spans.get(&number).map(std::slice::from_ref);
+            for p in span.unwrap_or(placements) {
                 let path = &self.paths[p.file as usize];
                 let what = |e| Error::io(format_args!("writing {}", path.display()), e);
                 let file = match &mut open {
@@ -337,7 +374,6 @@ impl Work {
                     }
                 };
                 let content = &chunk[p.frame_offset as usize..p.frame_offset as usize + p.len as usize];
-                self.parts.add(&self.plan, p, content);
                 let leaves_holes = self.holes.as_ref().is_some_and(|there| !there[p.file as usize]);
                 for run in runs(content, leaves_holes) {
                     let at = run.start;
@@ -347,7 +383,6 @@ impl Work {
                         self.direct_from.store(u64::MAX, Ordering::Relaxed);
                     }
                 }
-                self.progress.read_bytes.add(p.len.into());
             }
         }
         Ok(())

@@ -12,6 +12,7 @@ pub mod layout;
 pub mod pgmanifest;
 pub mod plan;
 pub mod settings;
+mod spans;
 pub mod target;
 
 use std::path::{Path, PathBuf};

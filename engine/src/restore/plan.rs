@@ -9,6 +9,7 @@ use fairvault_format::keys::KeyRole;
 use fairvault_format::object::ObjectReader;
 use fairvault_format::proto::{self, FileEntry, ManifestSegment, Root, Usage};
 use fairvault_format::{limits, names, sha256};
+use futures::{StreamExt, TryStreamExt};
 use prost::Message;
 
 use super::Options;
@@ -20,6 +21,10 @@ use crate::postgres::walker::{Event, What, rmgr};
 use crate::stanza::Stanza;
 use crate::wal::archive::Archive;
 use crate::wal::coverage::Coverage;
+
+/// Manifest segments that are read at once, and ranges of one segment.
+const SEGMENTS: usize = 8;
+const RUNS: usize = 8;
 
 /// A frame to fetch.
 #[derive(Debug, Clone, Copy)]
@@ -125,13 +130,14 @@ impl Manifest {
         let packs = decode_pack_table(&table.names, &table.headers, &what)?;
         let in_root = |pack: u32| ((pack as usize) < packs.len()).then_some(pack);
         let root_frames = frames(&root.frames.clone().unwrap_or_default(), in_root, &what)?;
-        let mut segments = Vec::with_capacity(root.segments.len());
+        let mut lists = Vec::with_capacity(root.segments.len());
         for segment in &root.segments {
             let from = segment.frame_from as usize;
             let list = root_frames.get(from..from.saturating_add(segment.frame_count as usize));
-            let list = list.ok_or_else(|| damaged(&what, "a segment lies outside its frame table"))?;
-            segments.push(read_segment(stanza, &packs, list, &what).await?);
+            lists.push(list.ok_or_else(|| damaged(&what, "a segment lies outside its frame table"))?);
         }
+        let reading = lists.into_iter().map(|list| read_segment(stanza, &packs, list, &what));
+        let segments = futures::stream::iter(reading).buffered(SEGMENTS).try_collect().await?;
         Self::from_messages(root, usage, segments, &what)
     }
 
@@ -227,10 +233,24 @@ impl Manifest {
 async fn read_segment(stanza: &Stanza, packs: &[PackRef], list: &[FrameRef], what: &str) -> Result<ManifestSegment> {
     let total: u64 = list.iter().map(|f| u64::from(f.plain_len)).sum();
     fairvault_format::error::check_limit(what, total, limits::MANIFEST_SEGMENT_BYTES)?;
-    let mut bytes = Vec::new();
-    for frame in list {
-        bytes.extend(super::data::read_frame(stanza, &packs[frame.pack as usize], frame).await?);
+    // Of chunks that lie one behind the other, one range is asked for.
+    let mut runs: Vec<&[FrameRef]> = Vec::new();
+    let mut from = 0;
+    for at in 1..=list.len() {
+        let goes_on = list.get(at).is_some_and(|next| {
+            let last = &list[at - 1];
+            next.pack == last.pack && next.offset == last.offset + last.stored_len
+        });
+        if !goes_on {
+            runs.push(&list[from..at]);
+            from = at;
+        }
     }
+    let reading = runs
+        .into_iter()
+        .map(|run| super::data::read_frames(stanza, &packs[run[0].pack as usize], run));
+    let bytes: Vec<Vec<u8>> = futures::stream::iter(reading).buffered(RUNS).try_collect().await?;
+    let bytes = bytes.concat();
     ManifestSegment::decode(bytes.as_slice()).map_err(|e| damaged(what, e))
 }
 
