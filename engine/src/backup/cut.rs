@@ -5,11 +5,11 @@
 
 use std::ops::Range;
 
-/// The shortest and the longest chunk, bytes; on average some 12 KiB.
-const SHORTEST: usize = 4 << 10;
+/// The shortest and the longest chunk, bytes; on average some 6 KiB.
+const SHORTEST: usize = 2 << 10;
 const LONGEST: usize = 64 << 10;
-/// One position in 8192 is a cut.
-const MASK: u64 = 0x1FFF << 51;
+/// One position in 4096 is a cut.
+const MASK: u64 = 0xFFF << 52;
 
 /// A number for each value of a byte (splitmix64).
 const GEAR: [u64; 256] = {

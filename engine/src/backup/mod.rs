@@ -603,6 +603,7 @@ async fn store_histories(connection: &mut Connection, archive: &Archive, timelin
 async fn wait_for_archive(archive: &Archive, timeline: u32, start: Lsn, stop: Lsn, timeout: Duration) -> Result<()> {
     let deadline = tokio::time::Instant::now() + timeout;
     let mut segment = Segment::of(timeline, start, archive.segment_size);
+    let mut pause = Duration::from_millis(50);
     while segment.start(archive.segment_size) < stop {
         if archive.segment_header(segment).await?.is_some() {
             segment = segment.next();
@@ -618,7 +619,8 @@ async fn wait_for_archive(archive: &Archive, timeline: u32, start: Lsn, stop: Ls
                 "look at pg_stat_archiver and the server's log for what archive_command says, or use --wal stream",
             ));
         }
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(1));
     }
     Ok(())
 }
