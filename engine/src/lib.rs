@@ -7,6 +7,7 @@
 pub mod backup;
 pub mod codec;
 pub mod commit;
+mod crc;
 pub mod dedup;
 pub mod env;
 pub mod error;

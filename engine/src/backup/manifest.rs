@@ -13,6 +13,7 @@ use prost::Message;
 use super::cut::cuts;
 use super::pipeline::{Done, Shared};
 use crate::codec::{Codec, Content};
+use crate::crc::combine;
 use crate::dedup::{Claim, Known};
 use crate::env;
 use crate::error::{Error, Result};
@@ -173,7 +174,7 @@ impl SegmentBuilder {
                     entry.path
                 )));
             }
-            crc = crc32c::crc32c_combine(crc, part.crc32c, part.len as usize);
+            crc = combine(crc, part.crc32c, part.len.into());
             let goes_on = last.is_some_and(|last| {
                 last.handle == part.handle && last.in_chunk + last.len == part.in_chunk && part.offset == covered
             });

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use super::plan::{Placement, Plan};
+use crate::crc::combine;
 
 /// A part of a file.
 struct Part {
@@ -46,7 +47,7 @@ impl Parts {
                 let to = parts.partition_point(|part| part.file as usize <= number);
                 let (mut crc, mut at) = (0, 0);
                 for part in &parts[from..to] {
-                    crc = crc32c::crc32c_combine(zeros(crc, part.offset - at), part.crc, part.len as usize);
+                    crc = combine(zeros(crc, part.offset - at), part.crc, part.len.into());
                     at = part.offset + u64::from(part.len);
                 }
                 (number as u32, zeros(crc, file.size - at))
