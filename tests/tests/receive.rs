@@ -224,6 +224,40 @@ fn a_restore_waits_for_what_a_receiver_has_acknowledged() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn journals_of_a_host_that_has_another_name_now_are_stored() -> Result<()> {
+    let s = Fixture::new(
+        "syncmoved",
+        Shape {
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = on\n",
+            more: "wal = { flush_interval = \"60s\" }",
+            ..Default::default()
+        },
+    )?;
+    s.sql("set synchronous_commit = local; create table t (x int)")?;
+    s.backup()?;
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    for _ in 0..7 {
+        s.sql("insert into t values (1)")?;
+    }
+    receiver.kill()?;
+    let journals = s.scratch.join("vault/acme/journals");
+    let own = std::fs::read_dir(&journals)?.next().context("a folder")??.path();
+    std::fs::rename(&own, journals.join("another-name"))?;
+    // The server has forgotten what was acknowledged.
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    s.sql("insert into t values (1)")?;
+    receiver.kill()?;
+    let left = fairvault_tests::fixture::files(&journals.join("another-name"));
+    ensure!(
+        !left.iter().any(|f| f.extension().is_some_and(|e| e == "wal")),
+        "{left:?}"
+    );
+    s.server.stop(&s.scratch, "immediate")?;
+    ensure!(restored(&s, "r")? == "8");
+    Ok(())
+}
+
 fn restored(s: &Fixture, name: &str) -> Result<String> {
     let (exit, text) = s.restore(name, &[]);
     ensure!(exit == 0, "{text}");

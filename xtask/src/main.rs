@@ -20,6 +20,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
                  times a few hundred MB, ROUNDS (3) times; DATA is pgbench, mixed, small or blobs; needs root
   bench incr [SIZE] [many] incremental backups of SIZE (1) GB beside pgBackRest; with `many`, the last of 200 is restored;
                  needs root
+  bench month    what a month of fulls, diffs and incrementals stores, beside pgBackRest; needs root
   bench wal [N]  archiving and fetching N segments (200) beside pgBackRest; needs root
   bench rpo      what a lost server costs: twenty deaths on each kind of repository, and the distribution
   bench sync [S] commits a second with a synchronous receiver, beside pg_receivewal
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         ["bench", "incr", size, many] => {
             number(size).and_then(|size| bench::incremental::run_it(size, *many == "many"))
         }
+        ["bench", "month"] => bench::incremental::run_month(),
         ["bench", "wal"] => bench::wal::run_it(200),
         ["bench", "wal", segments] => number(segments).and_then(bench::wal::run_it),
         ["bench", "rpo"] => steps::rpo(),

@@ -8,7 +8,7 @@ use fairvault_engine::progress::Progress;
 use fairvault_engine::restore::plan::Plan;
 use fairvault_engine::restore::target::{Action, Target, TimelineChoice};
 use fairvault_engine::restore::{self, Options};
-use fairvault_engine::wal::receive;
+use fairvault_engine::wal::receive::{self, AtWork};
 
 use super::{Outcome, stop_signal};
 use crate::args::{ActionArg, Archiving, Output, RestoreArgs, TargetWord};
@@ -153,7 +153,7 @@ pub async fn run(context: &Context, args: RestoreArgs) -> Result<Outcome> {
         print_plan(&plan, &options, context.global.output == Output::Json);
         return Ok(Outcome::Done);
     }
-    receive::store_journals(log.stanza(), context.wal_level(&args.stanza)?).await?;
+    receive::store_journals(log.stanza(), context.wal_level(&args.stanza)?, AtWork::Wait).await?;
     let progress = Arc::new(Progress::default());
     let started = std::time::Instant::now();
     let display = output::Display::start(args.progress, progress.clone(), "fetched");

@@ -10,7 +10,8 @@ use crate::commit::Log;
 use crate::error::{Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment};
-use crate::restore::target::{Reader, format_time, info};
+use crate::restore::reader::Reader;
+use crate::restore::target::{format_time, info};
 use crate::wal::archive::Archive;
 use crate::wal::coverage::{Coverage, Reach};
 

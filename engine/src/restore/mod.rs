@@ -11,6 +11,7 @@ mod direct;
 pub mod layout;
 pub mod pgmanifest;
 pub mod plan;
+pub mod reader;
 pub mod settings;
 mod spans;
 pub mod target;

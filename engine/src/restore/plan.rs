@@ -13,7 +13,8 @@ use futures::{StreamExt, TryStreamExt};
 use prost::Message;
 
 use super::Options;
-use super::target::{Choice, Reachable, Reader, info};
+use super::reader::Reader;
+use super::target::{Choice, Reachable, info};
 use crate::commit::Log;
 use crate::error::{Context, Error, Result};
 use crate::postgres::lsn::Lsn;

@@ -65,7 +65,60 @@ pub fn run_it(size: u32, many: bool) -> Result<()> {
     compared
 }
 
-fn compare(size: u32, many: bool) -> Result<()> {
+/// A month of backups: a full every week, a diff every night, an incremental every hour of eight, 0.5 % of the pages
+/// changed between them; what both repositories hold in the end. Of a few hundred MB.
+pub fn run_month() -> Result<()> {
+    if elsewhere(&["month"])? {
+        return Ok(());
+    }
+    tools::install_debian()?;
+    tools::install_time()?;
+    tools::install_sid()?;
+    tools::install_pgbackrest()?;
+    let month = month();
+    tools::unmount_sid();
+    month
+}
+
+fn month() -> Result<()> {
+    let s = set_up(20)?;
+    let (peer, ours) = at_work(&s)?;
+    let hour = Load {
+        name: "an hour",
+        pages: 50,
+        rows: 0,
+    };
+    let (mut round, mut totals) = (0, [Cost::default(); 2]);
+    for day in 0..28 {
+        let night = if day % 7 == 0 { "full" } else { "diff" };
+        for kind in std::iter::once(night).chain(["incr"; 8]) {
+            round += 1;
+            change(&s, &hour, 1, round)?;
+            for (tool, total) in [&peer, &ours].into_iter().zip(&mut totals) {
+                let cost = backup(tool, kind)?;
+                total.wall += cost.wall;
+                total.cpu += cost.cpu;
+                total.stored += cost.stored;
+            }
+        }
+        println!("day {day}: {:.1} and {:.1} MiB", totals[0].stored, totals[1].stored);
+    }
+    let [peer, ours] = totals;
+    let text = format!(
+        "{round} backups in a month: {:.1} MiB of pgBackRest, {:.1} of fairvault: {:.2}; wall time {:.2}, CPU {:.2}\n",
+        peer.stored,
+        ours.stored,
+        ours.stored / peer.stored,
+        ours.wall / peer.wall,
+        ours.cpu / peer.cpu
+    );
+    std::fs::write(results()?.join("month.md"), &text)?;
+    print!("{text}");
+    Ok(())
+}
+
+/// A server with a pgbench database that leaves room in its pages.
+fn set_up(scale: u32) -> Result<Fixture> {
     let settings = "shared_buffers = 512MB\nmax_wal_size = 16GB\nmin_wal_size = 4GB\nmaintenance_work_mem = 256MB\nautovacuum = off\n";
     let s = Fixture::new(
         "benchincr",
@@ -75,18 +128,23 @@ fn compare(size: u32, many: bool) -> Result<()> {
             ..Default::default()
         },
     )?;
-    let scale = (size * 68).to_string();
-    run(&mut s.server.pgbench(&s.scratch, &["-i", "-q", "-F", "90", "-s", &scale]))?;
+    run(&mut s
+        .server
+        .pgbench(&s.scratch, &["-i", "-q", "-F", "90", "-s", &scale.to_string()]))?;
     s.sql("create table log (id bigint, at timestamptz default now(), what text)")?;
     s.sql("select pg_switch_wal(); checkpoint")?;
-    let at_work = |tool: Tool| Run {
-        s: &s,
+    Ok(s)
+}
+
+/// Both tools with empty repositories; fairvault archives.
+fn at_work(s: &Fixture) -> Result<(Run<'_>, Run<'_>)> {
+    let [peer, ours] = [Tool::PeerZstd, Tool::Ours].map(|tool| Run {
+        s,
         tool,
         s3: None,
         id: format!("-{}", tool as u8),
         more: BLOCK,
-    };
-    let (peer, ours) = (at_work(Tool::PeerZstd), at_work(Tool::Ours));
+    });
     peer.prepare()?;
     ours.prepare()?;
     // Archiving begins with the stanza.
@@ -99,6 +157,12 @@ fn compare(size: u32, many: bool) -> Result<()> {
     s.sql(&format!("alter system set archive_command = '{push}'"))?;
     s.server.stop(&s.scratch, "fast")?;
     s.server.start(&s.scratch)?;
+    Ok((peer, ours))
+}
+
+fn compare(size: u32, many: bool) -> Result<()> {
+    let s = set_up(size * 68)?;
+    let (peer, ours) = at_work(&s)?;
     let mut table = String::from(
         "| change | pgBackRest s | fairvault s | ratio | pgBackRest CPU s | fairvault CPU s | ratio | pgBackRest MiB | fairvault MiB | ratio |\n|---|---|---|---|---|---|---|---|---|---|\n",
     );

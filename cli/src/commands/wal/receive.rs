@@ -7,7 +7,7 @@ use fairvault_engine::commit::Log;
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::replication::conninfo::ConnInfo;
 use fairvault_engine::stanza::Stanza;
-use fairvault_engine::wal::receive::{self, Options};
+use fairvault_engine::wal::receive::{self, AtWork, Options};
 use tokio::sync::watch;
 
 use crate::args::ReceiveArgs;
@@ -134,6 +134,9 @@ impl Receiver<'_> {
             return receive::run_with_spool(opened, folder.clone(), limit, &self.options, stopped).await;
         }
         let log = Log::open(opened.clone()).await?;
+        // The server keeps nothing that was acknowledged: what another run has left, perhaps on a host of another name,
+        // comes first.
+        receive::store_journals(&opened, self.options.level, AtWork::Leave).await?;
         match receive::journals_folder(&opened).filter(|_| self.options.synchronous) {
             // The repository is a folder, and there: the log was read from it.
             Some(folder) => receive::run_with_spool(opened, folder, limit, &self.options, stopped).await,

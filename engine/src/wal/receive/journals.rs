@@ -32,9 +32,18 @@ pub fn folder(stanza: &Stanza) -> Option<PathBuf> {
     Some(stanza.store().directory()?.join(FOLDER).join(host))
 }
 
-/// Stores what receivers that are gone have left in journals of the repository, as pieces and segments at zstd
-/// level `level`. A receiver that is at work does so by itself, and is waited for.
-pub async fn store(stanza: &Arc<Stanza>, level: i32) -> Result<()> {
+/// What to do about a receiver that is at work: it stores its journals by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AtWork {
+    /// Wait until it has stored what it has acknowledged so far.
+    Wait,
+    /// Leave it alone.
+    Leave,
+}
+
+/// Stores what receivers that are gone have left in journals of the repository, whatever host they ran on, as pieces
+/// and segments at zstd level `level`.
+pub async fn store(stanza: &Arc<Stanza>, level: i32, at_work: AtWork) -> Result<()> {
     let Some(folder) = stanza.store().directory().map(|d| d.join(FOLDER)) else {
         return Ok(());
     };
@@ -45,11 +54,11 @@ pub async fn store(stanza: &Arc<Stanza>, level: i32) -> Result<()> {
     };
     for host in hosts {
         let host = host.map_err(listing)?.path();
-        let stored = store_one(stanza, host.clone(), level).await;
+        let stored = store_one(stanza, host.clone(), level, at_work).await;
         stored.map_err(|error| {
             let what = format_args!("storing acknowledged WAL from {}", host.display());
             error.context(what).remedy(
-                "recovery would end before what was acknowledged. Restore where the repository can be written, \
+                "without it, recovery ends before what was acknowledged. Work where the repository can be written, \
                  or move that folder out of the repository to do without",
             )
         })?;
@@ -57,9 +66,14 @@ pub async fn store(stanza: &Arc<Stanza>, level: i32) -> Result<()> {
     Ok(())
 }
 
-async fn store_one(stanza: &Arc<Stanza>, folder: PathBuf, level: i32) -> Result<()> {
+async fn store_one(stanza: &Arc<Stanza>, folder: PathBuf, level: i32, at_work: AtWork) -> Result<()> {
     let spool = match Spool::open(stanza.clone(), folder.clone(), u64::MAX) {
-        Err(error) if error.kind() == Kind::Held => return wait_for_receiver(stanza, folder, level).await,
+        Err(error) if error.kind() == Kind::Held => {
+            return match at_work {
+                AtWork::Wait => wait_for_receiver(stanza, folder, level).await,
+                AtWork::Leave => Ok(()),
+            };
+        }
         spool => spool?,
     };
     if spool.end().is_none() {

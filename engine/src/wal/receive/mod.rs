@@ -31,7 +31,7 @@ use crate::postgres::segment::{History, Segment, WalFile};
 use crate::replication::connection::{Connection, Mode, SystemIdentity};
 use crate::replication::conninfo::ConnInfo;
 use crate::replication::wal_stream::{Told, WalStream};
-pub use journals::{folder as journals_folder, store as store_journals};
+pub use journals::{AtWork, folder as journals_folder, store as store_journals};
 use origin::Origin;
 pub use spooled::run as run_with_spool;
 use start::{Lessons, Start, Why};

@@ -1,0 +1,112 @@
+//! The WAL of a backup: without all of it from start to stop in the repository, the backup does not count.
+
+use std::time::Duration;
+
+use crate::error::{Context, Error, Result};
+use crate::postgres::lsn::Lsn;
+use crate::postgres::segment::{History, Segment, WalFile};
+use crate::replication::connection::Connection;
+use crate::wal::archive::Archive;
+
+/// The task that streams WAL, if there is one; it does not outlive the backup.
+pub struct WalTask {
+    task: Option<tokio::task::JoinHandle<Result<()>>>,
+    ended: bool,
+}
+
+impl WalTask {
+    /// The task, if WAL is streamed.
+    pub fn new(task: Option<tokio::task::JoinHandle<Result<()>>>) -> Self {
+        Self { task, ended: false }
+    }
+
+    /// Waits for its end; false if there is none.
+    pub async fn finish(&mut self) -> Result<bool> {
+        match self.task.as_mut() {
+            Some(task) if !self.ended => {
+                let outcome = task.await;
+                self.ended = true;
+                outcome
+                    .map_err(|e| Error::failed("streaming WAL panicked").caused_by(e))?
+                    .context(|| "streaming the WAL of this backup")?;
+                Ok(true)
+            }
+            task => Ok(task.is_some()),
+        }
+    }
+
+    /// Completes only if it fails: a backup whose WAL is lost is stopped at once.
+    pub async fn failure(&mut self) -> Error {
+        match self.finish().await {
+            Err(error) => error,
+            Ok(_) => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for WalTask {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
+
+/// The history of the backup's timeline goes with it: recovery is refused without, and nobody else may be
+/// archiving it. Those of ancestors are good to have.
+pub async fn store_histories(connection: &mut Connection, archive: &Archive, timeline: u32) -> Result<()> {
+    let mut wanted = vec![timeline];
+    while let Some(number) = wanted.pop() {
+        let content = match connection.timeline_history(number).await {
+            Ok(None) => continue,
+            Ok(Some(content)) => content,
+            Err(error) if number == timeline => {
+                return Err(error.context(format_args!("asking for the history of timeline {number}")));
+            }
+            Err(error) => {
+                tracing::warn!("the history of timeline {number} is not stored: {error}");
+                continue;
+            }
+        };
+        let history = History::parse(number, &content)?;
+        if number == timeline {
+            wanted.extend(history.ancestors.iter().map(|a| a.timeline));
+        }
+        archive
+            .put(WalFile::History(number), &format!("{number:08X}.history"), content)
+            .await?;
+    }
+    Ok(())
+}
+
+/// Waits until `wal push` has brought every segment from `start` to `stop`.
+pub async fn wait_for_archive(
+    archive: &Archive,
+    timeline: u32,
+    start: Lsn,
+    stop: Lsn,
+    timeout: Duration,
+) -> Result<()> {
+    let deadline = tokio::time::Instant::now() + timeout;
+    let mut segment = Segment::of(timeline, start, archive.segment_size);
+    let mut pause = Duration::from_millis(50);
+    while segment.start(archive.segment_size) < stop {
+        if archive.segment_header(segment).await?.is_some() {
+            segment = segment.next();
+            continue;
+        }
+        if tokio::time::Instant::now() > deadline {
+            return Err(Error::temporary(format!(
+                "{} did not arrive in the repository within {} s, and the backup cannot be restored without it",
+                segment.name(archive.segment_size),
+                timeout.as_secs()
+            ))
+            .remedy(
+                "look at pg_stat_archiver and the server's log for what archive_command says, or use --wal stream",
+            ));
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(1));
+    }
+    Ok(())
+}
