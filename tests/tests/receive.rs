@@ -8,7 +8,7 @@ use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::receiver::wait_until_durable;
 use fairvault_tests::s3::S3;
 use fairvault_tests::tools::reader;
-use fairvault_tests::{Fixture, Receiver, Shape, tools};
+use fairvault_tests::{Fixture, Receiver, Shape, run, tools};
 
 #[test]
 fn what_was_committed_is_there_although_its_segment_is_not_full() -> Result<()> {
@@ -255,6 +255,55 @@ fn journals_of_a_host_that_has_another_name_now_are_stored() -> Result<()> {
     );
     s.server.stop(&s.scratch, "immediate")?;
     ensure!(restored(&s, "r")? == "8");
+    Ok(())
+}
+
+#[test]
+fn journals_behind_what_the_repository_has_hold_up_nobody() -> Result<()> {
+    let s = Fixture::new(
+        "syncbehind",
+        Shape {
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = on\n",
+            more: "wal = { flush_interval = \"200ms\" }",
+            ..Default::default()
+        },
+    )?;
+    s.sql("set synchronous_commit = local; create table t (x int)")?;
+    s.backup()?;
+    let commits = |count: usize| (0..count).try_for_each(|_| s.sql("insert into t values (1)").map(drop));
+    let journals = s.scratch.join("vault/acme/journals");
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    commits(5)?;
+    let own = std::fs::read_dir(&journals)?.next().context("a folder")??.path();
+    run(s.scratch.command("cp").arg("-a").arg(&own).arg(s.path("early")))?;
+    commits(5)?;
+    // A polite stop, in the middle of a segment: its journal stays.
+    receiver.stop()?;
+    // Pieces that reach further than a journal.
+    run(s
+        .scratch
+        .command("mv")
+        .arg(s.path("early"))
+        .arg(journals.join("another-name")))?;
+    ensure!(restored(&s, "r1")? == "10");
+    // The whole segment.
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    commits(1)?;
+    receiver.stop()?;
+    s.sql("set synchronous_commit = local; insert into t values (1)")?;
+    s.backup_id(&["--wal", "stream"])?;
+    ensure!(restored(&s, "r2")? == "12");
+    // One that ends where a segment does.
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    commits(1)?;
+    s.sql("select pg_switch_wal()")?;
+    receiver.kill()?;
+    ensure!(restored(&s, "r3")? == "13");
+    let left = fairvault_tests::fixture::files(&journals);
+    ensure!(
+        !left.iter().any(|f| f.extension().is_some_and(|e| e == "wal")),
+        "{left:?}"
+    );
     Ok(())
 }
 

@@ -167,8 +167,7 @@ impl SegmentBuilder {
         let is_composed = entry.wanted != Wanted::All;
         let (mut crc, mut covered, mut last) = (0u32, 0u64, None::<&Extent>);
         for part in parts {
-            // What the parent has nothing for is zero there.
-            if part.offset < covered || part.offset > covered && !is_composed {
+            if part.offset != covered {
                 return Err(Error::failed(format!(
                     "{}: its chunks do not follow each other",
                     entry.path
@@ -189,7 +188,7 @@ impl SegmentBuilder {
             extents.frame.push(self.frame(part.handle));
             extents.frame_offset.push(part.in_chunk);
         }
-        if covered > entry.size || covered < entry.size && !is_composed {
+        if covered != entry.size {
             return Err(Error::failed(format!(
                 "{}: {covered} of {} bytes went through the pipeline",
                 entry.path, entry.size

@@ -220,6 +220,12 @@ async fn inspect(options: &Options) -> Result<Server> {
             "the server was built with another block size than 8192",
         ));
     }
+    if connection.show("segment_size").await?.is_some_and(|size| size != "1GB") {
+        return Err(Error::new(
+            crate::error::Kind::Unsupported,
+            "the server was built with another segment size of relations than 1 GB",
+        ));
+    }
     let mode = connection.show("data_directory_mode").await?.unwrap_or_default();
     let directory_mode = u32::from_str_radix(&mode, 8).unwrap_or(0o700);
     let wal = match options.wal {
@@ -445,6 +451,7 @@ async fn transfer(
     let info = proto::BackupInfo {
         id: id.to_owned(),
         r#type: options.kind.words().0.to_owned(),
+        parser_versions: basis.as_ref().map(|basis| basis.parser_versions()).unwrap_or_default(),
         parent: basis.map(|basis| basis.parent.id.clone()).unwrap_or_default(),
         no_parent_reason: match options.kind {
             Kind::Full => String::new(),

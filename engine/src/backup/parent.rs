@@ -73,7 +73,7 @@ pub async fn choose(log: &Log, archive: &Archive, options: &Options, child: &Chi
     }
     let mut why_not = "there is no earlier backup of this cluster".to_owned();
     for (number, (backup, info)) in candidates(log.state(), options.kind, child.system_identifier).enumerate() {
-        if let Some(why) = obstacle(info, child) {
+        if let Some(why) = obstacle(info, child, &log.state().distrusted) {
             // The newest one says most.
             if number == 0 {
                 why_not = format!("backup {} cannot be its parent: {why}", info.id);
@@ -86,7 +86,7 @@ pub async fn choose(log: &Log, archive: &Archive, options: &Options, child: &Chi
 }
 
 /// Why a backup cannot be the parent.
-fn obstacle(info: &proto::BackupInfo, child: &Child) -> Option<String> {
+fn obstacle(info: &proto::BackupInfo, child: &Child, distrusted: &[proto::DistrustParser]) -> Option<String> {
     let (version, timeline, start) = (child.server_version, child.timeline, child.start);
     if (info.start_timeline, info.stop_timeline) != (timeline, timeline) {
         return Some(format!(
@@ -102,6 +102,15 @@ fn obstacle(info: &proto::BackupInfo, child: &Child) -> Option<String> {
     }
     if info.data_checksums != child.checksums {
         return Some("checksums were switched on or off since".to_owned());
+    }
+    if let Some(parser) = distrusted
+        .iter()
+        .find(|d| info.parser_versions.contains(&d.parser_version))
+    {
+        return Some(format!(
+            "it was built with parser {}, which is distrusted",
+            parser.parser_version
+        ));
     }
     if info.block_size != BLOCK_BYTES {
         return Some("its pages have another size".to_owned());

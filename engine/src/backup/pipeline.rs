@@ -194,7 +194,7 @@ fn check_pages(shared: &Shared, chunk: &Chunk, bad: &mut Vec<BadPage>) -> Result
                 // A page that says nothing sensible says nothing of the WAL either.
                 _ => {
                     if let Some(basis) = shared.basis.as_ref().filter(|_| shared.audit.is_none()) {
-                        basis.check_page(&file, in_relation, page)?;
+                        basis.check_page(&chunk.path, &file, in_relation, page)?;
                     }
                 }
             }

@@ -204,7 +204,7 @@ fn pass_over(feed: &Feed, file: &Current, bytes: &[u8]) -> Result<()> {
     match (&feed.selection().basis, relation_file(&file.path)) {
         (Some(basis), Some(relation)) if begins => {
             let number = relation.segment * BLOCKS_PER_SEGMENT + (file.position / block) as u32;
-            basis.check_page(&relation, number, bytes)
+            basis.check_page(&file.path, &relation, number, bytes)
         }
         _ => Ok(()),
     }

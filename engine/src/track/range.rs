@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use fairvault_format::proto;
 use futures::StreamExt;
+use tokio::sync::Semaphore;
 
+use super::PARSER_VERSION;
 use super::map::BlockMap;
 use super::segment::{Chain, is_usable};
 use crate::error::{Error, Result};
@@ -19,6 +21,8 @@ use crate::wal::summary::Summarizer;
 
 /// Segments fetched at once.
 const FETCH: usize = 8;
+/// Of these, segments that are held as a whole.
+const WALKS: usize = 2;
 /// How long the server may send nothing.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// There is a record at the end of the range: this much of it must have come, so that it is known to begin there.
@@ -43,6 +47,11 @@ pub async fn changes(
     distrusted: &[proto::DistrustParser],
     range: Range,
 ) -> BlockMap {
+    let mut map = BlockMap::default();
+    if distrusted.iter().any(|d| d.parser_version == PARSER_VERSION) {
+        map.everything("the parser of this version is distrusted");
+        return map;
+    }
     let read = async {
         let mut chain = Chain::default();
         match from_archive(archive, distrusted, range, &mut chain).await? {
@@ -54,7 +63,6 @@ pub async fn changes(
         Ok(chain) => return chain.finish(),
         Err(error) => error,
     };
-    let mut map = BlockMap::default();
     map.everything(format!("WAL from {} to {}: {why}", range.from, range.to));
     map
 }
@@ -68,9 +76,10 @@ async fn from_archive(
 ) -> Result<Option<Segment>> {
     let size = archive.segment_size;
     let first = Segment::of(range.timeline, range.from, size);
+    let heavy = &Semaphore::new(WALKS);
     let segments = std::iter::successors(Some(first), |segment| Some(segment.next()));
     let mut summaries = futures::stream::iter(segments)
-        .map(|segment| async move { (segment, summary(archive, distrusted, segment).await) })
+        .map(|segment| async move { (segment, summary(archive, distrusted, segment, heavy).await) })
         .buffered(FETCH);
     while let Some((segment, summary)) = summaries.next().await {
         let Some(summary) = summary? else {
@@ -90,6 +99,7 @@ async fn summary(
     archive: &Archive,
     distrusted: &[proto::DistrustParser],
     segment: Segment,
+    heavy: &Semaphore,
 ) -> Result<Option<proto::WalSummary>> {
     let Some(header) = archive.segment_header(segment).await? else {
         return Ok(None);
@@ -100,6 +110,7 @@ async fn summary(
     if kept.is_some() {
         return Ok(kept);
     }
+    let _one = heavy.acquire().await;
     let Some(content) = archive.whole_segment(segment).await? else {
         return Ok(None);
     };

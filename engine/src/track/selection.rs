@@ -199,6 +199,15 @@ impl Basis {
         kept
     }
 
+    /// Versions of the parsers that a backup on it relies on.
+    pub fn parser_versions(&self) -> Vec<u32> {
+        let mut versions = self.parent.parser_versions.clone();
+        versions.push(super::PARSER_VERSION);
+        versions.sort_unstable();
+        versions.dedup();
+        versions
+    }
+
     /// What the parent has stored of main forks, bytes.
     pub fn stored_bytes(&self) -> u64 {
         let Manifest {
@@ -216,16 +225,19 @@ impl Basis {
     }
 
     /// Fails if a page is newer than the map says: then the map is wrong, and nothing that was left out can be trusted.
-    /// `block` counts from the beginning of the relation.
-    pub fn check_page(&self, relation: &RelationFile, block: u32, page: &[u8]) -> Result<()> {
+    /// `block` counts from the beginning of the relation. A file that the parent does not have inherits nothing; it may
+    /// be a copy of another one, pages and all, that is being made.
+    pub fn check_page(&self, path: &str, relation: &RelationFile, block: u32, page: &[u8]) -> Result<()> {
         let Some(&[a, b, c, d, e, f, g, h]) = page.first_chunk::<8>() else {
             return Ok(());
         };
         // pd_lsn: the high half first.
         let high = u64::from(u32::from_le_bytes([a, b, c, d]));
         let lsn = Lsn(high << 32 | u64::from(u32::from_le_bytes([e, f, g, h])));
-        let is_new = lsn >= Lsn(self.parent.start_lsn) && lsn < self.start;
-        if relation.fork != Fork::Main || !is_new || self.map.has(id(relation), block) {
+        // It is the end of the record that changed the page.
+        let is_new = lsn > Lsn(self.parent.start_lsn) && lsn <= self.start;
+        let is_tracked = relation.fork == Fork::Main && is_new && !self.map.has(id(relation), block);
+        if !is_tracked || !self.files.contains_key(path) {
             return Ok(());
         }
         Err(Error::damaged(format!(

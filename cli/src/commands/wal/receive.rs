@@ -128,15 +128,26 @@ impl Receiver<'_> {
         let access = self.context.access(self.repository, self.stanza, false, true)?;
         // With a spool, the store may be away: this host remembers the keys.
         let opened = Stanza::open(&access).await?;
-        let stopped = async { _ = stop.wait_for(|stop| *stop).await };
         let limit = self.spool_size;
+        // The server keeps nothing that was acknowledged: what another run has left in the repository's journals,
+        // perhaps on a host of another name, comes first.
+        let journals = receive::store_journals(&opened, self.options.level, AtWork::Leave);
+        let mut stopping = stop.clone();
+        let stored = tokio::select! {
+            stored = journals => stored,
+            _ = stopping.wait_for(|stop| *stop) => return Ok(()),
+        };
         if let Some(folder) = &self.spool {
+            // The store may be away.
+            if let Err(error) = stored {
+                tracing::warn!("{error}");
+            }
+            let stopped = async { _ = stop.wait_for(|stop| *stop).await };
             return receive::run_with_spool(opened, folder.clone(), limit, &self.options, stopped).await;
         }
+        stored?;
+        let stopped = async { _ = stop.wait_for(|stop| *stop).await };
         let log = Log::open(opened.clone()).await?;
-        // The server keeps nothing that was acknowledged: what another run has left, perhaps on a host of another name,
-        // comes first.
-        receive::store_journals(&opened, self.options.level, AtWork::Leave).await?;
         match receive::journals_folder(&opened).filter(|_| self.options.synchronous) {
             // The repository is a folder, and there: the log was read from it.
             Some(folder) => receive::run_with_spool(opened, folder, limit, &self.options, stopped).await,

@@ -4,7 +4,7 @@
 //! What always holds: they lie in the stanza's own folder of the repository, and so last as long as it does;
 //! whoever restores stores first what a receiver that is gone has left in them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,8 +23,8 @@ use crate::wal::archive::Archive;
 
 /// In a stanza's folder; a folder for each host below.
 const FOLDER: &str = "journals";
-/// How long a receiver at work is given to store what it has acknowledged.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a receiver at work is given to store what it has acknowledged: its flush_interval may be long.
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Where a receiver on this host keeps its journals, if the repository is a folder.
 pub fn folder(stanza: &Stanza) -> Option<PathBuf> {
@@ -54,6 +54,10 @@ pub async fn store(stanza: &Arc<Stanza>, level: i32, at_work: AtWork) -> Result<
     };
     for host in hosts {
         let host = host.map_err(listing)?.path();
+        // Nothing is locked or written where there is nothing to store.
+        if !has_journals(&host) {
+            continue;
+        }
         let stored = store_one(stanza, host.clone(), level, at_work).await;
         stored.map_err(|error| {
             let what = format_args!("storing acknowledged WAL from {}", host.display());
@@ -66,6 +70,13 @@ pub async fn store(stanza: &Arc<Stanza>, level: i32, at_work: AtWork) -> Result<
     Ok(())
 }
 
+fn has_journals(folder: &Path) -> bool {
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    files
+        .into_iter()
+        .any(|file| file.path().extension().is_some_and(|e| e == "wal"))
+}
+
 async fn store_one(stanza: &Arc<Stanza>, folder: PathBuf, level: i32, at_work: AtWork) -> Result<()> {
     let spool = match Spool::open(stanza.clone(), folder.clone(), u64::MAX) {
         Err(error) if error.kind() == Kind::Held => {
@@ -76,8 +87,12 @@ async fn store_one(stanza: &Arc<Stanza>, folder: PathBuf, level: i32, at_work: A
         }
         spool => spool?,
     };
-    if spool.end().is_none() {
+    let Some(end) = spool.end() else {
         return Ok(());
+    };
+    // No more comes: what the repository has beyond the journals is not waited for.
+    for timeline in spool.timelines() {
+        spool.end_timeline(timeline);
     }
     let options = Options {
         conninfo: ConnInfo::parse("").context(|| "no server")?,
@@ -102,7 +117,7 @@ async fn store_one(stanza: &Arc<Stanza>, folder: PathBuf, level: i32, at_work: A
         }
     }
     stop_in.send_replace(true);
-    if let Some(end) = spool.end().filter(|_| spool.is_stored()) {
+    if spool.is_stored() {
         tracing::info!(
             "WAL up to {} on timeline {} was stored from journals",
             end.lsn,
@@ -123,6 +138,10 @@ async fn wait_for_receiver(stanza: &Arc<Stanza>, folder: PathBuf, level: i32) ->
     let archive = Archive::open(&log, Some(cluster.system_identifier), level)?;
     let last = Segment::of(end.timeline, Lsn(end.lsn.0 - 1), cluster.segment_size);
     let began = tokio::time::Instant::now();
+    tracing::info!(
+        "a receiver is at work: waiting until it has stored WAL up to {}",
+        end.lsn
+    );
     loop {
         let known = Known::of(&archive, last).await?;
         if last.start(cluster.segment_size).0 + known.end as u64 >= end.lsn.0 {
