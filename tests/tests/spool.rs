@@ -481,6 +481,16 @@ fn what_a_crash_leaves_of_a_spool_is_understood() -> Result<()> {
 
 #[test]
 fn what_lies_beyond_a_closed_timeline_is_put_aside() -> Result<()> {
+    closed(false)
+}
+
+#[test]
+fn a_restore_puts_aside_what_lies_beyond_a_closed_timeline() -> Result<()> {
+    closed(true)
+}
+
+/// Either the next receiver stores what is in the spool, or it is found as journals of the repository by a restore.
+fn closed(is_in_repository: bool) -> Result<()> {
     let s = Fixture::new("spoolclosed", SMALL)?;
     let dir = s.scratch.path().display().to_string();
     let hosts = format!("host={dir},{dir} port=5432,5460 user=postgres target_session_attrs=primary");
@@ -512,19 +522,30 @@ fn what_lies_beyond_a_closed_timeline_is_put_aside() -> Result<()> {
     let switch = history.split_whitespace().nth(1).context("a switch")?.to_owned();
     let close = ["--timeline", "1", "--after", &switch, "--reason", "failover"];
     s.ok(&[&["stanza", "fence", "acme"][..], &close].concat())?;
-    let receiver = Receiver::start(&s, &options)?;
-    wait_until_durable(&s, &standby)?;
-    std::thread::sleep(Duration::from_secs(2));
-    let text = receiver.stop()?;
-    ensure!(text.contains("is given up: the timeline was closed"), "{text}");
-    let files = fairvault_tests::fixture::files(&s.scratch.join("spool"));
+    let mut folder = "spool";
+    if is_in_repository {
+        folder = "vault/acme/journals";
+        run(s.scratch.command("mkdir").arg(s.path(folder)))?;
+        run(s
+            .scratch
+            .command("mv")
+            .arg(s.path("spool/acme/main"))
+            .arg(s.path(&format!("{folder}/host"))))?;
+    } else {
+        let receiver = Receiver::start(&s, &options)?;
+        wait_until_durable(&s, &standby)?;
+        std::thread::sleep(Duration::from_secs(2));
+        let text = receiver.stop()?;
+        ensure!(text.contains("is given up: the timeline was closed"), "{text}");
+    }
+    drop(standby);
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    let files = fairvault_tests::fixture::files(&s.scratch.join(folder));
     let closed = files
         .iter()
         .filter(|path| path.extension().is_some_and(|e| e == "closed"));
     ensure!(closed.count() > 1, "{files:?}");
-    drop(standby);
-    let (exit, text) = s.restore("r", &[]);
-    ensure!(exit == 0, "{text}");
     let copy = s.start("r", 5461)?;
     ensure!(copy.sql(&s.scratch, "select string_agg(x, ',' order by x) from t")? == "both,new");
     all_good(&s)
