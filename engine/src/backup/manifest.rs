@@ -114,7 +114,10 @@ pub fn store_segments(
     for (position, &number) in order.iter().enumerate() {
         let from = extents.partition_point(|e| (e.file as usize) < number);
         let to = extents.partition_point(|e| e.file as usize <= number);
-        builder.file(&entries[number], &extents[from..to])?;
+        let entry = &entries[number];
+        let basis = shared.basis.as_ref();
+        let before = basis.and_then(|basis| basis.unchanged(&entry.path, entry.size, &entry.wanted));
+        builder.file(entry, &extents[from..to], before)?;
         let full = builder.segment.files.len() >= SEGMENT_FILES || builder.extents >= SEGMENT_EXTENTS;
         if full || position + 1 == order.len() || ends_segment(&entries[number].path) {
             let (segment, first) = std::mem::take(&mut builder).finish(&parents, known, packs)?;
@@ -162,7 +165,7 @@ struct SegmentBuilder {
 }
 
 impl SegmentBuilder {
-    fn file(&mut self, entry: &Entry, parts: &[Extent]) -> Result<()> {
+    fn file(&mut self, entry: &Entry, parts: &[Extent], before: Option<&proto::FileEntry>) -> Result<()> {
         let mut extents = proto::Extents::default();
         let is_composed = entry.wanted != Wanted::All;
         let (mut crc, mut covered, mut last) = (0u32, 0u64, None::<&Extent>);
@@ -202,10 +205,15 @@ impl SegmentBuilder {
             mode: entry.mode,
             mtime_us: entry.mtime_us,
             link_target: entry.link_target.clone(),
-            crc32c: if is_composed { 0 } else { crc },
+            // What is known of a file that is as it was stays known.
+            crc32c: match before {
+                Some(before) => before.crc32c,
+                None if is_composed => 0,
+                None => crc,
+            },
             extents: (!parts.is_empty()).then_some(extents),
             path_bytes: Vec::new(),
-            composed: is_composed,
+            composed: before.map_or(is_composed, |before| before.composed),
         });
         Ok(())
     }

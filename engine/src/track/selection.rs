@@ -199,6 +199,12 @@ impl Basis {
         kept
     }
 
+    /// The parent's file, if nothing of it is read again.
+    pub fn unchanged(&self, path: &str, size: u64, wanted: &Wanted) -> Option<&proto::FileEntry> {
+        let file = &self.manifest.files[*self.files.get(path)? as usize];
+        (wanted.bytes(size) == 0 && file.size == size && *wanted != Wanted::All).then_some(file)
+    }
+
     /// Versions of the parsers that a backup on it relies on.
     pub fn parser_versions(&self) -> Vec<u32> {
         let mut versions = self.parent.parser_versions.clone();
