@@ -143,21 +143,7 @@ async fn from_server(
     let mut stream = WalStream::start(connection, None, position, segment.timeline).await?;
     let mut summarizer = Summarizer::new(position, size);
     let needed = range.to.0 + RECORD_HEADER;
-    loop {
-        if position == segment.end(size) {
-            let next = Summarizer::new(position, size);
-            push(
-                &mut chain,
-                std::mem::replace(&mut summarizer, next),
-                segment,
-                size,
-                range,
-            )?;
-            segment = segment.next();
-        }
-        if position.0 >= needed {
-            break;
-        }
+    while position.0 < needed {
         let item = tokio::time::timeout(PATIENCE, stream.next()).await;
         let item = item.map_err(|_| Error::failed(format!("the server sends nothing behind {position}")))??;
         match item {
@@ -169,15 +155,9 @@ async fn from_server(
                     summarizer.feed(now);
                     position.0 += now.len() as u64;
                     rest = behind;
-                    if position == segment.end(size) && !rest.is_empty() {
-                        let next = Summarizer::new(position, size);
-                        push(
-                            &mut chain,
-                            std::mem::replace(&mut summarizer, next),
-                            segment,
-                            size,
-                            range,
-                        )?;
+                    if position == segment.end(size) {
+                        let whole = std::mem::replace(&mut summarizer, Summarizer::new(position, size));
+                        push(&mut chain, whole, segment, size, range)?;
                         segment = segment.next();
                     }
                 }

@@ -125,9 +125,14 @@ pub async fn store_only(
     let mut lessons = Lessons::default();
     let (_never, mut connected) = watch::channel(0);
     loop {
+        let before = (spool.begin(), lessons.postponed.len());
         let ended = store.once(&mut lessons, &mut connected, stop.clone()).await?;
-        if ended == Ended::Stopped || *stop.borrow() {
+        if ended == Ended::Stopped || *stop.borrow() || spool.is_stored() {
             return Ok(());
+        }
+        // Trying the same again would be for ever.
+        if before == (spool.begin(), lessons.postponed.len()) {
+            return Err(Error::failed("it does not go on from where it was"));
         }
     }
 }

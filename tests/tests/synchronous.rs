@@ -1,0 +1,178 @@
+//! `wal receive --synchronous` into a directory: what was acknowledged is in the repository, in its journals at first.
+
+use anyhow::{Context, Result, ensure};
+use fairvault_tests::{Fixture, Receiver, Shape, run};
+
+#[test]
+fn acknowledged_commits_are_never_lost_in_synchronous_mode() -> Result<()> {
+    let s = Fixture::new(
+        "sync",
+        Shape {
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = on\n",
+            ..Default::default()
+        },
+    )?;
+    s.sql("set synchronous_commit = local; create table t (x int)")?;
+    s.backup()?;
+    let mut acknowledged = 0;
+    for round in 0..3 {
+        let receiver = Receiver::start(&s, &["--synchronous"])?;
+        s.server.wait_for(
+            &s.scratch,
+            "select string_agg(sync_state, ',') from pg_stat_replication",
+            "sync",
+        )?;
+        // One commit after the other; each psql call returns when its commit was acknowledged.
+        for _ in 0..5 + round * 3 {
+            s.sql("insert into t values (1)")?;
+            acknowledged += 1;
+        }
+        receiver.kill()?;
+    }
+    s.server.stop(&s.scratch, "immediate")?;
+    std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
+    let there: u32 = restored(&s, "r")?.parse()?;
+    ensure!(there >= acknowledged, "{there} of {acknowledged}");
+    Ok(())
+}
+
+#[test]
+fn a_restore_waits_for_what_a_receiver_has_acknowledged() -> Result<()> {
+    let s = Fixture::new(
+        "syncjournal",
+        Shape {
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = on\n",
+            more: "wal = { flush_interval = \"3s\" }",
+            ..Default::default()
+        },
+    )?;
+    s.sql("set synchronous_commit = local; create table t (x int)")?;
+    s.backup()?;
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    let commit = || s.sql("insert into t values (1)");
+    for _ in 0..7 {
+        commit()?;
+    }
+    s.server.stop(&s.scratch, "immediate")?;
+    std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
+    // What was acknowledged is in the repository's journals; the receiver lives, and stores it after a while.
+    ensure!(restored(&s, "alive")? == "7");
+    receiver.kill()?;
+    // A journal that nobody has stored, in a repository that cannot be written.
+    let journals = s.scratch.join("vault/acme/journals");
+    let left = fairvault_tests::fixture::files(&journals);
+    ensure!(
+        left.iter().any(|f| f.extension().is_some_and(|e| e == "wal")),
+        "{left:?}"
+    );
+    let pieces = s.scratch.join("vault/acme/wal");
+    std::fs::rename(&pieces, s.scratch.join("hidden"))?;
+    s.scratch.write("vault/acme/wal", b"")?;
+    let (exit, text) = s.restore("refused", &[]);
+    ensure!(
+        exit != 0 && text.contains("storing acknowledged WAL from"),
+        "{exit} {text}"
+    );
+    std::fs::remove_file(&pieces)?;
+    std::fs::rename(s.scratch.join("hidden"), &pieces)?;
+    ensure!(restored(&s, "dead")? == "7");
+    let left = fairvault_tests::fixture::files(&journals);
+    ensure!(
+        !left.iter().any(|f| f.extension().is_some_and(|e| e == "wal")),
+        "{left:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn journals_of_a_host_that_has_another_name_now_are_stored() -> Result<()> {
+    let s = Fixture::new(
+        "syncmoved",
+        Shape {
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = on\n",
+            more: "wal = { flush_interval = \"60s\" }",
+            ..Default::default()
+        },
+    )?;
+    s.sql("set synchronous_commit = local; create table t (x int)")?;
+    s.backup()?;
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    for _ in 0..7 {
+        s.sql("insert into t values (1)")?;
+    }
+    receiver.kill()?;
+    let journals = s.scratch.join("vault/acme/journals");
+    let own = std::fs::read_dir(&journals)?.next().context("a folder")??.path();
+    std::fs::rename(&own, journals.join("another-name"))?;
+    // The server has forgotten what was acknowledged.
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    s.sql("insert into t values (1)")?;
+    receiver.kill()?;
+    let left = fairvault_tests::fixture::files(&journals.join("another-name"));
+    ensure!(
+        !left.iter().any(|f| f.extension().is_some_and(|e| e == "wal")),
+        "{left:?}"
+    );
+    s.server.stop(&s.scratch, "immediate")?;
+    ensure!(restored(&s, "r")? == "8");
+    Ok(())
+}
+
+#[test]
+fn journals_behind_what_the_repository_has_hold_up_nobody() -> Result<()> {
+    let s = Fixture::new(
+        "syncbehind",
+        Shape {
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = on\n",
+            more: "wal = { flush_interval = \"200ms\" }",
+            ..Default::default()
+        },
+    )?;
+    s.sql("set synchronous_commit = local; create table t (x int)")?;
+    s.backup()?;
+    let commits = |count: usize| (0..count).try_for_each(|_| s.sql("insert into t values (1)").map(drop));
+    let journals = s.scratch.join("vault/acme/journals");
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    commits(5)?;
+    let own = std::fs::read_dir(&journals)?.next().context("a folder")??.path();
+    run(s.scratch.command("cp").arg("-a").arg(&own).arg(s.path("early")))?;
+    commits(5)?;
+    // A polite stop, in the middle of a segment: its journal stays.
+    receiver.stop()?;
+    // Pieces that reach further than a journal.
+    run(s
+        .scratch
+        .command("mv")
+        .arg(s.path("early"))
+        .arg(journals.join("another-name")))?;
+    ensure!(restored(&s, "r1")? == "10");
+    // The whole segment.
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    commits(1)?;
+    receiver.stop()?;
+    s.sql("set synchronous_commit = local; insert into t values (1)")?;
+    s.backup_id(&["--wal", "stream"])?;
+    ensure!(restored(&s, "r2")? == "12");
+    // One that ends where a segment does.
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    commits(1)?;
+    s.sql("select pg_switch_wal()")?;
+    receiver.kill()?;
+    ensure!(restored(&s, "r3")? == "13");
+    let left = fairvault_tests::fixture::files(&journals);
+    ensure!(
+        !left.iter().any(|f| f.extension().is_some_and(|e| e == "wal")),
+        "{left:?}"
+    );
+    Ok(())
+}
+
+fn restored(s: &Fixture, name: &str) -> Result<String> {
+    let (exit, text) = s.restore(name, &[]);
+    ensure!(exit == 0, "{text}");
+    s.configure(name, "synchronous_standby_names = ''\n")?;
+    let server = s.start(name, 5450)?;
+    let rows = s.rows(&server)?;
+    server.stop(&s.scratch, "immediate")?;
+    Ok(rows)
+}
