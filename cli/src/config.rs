@@ -42,7 +42,7 @@ pub struct Repo {
     /// Bucket as host name.
     #[serde(default)]
     pub virtual_host: bool,
-    /// More root certificates, PEM.
+    /// Root certificates to trust instead of the system's, PEM.
     pub ca_file: Option<String>,
     /// Storage class of packs.
     pub storage_class: Option<String>,

@@ -344,6 +344,68 @@ impl<'a> ObjectReader<'a> {
         Ok(self.at + SECTION_HEADER_LEN + SectionHeader::decode(rest, &self.what)?.sealed_len as usize)
     }
 
+    /// The plain lengths that the sections from here to the end have, as their headers say.
+    pub fn lengths_of_rest(&self) -> Result<Vec<u32>> {
+        let mut all = Vec::new();
+        let mut ahead = self.again();
+        while ahead.at < ahead.bytes.len() {
+            let (section, _) = ahead.next()?;
+            all.push(section.plain_len);
+            ahead.pass(&section);
+        }
+        Ok(all)
+    }
+
+    /// Another reader at the same place.
+    pub fn again(&self) -> Self {
+        Self {
+            keys: ObjectKeys::new(self.keys.keys, self.keys.scope, self.keys.header),
+            header: self.header,
+            context: self.context.clone(),
+            what: self.what.clone(),
+            bytes: self.bytes,
+            at: self.at,
+            sections: self.sections,
+            unpacker: Unpacker::default(),
+        }
+    }
+
+    /// Passes over sections.
+    pub fn skip(&mut self, sections: usize) -> Result<()> {
+        for _ in 0..sections {
+            let (section, _) = self.next()?;
+            self.pass(&section);
+        }
+        Ok(())
+    }
+
+    /// The header and the sealed bytes of the section that comes next.
+    fn next(&self) -> Result<(SectionHeader, &'a [u8])> {
+        let rest = &self.bytes[self.at..];
+        let what = || format!("{}, section {}", self.what, self.sections);
+        check_limit(&self.what, u64::from(self.sections) + 1, limits::SECTIONS.into())?;
+        let section = SectionHeader::decode(rest, &what())?;
+        if section.ordinal != self.sections {
+            return Err(FormatError::damaged(
+                what(),
+                format!("it says that it is section {}", section.ordinal),
+            ));
+        }
+        let (from, needed) = (SECTION_HEADER_LEN, section.sealed_len as usize);
+        match rest.get(from..from + needed) {
+            Some(sealed) => Ok((section, sealed)),
+            None => Err(FormatError::damaged(
+                what(),
+                format!("it needs {needed} bytes and {} are left", rest.len() - from),
+            )),
+        }
+    }
+
+    fn pass(&mut self, section: &SectionHeader) {
+        self.at += SECTION_HEADER_LEN + section.sealed_len as usize;
+        self.sections += 1;
+    }
+
     /// The next section's plaintext, `None` at the end. Its role must be `role`.
     pub fn section(&mut self, role: KeyRole) -> Result<Option<Vec<u8>>> {
         let mut plain = Vec::new();
@@ -352,36 +414,17 @@ impl<'a> ObjectReader<'a> {
 
     /// The same into a buffer that is used again; `false` at the end.
     pub fn section_into(&mut self, role: KeyRole, plain: &mut Vec<u8>) -> Result<bool> {
-        let rest = &self.bytes[self.at..];
-        if rest.is_empty() {
+        if self.at == self.bytes.len() {
             return Ok(false);
         }
+        let (section, sealed) = self.next()?;
         let what = format!("{}, section {}", self.what, self.sections);
-        check_limit(&self.what, u64::from(self.sections) + 1, limits::SECTIONS.into())?;
-        let section = SectionHeader::decode(rest, &what)?;
         if section.role != role {
             return Err(FormatError::damaged(
                 what,
                 format!("it is sealed as {:?}, expected {role:?}", section.role),
             ));
         }
-        if section.ordinal != self.sections {
-            return Err(FormatError::damaged(
-                what,
-                format!("it says that it is section {}", section.ordinal),
-            ));
-        }
-        let from = SECTION_HEADER_LEN;
-        let Some(sealed) = rest.get(from..from + section.sealed_len as usize) else {
-            return Err(FormatError::damaged(
-                what,
-                format!(
-                    "it needs {} bytes and {} are left",
-                    section.sealed_len,
-                    rest.len() - from
-                ),
-            ));
-        };
         let aad = aad(&self.header, &section.encode(), &self.context);
         self.unpacker.body.clear();
         self.unpacker.body.extend_from_slice(sealed);
@@ -389,8 +432,7 @@ impl<'a> ObjectReader<'a> {
         key.open(section.ordinal.into(), &aad, &mut self.unpacker.body, &what)?;
         self.unpacker
             .unpack(section.codec, section.plain_len as usize, plain, &what)?;
-        self.at += from + section.sealed_len as usize;
-        self.sections += 1;
+        self.pass(&section);
         Ok(true)
     }
 

@@ -1,5 +1,9 @@
 //! WAL objects: segments, pieces, histories (SPEC.md, section 8).
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use blake3::hazmat::{ChainingValue, HasherExt, Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root};
+
 use crate::error::{FormatError, Result};
 use crate::header::Kind;
 use crate::keys::{EpochKeys, KeyRole, Scope};
@@ -7,8 +11,7 @@ use crate::limits;
 use crate::object::{ObjectReader, ObjectWriter};
 use crate::proto::WalHeader;
 
-/// Runs from this size on are hashed beside what else is done with them.
-const PARALLEL_BYTES: usize = 1 << 20;
+const NOT_ITS_ID: &str = "its content does not match its id";
 
 /// Seals a WAL file run by run: nothing but the sealed object is held.
 pub struct WalSealer<'a> {
@@ -77,51 +80,122 @@ pub fn open_wal(
     bytes: &[u8],
     context: &str,
 ) -> Result<(WalHeader, Vec<u8>)> {
-    let mut content = Vec::new();
-    let header = open_wal_runs(keys, scope, kind, bytes, context, |header, run| {
-        if content.is_empty() {
-            let capacity = header.content_len.min(bytes.len() as u64 * 64);
-            content.reserve_exact(usize::try_from(capacity).unwrap_or(0));
+    let mut reader = ObjectReader::new(keys, scope, kind, bytes, context, context)?;
+    let header: WalHeader = reader.message(KeyRole::Meta)?;
+    let capacity = header.content_len.min(bytes.len() as u64 * 64);
+    let mut content = Vec::with_capacity(usize::try_from(capacity).unwrap_or(0));
+    let mut run = Vec::new();
+    while reader.section_into(KeyRole::Data, &mut run)? {
+        content.extend_from_slice(&run);
+        if content.len() as u64 > header.content_len {
+            return Err(FormatError::damaged(context, "it holds more than its header says"));
         }
-        content.extend_from_slice(run);
-        Ok::<(), FormatError>(())
-    })?;
-    Ok((header, content))
+    }
+    match content.len() as u64 == header.content_len && keys.chunk_id(&content)[..] == header.content_id {
+        true => Ok((header, content)),
+        false => Err(FormatError::damaged(context, NOT_ITS_ID)),
+    }
 }
 
-/// Opens a whole WAL object run by run. Every run that `take` gets is authentic; only a return without an error
-/// says that they are all, and its content's id.
-pub fn open_wal_runs<E: From<FormatError>>(
+/// Opens a whole WAL object, up to `threads` of its runs at once, each of which goes to `take` with its place in the
+/// content, in any order. Every run that `take` gets is authentic; only a return without an error says that they are
+/// all, and its content's id.
+pub fn open_wal_runs<E: From<FormatError> + Send>(
     keys: &EpochKeys,
     scope: &Scope,
     kind: Kind,
     bytes: &[u8],
     context: &str,
-    mut take: impl FnMut(&WalHeader, &[u8]) -> std::result::Result<(), E>,
+    threads: usize,
+    take: impl Fn(&WalHeader, u64, &[u8]) -> std::result::Result<(), E> + Sync,
 ) -> std::result::Result<WalHeader, E> {
     let mut reader = ObjectReader::new(keys, scope, kind, bytes, context, context)?;
     let header: WalHeader = reader.message(KeyRole::Meta)?;
-    let mut hasher = blake3::Hasher::new_keyed(&keys.id_key);
-    let (mut len, mut run) = (0, Vec::new());
-    while reader.section_into(KeyRole::Data, &mut run)? {
-        len += run.len() as u64;
-        if len > header.content_len {
-            return Err(FormatError::damaged(context, "it holds more than its header says").into());
+    let lengths = reader.lengths_of_rest()?;
+    let mut starts = Vec::with_capacity(lengths.len());
+    let mut len = 0;
+    for run in &lengths {
+        starts.push(len);
+        len += u64::from(*run);
+    }
+    let mismatch = |why| E::from(FormatError::damaged(context, why));
+    if len != header.content_len {
+        return Err(mismatch("it does not hold as much as its header says"));
+    }
+    // Runs of this length are subtrees of the hash; an object may be divided in other ways.
+    let run_len = limits::WAL_SECTION_BYTES as u64;
+    let is_divided = starts.iter().zip(0..).all(|(&start, n)| start == n * run_len);
+    if lengths.len() < 2 || !is_divided {
+        let mut hasher = blake3::Hasher::new_keyed(&keys.id_key);
+        let mut run = Vec::new();
+        for start in starts {
+            reader.section_into(KeyRole::Data, &mut run)?;
+            hasher.update(&run);
+            take(&header, start, &run)?;
         }
-        // Taking a large run lasts as long as hashing it.
-        match run.len() >= PARALLEL_BYTES {
-            true => std::thread::scope(|scope| {
-                scope.spawn(|| hasher.update(&run));
-                take(&header, &run)
-            })?,
-            false => {
-                hasher.update(&run);
-                take(&header, &run)?;
-            }
+        return match hasher.finalize().as_bytes()[..] == header.content_id {
+            true => Ok(header),
+            false => Err(mismatch(NOT_ITS_ID)),
+        };
+    }
+    let next = AtomicUsize::new(0);
+    let open = |mut reader: ObjectReader<'_>| {
+        let (mut run, mut hashes) = (Vec::new(), Vec::new());
+        let mut at = 0;
+        loop {
+            let mine = next.fetch_add(1, Ordering::Relaxed);
+            let Some(&start) = starts.get(mine) else {
+                return Ok::<_, E>(hashes);
+            };
+            reader.skip(mine - at)?;
+            reader.section_into(KeyRole::Data, &mut run)?;
+            at = mine + 1;
+            let mut hasher = blake3::Hasher::new_keyed(&keys.id_key);
+            hashes.push((mine, hasher.set_input_offset(start).update(&run).finalize_non_root()));
+            take(&header, start, &run).inspect_err(|_| next.store(starts.len(), Ordering::Relaxed))?;
+        }
+    };
+    let opened = std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads.clamp(1, lengths.len()))
+            .map(|_| {
+                let reader = reader.again();
+                scope.spawn(|| open(reader))
+            })
+            .collect();
+        let mut all = vec![open(reader.again())];
+        for other in others {
+            all.push(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+        all
+    });
+    let mut hashes = vec![[0; 32]; lengths.len()];
+    for opened in opened {
+        for (run, hash) in opened? {
+            hashes[run] = hash;
         }
     }
-    if len != header.content_len || hasher.finalize().as_bytes()[..] != header.content_id {
-        return Err(FormatError::damaged(context, "its content does not match its id").into());
+    match id_of_runs(&keys.id_key, &hashes, len) == header.content_id[..] {
+        true => Ok(header),
+        false => Err(mismatch(NOT_ITS_ID)),
     }
-    Ok(header)
+}
+
+/// BLAKE3 of a content whose runs (all of [`limits::WAL_SECTION_BYTES`], but the last) have these chaining values.
+fn id_of_runs(key: &[u8; 32], runs: &[ChainingValue], len: u64) -> [u8; 32] {
+    fn halves(runs: &[ChainingValue], len: u64) -> (&[ChainingValue], u64, &[ChainingValue], u64) {
+        let left = left_subtree_len(len);
+        let (first, second) = runs.split_at((left / limits::WAL_SECTION_BYTES as u64) as usize);
+        (first, left, second, len - left)
+    }
+    fn subtree(mode: Mode<'_>, runs: &[ChainingValue], len: u64) -> ChainingValue {
+        if let [run] = runs {
+            return *run;
+        }
+        let (first, left, second, right) = halves(runs, len);
+        merge_subtrees_non_root(&subtree(mode, first, left), &subtree(mode, second, right), mode)
+    }
+    let mode = Mode::KeyedHash(key);
+    let (first, left, second, right) = halves(runs, len);
+    let (left, right) = (subtree(mode, first, left), subtree(mode, second, right));
+    *merge_subtrees_root(&left, &right, mode).as_bytes()
 }

@@ -45,27 +45,47 @@ impl Log {
 
     /// Reads the log to its end.
     pub async fn open(stanza: Arc<Stanza>) -> Result<Self> {
+        let (log, _) = Self::open_beside(stanza, async |_| ()).await?;
+        Ok(log)
+    }
+
+    /// Reads the log to its end, and does meanwhile what is likely to be needed, judging by what this host
+    /// remembers of the log.
+    pub async fn open_beside<T>(
+        stanza: Arc<Stanza>,
+        beside: impl AsyncFnOnce(&Self) -> T,
+    ) -> Result<(Self, Option<T>)> {
         let mut this = Self::empty(stanza);
         let remembered = this.stanza.memory().and_then(|m| m.head(&this.stanza));
-        match &remembered {
-            Some(state) => this.adopt(state.clone()),
-            None => this.start_from_snapshot().await?,
-        }
-        match &remembered {
-            // One request tells the usual: nothing is new.
-            Some(_) => this.refresh().await?,
-            None => this.refresh_proven().await?,
-        }
+        let done = match remembered {
+            Some(state) => {
+                this.adopt(state);
+                let before = this.clone();
+                // One request tells the usual: nothing is new.
+                let (read, head, done) = tokio::join!(this.refresh(), before.check_remembered_head(), beside(&before));
+                read?;
+                // What follows on the remembered head proves it.
+                match this.state.seq == before.state.seq {
+                    true => head?,
+                    false => this.remember(),
+                }
+                Some(done)
+            }
+            None => {
+                this.start_from_snapshot().await?;
+                this.refresh_proven().await?;
+                None
+            }
+        };
         if this.state.seq == 0 {
             return Err(Error::not_found(format!("{} has keys and no log", this.stanza.shown()))
                 .remedy("an interrupted `stanza create` leaves that, and can be run again; if there were backups, the objects below log/ were lost"));
         }
         this.check_pins()?;
-        if remembered.is_some_and(|r| r.seq == this.state.seq) {
-            this.check_remembered_head().await?;
+        if done.is_none() {
+            this.remember();
         }
-        this.remember();
-        Ok(this)
+        Ok((this, done))
     }
 
     fn adopt(&mut self, state: Snapshot) {

@@ -86,12 +86,42 @@ impl Root {
     }
 }
 
+type Client = Arc<dyn ObjectStore>;
+
+/// The client for uploads, made when it is first needed: reading the system's certificates takes longer than a
+/// request.
+#[derive(Clone)]
+struct Uploads(Arc<dyn Fn() -> Result<Client> + Send + Sync>);
+
+impl Uploads {
+    fn new(make: impl Fn() -> Result<Client> + Send + Sync + 'static) -> Self {
+        let made = std::sync::OnceLock::new();
+        Self(Arc::new(move || match made.get() {
+            Some(client) => Ok(Client::clone(client)),
+            None => {
+                let client = make()?;
+                Ok(made.get_or_init(|| client).clone())
+            }
+        }))
+    }
+
+    fn client(&self) -> Result<Client> {
+        (self.0)()
+    }
+}
+
+impl std::fmt::Debug for Uploads {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Uploads")
+    }
+}
+
 /// A folder of an object store: a repository, or a stanza in it.
 #[derive(Debug, Clone)]
 pub struct Store {
     inner: Arc<dyn ObjectStore>,
     /// For uploads: over HTTP, a limit for silence would also limit how long a body may take.
-    uploads: Arc<dyn ObjectStore>,
+    uploads: Uploads,
     prefix: String,
     shown: String,
     settings: StoreSettings,
@@ -101,7 +131,10 @@ impl Store {
     /// A store below `prefix`; `shown` is how it is called in messages.
     pub fn new(inner: Arc<dyn ObjectStore>, prefix: &str, shown: &str, settings: StoreSettings) -> Self {
         Self {
-            uploads: inner.clone(),
+            uploads: Uploads::new({
+                let inner = inner.clone();
+                move || Ok(inner.clone())
+            }),
             inner,
             prefix: prefix.trim_matches('/').to_owned(),
             shown: shown.trim_end_matches('/').to_owned(),
@@ -111,8 +144,11 @@ impl Store {
 
     /// The same store with another client for uploads.
     #[must_use]
-    pub fn with_uploads(self, uploads: Arc<dyn ObjectStore>) -> Self {
-        Self { uploads, ..self }
+    pub fn with_uploads(self, make: impl Fn() -> Result<Arc<dyn ObjectStore>> + Send + Sync + 'static) -> Self {
+        Self {
+            uploads: Uploads::new(make),
+            ..self
+        }
     }
 
     /// The same store, one folder deeper.
@@ -235,7 +271,8 @@ impl Store {
             attributes,
             ..Default::default()
         };
-        self.throttled(|| self.uploads.put_opts(&path, payload.clone(), options.clone()))
+        let uploads = self.uploads.client()?;
+        self.throttled(|| uploads.put_opts(&path, payload.clone(), options.clone()))
             .await
             .map_err(|e| self.error("writing", name, e))?;
         self.check_written(&path)
@@ -254,7 +291,7 @@ impl Store {
     }
 
     async fn create_conditionally(&self, name: &str, bytes: Bytes, limit: u64) -> Result<Created> {
-        let path = self.path(name)?;
+        let (path, uploads) = (self.path(name)?, self.uploads.client()?);
         let deadline = tokio::time::Instant::now() + self.settings.retry_timeout;
         let mut wait = Duration::from_millis(100);
         loop {
@@ -262,7 +299,7 @@ impl Store {
                 mode: PutMode::Create,
                 ..Default::default()
             };
-            let unclear = match self.uploads.put_opts(&path, bytes.clone().into(), options).await {
+            let unclear = match uploads.put_opts(&path, bytes.clone().into(), options).await {
                 Ok(_) => return Ok(Created::Won),
                 Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
                     match self.get_opt(name, limit).await? {

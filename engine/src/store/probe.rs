@@ -58,6 +58,7 @@ async fn raw_create(store: &Store, name: &str, bytes: Bytes) -> Result<bool> {
     let path = store.path(name)?;
     match store
         .uploads
+        .client()?
         .put_opts(&path, bytes.into(), PutMode::Create.into())
         .await
     {

@@ -23,7 +23,7 @@ pub struct RepositoryUrl {
     pub region: Option<String>,
     /// S3: bucket as a host name instead of the first path component.
     pub virtual_host: bool,
-    /// PEM file with more root certificates.
+    /// PEM file with the root certificates that are trusted instead of the system's.
     pub ca_file: Option<String>,
     /// S3, GCS, Azure: storage class of packs.
     pub storage_class: Option<String>,
@@ -86,15 +86,9 @@ impl RepositoryUrl {
                 }
                 // Required once per process before the first HTTPS client; a second call is harmless.
                 let _ = rustls::crypto::ring::default_provider().install_default();
-                let make = |uploads: bool| -> Result<Arc<dyn ObjectStore>> {
-                    Ok(match scheme {
-                        "s3" => Arc::new(self.s3(bucket, uploads)?),
-                        "gs" => Arc::new(self.gcs(bucket, uploads)?),
-                        _ => Arc::new(self.azure(bucket, uploads)?),
-                    })
-                };
-                let store = Store::new(make(false)?, prefix, &self.url, settings);
-                return Ok(store.with_uploads(make(true)?));
+                let store = Store::new(self.client(scheme, bucket, false)?, prefix, &self.url, settings);
+                let (this, scheme, bucket) = (self.clone(), scheme.to_owned(), bucket.to_owned());
+                return Ok(store.with_uploads(move || this.client(&scheme, &bucket, true)));
             }
             _ => return Err(self.bad("its scheme is not known")),
         };
@@ -132,10 +126,19 @@ impl RepositoryUrl {
         Ok(Store::new(Arc::new(store), "", &self.url, settings))
     }
 
-    fn client(&self, allow_http: bool, uploads: bool) -> Result<ClientOptions> {
+    fn client(&self, scheme: &str, bucket: &str, uploads: bool) -> Result<Arc<dyn ObjectStore>> {
+        Ok(match scheme {
+            "s3" => Arc::new(self.s3(bucket, uploads)?),
+            "gs" => Arc::new(self.gcs(bucket, uploads)?),
+            _ => Arc::new(self.azure(bucket, uploads)?),
+        })
+    }
+
+    fn client_options(&self, allow_http: bool, uploads: bool) -> Result<ClientOptions> {
         let mut options = ClientOptions::new()
             .with_connect_timeout(Duration::from_secs(10))
-            .with_allow_http(allow_http);
+            .with_allow_http(allow_http)
+            .with_no_system_certificates(allow_http || self.ca_file.is_some());
         // The limit for silence runs from the request to the answer's first byte, with the body of an upload
         // in between: there, only the whole is limited, so that a pack over a slow line still fits.
         options = match uploads {
@@ -174,7 +177,7 @@ impl RepositoryUrl {
     fn s3(&self, bucket: &str, uploads: bool) -> Result<impl ObjectStore> {
         let plain = self.endpoint.as_deref().is_some_and(|e| e.starts_with("http://"));
         let mut builder = AmazonS3Builder::from_env()
-            .with_client_options(self.client(plain, uploads)?)
+            .with_client_options(self.client_options(plain, uploads)?)
             .with_retry(self.retry())
             .with_bucket_name(bucket)
             .with_virtual_hosted_style_request(self.virtual_host)
@@ -234,7 +237,7 @@ impl RepositoryUrl {
     fn gcs(&self, bucket: &str, uploads: bool) -> Result<impl ObjectStore> {
         let plain = self.endpoint.as_deref().is_some_and(|e| e.starts_with("http://"));
         let mut builder = GoogleCloudStorageBuilder::from_env()
-            .with_client_options(self.client(plain, uploads)?)
+            .with_client_options(self.client_options(plain, uploads)?)
             .with_retry(self.retry())
             .with_bucket_name(bucket);
         if let Some(endpoint) = &self.endpoint {
@@ -248,7 +251,7 @@ impl RepositoryUrl {
     fn azure(&self, container: &str, uploads: bool) -> Result<impl ObjectStore> {
         let plain = self.endpoint.as_deref().is_some_and(|e| e.starts_with("http://"));
         let mut builder = MicrosoftAzureBuilder::from_env()
-            .with_client_options(self.client(plain, uploads)?)
+            .with_client_options(self.client_options(plain, uploads)?)
             .with_retry(self.retry())
             .with_container_name(container);
         if let Some(endpoint) = &self.endpoint {

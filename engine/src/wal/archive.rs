@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::{limits, names, object, proto, wal};
 
 use super::fetch::Piece;
 use super::summary;
-use crate::commit::state;
+use crate::commit::{Log, state};
 use crate::env;
 use crate::error::{Context, Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
@@ -46,11 +47,13 @@ pub struct Archive {
     pub closed: Vec<proto::CloseTimeline>,
     /// Timeline and stop LSN of every backup of this incarnation: WAL was there up to them.
     pub backups: Vec<(u32, Lsn)>,
+    /// An object that was fetched while the log was read, with its name.
+    at_hand: Option<(String, Bytes)>,
 }
 
 impl Archive {
     /// The archive of the stanza's newest incarnation, or of the one with `system_identifier`.
-    pub fn open(log: &crate::commit::Log, system_identifier: Option<u64>, level: i32) -> Result<Self> {
+    pub fn open(log: &Log, system_identifier: Option<u64>, level: i32) -> Result<Self> {
         let incarnations = &log.state().incarnations;
         let incarnation = match system_identifier {
             None => incarnations.last(),
@@ -79,7 +82,37 @@ impl Archive {
                 .filter(|info| info.system_identifier == incarnation.system_identifier)
                 .map(|info| (info.stop_timeline, Lsn(info.stop_lsn)))
                 .collect(),
+            at_hand: None,
         })
+    }
+
+    /// Opens the log and the archive for a request for the file `name`, which is fetched meanwhile.
+    pub async fn open_for(stanza: Arc<Stanza>, system_identifier: Option<u64>, name: &str) -> Result<Self> {
+        let fetch = async |log: &Log| {
+            let archive = Self::open(log, system_identifier, 0).ok()?;
+            let file = WalFile::parse(name, archive.segment_size).ok()?;
+            let object = archive.object_name(&file, name);
+            // A failure is met again by whoever really asks.
+            let bytes = archive
+                .stanza
+                .store()
+                .get(&object, limits::WAL_OBJECT_BYTES)
+                .await
+                .ok()?;
+            Some((object, bytes))
+        };
+        let (log, fetched) = Log::open_beside(stanza, fetch).await?;
+        let mut archive = Self::open(&log, system_identifier, 0)?;
+        archive.at_hand = fetched.flatten();
+        Ok(archive)
+    }
+
+    /// The object that holds a whole file.
+    pub(super) async fn object(&self, object: &str) -> Result<Option<Bytes>> {
+        match &self.at_hand {
+            Some((name, bytes)) if name == object => Ok(Some(bytes.clone())),
+            _ => self.stanza.store().get_opt(object, limits::WAL_OBJECT_BYTES).await,
+        }
     }
 
     pub(super) fn epoch(&self, timeline: u32, lsn: Lsn) -> u32 {

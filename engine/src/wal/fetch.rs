@@ -45,7 +45,7 @@ impl Archive {
     }
 
     async fn open_object(&self, object: &str, kind: ObjectKind) -> Result<Option<(proto::WalHeader, Vec<u8>)>> {
-        let Some(bytes) = self.stanza.store().get_opt(object, limits::WAL_OBJECT_BYTES).await? else {
+        let Some(bytes) = self.object(object).await? else {
             return Ok(None);
         };
         Ok(Some(self.content_in(kind, &bytes, object).await?))

@@ -4,7 +4,8 @@
 //! what is written to a destination is complete and authentic, or the destination is gone.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use fairvault_format::header::Kind as ObjectKind;
@@ -17,6 +18,9 @@ use super::summary::Summarizer;
 use crate::env;
 use crate::error::{Error, Result};
 use crate::postgres::segment::{Segment, WalFile};
+
+/// Runs of a segment that are opened at once.
+const THREADS: usize = 4;
 
 /// A segment that was read and sealed, and is not stored yet.
 pub struct Sealed {
@@ -109,8 +113,7 @@ impl Archive {
     pub async fn write_whole(&self, segment: Segment, destination: &Path) -> Result<bool> {
         let name = segment.name(self.segment_size);
         let object = self.object_name(&WalFile::Segment(segment), &name);
-        let store = self.stanza.store();
-        let Some(bytes) = store.get_opt(&object, limits::WAL_OBJECT_BYTES).await? else {
+        let Some(bytes) = self.object(&object).await? else {
             return Ok(false);
         };
         let failed = |to: &Path, e| Error::io(format_args!("writing {}", to.display()), e);
@@ -122,13 +125,15 @@ impl Archive {
         }
         let (archive, to) = (self.clone(), destination.to_owned());
         let write = move || {
-            let mut file = File::create(&to).map_err(|e| failed(&to, e))?;
+            let file = File::create(&to).map_err(|e| failed(&to, e))?;
             let keys = archive.stanza.keys_for(&bytes, &object)?;
             let scope = archive.stanza.scope();
-            let opened = open_wal_runs(keys, scope, ObjectKind::WalSegment, &bytes, &object, |header, run| {
+            let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS));
+            let take = |header: &proto::WalHeader, start, run: &[u8]| {
                 archive.check_is(header, &name, &object)?;
-                file.write_all(run).map_err(|e| failed(&to, e))
-            });
+                file.write_all_at(run, start).map_err(|e| failed(&to, e))
+            };
+            let opened = open_wal_runs(keys, scope, ObjectKind::WalSegment, &bytes, &object, threads, take);
             let checked = opened.and_then(|header| archive.check_is(&header, &name, &object));
             checked.inspect_err(|_| {
                 let _ = std::fs::remove_file(&to);

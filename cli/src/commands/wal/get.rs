@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use fairvault_engine::error::{Context as _, Error, Result};
 use fairvault_engine::postgres::segment::{Segment, WalFile};
+use fairvault_engine::stanza::Stanza;
 use fairvault_engine::wal::archive::Archive;
 use fairvault_engine::wal::background::Exchange;
 use fairvault_engine::wal::background::get::{self as background, Taken, Window};
 use fairvault_engine::wal::get::{self, Follow, Needs};
 
-use super::{PARALLEL, destinations, exchange, open, start_worker};
+use super::{PARALLEL, destinations, exchange, start_worker};
 use crate::args::GetArgs;
 use crate::commands::Outcome;
 use crate::config;
@@ -79,10 +80,12 @@ pub async fn run(context: Arc<Context>, args: GetArgs) -> Result<Outcome> {
 }
 
 async fn open_archive(context: &Context, args: &GetArgs, repository: &str) -> Result<Archive> {
-    let log = open(context, repository, &args.stanza)
-        .await
-        .context(|| format!("repository {repository}"))?;
-    Archive::open(&log, args.system_identifier, 3)
+    let access = context.access(repository, &args.stanza, false, false)?;
+    let opened = async {
+        let stanza = Stanza::open(&access).await?;
+        Archive::open_for(stanza, args.system_identifier, &args.name).await
+    };
+    opened.await.context(|| format!("repository {repository}"))
 }
 
 fn is_segment(name: &str) -> bool {

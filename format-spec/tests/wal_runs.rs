@@ -1,0 +1,122 @@
+//! WAL objects opened run by run, on several threads: the same content, and the same refusals, as at once.
+
+use std::sync::Mutex;
+
+use fairvault_format::error::FormatError;
+use fairvault_format::header::Kind;
+use fairvault_format::keys::{EpochKeys, Scope};
+use fairvault_format::limits::WAL_SECTION_BYTES as RUN;
+use fairvault_format::proto::WalHeader;
+use fairvault_format::wal::{WalSealer, open_wal, open_wal_runs, seal_wal};
+
+const SCOPE: Scope = Scope {
+    repository: [1; 16],
+    stanza: [2; 16],
+};
+const NAME: &str = "wal/name";
+
+fn keys() -> EpochKeys {
+    EpochKeys {
+        epoch: 1,
+        data_key: Some([1; 32]),
+        id_key: [2; 32],
+        meta_key: [3; 32],
+        writer_seed: None,
+        operator_seed: None,
+        public_keys: Default::default(),
+    }
+}
+
+fn content(len: usize) -> Vec<u8> {
+    (0..len as u64)
+        .map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8)
+        .collect()
+}
+
+/// Opens and puts together again.
+fn open(bytes: &[u8], threads: usize) -> Result<Vec<u8>, FormatError> {
+    let whole = Mutex::new(Vec::new());
+    let take = |_: &WalHeader, start: u64, run: &[u8]| {
+        let (mut whole, start) = (whole.lock().unwrap(), start as usize);
+        let end = start + run.len();
+        if whole.len() < end {
+            whole.resize(end, 0);
+        }
+        whole[start..end].copy_from_slice(run);
+        Ok(())
+    };
+    open_wal_runs(&keys(), &SCOPE, Kind::WalSegment, bytes, NAME, threads, take)?;
+    Ok(whole.into_inner().unwrap())
+}
+
+#[test]
+fn every_number_of_runs_and_threads_gives_the_content() {
+    for len in [
+        0,
+        1,
+        RUN - 1,
+        RUN,
+        RUN + 1,
+        2 * RUN,
+        3 * RUN - 7,
+        4 * RUN,
+        5 * RUN,
+        7 * RUN + 1025,
+    ] {
+        let content = content(len);
+        let header = WalHeader::default();
+        let bytes = seal_wal(&keys(), &SCOPE, Kind::WalSegment, [9; 32], NAME, header, &content, 1).unwrap();
+        for threads in [1, 2, 3, 9] {
+            assert!(
+                open(&bytes, threads).unwrap() == content,
+                "{len} bytes, {threads} threads"
+            );
+        }
+        assert!(open_wal(&keys(), &SCOPE, Kind::WalSegment, &bytes, NAME).unwrap().1 == content);
+    }
+}
+
+#[test]
+fn runs_of_another_length_are_read_in_order() {
+    let content = content(3 * RUN);
+    let keys = keys();
+    let mut sealer = WalSealer::new(&keys, &SCOPE, Kind::WalSegment, [9; 32], NAME, 1);
+    content.chunks(RUN / 3).for_each(|run| sealer.run(run).unwrap());
+    let header = WalHeader {
+        content_id: keys.chunk_id(&content).to_vec(),
+        ..Default::default()
+    };
+    let bytes = sealer.finish(header).unwrap();
+    assert!(open(&bytes, 4).unwrap() == content);
+}
+
+#[test]
+fn what_does_not_match_its_header_is_refused() {
+    let content = content(5 * RUN);
+    let (keys, id) = (keys(), keys().chunk_id(&content).to_vec());
+    let sealed = |id: Vec<u8>, runs: &[&[u8]]| {
+        let mut sealer = WalSealer::new(&keys, &SCOPE, Kind::WalSegment, [9; 32], NAME, 1);
+        runs.iter().for_each(|run| sealer.run(run).unwrap());
+        let header = WalHeader {
+            content_id: id,
+            ..Default::default()
+        };
+        sealer.finish(header).unwrap()
+    };
+    let runs: Vec<_> = content.chunks(RUN).collect();
+    assert!(open(&sealed(id.clone(), &runs), 2).unwrap() == content);
+    let mut exchanged = runs.clone();
+    exchanged.swap(1, 3);
+    for (bytes, what) in [
+        (sealed(vec![0; 32], &runs), "another id"),
+        (sealed(id.clone(), &exchanged), "exchanged runs"),
+        (sealed(id.clone(), &runs[..4]), "a run less"),
+    ] {
+        assert!(open(&bytes, 2).is_err(), "{what}");
+    }
+    let mut bytes = sealed(id, &runs);
+    assert!(open(&bytes[..bytes.len() - 1], 2).is_err(), "cut");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    assert!(open(&bytes, 2).is_err(), "a flipped bit");
+}
