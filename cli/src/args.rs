@@ -133,6 +133,32 @@ pub enum Command {
         #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
         progress: ProgressMode,
     },
+    /// Decide which backups and which WAL are needed no more, as `retention` says
+    Expire(ExpireArgs),
+    /// Delete what no backup and no reader needs
+    Gc(GcArgs),
+    /// Keep a backup until `unhold`, whatever the retention says
+    Hold {
+        /// Stanza
+        stanza: String,
+        /// Backup
+        backup: String,
+        /// Why
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+    },
+    /// Let the retention decide again about a backup that was held
+    Unhold {
+        /// Stanza
+        stanza: String,
+        /// Backup
+        backup: String,
+        /// Why
+        #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+        reason: String,
+    },
+    /// Show or set what is kept at least, whoever asks for less; signed, and checked again before anything is deleted
+    Policy(PolicyArgs),
     /// Make and manage keys
     #[command(subcommand)]
     Key(KeyCommand),
@@ -156,6 +182,48 @@ pub enum StanzaCommand {
     List,
     /// Stop writers that must not go on: all that are at work, or whoever goes on with an old timeline
     Fence(FenceArgs),
+}
+
+/// `expire`
+#[derive(Debug, Args)]
+pub struct ExpireArgs {
+    /// Stanza
+    pub stanza: String,
+    /// Only say what would be decided, and why
+    #[arg(long)]
+    pub dry_run: bool,
+    /// The clock of this host is right, although the log has been silent for weeks
+    #[arg(long)]
+    pub trust_clock: bool,
+}
+
+/// `gc`
+#[derive(Debug, Args)]
+pub struct GcArgs {
+    /// Stanza
+    pub stanza: String,
+    /// Only say what would be deleted
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How long a sign of life of a backup or restore is waited for, at least 60s, before it counts as dead
+    #[arg(long, value_name = "TIME", default_value = "90s")]
+    pub patience: String,
+    /// How progress looks
+    #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
+    pub progress: ProgressMode,
+}
+
+/// `policy`
+#[derive(Debug, Args)]
+pub struct PolicyArgs {
+    /// Stanza
+    pub stanza: String,
+    /// No backup expires before this age, such as 14d
+    #[arg(long, value_name = "TIME")]
+    pub minimum_retention: Option<String>,
+    /// So many full backups never expire
+    #[arg(long, value_name = "N")]
+    pub minimum_full: Option<u32>,
 }
 
 /// `stanza fence`

@@ -57,6 +57,10 @@ pub struct Repo {
     pub access_key: Option<String>,
     /// File with the secret access key.
     pub secret_key_file: Option<PathBuf>,
+    /// Credentials that may delete: used by `gc` alone, which others leave deleting to.
+    pub deleter: Option<Deleter>,
+    /// What is kept, if the stanza does not say otherwise.
+    pub retention: Option<Retention>,
     /// The store has no conditional create, and one writer is promised.
     #[serde(default)]
     pub single_writer: bool,
@@ -64,6 +68,56 @@ pub struct Repo {
     pub request_timeout: Option<String>,
     /// How long the store may stay away.
     pub retry_timeout: Option<String>,
+}
+
+/// `deleter`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Deleter {
+    /// Access key id.
+    pub access_key: String,
+    /// File with the secret access key.
+    pub secret_key_file: PathBuf,
+}
+
+/// A number, or an age such as "30d".
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub enum Keep {
+    /// The newest so many.
+    Count(u32),
+    /// As long as they are not older.
+    Age(String),
+}
+
+/// `retention`
+#[derive(Debug, Default, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Retention {
+    /// Full backups.
+    pub full: Option<Keep>,
+    /// Differential ones; without, as long as the full before them.
+    pub diff: Option<Keep>,
+    /// Incremental ones; without, as long as the full before them.
+    pub incr: Option<Keep>,
+    /// Full backups that stay however old they are.
+    pub min_full: Option<u32>,
+    /// How far back WAL is continuous.
+    pub wal: Option<String>,
+    /// Days of which the newest backup stays.
+    #[serde(default)]
+    pub daily: u32,
+    /// Weeks.
+    #[serde(default)]
+    pub weekly: u32,
+    /// Months.
+    #[serde(default)]
+    pub monthly: u32,
+    /// Years.
+    #[serde(default)]
+    pub yearly: u32,
+    /// Where days begin.
+    pub timezone: Option<String>,
 }
 
 /// `compression`
@@ -99,6 +153,8 @@ pub struct Defaults {
     pub compression: Option<Compression>,
     /// How long archived WAL of a backup may take to arrive.
     pub archive_timeout: Option<String>,
+    /// What is kept.
+    pub retention: Option<Retention>,
 }
 
 /// `key = { … }`: exactly one of them.
@@ -130,6 +186,11 @@ pub struct StanzaConfig {
     pub compression: Option<Compression>,
     /// How long archived WAL of a backup may take to arrive.
     pub archive_timeout: Option<String>,
+    /// What is kept.
+    pub retention: Option<Retention>,
+    /// What is kept in single repositories.
+    #[serde(default)]
+    pub repo_retention: BTreeMap<String, Retention>,
     /// WAL.
     #[serde(default)]
     pub wal: WalConfig,
@@ -307,6 +368,17 @@ pub fn duration(key: &str, text: &str) -> Result<Duration> {
         .and_then(|d| Duration::try_from(d).ok())
         .ok_or_else(|| {
             Error::usage(format!("{key} = {text:?} is no duration")).remedy("write it as \"30s\", \"5m\" or \"2h\"")
+        })
+}
+
+/// Seconds of an age such as "30d", "4w" or "36h".
+pub fn age(key: &str, text: &str) -> Result<u64> {
+    let parsed = text.parse::<jiff::Span>().ok();
+    parsed
+        .and_then(|span| span.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).ok())
+        .and_then(|duration| u64::try_from(duration.as_secs()).ok())
+        .ok_or_else(|| {
+            Error::usage(format!("{key} = {text:?} is no age")).remedy("write it as \"30d\", \"4w\" or \"36h\"")
         })
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use fairvault_engine::commit::Log;
 use fairvault_engine::env::SystemEnv;
 use fairvault_engine::error::{Context as _, Error, Result};
+use fairvault_engine::expire::rules::{Calendar, Keep, Retention};
 use fairvault_engine::replication::conninfo::ConnInfo;
 use fairvault_engine::restore::settings::shell_word;
 use fairvault_engine::stanza::memory::Memory;
@@ -176,6 +177,63 @@ impl Context {
             .map(Memory::new)
     }
 
+    /// Opens a stanza's log with the credentials that may delete, where there are such.
+    pub async fn open_log_to_delete(&self, repository: &str, stanza: &str) -> Result<Log> {
+        let mut access = self.access(repository, stanza, false, true)?;
+        if let Some(deleter) = self.config.repo.get(repository).and_then(|repo| repo.deleter.as_ref()) {
+            let url = RepositoryUrl {
+                access_key: Some(deleter.access_key.clone()),
+                secret_key: Some(read_trimmed(&deleter.secret_key_file)?),
+                has_deleter: false,
+                lock_file: self.lock_file(),
+                ..repository_url(self.repository(repository)?)?
+            };
+            access.repository = url.open(false)?;
+        }
+        Log::open(Stanza::open(&access).await?).await
+    }
+
+    /// What is kept of a stanza in a repository: the most particular of what is configured.
+    pub fn retention(&self, repository: &str, stanza: &str) -> Result<Retention> {
+        let of_stanza = self.stanza(stanza);
+        let configured = of_stanza
+            .and_then(|s| s.repo_retention.get(repository).or(s.retention.as_ref()))
+            .or_else(|| self.config.repo.get(repository)?.retention.as_ref())
+            .or(self.config.defaults.retention.as_ref());
+        let Some(configured) = configured else {
+            return Ok(Retention::default());
+        };
+        let keep = |key: &str, keep: &Option<config::Keep>| -> Result<Option<Keep>> {
+            Ok(match keep {
+                None => None,
+                Some(config::Keep::Count(count)) => Some(Keep::Count(*count)),
+                Some(config::Keep::Age(text)) => Some(Keep::Age(config::age(key, text)?)),
+            })
+        };
+        let zone = |name: &String| {
+            let found = jiff::tz::TimeZone::get(name);
+            found.map_err(|e| Error::usage(format!("retention.timezone = {name:?} is no time zone")).caused_by(e))
+        };
+        Ok(Retention {
+            full: keep("retention.full", &configured.full)?,
+            diff: keep("retention.diff", &configured.diff)?,
+            incr: keep("retention.incr", &configured.incr)?,
+            min_full: configured.min_full.unwrap_or(1),
+            wal: configured
+                .wal
+                .as_deref()
+                .map(|t| config::age("retention.wal", t))
+                .transpose()?,
+            calendar: Calendar {
+                daily: configured.daily,
+                weekly: configured.weekly,
+                monthly: configured.monthly,
+                yearly: configured.yearly,
+            },
+            timezone: configured.timezone.as_ref().map(zone).transpose()?,
+        })
+    }
+
     /// How to connect to a stanza's server.
     pub fn conninfo(&self, stanza: &str) -> Result<ConnInfo> {
         let text = self
@@ -282,16 +340,16 @@ fn from_environment() -> RepositoryUrl {
     }
 }
 
+fn read_trimmed(path: &Path) -> Result<String> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
+    Ok(text.trim_end().to_owned())
+}
+
 fn repository_url(repo: &Repo) -> Result<RepositoryUrl> {
     let time = |key: &str, text: &Option<String>| text.as_deref().map(|t| config::duration(key, t)).transpose();
     let secret_key = match &repo.secret_key_file {
         None => None,
-        Some(path) => Some(
-            std::fs::read_to_string(path)
-                .map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?
-                .trim_end()
-                .to_owned(),
-        ),
+        Some(path) => Some(read_trimmed(path)?),
     };
     Ok(RepositoryUrl {
         url: repo.url.clone(),
@@ -306,6 +364,7 @@ fn repository_url(repo: &Repo) -> Result<RepositoryUrl> {
         access_key: repo.access_key.clone(),
         secret_key,
         single_writer: repo.single_writer,
+        has_deleter: repo.deleter.is_some(),
         lock_file: None,
         request_timeout: time("request_timeout", &repo.request_timeout)?,
         retry_timeout: time("retry_timeout", &repo.retry_timeout)?,

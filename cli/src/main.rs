@@ -163,6 +163,7 @@ fn main() -> ExitCode {
         Ok(Outcome::Warnings) => ExitCode::from(WARNINGS),
         Ok(Outcome::Absent) => ExitCode::from(1),
         Ok(Outcome::DamageFound) => ExitCode::from(4),
+        Ok(Outcome::Held) => ExitCode::from(5),
         Err(error) => {
             output::error(&error, output);
             ExitCode::from(exit_code(table, &error))
@@ -220,6 +221,15 @@ async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
             level,
             progress,
         } => commands::verify::run(&context, &stanza, level, progress).await,
+        Command::Expire(args) => commands::expire::run(&context, args).await,
+        Command::Gc(args) => commands::gc::run(&context, args).await,
+        Command::Hold { stanza, backup, reason } => {
+            commands::expire::hold(&context, &stanza, &backup, &reason, false).await
+        }
+        Command::Unhold { stanza, backup, reason } => {
+            commands::expire::hold(&context, &stanza, &backup, &reason, true).await
+        }
+        Command::Policy(args) => commands::expire::policy(&context, args).await,
         Command::Key(command) => commands::key::run(&context, command).await,
     }
 }

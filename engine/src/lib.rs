@@ -11,6 +11,8 @@ mod crc;
 pub mod dedup;
 pub mod env;
 pub mod error;
+pub mod expire;
+pub mod gc;
 pub mod inspect;
 pub mod pack;
 pub mod postgres;

@@ -88,6 +88,14 @@ pub fn parse_hash(name: &str) -> Option<[u8; 32]> {
     Some(out)
 }
 
+/// Folder of the leases.
+pub const LEASES: &str = "leases";
+
+/// `leases/<id>`, which is also the lease's context.
+pub fn lease(id: &[u8; 16]) -> String {
+    format!("{LEASES}/{}", hex::encode(id))
+}
+
 /// `index/<sha-256>`
 pub fn index_run(hash: &[u8; 32]) -> String {
     format!("{INDEX}/{}", hex::encode(hash))

@@ -54,7 +54,7 @@ fn print(info: &Info) {
     }
     for b in &info.backups {
         output::line(format_args!(
-            "  {:<17} {:<5} {}  {:>10}  {:>10} added  PostgreSQL {}{}{}{}",
+            "  {:<17} {:<5} {}  {:>10}  {:>10} added  PostgreSQL {}{}{}{}{}",
             b.id,
             b.r#type,
             b.stopped,
@@ -76,11 +76,16 @@ fn print(info: &Info) {
             } else {
                 "  NOT RESTORABLE: its WAL is not complete"
             },
+            b.hold.as_ref().map(|why| format!("  held: {why}")).unwrap_or_default(),
         ));
     }
     for timeline in &info.wal {
         for (i, range) in timeline.ranges.iter().enumerate() {
-            let gap = if i > 0 { "  (after a gap)" } else { "" };
+            let gap = match i {
+                0 => "",
+                _ if range.after_expired => "  (what was before it has expired)",
+                _ => "  (after a gap)",
+            };
             output::line(format_args!(
                 "  WAL timeline {}: {} to {}, {} segments{gap}",
                 timeline.timeline, range.first, range.last, range.segments
@@ -110,6 +115,7 @@ fn print(info: &Info) {
                 .as_ref()
                 .map(|h| format!("; then {h} is MISSING"))
                 .or_else(|| Some(format!("; beyond that, WAL CANNOT BE REPLAYED: {}", w.broken.as_ref()?)))
+                .or_else(|| w.expired.then(|| "; the WAL after it has expired".to_owned()))
                 .unwrap_or_default()
         ));
     }

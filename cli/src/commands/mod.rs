@@ -2,6 +2,8 @@
 
 pub mod backup;
 pub mod check;
+pub mod expire;
+pub mod gc;
 pub mod info;
 pub mod key;
 pub mod restore;
@@ -20,6 +22,8 @@ pub enum Outcome {
     Absent,
     /// `verify`: damage was found.
     DamageFound,
+    /// `gc`: somebody at work has to be waited for.
+    Held,
 }
 
 /// Completes when the process is asked to stop.

@@ -23,6 +23,7 @@ use std::time::Duration;
 use fairvault_format::{limits, names, proto, sha256};
 use tokio::sync::{mpsc, watch};
 
+use crate::commit::lease::{Lease, NO_BACKUP};
 use crate::commit::session::Session;
 use crate::commit::{Log, state};
 use crate::dedup::{Index, SessionChunks, confirm_packs};
@@ -170,15 +171,21 @@ pub async fn run(
     };
     let mut session = Session::begin(log, "backup", |state| backup_id(state, env.env(), kind)).await?;
     let id = session.backup().to_owned();
+    let lease = match Lease::take(&env, session.id(), "backup", NO_BACKUP).await {
+        Ok(lease) => lease,
+        Err(error) => {
+            session.abort(log, &error.to_string()).await?;
+            return Err(error);
+        }
+    };
     let outcome = tokio::select! {
         outcome = transfer(log, &mut session, server, archive, options, &id, progress.clone()) => outcome,
         () = cancelled => Err(Error::interrupted()),
     };
-    match outcome {
+    let ended = match outcome {
         Ok((root, report)) => {
             progress.phase("committing");
-            session.commit(log, root, report.info.clone()).await?;
-            Ok(report)
+            session.commit(log, root, report.info.clone()).await.map(|()| report)
         }
         Err(error) => {
             let reason = error.to_string();
@@ -188,7 +195,9 @@ pub async fn run(
             }
             Err(error)
         }
-    }
+    };
+    lease.release().await;
+    ended
 }
 
 /// The time, as far as no other backup has it.
@@ -328,7 +337,7 @@ async fn transfer(
         start,
         timeline,
     };
-    let choosing = parent::choose(log, &archive, options, &child);
+    let choosing = parent::choose(log, &archive, options, &index, &child);
     let (basis, no_parent_reason) = tokio::select! {
         choice = choosing => match choice? {
             parent::Choice::Parent(basis) => (Some(basis), String::new()),

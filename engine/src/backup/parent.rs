@@ -10,7 +10,7 @@ use fairvault_format::proto;
 
 use super::{Kind, Options};
 use crate::commit::Log;
-use crate::dedup::{self, list_packs};
+use crate::dedup::{self, Index, list_packs};
 use crate::error::{Kind as ErrorKind, Result};
 use crate::postgres::BLOCK_BYTES;
 use crate::postgres::lsn::Lsn;
@@ -67,7 +67,7 @@ fn candidates(
 }
 
 /// Chooses for a backup that has begun.
-pub async fn choose(log: &Log, archive: &Archive, options: &Options, child: &Child) -> Result<Choice> {
+pub async fn choose(log: &Log, archive: &Archive, options: &Options, index: &Index, child: &Child) -> Result<Choice> {
     if options.kind == Kind::Full {
         return Ok(Choice::None("a full backup was asked for".to_owned()));
     }
@@ -80,7 +80,7 @@ pub async fn choose(log: &Log, archive: &Archive, options: &Options, child: &Chi
             }
             continue;
         }
-        return with_parent(log, archive, options, backup, info, child.start).await;
+        return with_parent(log, archive, options, index, backup, info, child.start).await;
     }
     Ok(Choice::None(why_not))
 }
@@ -128,6 +128,7 @@ async fn with_parent(
     log: &Log,
     archive: &Archive,
     options: &Options,
+    index: &Index,
     backup: &proto::CommittedBackup,
     info: &proto::BackupInfo,
     start: Lsn,
@@ -170,6 +171,7 @@ async fn with_parent(
             listed.get(&pack.name).is_some_and(|&len| len >= need)
                 && !bad.contains(&pack.name)
                 && !marked.contains(&pack.name[..])
+                && index.names_pack(&pack.name)
         })
         .collect();
     let is_good = |pack: u32| good[pack as usize];

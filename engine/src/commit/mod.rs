@@ -5,6 +5,7 @@
 //! that is shorter than, or different from, what this host saw before is refused.
 
 pub mod fence;
+pub mod lease;
 pub mod session;
 pub mod state;
 
@@ -31,6 +32,8 @@ pub struct Log {
     stanza: Arc<Stanza>,
     state: Snapshot,
     signers: Signers,
+    /// All entries, where they are kept.
+    entries: Option<Vec<LogEntry>>,
 }
 
 impl Log {
@@ -40,7 +43,31 @@ impl Log {
             stanza,
             state: Snapshot::default(),
             signers: Signers::default(),
+            entries: None,
         }
+    }
+
+    /// Reads all of the log, believing neither snapshots nor what this host remembers, and keeps its entries.
+    pub async fn replay(stanza: Arc<Stanza>) -> Result<Self> {
+        let mut this = Self::empty(stanza);
+        this.entries = Some(Vec::new());
+        this.refresh_proven().await?;
+        this.check_pins()?;
+        let seen = this.stanza.memory().and_then(|m| m.head(&this.stanza));
+        let seen = seen.map_or(0, |state| state.seq);
+        if this.state.seq < seen {
+            return Err(Error::damaged(format!(
+                "the log of {} ends at entry {}, yet this host saw entry {seen}: it was rolled back",
+                this.stanza.shown(),
+                this.state.seq
+            )));
+        }
+        Ok(this)
+    }
+
+    /// The entries of a log that was replayed, the first of them first.
+    pub fn entries(&self) -> &[LogEntry] {
+        self.entries.as_deref().unwrap_or_default()
     }
 
     /// Reads the log to its end.
@@ -256,6 +283,9 @@ impl Log {
         state::apply(&mut self.state, &entry, keys.epoch)?;
         self.state.seq = seq;
         self.state.head = sha256(bytes).to_vec();
+        if let Some(entries) = &mut self.entries {
+            entries.push(entry);
+        }
         Ok(())
     }
 
@@ -308,6 +338,18 @@ impl Log {
     /// The state that the log amounts to.
     pub fn state(&self) -> &Snapshot {
         &self.state
+    }
+
+    /// The newest time that an entry of a replayed log, a backup or a session says; 0 if none does.
+    pub fn newest_time_us(&self) -> i64 {
+        let backups = self
+            .state
+            .backups
+            .iter()
+            .filter_map(|b| Some(b.info.as_ref()?.stopped_us));
+        let sessions = self.state.open_sessions.iter().map(|session| session.time_us);
+        let entries = self.entries().iter().map(|entry| entry.time_us);
+        backups.chain(sessions).chain(entries).max().unwrap_or_default()
     }
 
     /// The stanza.

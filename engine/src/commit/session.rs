@@ -47,6 +47,11 @@ impl Session {
         }
     }
 
+    /// Its id.
+    pub fn id(&self) -> [u8; 16] {
+        self.id
+    }
+
     /// The id of its backup.
     pub fn backup(&self) -> &str {
         &self.backup

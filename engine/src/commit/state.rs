@@ -1,7 +1,9 @@
 //! What the entries of a log amount to: a fold over them.
 
+use std::collections::HashSet;
+
 use fairvault_format::proto::{
-    CloseTimeline, CommittedBackup, LogEntry, OpenSession, Snapshot, log_entry::Kind as Entry,
+    CloseTimeline, CommittedBackup, GcMark, LogEntry, OpenSession, Snapshot, WalExpired, log_entry::Kind as Entry,
 };
 
 use crate::error::{Error, Result};
@@ -71,12 +73,21 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
             }
         }
         Entry::GcMark(mark) => {
-            state.open_marks.push(mark.clone());
+            state.open_marks.push(GcMark {
+                seq: entry.seq,
+                ..mark.clone()
+            });
             state.newest_mark = entry.seq;
         }
         Entry::GcSwept(swept) => {
-            state.open_marks.clear();
-            state.index_runs.retain(|run| !swept.index_runs.contains(run));
+            let before = state.open_marks.len();
+            state.open_marks.retain(|mark| mark.seq != swept.mark);
+            // Another collector has ended it: what that one withdrew rules.
+            if state.open_marks.len() < before {
+                let withdrawn: HashSet<&[u8]> = swept.index_runs.iter().map(Vec::as_slice).collect();
+                state.index_runs.retain(|run| !withdrawn.contains(run.as_slice()));
+                add_runs(state, &swept.new_runs);
+            }
         }
         Entry::KeyEpoch(epoch) => state.key_epochs.push(epoch.clone()),
         Entry::Policy(policy) => state.policy = Some(policy.clone()),
@@ -88,6 +99,16 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
             if !closed.reopened {
                 state.closed_timelines.push(closed.clone());
             }
+        }
+        Entry::WalExpired(expired) => {
+            let is_it = |e: &WalExpired| e.system_identifier == expired.system_identifier;
+            // Positions only rise: what may be gone does not come back.
+            let lsn = state.wal_expired.iter().filter(|e| is_it(e)).map(|e| e.lsn).max();
+            state.wal_expired.retain(|e| !is_it(e));
+            state.wal_expired.push(WalExpired {
+                lsn: expired.lsn.max(lsn.unwrap_or_default()),
+                ..expired.clone()
+            });
         }
         Entry::Erasure(_) => {}
     }

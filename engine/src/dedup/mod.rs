@@ -22,6 +22,8 @@ const FETCH: usize = 8;
 pub struct Index {
     packs: Vec<PackRef>,
     entries: Vec<IndexEntry>,
+    /// Every pack that a run names, of whatever key epoch.
+    named: HashSet<[u8; 32]>,
 }
 
 impl Index {
@@ -76,6 +78,7 @@ impl Index {
     }
 
     fn add(&mut self, run: index::IndexRun, epoch: u32, listed: &HashMap<[u8; 32], u64>, marked: &HashSet<&[u8]>) {
+        self.named.extend(run.packs.iter().map(|pack| pack.name));
         let base = self.packs.len() as u32;
         let mut need = vec![0u64; run.packs.len()];
         for e in &run.entries {
@@ -108,6 +111,11 @@ impl Index {
         let at = self.entries.binary_search_by_key(id, |e| e.id).ok()?;
         let entry = &self.entries[at];
         Some((&self.packs[entry.pack as usize], entry))
+    }
+
+    /// Whether a run names the pack. One that none names is to run dry: collection has found it thin.
+    pub fn names_pack(&self, pack: &[u8; 32]) -> bool {
+        self.named.contains(pack)
     }
 
     /// Chunks known.

@@ -56,6 +56,8 @@ pub struct BackupLine {
     pub source: String,
     /// Its own WAL is complete.
     pub restorable: bool,
+    /// Why it is held, if it is.
+    pub hold: Option<String>,
     /// Notes.
     pub annotations: std::collections::BTreeMap<String, String>,
 }
@@ -69,6 +71,8 @@ pub struct WalRange {
     pub last: String,
     /// Number.
     pub segments: u64,
+    /// What is missing before it has expired.
+    pub after_expired: bool,
 }
 
 /// WAL of a timeline.
@@ -107,6 +111,8 @@ pub struct Window {
     pub hole: Option<String>,
     /// Where WAL goes on that cannot be replayed, and why.
     pub broken: Option<String>,
+    /// WAL that came next has expired.
+    pub expired: bool,
 }
 
 /// A session that has not ended.
@@ -220,6 +226,7 @@ pub async fn info_of(log: &Log) -> Result<Info> {
             wal_method: i.wal_method.clone(),
             source: i.source.clone(),
             restorable,
+            hold: state.holds.iter().find(|h| h.backup == i.id).map(|h| h.reason.clone()),
             annotations: i.annotations.into_iter().collect(),
         });
     }
@@ -255,6 +262,11 @@ fn timelines(archive: &Archive, coverage: &Coverage) -> Vec<TimelineLine> {
                     first: name(timeline, first),
                     last: name(timeline, last),
                     segments: last - first + 1,
+                    after_expired: first > 0
+                        && archive.has_expired(Segment {
+                            timeline,
+                            number: first - 1,
+                        }),
                 })
                 .collect(),
             stored_bytes: wal.stored_bytes,
@@ -289,6 +301,7 @@ async fn add_window(
     end: Lsn,
     broken: Option<Lsn>,
 ) -> Result<()> {
+    let has_expired = reach.is_hole && archive.has_expired(reach.missing);
     let whole = broken.map_or(reach.end, |broken| broken.min(reach.end));
     let end = broken.unwrap_or(end);
     let to_lsn = end.to_string();
@@ -326,7 +339,8 @@ async fn add_window(
         to_lsn,
         from: rfc3339(info.stopped_us),
         to: (newest != 0).then(|| format_time(newest)),
-        hole: (reach.is_hole && broken.is_none()).then(|| reach.missing.name(archive.segment_size)),
+        hole: (reach.is_hole && broken.is_none() && !has_expired).then(|| reach.missing.name(archive.segment_size)),
+        expired: has_expired,
         broken: broken.map(|at| format!("wal_level = minimal at {at}")),
     });
     Ok(())

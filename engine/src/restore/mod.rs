@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::commit::Log;
+use crate::commit::lease::Lease;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::wal::push::RESTORED_MARKER;
@@ -85,7 +86,22 @@ pub async fn run(
     cancelled: impl Future<Output = ()>,
 ) -> Result<Report> {
     progress.phase("planning");
-    let plan = Arc::new(Plan::make(log, options).await?);
+    // The lease first, then the log: what that names is not collected from here on.
+    let lease = Lease::for_reading(log.stanza(), "restore", "").await;
+    let mut log = log.clone();
+    log.refresh().await?;
+    let plan = match Plan::make(&log, options).await {
+        Ok(plan) => Arc::new(plan),
+        Err(error) => {
+            release(lease).await;
+            return Err(error);
+        }
+    };
+    if let Some(lease) = &lease
+        && let Err(error) = lease.narrow(&plan.info.id).await
+    {
+        tracing::warn!("the lease goes on to protect every backup: {error}");
+    }
     let work = async {
         progress.phase("preparing the directory");
         let layout = layout::prepare(&plan, options)?;
@@ -100,15 +116,23 @@ pub async fn run(
         Ok::<_, Error>(written)
     };
     let written = tokio::select! {
-        written = work => written?,
-        () = cancelled => return Err(Error::new(crate::error::Kind::Interrupted, "interrupted; the directory is not usable, run the same restore again")),
+        written = work => written,
+        () = cancelled => Err(Error::new(crate::error::Kind::Interrupted, "interrupted; the directory is not usable, run the same restore again")),
     };
+    release(lease).await;
+    let written = written?;
     Ok(Report {
         files: written.files,
         bytes: written.bytes,
         kept_files: written.kept,
         plan,
     })
+}
+
+async fn release(lease: Option<Lease>) {
+    if let Some(lease) = lease {
+        lease.release().await;
+    }
 }
 
 /// pg_control into its place, folders synced, the marker of an unfinished restore away.

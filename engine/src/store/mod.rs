@@ -40,6 +40,8 @@ pub struct StoreSettings {
     pub single_writer: bool,
     /// Storage class of packs, where the store has such a thing.
     pub storage_class: Option<String>,
+    /// Nobody else is there to delete what is needed no more.
+    pub may_delete: bool,
     /// The store lists names in order.
     pub ordered_lists: bool,
     /// The folder of a directory repository, as it was when it was opened.
@@ -54,6 +56,7 @@ impl Default for StoreSettings {
             retry_timeout: Duration::from_secs(180),
             single_writer: false,
             storage_class: None,
+            may_delete: true,
             ordered_lists: false,
             root: None,
             lock_file: None,
@@ -276,6 +279,11 @@ impl Store {
             .await
             .map_err(|e| self.error("writing", name, e))?;
         self.check_written(&path)
+    }
+
+    /// Stores an object in the place of the one before: only leases are stored like that.
+    pub async fn replace(&self, name: &str, bytes: Bytes) -> Result<()> {
+        self.put_hashed(name, bytes.into()).await
     }
 
     /// Creates an object if its name is free. The outcome is certain: an unclear answer is followed by the

@@ -21,7 +21,9 @@ const RACERS: usize = 8;
 pub async fn probe(store: &Store, env: &dyn Env) -> Result<()> {
     let name = format!("{FOLDER}/{}", hex::encode(env::id(env)?));
     let outcome = race(store, &name).await;
-    if let Err(error) = store.delete(std::slice::from_ref(&name)).await {
+    if store.settings().may_delete
+        && let Err(error) = store.delete(std::slice::from_ref(&name)).await
+    {
         tracing::debug!("the probe object {name} stays: {error}");
     }
     outcome

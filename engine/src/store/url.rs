@@ -41,6 +41,8 @@ pub struct RepositoryUrl {
     pub single_writer: bool,
     /// Locked by the processes of this host where one writer is promised.
     pub lock_file: Option<std::path::PathBuf>,
+    /// Others have the right to delete.
+    pub has_deleter: bool,
     /// How long one request may stand still.
     pub request_timeout: Option<Duration>,
     /// How long the store may stay away.
@@ -65,6 +67,7 @@ impl RepositoryUrl {
             retry_timeout: self.retry_timeout.unwrap_or(Duration::from_secs(180)),
             single_writer: self.single_writer,
             storage_class: self.storage_class.clone(),
+            may_delete: !self.has_deleter,
             ordered_lists: matches!(self.url.split("://").next(), Some("s3" | "gs" | "az")),
             root: None,
             lock_file: self.lock_file.clone(),

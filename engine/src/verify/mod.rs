@@ -14,6 +14,7 @@ use fairvault_format::names;
 use serde::Serialize;
 
 use crate::commit::Log;
+use crate::commit::lease::Lease;
 use crate::error::{Error, Kind, Result};
 use crate::progress::Progress;
 use crate::restore::plan::Manifest;
@@ -116,6 +117,10 @@ const CONCURRENT: usize = 2;
 /// store their content again.
 pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progress>) -> Result<Report> {
     let stanza = log.stanza().clone();
+    let lease = Lease::for_reading(&stanza, "verify", "").await;
+    let mut log = log.clone();
+    log.refresh().await?;
+    let log = &log;
     let mut report = Report::default();
     progress.phase("verifying keys, log and index");
     metadata::check_keys(access, &stanza, &mut report).await;
@@ -174,6 +179,9 @@ pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progres
     for list in [&mut report.findings, &mut report.unread] {
         list.sort();
         list.dedup();
+    }
+    if let Some(lease) = lease {
+        lease.release().await;
     }
     Ok(report)
 }

@@ -47,6 +47,8 @@ pub struct Archive {
     pub closed: Vec<proto::CloseTimeline>,
     /// Timeline and stop LSN of every backup of this incarnation: WAL was there up to them.
     pub backups: Vec<(u32, Lsn)>,
+    /// WAL below has expired, but for what backups need for themselves.
+    pub expired_below: Lsn,
     /// An object that was fetched while the log was read, with its name.
     at_hand: Option<(String, Bytes)>,
 }
@@ -82,8 +84,19 @@ impl Archive {
                 .filter(|info| info.system_identifier == incarnation.system_identifier)
                 .map(|info| (info.stop_timeline, Lsn(info.stop_lsn)))
                 .collect(),
+            expired_below: log
+                .state()
+                .wal_expired
+                .iter()
+                .find(|e| e.system_identifier == incarnation.system_identifier)
+                .map_or(Lsn(0), |e| Lsn(e.lsn)),
             at_hand: None,
         })
+    }
+
+    /// Whether a segment may be gone because it has expired.
+    pub fn has_expired(&self, segment: Segment) -> bool {
+        segment.start(self.segment_size) < self.expired_below
     }
 
     /// Opens the log and the archive for a request for the file `name`, which is fetched meanwhile.
@@ -349,6 +362,7 @@ impl Archive {
     pub async fn delete_pieces(&self, pieces: &[Piece]) {
         let names: Vec<String> = pieces.iter().map(|piece| piece.object.clone()).collect();
         if !names.is_empty()
+            && self.stanza.store().settings().may_delete
             && let Err(error) = self.stanza.store().delete(&names).await
         {
             tracing::debug!("{} pieces stay beside their segment: {error}", names.len());

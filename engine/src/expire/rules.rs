@@ -1,0 +1,451 @@
+//! Which backups a retention keeps, and why; pure.
+//!
+//! What always holds: the newest backup that can be restored is kept, whatever the rules say; so is whatever is held,
+//! what the signed policy protects, and the backup from which recovery into the WAL window starts. Without any rule
+//! for backups, all are kept. Doubt about a time keeps.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
+const DAY_S: u64 = 86_400;
+
+/// So many, or so old.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// The newest so many.
+    Count(u32),
+    /// As long as they are not older, seconds.
+    Age(u64),
+}
+
+/// What the user wants to keep.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Retention {
+    /// Full backups.
+    pub full: Option<Keep>,
+    /// Differential ones; without, as long as the full before them.
+    pub diff: Option<Keep>,
+    /// Incremental ones; without, as long as the full before them.
+    pub incr: Option<Keep>,
+    /// Full backups that are kept however old they are.
+    pub min_full: u32,
+    /// WAL is continuous for this long, seconds; without, from the oldest kept backup on.
+    pub wal: Option<u64>,
+    /// The newest backup of each of so many days, weeks, months and years in which there is one.
+    pub calendar: Calendar,
+    /// Where days begin.
+    pub timezone: Option<TimeZone>,
+}
+
+/// Numbers of periods.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Calendar {
+    /// Days.
+    pub daily: u32,
+    /// Weeks, from Monday on.
+    pub weekly: u32,
+    /// Months.
+    pub monthly: u32,
+    /// Years.
+    pub yearly: u32,
+}
+
+impl Retention {
+    /// Whether it says anything about backups.
+    pub fn has_rules(&self) -> bool {
+        self.full.is_some() || self.diff.is_some() || self.incr.is_some() || self.calendar != Calendar::default()
+    }
+}
+
+/// What is known of a backup.
+#[derive(Debug, Clone, Default)]
+pub struct Candidate {
+    /// Id.
+    pub id: String,
+    /// full, diff, incr.
+    pub kind: String,
+    /// When it ended, microseconds since 1970.
+    pub stopped_us: i64,
+    /// The incarnation of its cluster.
+    pub system_identifier: u64,
+    /// Its own WAL is complete.
+    pub restorable: bool,
+    /// Why it is held, if it is.
+    pub hold: Option<String>,
+}
+
+/// What is to become of a backup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision {
+    /// Backup.
+    pub id: String,
+    /// It stays.
+    pub keep: bool,
+    /// Why, in words.
+    pub why: String,
+}
+
+/// What the signed policy asks for at least.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Floor {
+    /// Age before which nothing expires, seconds.
+    pub age_s: u64,
+    /// Full backups that stay.
+    pub fulls: u32,
+}
+
+/// Times that can be believed, one for each backup in the order of the log: a time from the future is that of what
+/// came after it, or now; one that is before an earlier backup's is that one's. So what is in doubt is young.
+pub fn believed(backups: &[Candidate], now_us: i64) -> Vec<i64> {
+    let mut times: Vec<i64> = backups.iter().map(|b| b.stopped_us).collect();
+    let mut after = now_us;
+    for time in times.iter_mut().rev() {
+        match *time > now_us {
+            true => *time = after,
+            false => after = *time,
+        }
+    }
+    let mut before = i64::MIN;
+    for time in &mut times {
+        *time = (*time).max(before);
+        before = *time;
+    }
+    times
+}
+
+/// Decides about all backups, given in the order of the log.
+pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us: i64) -> Vec<Decision> {
+    let times = believed(backups, now_us);
+    let age = |n: usize| u64::try_from(now_us.saturating_sub(times[n]) / 1_000_000).unwrap_or(0);
+    let mut why: Vec<Option<String>> = vec![None; backups.len()];
+    let mut keep = |n: usize, reason: String| _ = why[n].get_or_insert(reason);
+
+    // What nothing overrules.
+    for (n, backup) in backups.iter().enumerate() {
+        if let Some(reason) = &backup.hold {
+            keep(n, format!("held: {reason}"));
+        }
+        if floor.age_s > 0 && age(n) < floor.age_s {
+            keep(
+                n,
+                format!("younger than the {} of the signed policy", days(floor.age_s)),
+            );
+        }
+    }
+    let newest = backups
+        .iter()
+        .rposition(|b| b.restorable)
+        .or(backups.len().checked_sub(1));
+    if let Some(n) = newest {
+        keep(n, "the newest that can be restored".to_owned());
+    }
+    if !retention.has_rules() {
+        (0..backups.len()).for_each(|n| keep(n, "no retention of backups is configured".to_owned()));
+    }
+    let of_kind = |kind: &'static str| {
+        let all = backups.iter().enumerate().rev();
+        all.filter(move |(_, b)| b.kind == kind).map(|(n, _)| n)
+    };
+    let fulls = retention.min_full.max(floor.fulls) as usize;
+    for n in of_kind("full").take(fulls) {
+        keep(n, format!("one of the {fulls} newest full backups"));
+    }
+    for (kind, rule) in [
+        ("full", retention.full),
+        ("diff", retention.diff),
+        ("incr", retention.incr),
+    ] {
+        match rule {
+            Some(Keep::Count(count)) => of_kind(kind)
+                .take(count as usize)
+                .for_each(|n| keep(n, format!("one of the {count} newest {kind} backups"))),
+            Some(Keep::Age(limit)) => of_kind(kind)
+                .filter(|&n| age(n) < limit)
+                .for_each(|n| keep(n, format!("{kind}, younger than {}", days(limit)))),
+            // Full backups go by other rules, or not at all.
+            None if kind == "full" && retention.calendar == Calendar::default() => {
+                of_kind(kind).for_each(|n| keep(n, "no retention of full backups is configured".to_owned()));
+            }
+            None => {}
+        }
+    }
+    by_calendar(&times, retention, &mut keep);
+    if let Some(window) = retention.wal {
+        // Of each incarnation: recovery to the beginning of the window starts from it.
+        let mut anchors: BTreeMap<u64, usize> = BTreeMap::new();
+        for (n, backup) in backups.iter().enumerate() {
+            if backup.restorable && age(n) >= window {
+                anchors.insert(backup.system_identifier, n);
+            }
+        }
+        for n in anchors.into_values() {
+            // Where a later life of the cluster has been going on for longer than that, nothing starts from it.
+            let replaced = backups
+                .iter()
+                .enumerate()
+                .any(|(m, other)| other.system_identifier != backups[n].system_identifier && m > n && age(m) >= window);
+            if !replaced {
+                keep(n, format!("recovery into the last {} starts from it", days(window)));
+            }
+        }
+    }
+    // The others follow the full before them, last, when that is decided.
+    for (n, backup) in backups.iter().enumerate() {
+        let rule = match backup.kind.as_str() {
+            "diff" => retention.diff,
+            "incr" => retention.incr,
+            _ => continue,
+        };
+        if rule.is_some() || why[n].is_some() {
+            continue;
+        }
+        let full = (0..n).rev().find(|&m| backups[m].kind == "full");
+        let kept = match full {
+            Some(full) if why[full].is_some() => Some(format!("as long as {}", backups[full].id)),
+            // It has no full before it, and counts as one.
+            None => {
+                let newer = (n..backups.len()).filter(|&m| backups[m].kind == "full").count();
+                let expires = match retention.full {
+                    Some(Keep::Age(limit)) => age(n) >= limit,
+                    Some(Keep::Count(count)) => newer >= count as usize,
+                    None => retention.calendar != Calendar::default(),
+                };
+                (!expires).then(|| "no full backup before it".to_owned())
+            }
+            _ => None,
+        };
+        why[n] = kept;
+    }
+    let decisions = backups.iter().zip(why).enumerate().map(|(n, (backup, why))| Decision {
+        id: backup.id.clone(),
+        keep: why.is_some(),
+        why: why.unwrap_or_else(|| format!("{}, {} old: no rule keeps it", backup.kind, days(age(n)))),
+    });
+    decisions.collect()
+}
+
+fn by_calendar(times: &[i64], retention: &Retention, keep: &mut impl FnMut(usize, String)) {
+    let zone = retention.timezone.clone().unwrap_or(TimeZone::UTC);
+    let dates: Vec<jiff::civil::Date> = times
+        .iter()
+        .map(|&us| {
+            Timestamp::from_microsecond(us)
+                .unwrap_or_default()
+                .to_zoned(zone.clone())
+                .date()
+        })
+        .collect();
+    type Period = fn(jiff::civil::Date) -> String;
+    let Calendar {
+        daily,
+        weekly,
+        monthly,
+        yearly,
+    } = retention.calendar;
+    let periods: [(u32, &str, Period); 4] = [
+        (daily, "day", |date| date.to_string()),
+        (weekly, "week", |date| {
+            let week = date.iso_week_date();
+            format!("{}-W{:02}", week.year(), week.week())
+        }),
+        (monthly, "month", |date| date.strftime("%Y-%m").to_string()),
+        (yearly, "year", |date| date.strftime("%Y").to_string()),
+    ];
+    for (count, word, period) in periods {
+        let mut newest = BTreeMap::new();
+        for n in (0..dates.len()).rev() {
+            if let Entry::Vacant(free) = newest.entry(period(dates[n])) {
+                free.insert(n);
+            }
+        }
+        for (name, n) in newest.into_iter().rev().take(count as usize) {
+            keep(n, format!("the newest of {word} {name}"));
+        }
+    }
+}
+
+/// A length of time in the largest unit that fits.
+pub fn days(seconds: u64) -> String {
+    match seconds {
+        s if s >= DAY_S => format!("{} d", s / DAY_S),
+        s if s >= 3600 => format!("{} h", s / 3600),
+        s if s >= 60 => format!("{} min", s / 60),
+        s => format!("{s} s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: i64 = 3600 * 1_000_000;
+    const DAY: i64 = 24 * HOUR;
+    /// A Tuesday, 12:00 UTC.
+    const NOW: i64 = 1_795_521_600 * 1_000_000;
+
+    fn backups(list: &[(&str, i64)]) -> Vec<Candidate> {
+        let all = list.iter().enumerate().map(|(n, (kind, age_us))| Candidate {
+            id: format!("{n}{kind}"),
+            kind: (*kind).to_owned(),
+            stopped_us: NOW - age_us,
+            system_identifier: 1,
+            restorable: true,
+            hold: None,
+        });
+        all.collect()
+    }
+
+    fn kept(backups: &[Candidate], retention: &Retention) -> Vec<String> {
+        let all = decide(backups, retention, Floor::default(), NOW);
+        all.into_iter().filter(|d| d.keep).map(|d| d.id).collect()
+    }
+
+    fn age(days: u64) -> Option<Keep> {
+        Some(Keep::Age(days * DAY_S))
+    }
+
+    #[test]
+    fn without_rules_everything_stays() {
+        let all = backups(&[("full", 900 * DAY), ("incr", 800 * DAY)]);
+        assert_eq!(kept(&all, &Retention::default()).len(), 2);
+    }
+
+    #[test]
+    fn by_number_the_others_follow_their_full() {
+        let all = backups(&[
+            ("full", 9),
+            ("incr", 8),
+            ("full", 7),
+            ("diff", 6),
+            ("incr", 5),
+            ("full", 4),
+        ]);
+        let retention = Retention {
+            full: Some(Keep::Count(2)),
+            ..Default::default()
+        };
+        assert_eq!(kept(&all, &retention), ["2full", "3diff", "4incr", "5full"]);
+        let retention = Retention {
+            diff: Some(Keep::Count(0)),
+            ..retention
+        };
+        assert_eq!(kept(&all, &retention), ["2full", "4incr", "5full"]);
+    }
+
+    #[test]
+    fn by_age_with_a_floor() {
+        let all = backups(&[
+            ("full", 50 * DAY),
+            ("full", 40 * DAY),
+            ("incr", 39 * DAY),
+            ("full", 35 * DAY),
+        ]);
+        let retention = Retention {
+            full: age(30),
+            incr: age(7),
+            min_full: 2,
+            ..Default::default()
+        };
+        assert_eq!(kept(&all, &retention), ["1full", "3full"]);
+        let floor = Floor {
+            age_s: 45 * DAY_S,
+            fulls: 3,
+        };
+        let all = decide(&all, &retention, floor, NOW);
+        assert!(all.iter().all(|d| d.keep), "{all:?}");
+    }
+
+    #[test]
+    fn the_newest_that_can_be_restored_stays() {
+        let mut all = backups(&[("full", 50 * DAY), ("full", 40 * DAY)]);
+        all[1].restorable = false;
+        let retention = Retention {
+            full: age(30),
+            ..Default::default()
+        };
+        assert_eq!(kept(&all, &retention), ["0full"]);
+        all[0].restorable = false;
+        assert_eq!(kept(&all, &retention), ["1full"]);
+    }
+
+    #[test]
+    fn recovery_reaches_the_beginning_of_the_window() {
+        let all = backups(&[
+            ("full", 50 * DAY),
+            ("full", 20 * DAY),
+            ("incr", 9 * DAY),
+            ("full", 2 * DAY),
+        ]);
+        let retention = Retention {
+            full: Some(Keep::Count(1)),
+            wal: Some(7 * DAY_S),
+            ..Default::default()
+        };
+        // Every backup is complete: an incremental will do, without the full before it.
+        assert_eq!(kept(&all, &retention), ["2incr", "3full"]);
+    }
+
+    #[test]
+    fn of_each_life_of_a_cluster() {
+        let mut all = backups(&[("full", 50 * DAY), ("full", 5 * DAY)]);
+        all[1].system_identifier = 2;
+        let retention = Retention {
+            full: Some(Keep::Count(1)),
+            wal: Some(7 * DAY_S),
+            ..Default::default()
+        };
+        assert_eq!(kept(&all, &retention), ["0full", "1full"]);
+        all[1].stopped_us = NOW - 8 * DAY;
+        assert_eq!(kept(&all, &retention), ["1full"]);
+    }
+
+    #[test]
+    fn the_calendar_keeps_the_newest_of_each_period() {
+        let mut list: Vec<(&str, i64)> = (0..800).rev().map(|n| ("incr", n * DAY)).collect();
+        list.push(("incr", HOUR));
+        let all = backups(&list);
+        let retention = Retention {
+            calendar: Calendar {
+                daily: 3,
+                weekly: 3,
+                monthly: 3,
+                yearly: 2,
+            },
+            ..Default::default()
+        };
+        let ages = |n: &String| {
+            let n: usize = n.trim_end_matches("incr").parse().unwrap();
+            (NOW - all[n].stopped_us) / DAY
+        };
+        // Today (the newer of two), yesterday and the day before; Sundays; ends of months; the end of last year.
+        let days: Vec<_> = kept(&all, &retention).iter().map(ages).collect();
+        assert_eq!(days, [328, 55, 24, 9, 2, 1, 0]);
+    }
+
+    #[test]
+    fn clocks_that_jumped_make_nothing_old() {
+        // The second was taken by a host whose clock was in 1970, the third by one a year ahead.
+        let all = backups(&[("full", 10 * DAY), ("full", NOW), ("full", -365 * DAY), ("full", DAY)]);
+        let ages: Vec<_> = believed(&all, NOW).iter().map(|t| (NOW - t) / DAY).collect();
+        assert_eq!(ages, [10, 10, 1, 1]);
+        let retention = Retention {
+            full: age(30),
+            ..Default::default()
+        };
+        assert_eq!(kept(&all, &retention).len(), 4);
+    }
+
+    #[test]
+    fn a_hold_outlives_every_rule() {
+        let mut all = backups(&[("full", 50 * DAY), ("full", 40 * DAY), ("full", 1)]);
+        all[0].hold = Some("evidence".to_owned());
+        let retention = Retention {
+            full: Some(Keep::Count(1)),
+            ..Default::default()
+        };
+        assert_eq!(kept(&all, &retention), ["0full", "2full"]);
+    }
+}

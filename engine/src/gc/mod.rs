@@ -1,0 +1,182 @@
+//! Collection: what no backup and no reader needs is deleted.
+//!
+//! Mark and sweep, ordered by the log. A *mark* names what nothing used when it was written; sessions that begin
+//! after it never use that again. The *sweep* waits until every session that began before the mark has ended, then
+//! reads the leases, and deletes what is still unused. So what is deleted can be in nobody's hands.
+//!
+//! What always holds: the state is computed from all entries of the log, not from a snapshot; what the signed
+//! policy protects stays, whatever the log says has expired; what a backup uses is known from its usage list, or
+//! nothing is deleted; whoever comes after an interrupted collector goes on where that stopped. No data key is
+//! needed.
+
+mod history;
+mod runs;
+mod sweep;
+mod usage;
+mod wal;
+
+use std::time::Duration;
+
+use fairvault_format::proto::log_entry::Kind as Entry;
+use fairvault_format::{names, proto};
+use serde::Serialize;
+
+use crate::commit::Log;
+use crate::commit::lease;
+use crate::error::Result;
+use crate::progress::Progress;
+use history::Past;
+use usage::Usage;
+
+/// Packs that one mark names at most.
+const MARK_PACKS: usize = 16_384;
+/// Snapshots of the log that are kept.
+const SNAPSHOTS: usize = 4;
+
+/// How to go about it.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Only say what would be deleted.
+    pub dry_run: bool,
+    /// How long a heartbeat is waited for before its owner counts as dead.
+    pub patience: Duration,
+}
+
+/// A kind of objects, and what became of them.
+#[derive(Debug, Clone, Copy, Default, Serialize, PartialEq, Eq)]
+pub struct Count {
+    /// Objects.
+    pub objects: u64,
+    /// Their stored bytes.
+    pub bytes: u64,
+}
+
+impl Count {
+    fn add(&mut self, bytes: u64) {
+        self.objects += 1;
+        self.bytes += bytes;
+    }
+}
+
+/// What was done, or would be.
+#[derive(Debug, Default, Serialize)]
+pub struct Report {
+    /// Packs.
+    pub packs: Count,
+    /// Manifest roots.
+    pub roots: Count,
+    /// Index runs.
+    pub index_runs: Count,
+    /// WAL: segments, pieces and what belongs to them.
+    pub wal: Count,
+    /// Snapshots of the log.
+    pub snapshots: Count,
+    /// Packs that later backups do not use any more, since little of them is used.
+    pub thin_packs: Count,
+    /// Why something was kept although it has expired.
+    pub kept: Vec<String>,
+    /// Whose end is waited for; then this is not all.
+    pub waiting: Vec<String>,
+}
+
+/// Collects a stanza.
+pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Report> {
+    progress.phase("reading the log");
+    let stanza = log.stanza().clone();
+    let mut log = Log::replay(stanza.clone()).await?;
+    let mut report = Report::default();
+    if !options.dry_run {
+        progress.phase("finishing what an earlier collection began");
+        for mark in log.state().open_marks.clone() {
+            if !sweep::run(&mut log, &mark, options, &mut report).await? {
+                return Ok(report);
+            }
+        }
+    }
+    loop {
+        progress.phase("finding what is not used");
+        let past = Past::of(&log);
+        report.kept = past.kept_by_policy();
+        let usage = Usage::of(&stanza, &past).await?;
+        let listed = sizes(&stanza, names::PACKS).await?;
+        let mut unused: Vec<_> = listed.iter().filter(|(hash, _)| !usage.uses(hash)).collect();
+        let is_all = unused.len() <= MARK_PACKS;
+        unused.truncate(MARK_PACKS);
+        let roots = sizes(&stanza, names::ROOTS).await?;
+        let known: Vec<&[u8]> = past.needed().map(|backup| backup.root.as_slice()).collect();
+        let runs = sizes(&stanza, names::INDEX).await?;
+        let live = &log.state().index_runs;
+        let mark = proto::GcMark {
+            packs: unused.iter().map(|(hash, _)| hash.to_vec()).collect(),
+            roots: unknown(&roots, |hash| known.contains(&hash)),
+            index_runs: unknown(&runs, |hash| live.iter().any(|run| run == hash)),
+            seq: 0,
+        };
+        let thin = usage.thin(&listed);
+        let is_empty = mark.packs.is_empty() && mark.roots.is_empty() && mark.index_runs.is_empty();
+        if options.dry_run {
+            unused.iter().for_each(|(_, len)| report.packs.add(*len));
+            count(&roots, &mark.roots, &mut report.roots);
+            count(&runs, &mark.index_runs, &mut report.index_runs);
+            break;
+        }
+        // Thin packs leave the index with the next sweep.
+        if is_empty && !runs::name_any(&log, &thin).await? {
+            break;
+        }
+        log.append(Entry::GcMark(mark), |_| Ok(())).await?;
+        let Some(mark) = log.state().open_marks.last().cloned() else {
+            continue;
+        };
+        progress.phase("deleting");
+        if !sweep::run(&mut log, &mark, options, &mut report).await? {
+            return Ok(report);
+        }
+        if is_all {
+            break;
+        }
+    }
+    progress.phase("collecting WAL");
+    let past = Past::of(&log);
+    let leases = lease::all(&stanza).await?;
+    wal::collect(&log, &past, &leases, options, &mut report).await?;
+    collect_snapshots(&log, options, &mut report).await?;
+    report.kept.sort();
+    report.kept.dedup();
+    Ok(report)
+}
+
+type Sizes = Vec<([u8; 32], u64)>;
+
+/// Objects that are named by their hash.
+async fn sizes(stanza: &crate::stanza::Stanza, folder: &str) -> Result<Sizes> {
+    let listed = stanza.store().list(folder).await?;
+    let hashes = listed
+        .into_iter()
+        .filter_map(|(name, len)| Some((names::parse_hash(&name)?, len)));
+    Ok(hashes.collect())
+}
+
+fn unknown(sizes: &Sizes, is_known: impl Fn(&[u8]) -> bool) -> Vec<Vec<u8>> {
+    let hashes = sizes.iter().map(|(hash, _)| hash.to_vec());
+    hashes.filter(|hash| !is_known(hash)).collect()
+}
+
+fn count(sizes: &Sizes, hashes: &[Vec<u8>], into: &mut Count) {
+    for (_, len) in sizes.iter().filter(|(hash, _)| hashes.iter().any(|h| h == hash)) {
+        into.add(*len);
+    }
+}
+
+/// Older snapshots than the newest few serve nobody: the log itself is kept.
+async fn collect_snapshots(log: &Log, options: &Options, report: &mut Report) -> Result<()> {
+    let store = log.stanza().store();
+    let mut listed = store.list(names::SNAPSHOTS).await?;
+    listed.truncate(listed.len().saturating_sub(SNAPSHOTS));
+    listed.iter().for_each(|(_, len)| report.snapshots.add(*len));
+    if !options.dry_run {
+        let names: Vec<String> = listed.into_iter().map(|(name, _)| name).collect();
+        store.delete(&names).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,215 @@
+//! The sweep of a mark.
+//!
+//! Everything that is deleted was unused at a point of the log where the mark was open and all sessions from before
+//! it had ended. Later sessions do not use what the mark names, so it stays unused for good; the entry that ends
+//! the mark withdraws it from the index, also where a reader still holds it.
+
+use std::collections::HashSet;
+
+use fairvault_format::proto::log_entry::Kind as Entry;
+use fairvault_format::{names, proto};
+
+use super::history::Past;
+use super::usage::Usage;
+use super::{Options, Report, runs};
+use crate::commit::Log;
+use crate::commit::lease::{self, Found};
+use crate::error::{Error, Result};
+
+/// Objects deleted in one go.
+const BATCH: usize = 256;
+
+/// Sweeps a mark; `false` if somebody's end has to be waited for.
+pub async fn run(log: &mut Log, mark: &proto::GcMark, options: &Options, report: &mut Report) -> Result<bool> {
+    let stanza = log.stanza().clone();
+    loop {
+        if !sessions_have_ended(log, mark, options, report).await? {
+            return Ok(false);
+        }
+        if !is_open(log, mark) {
+            return Ok(true);
+        }
+        let past = Past::of(log);
+        let usage = Usage::of(&stanza, &past).await?;
+        // Read after the mark was written: whoever takes one later reads a log with the mark.
+        let held = Held::by_readers(log, &past, options, report).await?;
+        let unused: HashSet<[u8; 32]> = hashes(&mark.packs).filter(|pack| !usage.uses(pack)).collect();
+        let packs: Vec<_> = unused.iter().filter(|pack| !held.usage.uses(*pack)).copied().collect();
+        let listed = super::sizes(&stanza, names::PACKS).await?;
+        let thin = usage.thin(&listed);
+        let mut leave: HashSet<[u8; 32]> = unused.clone();
+        leave.extend(thin.iter().map(|(pack, _)| *pack));
+        let changes = runs::without(log, &leave).await?;
+
+        let needed: HashSet<&[u8]> = past.needed().map(|backup| backup.root.as_slice()).collect();
+        let is_free = |root: &[u8; 32]| !needed.contains(&root[..]) && !held.roots.contains(root);
+        let roots: Vec<_> = hashes(&mark.roots).filter(is_free).collect();
+        let live: HashSet<&[u8]> = log.state().index_runs.iter().map(Vec::as_slice).collect();
+        let orphans: Vec<_> = hashes(&mark.index_runs)
+            .filter(|run| !live.contains(&run[..]))
+            .collect();
+        delete(log, &packs, names::pack, names::PACKS, &mut report.packs).await?;
+        delete(log, &roots, names::root, names::ROOTS, &mut report.roots).await?;
+        delete(log, &orphans, names::index_run, names::INDEX, &mut report.index_runs).await?;
+
+        let kept = hashes(&mark.packs).filter(|pack| !packs.contains(pack));
+        let swept = proto::GcSwept {
+            mark: mark.seq,
+            kept: kept.map(|pack| pack.to_vec()).collect(),
+            index_runs: changes.withdrawn.clone(),
+            new_runs: changes.new,
+        };
+        let before = live_roots(log.state());
+        let number = mark.seq;
+        let unchanged = |now: &proto::Snapshot| match live_roots(now) == before
+            && now.open_marks.iter().any(|open| open.seq == number)
+        {
+            true => Ok(()),
+            false => Err(Error::temporary("the log has grown")),
+        };
+        match log.append(Entry::GcSwept(swept), unchanged).await {
+            Ok(_) => {
+                for (_, len) in &thin {
+                    report.thin_packs.add(*len);
+                }
+                let withdrawn: Vec<_> = hashes(&changes.withdrawn).collect();
+                delete(log, &withdrawn, names::index_run, names::INDEX, &mut report.index_runs).await?;
+                return Ok(true);
+            }
+            // What is used has changed, or another collector has ended the mark: look again.
+            Err(_) if !is_open(log, mark) || live_roots(log.state()) != before => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn is_open(log: &Log, mark: &proto::GcMark) -> bool {
+    log.state().open_marks.iter().any(|open| open.seq == mark.seq)
+}
+
+fn live_roots(state: &proto::Snapshot) -> Vec<Vec<u8>> {
+    state.backups.iter().map(|backup| backup.root.clone()).collect()
+}
+
+fn hashes(list: &[Vec<u8>]) -> impl Iterator<Item = [u8; 32]> {
+    list.iter().filter_map(|hash| hash.as_slice().try_into().ok())
+}
+
+/// Whether all sessions from before the mark have ended. Those whose heart stands still are fenced.
+async fn sessions_have_ended(
+    log: &mut Log,
+    mark: &proto::GcMark,
+    options: &Options,
+    report: &mut Report,
+) -> Result<bool> {
+    let stanza = log.stanza().clone();
+    log.refresh().await?;
+    let before = |log: &Log| -> Vec<proto::OpenSession> {
+        let open = log.state().open_sessions.iter();
+        open.filter(|session| session.seq < mark.seq).cloned().collect()
+    };
+    let id = |session: &proto::OpenSession| session.begin.as_ref().map(|b| b.session.clone()).unwrap_or_default();
+    let suspects: Vec<_> = before(log).iter().map(id).collect();
+    if suspects.is_empty() {
+        return Ok(true);
+    }
+    let living = lease::of_sessions(&stanza, &suspects, options.patience).await?;
+    log.refresh().await?;
+    let is_alive = |session: &[u8]| living.iter().any(|lease| lease.is_of(session));
+    let (alive, dead): (Vec<_>, Vec<_>) = before(log)
+        .into_iter()
+        .filter(|session| suspects.contains(&id(session)))
+        .partition(|session| is_alive(&id(session)));
+    if !dead.is_empty() {
+        let fence = proto::Fence {
+            fence: log.state().fence + 1,
+            sessions: dead.iter().map(id).collect(),
+            reason: "no sign of life was seen by a collector".to_owned(),
+        };
+        tracing::warn!("{} sessions that show no sign of life are ended", dead.len());
+        log.append(Entry::SetFence(fence), |_| Ok(())).await?;
+    }
+    for session in &alive {
+        let begin = session.begin.clone().unwrap_or_default();
+        let since = jiff::Timestamp::from_microsecond(session.time_us).unwrap_or_default();
+        report.waiting.push(format!(
+            "{} {} on {} since {}",
+            begin.what,
+            begin.backup,
+            session.host,
+            since.strftime("%Y-%m-%dT%H:%M:%SZ")
+        ));
+    }
+    Ok(alive.is_empty())
+}
+
+/// What readers hold that has expired.
+struct Held {
+    usage: Usage,
+    roots: HashSet<[u8; 32]>,
+}
+
+impl Held {
+    async fn by_readers(log: &Log, past: &Past, options: &Options, report: &mut Report) -> Result<Self> {
+        let stanza = log.stanza();
+        let mut this = Self {
+            usage: Usage::default(),
+            roots: HashSet::new(),
+        };
+        let needed: HashSet<&[u8]> = past.needed().map(|backup| backup.root.as_slice()).collect();
+        let held = |lease: &Found| -> Vec<proto::CommittedBackup> {
+            let named = past.named(lease.backup());
+            named.filter(|b| !needed.contains(b.root.as_slice())).cloned().collect()
+        };
+        let leases: Vec<Found> = lease::all(stanza).await?;
+        let matters: Vec<Found> = leases.into_iter().filter(|lease| !held(lease).is_empty()).collect();
+        if matters.is_empty() {
+            return Ok(this);
+        }
+        let living = lease::living(stanza, matters.clone(), options.patience).await?;
+        let is_alive = |lease: &Found| living.iter().any(|other| other.name == lease.name);
+        for lease in &living {
+            for backup in held(lease) {
+                let Ok(root) = backup.root.as_slice().try_into() else {
+                    continue;
+                };
+                // A root that is gone protects nothing any more.
+                if stanza.store().len(&names::root(&root)).await?.is_none() {
+                    continue;
+                }
+                this.usage.add(stanza, &backup).await?;
+                this.roots.insert(root);
+                report.kept.push(format!(
+                    "backup {} has expired and is being read: {lease}",
+                    crate::restore::target::info(&backup).id
+                ));
+            }
+        }
+        let dead: Vec<Found> = matters.into_iter().filter(|lease| !is_alive(lease)).collect();
+        lease::bury(stanza, &dead).await?;
+        Ok(this)
+    }
+}
+
+/// Deletes what is listed, and counts it.
+async fn delete(
+    log: &Log,
+    hashes: &[[u8; 32]],
+    name: impl Fn(&[u8; 32]) -> String,
+    folder: &str,
+    count: &mut super::Count,
+) -> Result<()> {
+    if hashes.is_empty() {
+        return Ok(());
+    }
+    let store = log.stanza().store();
+    let listed: std::collections::HashMap<_, _> = super::sizes(log.stanza(), folder).await?.into_iter().collect();
+    for batch in hashes.chunks(BATCH) {
+        let names: Vec<String> = batch.iter().map(&name).collect();
+        store.delete(&names).await?;
+        for len in batch.iter().filter_map(|hash| listed.get(hash)) {
+            count.add(*len);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,215 @@
+//! Retention and collection on real backups: what expires is what was said, what is deleted is what nothing needs,
+//! and what is left restores.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use fairvault_tests::fixture::{Fixture, SMALL, Shape, field, refused, signal};
+
+const ARCHIVING: Shape<'static> = Shape {
+    archiving: true,
+    ..SMALL
+};
+
+fn retention(text: &'static str) -> Shape<'static> {
+    Shape {
+        more: text,
+        ..ARCHIVING
+    }
+}
+
+/// Rows that every backup adds: `t` has as many as there were backups.
+fn backup(s: &Fixture, kind: &str) -> Result<String> {
+    s.sql("create table if not exists t (x int); insert into t values (1); create table if not exists bulk (x text); truncate bulk; insert into bulk select md5(random()::text) from generate_series(1, 20000)")?;
+    s.backup_id(&["--type", kind])
+}
+
+fn gc(s: &Fixture) -> Result<String> {
+    s.ok(&["gc", "acme", "--patience", "1s", "--progress", "none"])
+}
+
+fn restores(s: &Fixture, name: &str, more: &[&str], rows: usize) -> Result<()> {
+    let (exit, text) = s.restore(name, more);
+    ensure!(exit == 0, "{text}");
+    let copy = s.start(name, 5433)?;
+    let found = s.rows(&copy)?;
+    ensure!(
+        found.trim() == rows.to_string(),
+        "{name}: {found} rows instead of {rows}"
+    );
+    copy.stop(&s.scratch, "fast")?;
+    Ok(())
+}
+
+#[test]
+fn what_expired_is_collected_and_the_rest_restores() -> Result<()> {
+    let s = Fixture::new(
+        "retention",
+        retention("retention = { full = 2, min_full = 1, wal = \"0s\" }"),
+    )?;
+    let (first, held, _lost) = (backup(&s, "full")?, backup(&s, "incr")?, backup(&s, "incr")?);
+    s.flush_archive(&s.server)?;
+    let second = backup(&s, "full")?;
+    s.flush_archive(&s.server)?;
+    let (third, last) = (backup(&s, "full")?, backup(&s, "incr")?);
+    s.flush_archive(&s.server)?;
+    s.ok(&["hold", "acme", &held, "--reason", "a court wants it"])?;
+
+    // The plan says why, and changes nothing.
+    let packs = s.objects("packs").len();
+    let plan = s.ok(&["expire", "acme", "--dry-run"])?;
+    for (id, words) in [
+        (&first, "no rule keeps it"),
+        (&held, "held: a court wants it"),
+        (&second, "one of the 2 newest full"),
+        (&last, "the newest that can be restored"),
+    ] {
+        let line = plan
+            .lines()
+            .find(|line| line.contains(id.as_str()))
+            .context("no line")?;
+        ensure!(line.contains(words), "{line}");
+    }
+    ensure!(s.ok(&["info", "acme"])?.contains(&first));
+    let plan = s.ok(&["gc", "acme", "--dry-run", "--progress", "none"])?;
+    ensure!(
+        s.objects("packs").len() == packs && plan.contains("would be deleted"),
+        "{plan}"
+    );
+
+    s.ok(&["expire", "acme"])?;
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(
+        !info.contains(&first) && info.contains(&held) && info.contains("held: a court"),
+        "{info}"
+    );
+    let wal = s.objects("wal").len();
+    let said = gc(&s)?;
+    ensure!(
+        s.objects("packs").len() < packs && s.objects("wal").len() < wal,
+        "{said}"
+    );
+    ensure!(s.objects("roots").len() == 4, "{said}");
+    ensure!(gc(&s)?.contains("nothing deleted"), "a second time");
+
+    // Nothing is reported as missing; everything that is left restores, the held one too.
+    s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    s.ok(&["check", "acme"])?;
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(info.contains("has expired") && !info.contains("MISSING"), "{info}");
+    restores(&s, "newest", &[], 6)?;
+    restores(
+        &s,
+        "held",
+        &["--backup", &held, "--target", "immediate", "--target-action", "promote"],
+        2,
+    )?;
+    restores(
+        &s,
+        "second",
+        &[
+            "--backup",
+            &second,
+            "--target",
+            "immediate",
+            "--target-action",
+            "promote",
+        ],
+        4,
+    )?;
+    refused(s.restore("first", &["--backup", &first]), 3, "no backup")?;
+
+    // Later backups go on.
+    ensure!(field(&s.ok(&["info", "acme", "--output", "json"])?, "restorable")? == "true");
+    s.ok(&["unhold", "acme", &held])?;
+    backup(&s, "incr")?;
+    s.ok(&["expire", "acme"])?;
+    ensure!(!s.ok(&["info", "acme"])?.contains(&held));
+    gc(&s)?;
+    s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    restores(&s, "again", &[], 7)?;
+    restores(
+        &s,
+        "third",
+        &[
+            "--backup",
+            &third,
+            "--target",
+            "immediate",
+            "--target-action",
+            "promote",
+        ],
+        5,
+    )
+}
+
+#[test]
+fn the_signed_policy_outlives_what_a_configuration_asks_for() -> Result<()> {
+    let s = Fixture::new("policy", retention("retention = { full = 1 }"))?;
+    s.ok(&["policy", "acme", "--minimum-retention", "1d", "--minimum-full", "2"])?;
+    let (first, _lost) = (backup(&s, "full")?, backup(&s, "incr")?);
+    backup(&s, "full")?;
+    let plan = s.ok(&["expire", "acme"])?;
+    ensure!(plan.contains("younger than the 1 d of the signed policy"), "{plan}");
+    // Nor does an entry of the log overrule it: the policy is looked at again before anything is deleted.
+    s.ok(&["policy", "acme", "--minimum-retention", "0s", "--minimum-full", "0"])?;
+    s.ok(&["expire", "acme"])?;
+    ensure!(!s.ok(&["info", "acme"])?.contains(&first));
+    s.ok(&["policy", "acme", "--minimum-retention", "1d"])?;
+    let (packs, said) = (s.objects("packs").len(), gc(&s)?);
+    ensure!(
+        said.contains("its content stays") && s.objects("packs").len() == packs,
+        "{said}"
+    );
+    s.ok(&["policy", "acme", "--minimum-retention", "0s"])?;
+    gc(&s)?;
+    ensure!(s.objects("packs").len() < packs && s.objects("roots").len() == 1);
+    s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])
+        .map(|_| ())
+}
+
+#[test]
+fn a_backup_at_work_is_waited_for_and_a_dead_one_is_not() -> Result<()> {
+    let s = Fixture::new("gcbusy", retention("retention = { full = 1 }"))?;
+    for kind in ["full", "incr", "full"] {
+        backup(&s, kind)?;
+    }
+    s.ok(&["expire", "acme"])?;
+    let slow = [
+        "backup",
+        "acme",
+        "--type",
+        "full",
+        "--max-rate",
+        "1MiB",
+        "--fast",
+        "--progress",
+        "none",
+        "--source",
+        "stream",
+    ];
+    let mut running: Command = s.command(&slow);
+    let mut child = running.spawn()?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while s.objects("leases").is_empty() {
+        ensure!(Instant::now() < deadline, "no lease");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let packs = s.objects("packs").len();
+    // Hearts beat every 20 seconds.
+    let patience = ["gc", "acme", "--patience", "25s", "--progress", "none"];
+    refused(s.fairvault(&patience), 5, "waiting for backup")?;
+    ensure!(s.objects("packs").len() >= packs);
+    signal(&child, "KILL")?;
+    child.wait()?;
+    let said = gc(&s)?;
+    ensure!(
+        said.contains("no sign of life") && s.objects("packs").len() < packs,
+        "{said}"
+    );
+    ensure!(!s.ok(&["info", "acme"])?.contains("unfinished"));
+    s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    backup(&s, "incr")?;
+    restores(&s, "copy", &[], 4)
+}
