@@ -218,7 +218,7 @@ impl Soak {
             waited += 1;
         }
         if load.try_wait()?.is_none() {
-            run(Command::new("kill").args(["-INT", &load.id().to_string()]))?;
+            load.kill()?;
             load.wait()?;
         }
         self.acknowledged += self.count()?;

@@ -1,6 +1,9 @@
 //! `wal receive --synchronous` into a directory: what was acknowledged is in the repository, in its journals at first.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
+use fairvault_tests::fixture::SMALL;
 use fairvault_tests::{Fixture, Receiver, Shape, run};
 
 #[test]
@@ -164,6 +167,51 @@ fn journals_behind_what_the_repository_has_hold_up_nobody() -> Result<()> {
         !left.iter().any(|f| f.extension().is_some_and(|e| e == "wal")),
         "{left:?}"
     );
+    Ok(())
+}
+
+#[test]
+fn a_repository_that_comes_and_goes_stops_no_receiver() -> Result<()> {
+    let s = Fixture::new(
+        "synccomes",
+        Shape {
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = on\n",
+            more: "wal = { flush_interval = \"100ms\" }",
+            ..SMALL
+        },
+    )?;
+    s.sql("set synchronous_commit = local; create table t (x int)")?;
+    s.backup()?;
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    std::thread::scope(|scope| {
+        let commits = scope.spawn(|| {
+            let insert = "insert into t select generate_series(1, 1000)";
+            (0..60).try_for_each(|_| s.sql(insert).map(drop))
+        });
+        for n in 0..25 {
+            let (vault, hidden) = (s.path("vault"), s.path("hidden"));
+            std::thread::sleep(Duration::from_millis(37 * (n % 7)));
+            std::fs::rename(&vault, &hidden)?;
+            std::thread::sleep(Duration::from_millis(61 * (n % 5)));
+            // What a write that was on its way has made in its place is not believed.
+            while std::fs::rename(&hidden, &vault).is_err() {
+                std::fs::remove_dir_all(&vault)?;
+            }
+        }
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !commits.is_finished() {
+            if Instant::now() > deadline {
+                // Whoever waits for the receiver is let go.
+                s.server.stop(&s.scratch, "immediate")?;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        commits.join().unwrap()
+    })
+    .with_context(|| receiver.text())?;
+    receiver.kill()?;
+    s.server.stop(&s.scratch, "immediate")?;
+    ensure!(restored(&s, "r")? == "60000");
     Ok(())
 }
 

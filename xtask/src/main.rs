@@ -13,6 +13,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   test --full    the same with PostgreSQL 19, the tools of 17 to 19, and Ceph's radosgw
   lint           formatting, clippy, licences and sources of dependencies
   fuzz [SECONDS] every fuzz target for some seconds each
+  sim [SEEDS] [FIRST]   many hosts on one bad store, in simulated time: seeds (20000)
   soak [ROUNDS] [SEED] push and receive while everything around them dies: rounds (15) on each of four set-ups
   torture [ROUNDS] [SEED] incremental backups under random changes, each compared page by page with what replay makes:
                  rounds (50) on each version
@@ -41,6 +42,9 @@ fn main() -> ExitCode {
         ["lint"] => steps::lint(),
         ["fuzz"] => fuzz::run(60),
         ["fuzz", seconds] => number(seconds).and_then(fuzz::run),
+        ["sim"] => steps::sim("20000", "1"),
+        ["sim", seeds] => steps::sim(seeds, "1"),
+        ["sim", seeds, first] => steps::sim(seeds, first),
         ["soak"] => steps::soak("15", "1"),
         ["soak", rounds] => steps::soak(rounds, "1"),
         ["soak", rounds, seed] => steps::soak(rounds, seed),

@@ -143,6 +143,15 @@ pub fn soak(rounds: &str, seed: &str) -> Result<()> {
     alone("soak", "2", &variables)
 }
 
+/// Many hosts on one bad store, in simulated time.
+pub fn sim(seeds: &str, first: &str) -> Result<()> {
+    alone(
+        "sim",
+        "3",
+        &[("FAIRVAULT_SIM_SEEDS", seeds), ("FAIRVAULT_SIM_FIRST", first)],
+    )
+}
+
 /// Random changes and backups of every version, compared page by page.
 pub fn torture(rounds: &str, seed: &str) -> Result<()> {
     tools::install_npm_servers()?;

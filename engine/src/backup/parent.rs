@@ -3,19 +3,18 @@
 //! What always holds: a parent is of the same cluster, version, checksum state and timeline, and had ended before its
 //! child begins; all WAL between the two is walked. Anything else reads everything.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use fairvault_format::proto;
 
 use super::{Kind, Options};
 use crate::commit::Log;
-use crate::dedup::{self, Index, list_packs};
+use crate::dedup::{self, Index};
+use crate::env::has_fault;
 use crate::error::{Kind as ErrorKind, Result};
 use crate::postgres::BLOCK_BYTES;
 use crate::postgres::lsn::Lsn;
 use crate::restore::plan::Manifest;
-use crate::track::has_fault;
 use crate::track::range::{self, Range};
 use crate::track::selection::Basis;
 use crate::wal::archive::Archive;
@@ -156,24 +155,7 @@ async fn with_parent(
             info.id
         )));
     }
-    let listed = list_packs(stanza).await?;
-    let bad = dedup::distrusted(stanza).await?;
-    let marks = &log.state().open_marks;
-    let marked: HashSet<&[u8]> = marks.iter().flat_map(|m| m.packs.iter().map(Vec::as_slice)).collect();
-    let mut need = vec![0u64; manifest.packs.len()];
-    for frame in &manifest.frames {
-        let need = &mut need[frame.pack as usize];
-        *need = (*need).max(u64::from(frame.offset) + u64::from(frame.stored_len));
-    }
-    let packs = manifest.packs.iter().zip(need);
-    let good: Vec<bool> = packs
-        .map(|(pack, need)| {
-            listed.get(&pack.name).is_some_and(|&len| len >= need)
-                && !bad.contains(&pack.name)
-                && !marked.contains(&pack.name[..])
-                && index.names_pack(&pack.name)
-        })
-        .collect();
+    let good = dedup::usable_packs(stanza, log.state(), index, &manifest).await?;
     let is_good = |pack: u32| good[pack as usize];
     Ok(Choice::Parent(Arc::new(Basis::new(
         info.clone(),

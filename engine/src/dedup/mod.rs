@@ -10,8 +10,9 @@ use fairvault_format::index::{self, IndexEntry, PackRef};
 use fairvault_format::proto::Snapshot;
 use fairvault_format::{limits, names, sha256};
 
+use crate::env::has_fault;
 use crate::error::{Error, Result};
-use crate::restore::plan::FrameRef;
+use crate::restore::plan::{FrameRef, Manifest};
 use crate::stanza::Stanza;
 
 /// Runs fetched at once.
@@ -36,11 +37,7 @@ impl Index {
         for hash in distrusted(stanza).await? {
             listed.remove(&hash);
         }
-        let marked: HashSet<&[u8]> = state
-            .open_marks
-            .iter()
-            .flat_map(|m| m.packs.iter().map(Vec::as_slice))
-            .collect();
+        let marked = marked(state);
         for batch in state.index_runs.chunks(FETCH) {
             let fetched = futures::future::join_all(batch.iter().map(|hash| async move {
                 let hash: [u8; 32] = hash
@@ -142,6 +139,34 @@ pub async fn list_packs(stanza: &Stanza) -> Result<HashMap<[u8; 32], u64>> {
 pub async fn distrusted(stanza: &Stanza) -> Result<HashSet<[u8; 32]>> {
     let listed = stanza.store().list(names::DISTRUSTED).await?;
     Ok(listed.iter().filter_map(|(name, _)| names::parse_hash(name)).collect())
+}
+
+fn marked(state: &Snapshot) -> HashSet<&[u8]> {
+    if has_fault("marked packs") {
+        return HashSet::new();
+    }
+    let marks = state.open_marks.iter();
+    marks.flat_map(|m| m.packs.iter().map(Vec::as_slice)).collect()
+}
+
+/// Which packs of a parent's manifest a new backup may go on using: those that are there, long enough, were not
+/// found damaged, are not marked, and are still named by the index.
+pub async fn usable_packs(stanza: &Stanza, state: &Snapshot, index: &Index, parent: &Manifest) -> Result<Vec<bool>> {
+    let listed = list_packs(stanza).await?;
+    let (bad, marked) = (distrusted(stanza).await?, marked(state));
+    let mut need = vec![0u64; parent.packs.len()];
+    for frame in &parent.frames {
+        let need = &mut need[frame.pack as usize];
+        *need = (*need).max(u64::from(frame.offset) + u64::from(frame.stored_len));
+    }
+    let packs = parent.packs.iter().zip(need);
+    let usable = packs.map(|(pack, need)| {
+        listed.get(&pack.name).is_some_and(|&len| len >= need)
+            && !bad.contains(&pack.name)
+            && !marked.contains(&pack.name[..])
+            && index.names_pack(&pack.name)
+    });
+    Ok(usable.collect())
 }
 
 /// Fails unless every pack that a backup relies on is in the store, as long as its frames need it: asked

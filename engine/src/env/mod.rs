@@ -1,5 +1,5 @@
 //! Clock and randomness: the only place that asks the machine for either, so that a simulation can
-//! drive both.
+//! drive both. And deliberate bugs, which show that tests would find them.
 
 use std::sync::Arc;
 
@@ -42,4 +42,12 @@ pub fn id(env: &dyn Env) -> Result<[u8; 16]> {
     let mut id = [0u8; 16];
     env.random(&mut id)?;
     Ok(id)
+}
+
+/// A deliberate bug, to show that tests find it: in builds with debug assertions only, and only if `FAIRVAULT_FAULT`
+/// names it.
+pub(crate) fn has_fault(name: &str) -> bool {
+    use std::sync::LazyLock;
+    static FAULT: LazyLock<Option<String>> = LazyLock::new(|| std::env::var("FAIRVAULT_FAULT").ok());
+    cfg!(debug_assertions) && FAULT.as_deref() == Some(name)
 }

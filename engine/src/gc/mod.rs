@@ -95,9 +95,8 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
     }
     loop {
         progress.phase("finding what is not used");
-        let past = Past::of(&log);
+        let (past, usage) = Usage::of_needed(&mut log).await?;
         report.kept = past.kept_by_policy();
-        let usage = Usage::of(&stanza, &past).await?;
         let listed = sizes(&stanza, names::PACKS).await?;
         let mut unused: Vec<_> = listed.iter().filter(|(hash, _)| !usage.uses(hash)).collect();
         let is_all = unused.len() <= MARK_PACKS;
@@ -135,6 +134,11 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
         if is_all {
             break;
         }
+    }
+    if !options.dry_run {
+        // With nothing to sweep, nobody has looked at them; those at work hold up nothing.
+        let later = log.state().seq + 1;
+        sweep::end_dead_sessions(&mut log, later, options).await?;
     }
     progress.phase("collecting WAL");
     let past = Past::of(&log);

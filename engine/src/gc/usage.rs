@@ -10,7 +10,8 @@ use fairvault_format::{limits, names, proto, sha256};
 
 use super::Sizes;
 use super::history::Past;
-use crate::error::{Context, Error, Result};
+use crate::commit::Log;
+use crate::error::{Context, Error, Kind, Result};
 use crate::stanza::Stanza;
 
 /// A pack of which no backup uses more than one part in this many is left to run dry.
@@ -25,7 +26,25 @@ pub struct Usage {
 impl Usage {
     /// Reads the lists of all backups that are needed. One that cannot be read is an error: what it uses is not
     /// known, so nothing may be deleted.
-    pub async fn of(stanza: &Stanza, past: &Past) -> Result<Self> {
+    pub async fn of_needed(log: &mut Log) -> Result<(Past, Self)> {
+        loop {
+            let past = Past::of(log);
+            let seq = log.state().seq;
+            match Self::of(log.stanza(), &past).await {
+                Ok(this) => return Ok((past, this)),
+                // It may have expired, and been collected, since the log was read.
+                Err(error) if error.kind() == Kind::NotFound => {
+                    log.refresh().await?;
+                    if log.state().seq == seq {
+                        return Err(error);
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn of(stanza: &Stanza, past: &Past) -> Result<Self> {
         let mut this = Self::default();
         for backup in past.needed() {
             this.add(stanza, backup).await?;

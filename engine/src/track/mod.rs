@@ -14,11 +14,3 @@ pub mod selection;
 /// Version of what [`records`] understands. It rises when that changes, so that maps of a faulty parser can be
 /// distrusted.
 pub const PARSER_VERSION: u32 = 1;
-
-/// A deliberate bug, to show that tests find it: in builds with debug assertions only, and only if `FAIRVAULT_FAULT`
-/// names it.
-pub(crate) fn has_fault(name: &str) -> bool {
-    use std::sync::LazyLock;
-    static FAULT: LazyLock<Option<String>> = LazyLock::new(|| std::env::var("FAIRVAULT_FAULT").ok());
-    cfg!(debug_assertions) && FAULT.as_deref() == Some(name)
-}

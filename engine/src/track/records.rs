@@ -1,7 +1,7 @@
 //! What one WAL record changes. Formats are those of `storage_xlog.h`, `dbcommands_xlog.h`, `xact.h`, `pg_control.h`.
 
-use super::has_fault;
 use super::map::{BlockMap, RelationId};
+use crate::env::has_fault;
 use crate::postgres::walker::{Record, rmgr, u32_at};
 
 /// Fork number of what is tracked.

@@ -155,7 +155,16 @@ impl Spool {
 
     fn io(&self, doing: &str, name: &str) -> impl FnOnce(std::io::Error) -> Error {
         let what = format!("{doing} {}", self.path(name).display());
-        move |e| Error::io(what, e)
+        // A repository may go away and come back, and journals in it go with it.
+        let is_in_repository = self
+            .stanza
+            .store()
+            .directory()
+            .is_some_and(|d| self.folder.starts_with(d));
+        move |e| match e.kind() == std::io::ErrorKind::NotFound && is_in_repository {
+            true => Error::new(Kind::Temporary, what).caused_by(e),
+            false => Error::io(what, e),
+        }
     }
 
     /// Its cluster, if it holds anything.
