@@ -159,6 +159,11 @@ pub enum Command {
     },
     /// Show or set what is kept at least, whoever asks for less; signed, and checked again before anything is deleted
     Policy(PolicyArgs),
+    /// What was done, by whom, where and when: the stanza's log, verified from its first entry on
+    Audit {
+        /// Stanza
+        stanza: String,
+    },
     /// Make and manage keys
     #[command(subcommand)]
     Key(KeyCommand),
@@ -542,6 +547,25 @@ pub enum KeyCommand {
     List {
         /// Stanza
         stanza: String,
+    },
+    /// Does the configured key open everything that the repository holds?
+    Check {
+        /// Stanza
+        stanza: String,
+    },
+    /// Write the stanza's key slots into a file, for a safe or on paper: together with a key or passphrase they open it
+    Export {
+        /// Stanza
+        stanza: String,
+        /// The new file (mode 0600)
+        file: PathBuf,
+    },
+    /// Bring key slots back that were lost in the repository
+    Import {
+        /// Stanza
+        stanza: String,
+        /// What `key export` has written
+        file: PathBuf,
     },
     /// Add a slot, so that another key or passphrase opens the stanza too
     AddSlot {

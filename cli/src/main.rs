@@ -229,6 +229,7 @@ async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
         Command::Unhold { stanza, backup, reason } => {
             commands::expire::hold(&context, &stanza, &backup, &reason, true).await
         }
+        Command::Audit { stanza } => commands::audit::run(&context, &stanza).await,
         Command::Policy(args) => commands::expire::policy(&context, args).await,
         Command::Key(command) => commands::key::run(&context, command).await,
     }

@@ -4,6 +4,7 @@
 //! What always holds: no module prints or exits; errors are [`error::Error`]; time and randomness come from
 //! [`mod@env`]; what comes from a server or a store is compared with a limit before it is believed.
 
+pub mod audit;
 pub mod backup;
 pub mod codec;
 pub mod commit;

@@ -41,7 +41,7 @@ HEADER_LEN, SECTION_HEADER_LEN, TAG_LEN = 80, 16, 16
 DATA, METADATA = 0, 1
 PACK, ROOT, LOG_ENTRY, WAL_SEGMENT, WAL_PIECE, WAL_FILE, PIECE_SEAL = 1, 3, 4, 6, 7, 8, 11
 KNOWN_KINDS = range(1, 12)
-WRITER_MAY = {"begin", "announce", "commit", "abort", "archive_epoch", "incarnation"}
+WRITER_MAY = {"begin", "announce", "commit", "abort", "archive_epoch", "incarnation", "operation"}
 # Limits (12).
 MAX_PACK, MAX_FRAMES, MAX_CHUNK, MAX_SEGMENT_CHUNK = 64 * MIB, 1_048_576, 512 * KIB, 4 * MIB
 MAX_SECTION, MAX_LOG_SECTION, MAX_SECTIONS = 256 * MIB, 16 * MIB, 65_536

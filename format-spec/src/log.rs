@@ -39,6 +39,7 @@ pub fn required_role(entry: &LogEntry) -> Option<Role> {
         | Entry::Commit(_)
         | Entry::Abort(_)
         | Entry::ArchiveEpoch(_)
+        | Entry::Operation(_)
         | Entry::Incarnation(_) => Role::Writer,
         Entry::Genesis(_)
         | Entry::SetFence(_)

@@ -1,5 +1,6 @@
 //! One file a verb: options to engine calls, reports to output.
 
+pub mod audit;
 pub mod backup;
 pub mod check;
 pub mod expire;

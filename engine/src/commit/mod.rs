@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::log::{Signers, open_entry, seal_entry};
-use fairvault_format::proto::{LogEntry, Snapshot, log_entry::Kind as Entry};
+use fairvault_format::proto::{self, LogEntry, Snapshot, log_entry::Kind as Entry};
 use fairvault_format::{limits, names, object, sha256};
 
 use crate::env;
@@ -23,6 +23,8 @@ use crate::store::Created;
 
 /// How many snapshots are tried before the log is read from its beginning.
 const SNAPSHOT_TRIES: usize = 3;
+/// How long a note may take: nobody waits for it.
+const NOTE_TIME: std::time::Duration = std::time::Duration::from_secs(10);
 /// Entries fetched at once.
 const BATCH: u64 = 16;
 
@@ -54,15 +56,30 @@ impl Log {
         this.refresh_proven().await?;
         this.check_pins()?;
         let seen = this.stanza.memory().and_then(|m| m.head(&this.stanza));
-        let seen = seen.map_or(0, |state| state.seq);
-        if this.state.seq < seen {
-            return Err(Error::damaged(format!(
-                "the log of {} ends at entry {}, yet this host saw entry {seen}: it was rolled back",
-                this.stanza.shown(),
-                this.state.seq
-            )));
+        if let Some(seen) = seen {
+            // What follows on an entry says what that was.
+            let next = this.entries().iter().find(|entry| entry.seq == seen.seq + 1);
+            let there = next.map_or(&this.state.head, |entry| &entry.previous);
+            if this.state.seq < seen.seq || *there != seen.head {
+                return Err(Error::damaged(format!(
+                    "the log of {} ends at entry {}, and this host saw another entry {}: it was rolled back or replaced",
+                    this.stanza.shown(),
+                    this.state.seq,
+                    seen.seq
+                )));
+            }
         }
         Ok(this)
+    }
+
+    /// Notes something that was done, for the audit. Where this host may not write, nothing is noted.
+    pub async fn note(&mut self, operation: proto::Operation) {
+        let noted = self.append(Entry::Operation(operation), |_| Ok(()));
+        match tokio::time::timeout(NOTE_TIME, noted).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::debug!("nothing is noted in the log: {error}"),
+            Err(_) => tracing::debug!("nothing is noted in the log: that takes too long"),
+        }
     }
 
     /// The entries of a log that was replayed, the first of them first.
@@ -373,6 +390,7 @@ impl Log {
                 fence: self.state.fence,
                 nonce: nonce.clone(),
                 host: self.stanza.host().to_owned(),
+                user: self.stanza.user().to_owned(),
                 snapshot: Vec::new(),
                 kind: Some(entry.clone()),
             };

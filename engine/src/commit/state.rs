@@ -110,7 +110,7 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
                 ..expired.clone()
             });
         }
-        Entry::Erasure(_) => {}
+        Entry::Erasure(_) | Entry::Operation(_) => {}
     }
     Ok(())
 }

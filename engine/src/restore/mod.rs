@@ -24,6 +24,7 @@ use crate::commit::lease::Lease;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::wal::push::RESTORED_MARKER;
+use fairvault_format::proto;
 use plan::Plan;
 use target::{Action, Target, TimelineChoice};
 
@@ -86,6 +87,7 @@ pub async fn run(
     cancelled: impl Future<Output = ()>,
 ) -> Result<Report> {
     progress.phase("planning");
+    let began_us = log.stanza().env().now_us();
     // The lease first, then the log: what that names is not collected from here on.
     let lease = Lease::for_reading(log.stanza(), "restore", "").await;
     let mut log = log.clone();
@@ -94,6 +96,7 @@ pub async fn run(
         Ok(plan) => Arc::new(plan),
         Err(error) => {
             release(lease).await;
+            note(&mut log, began_us, "", 0, Some(&error)).await;
             return Err(error);
         }
     };
@@ -120,6 +123,8 @@ pub async fn run(
         () = cancelled => Err(Error::new(crate::error::Kind::Interrupted, "interrupted; the directory is not usable, run the same restore again")),
     };
     release(lease).await;
+    let bytes = written.as_ref().map_or(0, |written| written.bytes);
+    note(&mut log, began_us, &plan.info.id, bytes, written.as_ref().err()).await;
     let written = written?;
     Ok(Report {
         files: written.files,
@@ -133,6 +138,20 @@ async fn release(lease: Option<Lease>) {
     if let Some(lease) = lease {
         lease.release().await;
     }
+}
+
+/// Who read what is in the log.
+async fn note(log: &mut Log, began_us: i64, backup: &str, bytes: u64, error: Option<&Error>) {
+    let operation = proto::Operation {
+        what: "restore".to_owned(),
+        subject: backup.to_owned(),
+        result: error.map_or("done".to_owned(), |error| {
+            format!("failed: {error}").chars().take(500).collect()
+        }),
+        bytes,
+        began_us,
+    };
+    log.note(operation).await;
 }
 
 /// pg_control into its place, folders synced, the marker of an unfinished restore away.

@@ -44,6 +44,7 @@ pub struct Stanza {
     memory: Option<Memory>,
     env: SharedEnv,
     host: String,
+    user: String,
 }
 
 impl std::fmt::Debug for Stanza {
@@ -114,6 +115,7 @@ impl Stanza {
             memory: access.memory.clone(),
             env: access.env.clone(),
             host: host_name(),
+            user: user_name(),
         }
     }
 
@@ -145,6 +147,11 @@ impl Stanza {
     /// This host's name, for the log.
     pub fn host(&self) -> &str {
         &self.host
+    }
+
+    /// Who runs this process, for the log.
+    pub fn user(&self) -> &str {
+        &self.user
     }
 
     /// Whether a key is configured.
@@ -291,6 +298,19 @@ fn open_slots(slots: &[proto::Slot], access: &Access) -> Result<(Scope, Vec<Epoc
         )
         .remedy("set `key` for the stanza, or give --key-file or --passphrase-file"),
     })
+}
+
+/// Who runs this process: name where that is known, or number.
+fn user_name() -> String {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(me) = std::fs::metadata("/proc/self") else {
+        return String::new();
+    };
+    let uid = me.uid().to_string();
+    let users = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let mut lines = users.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let found = lines.find(|fields| fields.get(2) == Some(&uid.as_str()));
+    found.map_or(uid.clone(), |fields| fields[0].to_owned())
 }
 
 /// This machine's name.

@@ -10,7 +10,7 @@ mod wal;
 
 use std::sync::Arc;
 
-use fairvault_format::names;
+use fairvault_format::{names, proto};
 use serde::Serialize;
 
 use crate::commit::Log;
@@ -118,9 +118,10 @@ const CONCURRENT: usize = 2;
 pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progress>) -> Result<Report> {
     let stanza = log.stanza().clone();
     let lease = Lease::for_reading(&stanza, "verify", "").await;
-    let mut log = log.clone();
-    log.refresh().await?;
-    let log = &log;
+    let began_us = stanza.env().now_us();
+    let mut noted = log.clone();
+    noted.refresh().await?;
+    let log = &noted;
     let mut report = Report::default();
     progress.phase("verifying keys, log and index");
     metadata::check_keys(access, &stanza, &mut report).await;
@@ -183,5 +184,16 @@ pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progres
     if let Some(lease) = lease {
         lease.release().await;
     }
+    let operation = proto::Operation {
+        what: "verify".to_owned(),
+        subject: String::new(),
+        result: match report.is_good() {
+            true => "clean".to_owned(),
+            false => format!("{} problems", report.findings.len() + report.unread.len()),
+        },
+        bytes: report.bytes,
+        began_us,
+    };
+    noted.note(operation).await;
     Ok(report)
 }

@@ -1,0 +1,191 @@
+//! What was done with a stanza: its log, verified from its first entry on, in words.
+//!
+//! What always holds: every line was signed by a key that may say it, follows on the one before, and is still what this
+//! host saw there; or there is an error instead of lines.
+
+use std::sync::Arc;
+
+use fairvault_format::proto::{LogEntry, log_entry::Kind as Entry};
+use serde::Serialize;
+
+use crate::commit::Log;
+use crate::error::Result;
+use crate::postgres::lsn::Lsn;
+use crate::stanza::Stanza;
+
+/// An entry of the log.
+#[derive(Debug, Clone, Serialize)]
+pub struct Line {
+    /// Its number.
+    pub seq: u64,
+    /// When it was written, by its writer's clock, RFC 3339.
+    pub time: String,
+    /// Where.
+    pub host: String,
+    /// By whom; empty if that is not known.
+    pub user: String,
+    /// What sort of entry it is.
+    pub kind: &'static str,
+    /// What it says.
+    pub what: String,
+    /// Its writer had been fenced before: it has no effect.
+    pub void: bool,
+}
+
+/// All that a stanza's log says.
+#[derive(Debug, Serialize)]
+pub struct Audit {
+    /// Lines, oldest first.
+    pub lines: Vec<Line>,
+    /// SHA-256 of the newest entry: compare it with what another host sees.
+    pub head: String,
+}
+
+/// Reads and verifies a stanza's log.
+pub async fn read(stanza: Arc<Stanza>) -> Result<Audit> {
+    let log = Log::replay(stanza).await?;
+    let mut fence = 0;
+    let mut lines = Vec::with_capacity(log.entries().len());
+    for entry in log.entries() {
+        let void = entry.fence < fence;
+        if let (false, Some(Entry::SetFence(newer))) = (void, &entry.kind) {
+            fence = fence.max(newer.fence);
+        }
+        lines.push(line(entry, void));
+    }
+    Ok(Audit {
+        lines,
+        head: hex::encode(&log.state().head),
+    })
+}
+
+fn line(entry: &LogEntry, void: bool) -> Line {
+    let (kind, what) = entry.kind.as_ref().map_or(("", String::new()), words);
+    let time = jiff::Timestamp::from_microsecond(entry.time_us).unwrap_or_default();
+    Line {
+        seq: entry.seq,
+        time: time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+        host: entry.host.clone(),
+        user: entry.user.clone(),
+        kind,
+        what,
+        void,
+    }
+}
+
+/// The kind of an entry as the specification calls it, and what it says.
+fn words(entry: &Entry) -> (&'static str, String) {
+    let because = |reason: &str| match reason {
+        "" => String::new(),
+        reason => format!(": {reason}"),
+    };
+    match entry {
+        Entry::Genesis(genesis) => {
+            let how = if genesis.encrypted {
+                "encrypted"
+            } else {
+                "NOT encrypted"
+            };
+            ("genesis", format!("stanza {} was created, {how}", genesis.stanza))
+        }
+        Entry::Begin(begin) => ("begin", format!("{} {} began", begin.what, begin.backup)),
+        Entry::Announce(announce) => {
+            let runs = announce.index_runs.len();
+            ("announce", format!("{runs} parts of the index were announced"))
+        }
+        Entry::Commit(commit) => {
+            let info = commit.info.clone().unwrap_or_default();
+            let stored = info.new_stored_bytes.div_ceil(1 << 10);
+            ("commit", format!("backup {} is complete, {stored} KiB added", info.id))
+        }
+        Entry::Abort(abort) => ("abort", format!("a backup was given up{}", because(&abort.reason))),
+        Entry::SetFence(fence) => {
+            let count = fence.sessions.len();
+            (
+                "fence",
+                format!("{count} sessions were ended{}", because(&fence.reason)),
+            )
+        }
+        Entry::ArchiveEpoch(epoch) => {
+            let at = Lsn(epoch.lsn);
+            (
+                "archive-epoch",
+                format!("archive epoch {} rules from {at} on", epoch.epoch),
+            )
+        }
+        Entry::Expired(expired) => (
+            "expired",
+            format!("backup {} has expired{}", expired.backup, because(&expired.reason)),
+        ),
+        Entry::WalExpired(expired) => {
+            let from = Lsn(expired.lsn);
+            (
+                "wal-expired",
+                format!("WAL is kept from {from} on{}", because(&expired.reason)),
+            )
+        }
+        Entry::Hold(hold) => {
+            let how = if hold.released { "is no longer held" } else { "is held" };
+            ("hold", format!("backup {} {how}{}", hold.backup, because(&hold.reason)))
+        }
+        Entry::GcMark(mark) => {
+            let (packs, roots, runs) = (mark.packs.len(), mark.roots.len(), mark.index_runs.len());
+            (
+                "gc-mark",
+                format!("to be collected: {packs} packs, {roots} manifests, {runs} parts of the index"),
+            )
+        }
+        Entry::GcSwept(swept) => {
+            let kept = swept.kept.len();
+            (
+                "gc-swept",
+                format!("what entry {} marked was collected, but {kept} packs", swept.mark),
+            )
+        }
+        Entry::KeyEpoch(epoch) => ("key-epoch", format!("key epoch {} began", epoch.epoch)),
+        Entry::Policy(policy) => {
+            let (age, fulls) = (policy.minimum_retention_s, policy.minimum_full);
+            (
+                "policy",
+                format!("backups are kept for at least {age} s, and {fulls} full ones always"),
+            )
+        }
+        Entry::Incarnation(incarnation) => (
+            "incarnation",
+            format!("a new life of the cluster: {}", incarnation.system_identifier),
+        ),
+        Entry::DistrustParser(parser) => {
+            let version = parser.parser_version;
+            (
+                "distrust-parser",
+                format!(
+                    "block maps of parser {version} are distrusted{}",
+                    because(&parser.reason)
+                ),
+            )
+        }
+        Entry::CloseTimeline(closed) => {
+            let how = if closed.reopened { "was reopened" } else { "was closed" };
+            let (timeline, at) = (closed.timeline, Lsn(closed.lsn));
+            (
+                "close-timeline",
+                format!("timeline {timeline} {how} at {at}{}", because(&closed.reason)),
+            )
+        }
+        Entry::Operation(operation) => {
+            let subject = match operation.subject.as_str() {
+                "" => String::new(),
+                subject => format!(" of backup {subject}"),
+            };
+            let mib = operation.bytes.div_ceil(1 << 20);
+            (
+                "operation",
+                format!("{}{subject}, {mib} MiB: {}", operation.what, operation.result),
+            )
+        }
+        Entry::Erasure(erasure) => (
+            "erasure",
+            format!("key epoch {} was destroyed{}", erasure.epoch, because(&erasure.reason)),
+        ),
+    }
+}
