@@ -117,13 +117,6 @@ fn words(entry: &Entry) -> (&'static str, String) {
             "expired",
             format!("backup {} has expired{}", expired.backup, because(&expired.reason)),
         ),
-        Entry::WalExpired(expired) => {
-            let from = Lsn(expired.lsn);
-            (
-                "wal-expired",
-                format!("WAL is kept from {from} on{}", because(&expired.reason)),
-            )
-        }
         Entry::Hold(hold) => {
             let how = if hold.released { "is no longer held" } else { "is held" };
             ("hold", format!("backup {} {how}{}", hold.backup, because(&hold.reason)))

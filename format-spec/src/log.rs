@@ -51,7 +51,6 @@ pub fn required_role(entry: &LogEntry) -> Option<Role> {
         | Entry::Policy(_)
         | Entry::DistrustParser(_)
         | Entry::CloseTimeline(_)
-        | Entry::WalExpired(_)
         | Entry::Erasure(_) => Role::Operator,
     })
 }

@@ -84,12 +84,8 @@ fn what_expired_is_collected_and_the_rest_restores() -> Result<()> {
         !info.contains(&first) && info.contains(&held) && info.contains("held: a court"),
         "{info}"
     );
-    let wal = s.objects("wal").len();
     let said = gc(&s)?;
-    ensure!(
-        s.objects("packs").len() < packs && s.objects("wal").len() < wal,
-        "{said}"
-    );
+    ensure!(s.objects("packs").len() < packs, "{said}");
     ensure!(s.objects("roots").len() == 4, "{said}");
     ensure!(gc(&s)?.contains("nothing deleted"), "a second time");
 
@@ -97,7 +93,7 @@ fn what_expired_is_collected_and_the_rest_restores() -> Result<()> {
     s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
     s.ok(&["check", "acme"])?;
     let info = s.ok(&["info", "acme"])?;
-    ensure!(info.contains("has expired") && !info.contains("MISSING"), "{info}");
+    ensure!(!info.contains("MISSING"), "{info}");
     restores(&s, "newest", &[], 6)?;
     restores(
         &s,

@@ -43,12 +43,6 @@ pub async fn run(context: &Context, args: ExpireArgs) -> Result<Outcome> {
                 backup.why
             ));
         }
-        for wal in &report.wal {
-            output::line(format_args!(
-                "  WAL of {} is kept from {} on: {}; before that, what kept backups need for themselves",
-                wal.system_identifier, wal.from_lsn, wal.why
-            ));
-        }
         if !args.dry_run {
             output::line("  what nothing needs any more is deleted by `fairvault gc`");
         }

@@ -56,7 +56,7 @@ pub async fn run(context: &Context, args: GcArgs) -> Result<Outcome> {
             ("packs", report.packs),
             ("manifests", report.roots),
             ("parts of the index", report.index_runs),
-            ("WAL objects", report.wal),
+            ("pieces of complete segments", report.wal),
             ("snapshots of the log", report.snapshots),
         ];
         for (what, count) in counts.iter().filter(|(_, count)| count.objects > 0) {

@@ -81,11 +81,7 @@ fn print(info: &Info) {
     }
     for timeline in &info.wal {
         for (i, range) in timeline.ranges.iter().enumerate() {
-            let gap = match i {
-                0 => "",
-                _ if range.after_expired => "  (what was before it has expired)",
-                _ => "  (after a gap)",
-            };
+            let gap = if i > 0 { "  (after a gap)" } else { "" };
             output::line(format_args!(
                 "  WAL timeline {}: {} to {}, {} segments{gap}",
                 timeline.timeline, range.first, range.last, range.segments
@@ -115,7 +111,6 @@ fn print(info: &Info) {
                 .as_ref()
                 .map(|h| format!("; then {h} is MISSING"))
                 .or_else(|| Some(format!("; beyond that, WAL CANNOT BE REPLAYED: {}", w.broken.as_ref()?)))
-                .or_else(|| w.expired.then(|| "; the WAL after it has expired".to_owned()))
                 .unwrap_or_default()
         ));
     }

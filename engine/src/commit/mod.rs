@@ -101,24 +101,28 @@ impl Log {
     ) -> Result<(Self, Option<T>)> {
         let mut this = Self::empty(stanza);
         let remembered = this.stanza.memory().and_then(|m| m.head(&this.stanza));
-        let done = match remembered {
+        let (done, is_news) = match remembered {
             Some(state) => {
                 this.adopt(state);
                 let before = this.clone();
-                // One request tells the usual: nothing is new.
-                let (read, head, done) = tokio::join!(this.refresh(), before.check_remembered_head(), beside(&before));
-                read?;
-                // What follows on the remembered head proves it.
-                match this.state.seq == before.state.seq {
-                    true => head?,
-                    false => this.remember(),
-                }
-                Some(done)
+                // One request tells the usual: nothing is new. Then another that what was seen is still there; one after
+                // the other, since a second connection costs more.
+                let catch_up = async {
+                    this.refresh().await?;
+                    // What follows on the remembered head proves it.
+                    let is_news = this.state.seq > before.state.seq;
+                    if !is_news {
+                        before.check_remembered_head().await?;
+                    }
+                    Ok::<_, Error>(is_news)
+                };
+                let (is_news, done) = tokio::join!(catch_up, beside(&before));
+                (Some(done), is_news?)
             }
             None => {
                 this.start_from_snapshot().await?;
                 this.refresh_proven().await?;
-                None
+                (None, true)
             }
         };
         if this.state.seq == 0 {
@@ -126,7 +130,7 @@ impl Log {
                 .remedy("an interrupted `stanza create` leaves that, and can be run again; if there were backups, the objects below log/ were lost"));
         }
         this.check_pins()?;
-        if done.is_none() {
+        if is_news {
             this.remember();
         }
         Ok((this, done))
@@ -355,18 +359,6 @@ impl Log {
     /// The state that the log amounts to.
     pub fn state(&self) -> &Snapshot {
         &self.state
-    }
-
-    /// The newest time that an entry of a replayed log, a backup or a session says; 0 if none does.
-    pub fn newest_time_us(&self) -> i64 {
-        let backups = self
-            .state
-            .backups
-            .iter()
-            .filter_map(|b| Some(b.info.as_ref()?.stopped_us));
-        let sessions = self.state.open_sessions.iter().map(|session| session.time_us);
-        let entries = self.entries().iter().map(|entry| entry.time_us);
-        backups.chain(sessions).chain(entries).max().unwrap_or_default()
     }
 
     /// The stanza.

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use fairvault_format::proto::{
-    CloseTimeline, CommittedBackup, GcMark, LogEntry, OpenSession, Snapshot, WalExpired, log_entry::Kind as Entry,
+    CloseTimeline, CommittedBackup, GcMark, LogEntry, OpenSession, Snapshot, log_entry::Kind as Entry,
 };
 
 use crate::error::{Error, Result};
@@ -99,16 +99,6 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
             if !closed.reopened {
                 state.closed_timelines.push(closed.clone());
             }
-        }
-        Entry::WalExpired(expired) => {
-            let is_it = |e: &WalExpired| e.system_identifier == expired.system_identifier;
-            // Positions only rise: what may be gone does not come back.
-            let lsn = state.wal_expired.iter().filter(|e| is_it(e)).map(|e| e.lsn).max();
-            state.wal_expired.retain(|e| !is_it(e));
-            state.wal_expired.push(WalExpired {
-                lsn: expired.lsn.max(lsn.unwrap_or_default()),
-                ..expired.clone()
-            });
         }
         Entry::Erasure(_) | Entry::Operation(_) => {}
     }

@@ -1,5 +1,5 @@
-//! Retention: which backups are needed no more, and from where on WAL is kept. What is decided here is written into
-//! the log; [`crate::gc`] deletes what nobody uses then.
+//! Retention: which backups are needed no more. What is decided here is written into the log; [`crate::gc`] deletes
+//! what nobody uses then. WAL does not expire yet.
 
 pub mod rules;
 
@@ -9,12 +9,11 @@ use serde::Serialize;
 use crate::commit::Log;
 use crate::error::{Error, Result};
 use crate::inspect::info_of;
-use crate::postgres::lsn::Lsn;
 use crate::restore::target::info;
-use rules::{Candidate, Decision, Floor, Retention, believed, days, decide};
+use rules::{Candidate, Decision, Floor, Retention, days, decide};
 
-/// Time since the newest entry of the log from which on this host's clock is doubted.
-const QUIET_S: u64 = 14 * 86_400;
+/// Time between backups from which on this host's clock is doubted.
+const QUIET_S: u64 = 45 * 86_400;
 
 /// How to go about it.
 #[derive(Debug, Clone, Default)]
@@ -42,24 +41,11 @@ pub struct BackupLine {
     pub why: String,
 }
 
-/// From where on WAL of an incarnation is kept.
-#[derive(Debug, Clone, Serialize)]
-pub struct WalLine {
-    /// Incarnation.
-    pub system_identifier: String,
-    /// From here on it is continuous.
-    pub from_lsn: String,
-    /// Why.
-    pub why: String,
-}
-
 /// What was decided.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
     /// Each backup, oldest first.
     pub backups: Vec<BackupLine>,
-    /// WAL.
-    pub wal: Vec<WalLine>,
 }
 
 /// Decides, and writes it into the log.
@@ -77,24 +63,17 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
     };
     let decisions = decide(&candidates, &options.retention, floor, now_us);
     let backups = log.state().backups.clone();
-    let kept: Vec<&proto::CommittedBackup> = backups
-        .iter()
-        .zip(&decisions)
-        .filter(|(_, decision)| decision.keep)
-        .map(|(backup, _)| backup)
-        .collect();
-    let wal = wal_limits(log, &candidates, &kept, &options.retention, now_us);
     let lines = backups
         .iter()
         .zip(&decisions)
         .map(|(backup, decision)| line(backup, decision));
     let report = Report {
         backups: lines.collect(),
-        wal: wal.iter().map(|(line, _)| line.clone()).collect(),
     };
     if options.dry_run {
         return Ok(report);
     }
+    let judged = log.state().clone();
     for decision in decisions.iter().filter(|decision| !decision.keep) {
         let entry = proto::Expired {
             backup: decision.id.clone(),
@@ -106,27 +85,12 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
                 "backup {} is held: {}",
                 decision.id, hold.reason
             ))),
+            None if now.policy != judged.policy => Err(Error::temporary("the signed policy was changed meanwhile")),
             None => Ok(()),
         };
         let is_live = |now: &proto::Snapshot| now.backups.iter().any(|backup| info(backup).id == decision.id);
         if is_live(log.state()) {
             log.append(Entry::Expired(entry), is_free).await?;
-        }
-    }
-    for (line, lsn) in wal {
-        let known = log.state().wal_expired.iter();
-        let system_identifier = line.system_identifier.parse().unwrap_or_default();
-        let known = known
-            .filter(|e| e.system_identifier == system_identifier)
-            .map(|e| e.lsn)
-            .max();
-        if lsn.0 > known.unwrap_or_default() {
-            let entry = proto::WalExpired {
-                system_identifier,
-                lsn: lsn.0,
-                reason: line.why,
-            };
-            log.append(Entry::WalExpired(entry), |_| Ok(())).await?;
         }
     }
     Ok(report)
@@ -165,72 +129,26 @@ async fn candidates(log: &Log) -> Result<Vec<Candidate>> {
     Ok(all.collect())
 }
 
-/// A clock that is far ahead would make everything old.
+/// A clock that is far ahead would make everything old: also if the newest backup was taken by it.
 fn check_clock(log: &Log, now_us: i64) -> Result<()> {
-    let newest = log.newest_time_us();
-    let quiet = u64::try_from(now_us.saturating_sub(newest) / 1_000_000).unwrap_or(0);
-    match newest != 0 && quiet > QUIET_S {
+    let mut times: Vec<i64> = log.state().backups.iter().map(|b| info(b).stopped_us).collect();
+    times.push(now_us);
+    times.sort_unstable();
+    let last = times.iter().rev().zip(times.iter().rev().skip(1)).take(2);
+    let quiet = last
+        .map(|(later, earlier)| later.saturating_sub(*earlier))
+        .max()
+        .unwrap_or(0);
+    let quiet = u64::try_from(quiet / 1_000_000).unwrap_or(0);
+    match quiet > QUIET_S {
         false => Ok(()),
         true => Err(Error::refused(format!(
-            "nothing was written into the log of {} for {}: if this host's clock is ahead, backups that are young would expire",
+            "between the last backups of {}, or since the last one, {} seem to have passed: if this host's clock is ahead, backups that are young would expire",
             log.stanza().shown(),
             days(quiet)
         ))
         .remedy("if the clock is right, say so with --trust-clock")),
     }
-}
-
-/// From where on WAL is needed, for each incarnation that has kept backups.
-fn wal_limits(
-    log: &Log,
-    candidates: &[Candidate],
-    kept: &[&proto::CommittedBackup],
-    retention: &Retention,
-    now_us: i64,
-) -> Vec<(WalLine, Lsn)> {
-    let times = believed(candidates, now_us);
-    let time_of = |id: &str| {
-        let place = candidates.iter().position(|c| c.id == id);
-        place.map_or(now_us, |n| times[n])
-    };
-    let newest = log.state().incarnations.last().map(|i| i.system_identifier);
-    let mut limits = Vec::new();
-    for incarnation in &log.state().incarnations {
-        let system_identifier = incarnation.system_identifier;
-        let mut of_it: Vec<_> = kept
-            .iter()
-            .map(|backup| info(backup))
-            .filter(|info| info.system_identifier == system_identifier)
-            .collect();
-        of_it.sort_by_key(|info| info.start_lsn);
-        let before_window = |info: &&proto::BackupInfo| {
-            retention.wal.is_some_and(|window| {
-                let age = now_us.saturating_sub(time_of(&info.id)) / 1_000_000;
-                u64::try_from(age).unwrap_or(0) >= window
-            })
-        };
-        let anchor = of_it.iter().rev().find(before_window).or(of_it.first());
-        let limit = match anchor {
-            Some(info) => (Lsn(info.start_lsn), format!("recovery starts from backup {}", info.id)),
-            // A life of the cluster of which no backup is left.
-            None if Some(system_identifier) != newest
-                && candidates.iter().any(|c| c.system_identifier == system_identifier) =>
-            {
-                (
-                    Lsn(u64::MAX),
-                    "no backup of this life of the cluster is left".to_owned(),
-                )
-            }
-            None => continue,
-        };
-        let line = WalLine {
-            system_identifier: system_identifier.to_string(),
-            from_lsn: limit.0.to_string(),
-            why: limit.1,
-        };
-        limits.push((line, limit.0));
-    }
-    limits
 }
 
 /// Holds a backup, or lets go of it.

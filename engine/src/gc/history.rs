@@ -35,13 +35,16 @@ impl Past {
                 }),
                 Some(Entry::Expired(gone)) => {
                     let is_it = |backup: &CommittedBackup| info(backup).id == gone.backup;
-                    // The newest commit of that id; a void one does no harm here: it is merely protected.
-                    expired.extend(committed.iter().rev().find(|backup| is_it(backup)).cloned());
+                    // All commits of that id: a void one does no harm here, it is merely protected.
+                    expired.extend(committed.iter().filter(|backup| is_it(backup)).cloned());
                 }
                 _ => {}
             }
         }
-        expired.retain(|backup| !roots.contains(backup.root.as_slice()));
+        let mut seen = HashSet::new();
+        expired.retain(|backup: &CommittedBackup| {
+            !roots.contains(backup.root.as_slice()) && seen.insert(backup.root.clone())
+        });
         let now = log.stanza().env().now_us();
         let youngest = now.saturating_sub_unsigned(policy.minimum_retention_s.saturating_mul(1_000_000));
         let mut protected: Vec<_> = expired
@@ -65,6 +68,16 @@ impl Past {
             expired,
             policy,
         }
+    }
+
+    /// Backups that have not expired.
+    pub fn live(&self) -> &[CommittedBackup] {
+        &self.live
+    }
+
+    /// Expired ones that the policy protects, as far as they are still there.
+    pub fn protected(&self) -> &[CommittedBackup] {
+        &self.protected
     }
 
     /// Backups whose content must stay.

@@ -25,7 +25,6 @@ use crate::commit::Log;
 use crate::commit::lease;
 use crate::error::Result;
 use crate::progress::Progress;
-use history::Past;
 use usage::Usage;
 
 /// Packs that one mark names at most.
@@ -67,7 +66,7 @@ pub struct Report {
     pub roots: Count,
     /// Index runs.
     pub index_runs: Count,
-    /// WAL: segments, pieces and what belongs to them.
+    /// Pieces of complete segments.
     pub wal: Count,
     /// Snapshots of the log.
     pub snapshots: Count,
@@ -140,10 +139,15 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
         let later = log.state().seq + 1;
         sweep::end_dead_sessions(&mut log, later, options).await?;
     }
-    progress.phase("collecting WAL");
-    let past = Past::of(&log);
-    let leases = lease::all(&stanza).await?;
-    wal::collect(&log, &past, &leases, options, &mut report).await?;
+    progress.phase("collecting pieces and leases");
+    wal::collect(&log, options, &mut report).await?;
+    if !options.dry_run {
+        let leases = lease::all(&stanza).await?;
+        let living = lease::living(&stanza, leases.clone(), options.patience).await?;
+        let is_dead = |found: &lease::Found| living.iter().all(|other| other.name != found.name);
+        let dead: Vec<_> = leases.into_iter().filter(is_dead).collect();
+        lease::bury(&stanza, &dead).await?;
+    }
     collect_snapshots(&log, options, &mut report).await?;
     report.kept.sort();
     report.kept.dedup();

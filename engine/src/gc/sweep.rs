@@ -64,9 +64,12 @@ pub async fn run(log: &mut Log, mark: &proto::GcMark, options: &Options, report:
             index_runs: changes.withdrawn.clone(),
             new_runs: changes.new,
         };
-        let before = live_roots(log.state());
+        let (before, seen) = (live_roots(log.state()), log.state().seq);
+        let (policy, runs) = (log.state().policy.clone(), log.state().index_runs.clone());
         let number = mark.seq;
         let unchanged = |now: &proto::Snapshot| match live_roots(now) == before
+            && now.policy == policy
+            && runs.iter().all(|run| now.index_runs.contains(run))
             && now.open_marks.iter().any(|open| open.seq == number)
         {
             true => Ok(()),
@@ -82,7 +85,7 @@ pub async fn run(log: &mut Log, mark: &proto::GcMark, options: &Options, report:
                 return Ok(true);
             }
             // What is used has changed, or another collector has ended the mark: look again.
-            Err(_) if !is_open(log, mark) || live_roots(log.state()) != before => {}
+            Err(_) if log.state().seq > seen => {}
             Err(error) => return Err(error),
         }
     }
@@ -137,7 +140,15 @@ pub async fn end_dead_sessions(log: &mut Log, before: u64, options: &Options) ->
             reason: "no sign of life was seen by a collector".to_owned(),
         };
         tracing::warn!("{} sessions that show no sign of life are ended", dead.len());
-        log.append(Entry::SetFence(fence), |_| Ok(())).await?;
+        let number = fence.fence;
+        let has_effect = |now: &proto::Snapshot| match now.fence < number {
+            true => Ok(()),
+            false => Err(Error::new(
+                Kind::Held,
+                "somebody else has fenced writers just now; run this again",
+            )),
+        };
+        log.append(Entry::SetFence(fence), has_effect).await?;
     }
     Ok(alive)
 }

@@ -46,8 +46,15 @@ impl Usage {
 
     async fn of(stanza: &Stanza, past: &Past) -> Result<Self> {
         let mut this = Self::default();
-        for backup in past.needed() {
+        for backup in past.live() {
             this.add(stanza, backup).await?;
+        }
+        for backup in past.protected() {
+            match this.add(stanza, backup).await {
+                // Collected before the policy protected it.
+                Err(error) if error.kind() == Kind::NotFound => {}
+                added => added?,
+            }
         }
         Ok(this)
     }

@@ -1,73 +1,29 @@
-//! WAL that has expired, and pieces of segments that are complete.
-//!
-//! What always holds: only an entry of the log says from where on WAL is kept; below that, what a backup needs for
-//! itself stays as long as the backup is needed or read. Histories of timelines stay: they are small, and tell
-//! branches apart.
+//! Pieces of segments that are complete. WAL itself does not expire yet.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::RangeInclusive;
 
 use fairvault_format::header::{HEADER_LEN, Kind as ObjectKind, ObjectHeader};
 use fairvault_format::names;
-use fairvault_format::proto::CommittedBackup;
 
-use super::history::Past;
 use super::{Options, Report};
 use crate::commit::Log;
-use crate::commit::lease::{self, Found};
 use crate::error::Result;
 use crate::postgres::segment::WalFile;
-use crate::restore::target::info;
 use crate::wal::archive::Archive;
 
 /// Objects deleted in one go.
 const BATCH: usize = 256;
 
-/// Numbers of the segments that a backup needs for itself.
-pub fn own_segments(backup: &CommittedBackup, segment_size: u64) -> RangeInclusive<u64> {
-    let info = info(backup);
-    let size = segment_size.max(1);
-    info.start_lsn / size..=info.stop_lsn.saturating_sub(1) / size
-}
-
-/// Collects the WAL of every incarnation.
-pub async fn collect(log: &Log, past: &Past, leases: &[Found], options: &Options, report: &mut Report) -> Result<()> {
-    let living = lease::living(
-        log.stanza(),
-        leases.to_vec(),
-        match leases.is_empty() {
-            true => std::time::Duration::ZERO,
-            false => options.patience,
-        },
-    );
-    let living = living.await?;
+/// Collects pieces of every incarnation.
+pub async fn collect(log: &Log, options: &Options, report: &mut Report) -> Result<()> {
     for incarnation in log.state().incarnations.clone() {
         let archive = Archive::open(log, Some(incarnation.system_identifier), 0)?;
-        let expired = log.state().wal_expired.iter();
-        let below = expired
-            .filter(|e| e.system_identifier == incarnation.system_identifier)
-            .map(|e| e.lsn / archive.segment_size)
-            .max()
-            .unwrap_or_default();
-        let needed = past
-            .needed()
-            .chain(living.iter().flat_map(|lease| past.named(lease.backup())));
-        let own: Vec<_> = needed
-            .filter(|backup| info(backup).system_identifier == incarnation.system_identifier)
-            .map(|backup| own_segments(backup, archive.segment_size))
-            .collect();
-        let is_expired = |number: u64| number < below && !own.iter().any(|range| range.contains(&number));
-        collect_of(&archive, is_expired, options, report).await?;
+        collect_of(&archive, options, report).await?;
     }
     Ok(())
 }
 
-async fn collect_of(
-    archive: &Archive,
-    is_expired: impl Fn(u64) -> bool,
-    options: &Options,
-    report: &mut Report,
-) -> Result<()> {
+async fn collect_of(archive: &Archive, options: &Options, report: &mut Report) -> Result<()> {
     let store = archive.stanza.store();
     let folder = format!("{}/{:016x}", names::WAL, archive.system_identifier);
     let mut gone = Vec::new();
@@ -91,9 +47,7 @@ async fn collect_of(
         let Ok(WalFile::Segment(s) | WalFile::Partial(s) | WalFile::BackupHistory(s)) = file else {
             continue;
         };
-        if is_expired(s.number) {
-            gone.push((object, len));
-        } else if let Some(epoch) = piece_of {
+        if let Some(epoch) = piece_of {
             let segment = names::wal_file(archive.system_identifier, s.timeline, name, epoch);
             pieces.entry(segment).or_default().push((object, len));
         } else {

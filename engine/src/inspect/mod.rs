@@ -71,8 +71,6 @@ pub struct WalRange {
     pub last: String,
     /// Number.
     pub segments: u64,
-    /// What is missing before it has expired.
-    pub after_expired: bool,
 }
 
 /// WAL of a timeline.
@@ -111,8 +109,6 @@ pub struct Window {
     pub hole: Option<String>,
     /// Where WAL goes on that cannot be replayed, and why.
     pub broken: Option<String>,
-    /// WAL that came next has expired.
-    pub expired: bool,
 }
 
 /// A session that has not ended.
@@ -262,11 +258,6 @@ fn timelines(archive: &Archive, coverage: &Coverage) -> Vec<TimelineLine> {
                     first: name(timeline, first),
                     last: name(timeline, last),
                     segments: last - first + 1,
-                    after_expired: first > 0
-                        && archive.has_expired(Segment {
-                            timeline,
-                            number: first - 1,
-                        }),
                 })
                 .collect(),
             stored_bytes: wal.stored_bytes,
@@ -301,7 +292,6 @@ async fn add_window(
     end: Lsn,
     broken: Option<Lsn>,
 ) -> Result<()> {
-    let has_expired = reach.is_hole && archive.has_expired(reach.missing);
     let whole = broken.map_or(reach.end, |broken| broken.min(reach.end));
     let end = broken.unwrap_or(end);
     let to_lsn = end.to_string();
@@ -339,8 +329,7 @@ async fn add_window(
         to_lsn,
         from: rfc3339(info.stopped_us),
         to: (newest != 0).then(|| format_time(newest)),
-        hole: (reach.is_hole && broken.is_none() && !has_expired).then(|| reach.missing.name(archive.segment_size)),
-        expired: has_expired,
+        hole: (reach.is_hole && broken.is_none()).then(|| reach.missing.name(archive.segment_size)),
         broken: broken.map(|at| format!("wal_level = minimal at {at}")),
     });
     Ok(())

@@ -166,7 +166,6 @@ async fn check_backup(
     let folder = names::wal_folder(info.system_identifier, reach.missing.timeline);
     // Backups that brought their own WAL promise nothing about what comes after them.
     if reach.is_hole
-        && !(archive.has_expired(reach.missing) && reach.end >= stop)
         && (info.wal_method == "archive" || reach.end < stop)
         && let Some(proof) = coverage.proof_of_more(&history, reach.missing)
     {

@@ -47,8 +47,6 @@ pub struct Archive {
     pub closed: Vec<proto::CloseTimeline>,
     /// Timeline and stop LSN of every backup of this incarnation: WAL was there up to them.
     pub backups: Vec<(u32, Lsn)>,
-    /// WAL below has expired, but for what backups need for themselves.
-    pub expired_below: Lsn,
     /// An object that was fetched while the log was read, with its name.
     at_hand: Option<(String, Bytes)>,
 }
@@ -84,19 +82,8 @@ impl Archive {
                 .filter(|info| info.system_identifier == incarnation.system_identifier)
                 .map(|info| (info.stop_timeline, Lsn(info.stop_lsn)))
                 .collect(),
-            expired_below: log
-                .state()
-                .wal_expired
-                .iter()
-                .find(|e| e.system_identifier == incarnation.system_identifier)
-                .map_or(Lsn(0), |e| Lsn(e.lsn)),
             at_hand: None,
         })
-    }
-
-    /// Whether a segment may be gone because it has expired.
-    pub fn has_expired(&self, segment: Segment) -> bool {
-        segment.start(self.segment_size) < self.expired_below
     }
 
     /// Opens the log and the archive for a request for the file `name`, which is fetched meanwhile.
