@@ -133,7 +133,7 @@ pub enum Command {
         #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
         progress: ProgressMode,
     },
-    /// Decide which backups and which WAL are needed no more, as `retention` says
+    /// Decide which backups are needed no more, as `retention` says
     Expire(ExpireArgs),
     /// Delete what no backup and no reader needs
     Gc(GcArgs),
@@ -197,7 +197,7 @@ pub struct ExpireArgs {
     /// Only say what would be decided, and why
     #[arg(long)]
     pub dry_run: bool,
-    /// The clock of this host is right, although the log has been silent for weeks
+    /// The clock of this host is right, although weeks seem to lie between the last backups
     #[arg(long)]
     pub trust_clock: bool,
 }

@@ -39,27 +39,7 @@ impl Index {
         }
         let marked = marked(state);
         for batch in state.index_runs.chunks(FETCH) {
-            let fetched = futures::future::join_all(batch.iter().map(|hash| async move {
-                let hash: [u8; 32] = hash
-                    .as_slice()
-                    .try_into()
-                    .map_err(|_| Error::damaged("the log names an index run without a hash"))?;
-                let name = names::index_run(&hash);
-                let bytes = stanza.store().get(&name, limits::OBJECT_BYTES).await?;
-                if sha256(&bytes) != hash {
-                    return Err(Error::damaged(format!(
-                        "{}/{name} does not match its name",
-                        stanza.shown()
-                    )));
-                }
-                Ok::<_, Error>(index::open_run(
-                    stanza.keys_for(&bytes, &name)?,
-                    stanza.scope(),
-                    &bytes,
-                    &name,
-                )?)
-            }))
-            .await;
+            let fetched = futures::future::join_all(batch.iter().map(|hash| read_run(stanza, hash))).await;
             for run in fetched {
                 match run {
                     Ok(run) => this.add(run, stanza.keys().epoch, &listed, &marked),
@@ -124,6 +104,23 @@ impl Index {
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
+}
+
+/// Reads an index run.
+pub async fn read_run(stanza: &Stanza, hash: &[u8]) -> Result<index::IndexRun> {
+    let hash: [u8; 32] = hash
+        .try_into()
+        .map_err(|_| Error::damaged("the log names an index run without a hash"))?;
+    let name = names::index_run(&hash);
+    let bytes = stanza.store().get(&name, limits::OBJECT_BYTES).await?;
+    if sha256(&bytes) != hash {
+        return Err(Error::damaged(format!(
+            "{}/{name} does not match its name",
+            stanza.shown()
+        )));
+    }
+    let keys = stanza.keys_for(&bytes, &name)?;
+    Ok(index::open_run(keys, stanza.scope(), &bytes, &name)?)
 }
 
 /// The packs that the store lists, with their lengths.

@@ -22,7 +22,7 @@ pub struct Options {
     pub retention: Retention,
     /// Only say it.
     pub dry_run: bool,
-    /// The clock of this host is right, although nothing was written into the log for long.
+    /// The clock of this host is right, although long times seem to lie between the last backups.
     pub trust_clock: bool,
 }
 

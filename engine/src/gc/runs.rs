@@ -2,13 +2,14 @@
 
 use std::collections::HashSet;
 
-use fairvault_format::index::{IndexRun, open_run, seal_run};
-use fairvault_format::{limits, names, sha256};
+use fairvault_format::index::{IndexRun, seal_run};
+use fairvault_format::{names, sha256};
 
 use super::Sizes;
 use crate::commit::Log;
+use crate::dedup::read_run;
 use crate::env;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Kind, Result};
 use crate::stanza::Stanza;
 
 /// What a sweep does to the index.
@@ -20,29 +21,9 @@ pub struct Changes {
     pub new: Vec<Vec<u8>>,
 }
 
-async fn read(stanza: &Stanza, hash: &[u8]) -> Result<IndexRun> {
-    let hash: [u8; 32] = hash
-        .try_into()
-        .map_err(|_| Error::damaged("the log names an index run without a hash"))?;
-    let name = names::index_run(&hash);
-    let bytes = stanza.store().get(&name, limits::OBJECT_BYTES).await?;
-    if sha256(&bytes) != hash {
-        return Err(Error::damaged(format!(
-            "{}/{name} does not match its name",
-            stanza.shown()
-        )));
-    }
-    Ok(open_run(
-        stanza.keys_for(&bytes, &name)?,
-        stanza.scope(),
-        &bytes,
-        &name,
-    )?)
-}
-
 /// A run that can be read; `None`, with a warning, for one that cannot: it only costs its savings.
 async fn readable(stanza: &Stanza, hash: &[u8]) -> Result<Option<IndexRun>> {
-    match read(stanza, hash).await {
+    match read_run(stanza, hash).await {
         Ok(run) => Ok(Some(run)),
         Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => {
             tracing::warn!("a part of the index is withdrawn: {error}");
