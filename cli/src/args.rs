@@ -187,6 +187,8 @@ pub enum StanzaCommand {
     List,
     /// Stop writers that must not go on: all that are at work, or whoever goes on with an old timeline
     Fence(FenceArgs),
+    /// Rely no more on block maps of a version of the WAL parser that was found to be wrong
+    Distrust(DistrustArgs),
 }
 
 /// `expire`
@@ -246,6 +248,19 @@ pub struct FenceArgs {
     #[arg(long, requires = "timeline", conflicts_with = "after")]
     pub reopen: bool,
     /// Why, for the log and for whoever is stopped
+    #[arg(long, value_name = "TEXT")]
+    pub reason: String,
+}
+
+/// `stanza distrust`
+#[derive(Debug, Args)]
+pub struct DistrustArgs {
+    /// Stanza
+    pub stanza: String,
+    /// Version of the parser
+    #[arg(long, value_name = "N")]
+    pub parser: u32,
+    /// Why, for the log
     #[arg(long, value_name = "TEXT")]
     pub reason: String,
 }

@@ -194,6 +194,23 @@ pub struct StanzaConfig {
     /// WAL.
     #[serde(default)]
     pub wal: WalConfig,
+    /// Which kind of backup a plain `backup` takes.
+    #[serde(default)]
+    pub schedule: Schedule,
+}
+
+/// `schedule = { … }`: cron expressions.
+#[derive(Debug, Default, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Schedule {
+    /// Full backups.
+    pub full: Option<String>,
+    /// Differential ones.
+    pub diff: Option<String>,
+    /// Incremental ones.
+    pub incr: Option<String>,
+    /// Whose clock.
+    pub timezone: Option<String>,
 }
 
 /// `wal = { … }`

@@ -18,6 +18,7 @@ use zeroize::Zeroizing;
 
 use crate::args::Global;
 use crate::config::{self, Codec, Compression, Config, KeySource, Repo, StanzaConfig, WalConfig};
+use crate::schedule::Schedule;
 
 /// Name of the repository that --repo-url makes.
 const FLAG_REPO: &str = "url";
@@ -232,6 +233,12 @@ impl Context {
             },
             timezone: configured.timezone.as_ref().map(zone).transpose()?,
         })
+    }
+
+    /// Which kind of backup is due when.
+    pub fn schedule(&self, stanza: &str) -> Result<Schedule> {
+        let configured = self.stanza(stanza).map(|s| s.schedule.clone());
+        Schedule::new(&configured.unwrap_or_default())
     }
 
     /// How to connect to a stanza's server.

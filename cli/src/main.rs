@@ -9,6 +9,7 @@ mod config;
 mod context;
 mod memory;
 mod output;
+mod schedule;
 mod time;
 
 use std::process::ExitCode;
@@ -206,6 +207,7 @@ async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
             commands::stanza::create(&context, args).await
         }
         Command::Stanza(args::StanzaCommand::Fence(args)) => commands::stanza::fence(&context, args).await,
+        Command::Stanza(args::StanzaCommand::Distrust(args)) => commands::stanza::distrust(&context, args).await,
         Command::Stanza(args::StanzaCommand::List) => commands::stanza::list(&context).await,
         Command::Check { stanza } => commands::check::run(&context, &stanza).await,
         Command::Backup(args) => commands::backup::run(&context, args).await,

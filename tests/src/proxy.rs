@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
@@ -32,6 +32,10 @@ struct Mood {
     rate: AtomicU64,
     /// After so many more bytes to the client, its connection is cut, wherever that is; 0 for never.
     cut_after: AtomicU64,
+    /// How long what is said takes to arrive, in either direction; microseconds.
+    delay_us: AtomicU64,
+    /// HTTP requests that passed.
+    requests: AtomicU64,
 }
 
 /// A running proxy; its connections end when it is dropped.
@@ -79,8 +83,50 @@ fn connect(target: &Target) -> Result<Box<dyn Half>> {
     })
 }
 
+/// Copies one direction until it ends, then ends both; everything arrives `delay` later than it was sent, whatever else
+/// is under way.
+fn copy_late(mut from: Box<dyn Half>, mut to: Box<dyn Half>, mood: &Mood, to_client: bool, delay: Duration) {
+    let (sent, arriving) = std::sync::mpsc::sync_channel::<(Instant, Vec<u8>)>(1024);
+    let Ok(source) = from.other() else { return };
+    let deliver = std::thread::spawn(move || {
+        for (due, bytes) in arriving {
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            if to.write_all(&bytes).is_err() {
+                break;
+            }
+        }
+        source.close();
+        to.close();
+    });
+    let mut buffer = vec![0u8; 64 << 10];
+    while let Ok(n @ 1..) = from.read(&mut buffer) {
+        if !to_client {
+            mood.count(&buffer[..n]);
+        }
+        if sent.send((Instant::now() + delay, buffer[..n].to_vec())).is_err() {
+            break;
+        }
+    }
+    drop(sent);
+    let _ = deliver.join();
+}
+
+impl Mood {
+    /// Counts a request whose head begins here: clients write each at once.
+    fn count(&self, bytes: &[u8]) {
+        let is_request = ["GET ", "PUT ", "POST ", "HEAD ", "DELETE "]
+            .iter()
+            .any(|method| bytes.starts_with(method.as_bytes()));
+        self.requests.fetch_add(is_request.into(), Ordering::Relaxed);
+    }
+}
+
 /// Copies one direction until it ends, then ends both.
 fn copy(mut from: Box<dyn Half>, mut to: Box<dyn Half>, mood: &Mood, to_client: bool) {
+    let delay = Duration::from_micros(mood.delay_us.load(Ordering::Relaxed));
+    if !delay.is_zero() {
+        return copy_late(from, to, mood, to_client, delay);
+    }
     let mut buffer = [0u8; 16 << 10];
     loop {
         let n = match from.read(&mut buffer) {
@@ -89,6 +135,9 @@ fn copy(mut from: Box<dyn Half>, mut to: Box<dyn Half>, mood: &Mood, to_client: 
         };
         if mood.away.load(Ordering::Relaxed) {
             break;
+        }
+        if !to_client {
+            mood.count(&buffer[..n]);
         }
         let rate = mood.rate.load(Ordering::Relaxed);
         if rate > 0 {
@@ -155,6 +204,16 @@ impl Proxy {
     /// Cuts a connection after so many more bytes to its client, in the middle of whatever that is.
     pub fn cut_after(&self, bytes: u64) {
         self.mood.cut_after.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Connections made from now on: half of it passes before what is said arrives on the other side.
+    pub fn round_trip(&self, time: Duration) {
+        self.mood.delay_us.store(time.as_micros() as u64 / 2, Ordering::Relaxed);
+    }
+
+    /// HTTP requests that passed so far, if they were not encrypted.
+    pub fn requests(&self) -> u64 {
+        self.mood.requests.load(Ordering::Relaxed)
     }
 
     /// Hosts that clients of a tunnel have asked for.

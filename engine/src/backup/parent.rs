@@ -165,3 +165,53 @@ async fn with_parent(
         is_good,
     ))))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each thing that must be the same, changed by itself.
+    #[test]
+    fn whatever_must_be_the_same_is_an_obstacle_if_it_is_not() {
+        let child = Child {
+            system_identifier: 7,
+            server_version: 150_018,
+            checksums: true,
+            start: Lsn(500),
+            timeline: 2,
+        };
+        let parent = proto::BackupInfo {
+            system_identifier: 7,
+            server_version: 150_018,
+            data_checksums: true,
+            stop_lsn: 500,
+            start_timeline: 2,
+            stop_timeline: 2,
+            block_size: BLOCK_BYTES,
+            parser_versions: vec![1],
+            ..Default::default()
+        };
+        assert_eq!(obstacle(&parent, &child, &[]), None);
+        type Change = fn(&mut proto::BackupInfo);
+        let changes: [(Change, &str); 7] = [
+            (|p| p.server_version = 150_017, "server version 150017"),
+            (|p| p.server_version = 140_018, "server version 140018"),
+            (|p| p.data_checksums = false, "checksums"),
+            (|p| p.stop_lsn = 501, "it ended at"),
+            (|p| p.start_timeline = 1, "timeline"),
+            (|p| p.stop_timeline = 1, "of timeline 1"),
+            (|p| p.block_size = 4096, "pages"),
+        ];
+        for (change, word) in changes {
+            let mut changed = parent.clone();
+            change(&mut changed);
+            let why = obstacle(&changed, &child, &[]).unwrap_or_default();
+            assert!(why.contains(word), "{why:?} does not say {word:?}");
+        }
+        let distrusted = proto::DistrustParser {
+            parser_version: 1,
+            reason: String::new(),
+        };
+        assert!(obstacle(&parent, &child, &[distrusted]).is_some());
+    }
+}

@@ -5,11 +5,14 @@
 //! bit of a visibility map registers no block), and they are small.
 
 pub mod audit;
+mod distrust;
 pub mod map;
 pub mod range;
 pub mod records;
 pub mod segment;
 pub mod selection;
+
+pub use distrust::distrust;
 
 /// Version of what [`records`] understands. It rises when that changes, so that maps of a faulty parser can be
 /// distrusted.

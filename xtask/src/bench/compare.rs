@@ -1,8 +1,9 @@
-//! `cargo xtask bench compare`: base backups and restores of several data sets, beside pgBackRest and pg_basebackup
-//! on the same server, both encrypting, both with two workers.
+//! `cargo xtask bench compare`: base backups and restores of several data sets, beside pgBackRest,
+//! pg_basebackup and Barman on the same server, each with two workers.
 //!
-//! Every run begins with an empty repository and an empty directory. Nothing is deleted before all is measured: file
-//! systems pay for what was deleted a moment ago (discarded blocks, inodes that must not be used again yet). Each round runs every tool once, in turn; what is shown are the
+//! Every run begins with an empty repository and an empty directory, a delta restore with an empty kernel's cache of
+//! files. Nothing is deleted before all is measured: file systems pay for what was deleted a moment ago (discarded
+//! blocks, inodes that must not be used again yet). Each round runs every tool once, in turn; what is shown are the
 //! medians, and their ratios to pgBackRest at zstd level 3.
 
 use std::path::{Path, PathBuf};
@@ -28,10 +29,19 @@ pub enum Tool {
     OursZstd,
     /// pg_basebackup with zstd level 3 on the client: it encrypts nothing.
     BaseBackup,
+    /// Barman's backups into object stores, with gzip: it encrypts nothing either.
+    Barman,
 }
 
 impl Tool {
-    const ALL: [Self; 5] = [Self::PeerZstd, Self::Ours, Self::Peer, Self::OursZstd, Self::BaseBackup];
+    const ALL: [Self; 6] = [
+        Self::PeerZstd,
+        Self::Ours,
+        Self::Peer,
+        Self::OursZstd,
+        Self::BaseBackup,
+        Self::Barman,
+    ];
 
     /// How it is called in results.
     pub fn name(self) -> &'static str {
@@ -41,6 +51,7 @@ impl Tool {
             Self::Ours => "fairvault, as it comes",
             Self::OursZstd => "fairvault, zstd 3",
             Self::BaseBackup => "pg_basebackup, zstd 3",
+            Self::Barman => "barman-cloud, gzip",
         }
     }
 }
@@ -70,6 +81,9 @@ pub struct Row {
     pub cost: Cost,
 }
 
+/// Barman for object stores, pinned.
+const BARMAN: [&str; 3] = ["barman==3.19.1", "boto3==1.44.8", "psycopg2-binary"];
+
 /// What is measured.
 const ACTIONS: [&str; 3] = ["full backup", "restore", "delta restore, 1 % damaged"];
 
@@ -86,6 +100,7 @@ pub fn run_it(size: u32, rounds: usize, only: Option<&str>) -> Result<()> {
     tools::install_time()?;
     tools::install_sid()?;
     tools::install_pgbackrest()?;
+    tools::python("barman", &BARMAN)?;
     let mut rows = Vec::new();
     let compared = ALL
         .iter()
@@ -115,8 +130,11 @@ fn compare(data: &Data, size: u32, rounds: usize, rows: &mut Vec<Row>) -> Result
     let s3 = S3::start_tls(&s.scratch, "bucket")?;
     for place in [None, Some(&s3)] {
         let title = format!("{}, {}", data.name, if place.is_some() { "S3" } else { "directory" });
-        // pg_basebackup knows folders only.
-        let in_place = |tool: &&Tool| place.is_none() || matches!(tool, Tool::PeerZstd | Tool::Ours);
+        // pg_basebackup knows folders only, barman-cloud object stores.
+        let in_place = |tool: &&Tool| match place {
+            None => **tool != Tool::Barman,
+            Some(_) => matches!(tool, Tool::PeerZstd | Tool::Ours | Tool::Barman),
+        };
         let tools: Vec<Tool> = Tool::ALL.iter().filter(in_place).copied().collect();
         let mut costs: Vec<[Vec<Cost>; 3]> = tools.iter().map(|_| Default::default()).collect();
         for round in 0..rounds {
@@ -124,7 +142,7 @@ fn compare(data: &Data, size: u32, rounds: usize, rows: &mut Vec<Row>) -> Result
                 let run = Run {
                     s: &s,
                     tool: *tool,
-                    s3: place,
+                    s3: place.map(S3::endpoint),
                     id: format!("{}{round}{}", *tool as u8, u8::from(place.is_some())),
                     more: "",
                 };
@@ -165,8 +183,8 @@ pub struct Run<'a> {
     pub s: &'a Fixture,
     /// Which tool.
     pub tool: Tool,
-    /// Where the repository is, if not in a folder.
-    pub s3: Option<&'a S3>,
+    /// URL of the S3 server that the repository is on, if not in a folder.
+    pub s3: Option<String>,
     /// Part of every name.
     pub id: String,
     /// More lines of pgBackRest's configuration.
@@ -186,7 +204,12 @@ impl Run<'_> {
         if self.tool != Tool::BaseBackup {
             let cost = self.measure(self.restore(false))?;
             self.note(1, cost, costs);
+        }
+        if !matches!(self.tool, Tool::BaseBackup | Tool::Barman) {
             damage(&restored)?;
+            // What a restore before has left in the kernel's cache is another matter for each tool.
+            run(&mut Command::new("sync"))?;
+            std::fs::write("/proc/sys/vm/drop_caches", "1")?;
             let cost = self.measure(self.restore(true))?;
             self.note(2, cost, costs);
         }
@@ -224,13 +247,13 @@ impl Run<'_> {
         let dir = self.s.scratch.path().display().to_string();
         match self.tool {
             Tool::Peer | Tool::PeerZstd => {
-                let repo = match self.s3 {
+                let repo = match &self.s3 {
                     None => format!("repo1-path={}", self.path("repo")),
                     Some(s3) => format!(
-                        "repo1-type=s3\nrepo1-path=/{}\nrepo1-s3-bucket=bucket\nrepo1-s3-endpoint=localhost:{}\nrepo1-s3-region=us-east-1\n\
+                        "repo1-type=s3\nrepo1-path=/{}\nrepo1-s3-bucket=bucket\nrepo1-s3-endpoint={}\nrepo1-s3-region=us-east-1\n\
                          repo1-s3-key=test\nrepo1-s3-key-secret=test\nrepo1-s3-uri-style=path\nrepo1-storage-ca-file={dir}/ca.crt",
                         self.name("repo"),
-                        s3.port
+                        s3.trim_start_matches("https://")
                     ),
                 };
                 let compression = match self.tool {
@@ -248,15 +271,18 @@ impl Run<'_> {
                 run(&mut self.command(&["stanza-create", "--no-online"])).map(drop)
             }
             Tool::Ours | Tool::OursZstd => {
-                let repo = match self.s3 {
+                let repo = match &self.s3 {
                     None => format!("url = \"file://{}\"", self.path("repo")),
                     Some(s3) => {
                         self.s.scratch.write("s3.secret", b"test")?;
+                        let ca = match s3.starts_with("https:") {
+                            true => format!("ca_file = \"{dir}/ca.crt\""),
+                            false => String::new(),
+                        };
                         format!(
-                            "url = \"s3://bucket/{}\"\nendpoint = \"{}\"\nregion = \"us-east-1\"\naccess_key = \"test\"\n\
-                             secret_key_file = \"{dir}/s3.secret\"\nca_file = \"{dir}/ca.crt\"",
-                            self.name("repo"),
-                            s3.endpoint()
+                            "url = \"s3://bucket/{}\"\nendpoint = \"{s3}\"\nregion = \"us-east-1\"\naccess_key = \"test\"\n\
+                             secret_key_file = \"{dir}/s3.secret\"\n{ca}",
+                            self.name("repo")
                         )
                     }
                 };
@@ -272,7 +298,7 @@ impl Run<'_> {
                 self.s.scratch.write(&self.name("conf"), text.as_bytes())?;
                 run(&mut self.command(&["stanza", "create", "acme"])).map(drop)
             }
-            Tool::BaseBackup => Ok(()),
+            Tool::BaseBackup | Tool::Barman => Ok(()),
         }
     }
 
@@ -292,6 +318,23 @@ impl Run<'_> {
                 let mut all = vec![config.as_str()];
                 all.extend(arguments);
                 self.s.scratch.fairvault(&all)
+            }
+            Tool::Barman => {
+                // As root: Python is where only root may look.
+                let mut command = Command::new("env");
+                let dir = self.s.scratch.path().display();
+                command
+                    .args([
+                        "AWS_ACCESS_KEY_ID=test",
+                        "AWS_SECRET_ACCESS_KEY=test",
+                        "AWS_DEFAULT_REGION=us-east-1",
+                    ])
+                    .arg(format!("AWS_CA_BUNDLE={dir}/ca.crt"))
+                    .arg(tools::folder().join("barman/bin").join(arguments[0]))
+                    .arg("--endpoint-url")
+                    .arg(self.s3.as_deref().unwrap_or_default())
+                    .args(&arguments[1..]);
+                command
             }
             Tool::BaseBackup => {
                 let mut command = self.s.scratch.command(tools::bin(15).join("pg_basebackup"));
@@ -316,6 +359,19 @@ impl Run<'_> {
                 "--progress",
                 "none",
             ]),
+            Tool::Barman => self.command(&[
+                "barman-cloud-backup",
+                "--jobs=2",
+                "--gzip",
+                "--immediate-checkpoint",
+                "--host",
+                &self.s.scratch.path().display().to_string(),
+                "--port=5432",
+                "--user=postgres",
+                "--name=last",
+                &format!("s3://bucket/{}", self.name("repo")),
+                "acme",
+            ]),
             Tool::BaseBackup => self.command(&[
                 "-D",
                 &self.path("repo"),
@@ -336,6 +392,13 @@ impl Run<'_> {
                 arguments.extend(delta.then_some("--delta"));
                 self.command(&arguments)
             }
+            Tool::Barman => self.command(&[
+                "barman-cloud-restore",
+                &format!("s3://bucket/{}", self.name("repo")),
+                "acme",
+                "last",
+                &target,
+            ]),
             _ => {
                 let to = format!("--pg1-path={target}");
                 let mut arguments = vec![to.as_str(), "restore"];
