@@ -3,6 +3,7 @@
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -19,10 +20,23 @@ pub struct S3 {
     ca: Option<PathBuf>,
 }
 
-/// A TCP port that is free just now.
+/// A TCP port that is free just now, of those that the kernel does not give to outgoing connections: so nobody takes
+/// it before a server that starts slowly does.
 pub fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+    static TRIED: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(97);
+    for _ in 0..PORTS {
+        let number = first.wrapping_add(TRIED.fetch_add(1, Ordering::Relaxed)) % PORTS;
+        let port = FIRST_PORT + number as u16;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    bail!("no port from {FIRST_PORT} on is free")
 }
+
+const FIRST_PORT: u16 = 10_000;
+const PORTS: u32 = 20_000;
 
 impl S3 {
     /// Starts it with a bucket.
@@ -45,6 +59,21 @@ impl S3 {
     }
 
     fn start_with(scratch: &Scratch, bucket: &str, ca: Option<PathBuf>) -> Result<Self> {
+        // A port that was free a moment ago may be somebody else's by now.
+        for _ in 0..4 {
+            if let Some(this) = Self::try_start(scratch, ca.clone())? {
+                this.curl(&["-fs", "-X", "PUT", &format!("{}/{bucket}", this.endpoint())])?;
+                return Ok(this);
+            }
+        }
+        bail!(
+            "the S3 server did not start: {}",
+            std::fs::read_to_string(scratch.join("s3.log"))?
+        )
+    }
+
+    /// `None` if it ends at once.
+    fn try_start(scratch: &Scratch, ca: Option<PathBuf>) -> Result<Option<Self>> {
         let port = free_port()?;
         let log = std::fs::File::create(scratch.join("s3.log"))?;
         let mut command = Command::new(tools::install_ministack()?);
@@ -64,12 +93,15 @@ impl S3 {
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()?;
-        let this = Self { child, port, ca };
+        let mut this = Self { child, port, ca };
         let deadline = Instant::now() + Duration::from_secs(30);
         while this
             .curl(&["-fs", &format!("{}/_ministack/health", this.endpoint())])
             .is_err()
         {
+            if this.child.try_wait()?.is_some() {
+                return Ok(None);
+            }
             if Instant::now() > deadline {
                 bail!(
                     "the S3 server did not start: {}",
@@ -78,8 +110,7 @@ impl S3 {
             }
             std::thread::sleep(Duration::from_millis(100));
         }
-        this.curl(&["-fs", "-X", "PUT", &format!("{}/{bucket}", this.endpoint())])?;
-        Ok(this)
+        Ok(Some(this))
     }
 
     /// Runs curl, which trusts the server.

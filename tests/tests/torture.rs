@@ -4,7 +4,7 @@
 //! Seeded: `FAIRVAULT_TORTURE_SEED` and `FAIRVAULT_TORTURE_ROUNDS`; every failure names the seed.
 
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -26,7 +26,9 @@ struct Torture {
     prepared: Vec<String>,
     /// The first full backup, recovered by replay alone up to the last restore point.
     truth: Option<Server>,
-    backups: u32,
+    /// A standby, from the first backup of it on.
+    standby: Option<Server>,
+    points: u32,
     incremental: u32,
     /// A deliberate bug in what archives and backs up.
     fault: &'static str,
@@ -67,7 +69,8 @@ impl Torture {
             databases: vec![false; DATABASES as usize],
             prepared: Vec::new(),
             truth: None,
-            backups: 0,
+            standby: None,
+            points: 0,
             incremental: 0,
             fault,
         })
@@ -238,6 +241,25 @@ impl Torture {
         self.s.server.start(&self.s.scratch)
     }
 
+    /// A standby that has replayed what there is, and made a restartpoint of it; how to connect to it.
+    fn catch_up(&mut self) -> Result<String> {
+        let s = &self.s;
+        let standby = match &self.standby {
+            Some(standby) => standby,
+            None => {
+                println!("    a standby");
+                let map = format!("all={}", s.path("standby-ts"));
+                let server = s.standby("standby", 5462, &["--tablespace-map", &map], "")?;
+                self.standby.insert(server)
+            }
+        };
+        s.sql("checkpoint")?;
+        let at = s.sql("select pg_current_wal_lsn()")?;
+        standby.wait_for(&s.scratch, &format!("select pg_last_wal_replay_lsn() >= '{at}'"), "t")?;
+        standby.sql(&s.scratch, "checkpoint")?;
+        Ok(standby.conninfo())
+    }
+
     /// Small changes all the time, while a backup is taken.
     fn load(&self) -> Result<Child> {
         let script = self.s.scratch.write(
@@ -261,8 +283,52 @@ impl Torture {
             Some(_) => self.dice.pick(&["incr", "incr", "incr", "diff"]),
         };
         let source = *self.dice.pick(&["local", "sql", "stream"]);
+        let is_of_standby = self.truth.is_some() && self.dice.roll(5) == 0;
+        let of_standby = match is_of_standby {
+            true => Some(self.catch_up()?),
+            false => None,
+        };
         let mut load = self.load()?;
         std::thread::sleep(Duration::from_millis(100 + self.dice.roll(400)));
+        // Now and then, somebody else takes one at the same time.
+        let other = match self.truth.is_some() && self.dice.roll(4) == 0 {
+            true => {
+                let source = *self.dice.pick(&["local", "sql", "stream"]);
+                Some(self.backup("incr", source))
+            }
+            false => None,
+        };
+        let other = other.map(|mut command| command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn());
+        let other = other.transpose()?;
+        let mut command = self.backup(kind, source);
+        if let Some(conninfo) = &of_standby {
+            command.args(["--conninfo", conninfo]);
+        }
+        let taken = code(&mut command);
+        let other = other.map(Child::wait_with_output).transpose()?;
+        let _ = load.kill();
+        load.wait()?;
+        let mut ids = vec![self.taken(kind, source, taken)?];
+        if let Some(output) = other {
+            let (exit, text) = (output.status.code().unwrap_or(-1), fairvault_tests::text(&output));
+            ids.push(self.taken("incr", "beside it", (exit, text))?);
+        }
+        // Whoever works on goes on before the moment of comparison, or not.
+        for _ in 0..self.dice.roll(3) {
+            self.step()?;
+        }
+        self.points += 1;
+        let point = format!("point{}", self.points);
+        // A server that shuts down in recovery writes its pages out only if it has seen a checkpoint.
+        self.sql("checkpoint")?;
+        let at = self.sql(&format!("select pg_create_restore_point('{point}')"))?;
+        println!("  {point} at {at}");
+        self.s.flush_archive(&self.s.server)?;
+        self.compare(&ids, &point)
+    }
+
+    /// A backup that somebody takes.
+    fn backup(&self, kind: &str, source: &str) -> Command {
         let mut command = self.s.scratch.command("env");
         command
             .arg(format!("HOME={}", self.s.path("")))
@@ -271,14 +337,14 @@ impl Torture {
             .args(&self.s.options)
             .args(["backup", "acme", "--fast", "--progress", "none", "--output", "json"])
             .args(["--type", kind, "--source", source]);
-        let taken = code(&mut command);
-        let _ = load.kill();
-        load.wait()?;
-        let (exit, text) = taken;
+        command
+    }
+
+    /// Its id, once it was taken.
+    fn taken(&mut self, kind: &str, source: &str, (exit, text): (i32, String)) -> Result<String> {
         ensure!(exit == 0, "{exit} {text}");
         let id = field(&text, "id")?;
         let has_parent = !field(&text, "parent")?.is_empty();
-        self.backups += 1;
         self.incremental += u32::from(has_parent);
         println!(
             "  {kind} from {source}: {id}, {} to {}, {} read, {} stored",
@@ -288,30 +354,20 @@ impl Torture {
             field(&text, "new_stored_bytes")?
         );
         ensure!(has_parent == (kind != "full"), "{text}");
-        // Whoever works on goes on before the moment of comparison, or not.
-        for _ in 0..self.dice.roll(3) {
-            self.step()?;
-        }
-        let point = format!("point{}", self.backups);
-        // A server that shuts down in recovery writes its pages out only if it has seen a checkpoint.
-        self.sql("checkpoint")?;
-        let at = self.sql(&format!("select pg_create_restore_point('{point}')"))?;
-        println!("  {point} at {at}");
-        self.s.flush_archive(&self.s.server)?;
-        self.compare(&id, &point)
+        Ok(id)
     }
 
-    fn compare(&mut self, id: &str, point: &str) -> Result<()> {
+    fn compare(&mut self, ids: &[String], point: &str) -> Result<()> {
         let s = &self.s;
-        let target = ["--target-name", point, "--target-action", "shutdown", "--backup", id];
-        let restored = |name: &str, port| -> Result<Server> {
+        let restored = |name: &str, port, id: &str| -> Result<Server> {
+            let target = ["--target-name", point, "--target-action", "shutdown", "--backup", id];
             let map = format!("all={}", s.path(&format!("{name}-ts")));
             let (exit, text) = s.restore(name, &[&target[..], &["--tablespace-map", &map]].concat());
             ensure!(exit == 0, "{text}");
             Ok(s.copy(name, port))
         };
         if self.truth.is_none() {
-            let truth = restored("truth", 5460)?;
+            let truth = restored("truth", 5460, &ids[0])?;
             recover(s, &truth)?;
             self.truth = Some(truth);
             return Ok(());
@@ -328,20 +384,52 @@ impl Torture {
         });
         std::fs::write(&auto, with_point.collect::<Vec<_>>().join("\n") + "\n")?;
         recover(s, truth)?;
-        let copy = restored("copy", 5461)?;
-        verify(s, &copy)?;
-        recover(s, &copy)?;
-        let found = differences(&truth.data, &copy.data, 10)?;
-        ensure!(
-            found.is_empty(),
-            "backup {id} differs from what replay makes:\n{}",
-            found.join("\n")
-        );
-        for name in ["copy", "copy-ts"] {
-            let _ = std::fs::remove_dir_all(s.scratch.join(name));
+        for id in ids {
+            let copy = restored("copy", 5461, id)?;
+            verify(s, &copy)?;
+            recover(s, &copy)?;
+            let found = differences(&truth.data, &copy.data, 10)?;
+            ensure!(
+                found.is_empty(),
+                "backup {id} differs from what replay makes:\n{}",
+                found.join("\n")
+            );
+            look_inside(s, &copy).with_context(|| format!("backup {id}"))?;
+            for name in ["copy", "copy-ts"] {
+                let _ = std::fs::remove_dir_all(s.scratch.join(name));
+            }
         }
         Ok(())
     }
+}
+
+/// What PostgreSQL's own tools say of a copy that was recovered: tables and indexes agree, and everything can be read.
+fn look_inside(s: &Fixture, copy: &Server) -> Result<()> {
+    // Other versions here come without these tools, or without amcheck.
+    if copy.major() != 15 {
+        return Ok(());
+    }
+    s.configure("copy", "recovery_target_action = 'promote'\n")?;
+    copy.start(&s.scratch)?;
+    copy.wait_for(&s.scratch, "select pg_is_in_recovery()", "f")?;
+    let host = s.path("");
+    let tool = |name: &str, arguments: &[&str]| {
+        let mut command = copy.program(&s.scratch, name);
+        let port = copy.port.to_string();
+        run(command
+            .args(["-h", &host, "-p", &port, "-U", "postgres"])
+            .args(arguments))
+    };
+    tool(
+        "pg_amcheck",
+        &["--all", "--install-missing", "--heapallindexed", "--parent-check"],
+    )?;
+    let dump = tool("pg_dumpall", &[])?;
+    ensure!(
+        dump.contains("PostgreSQL database cluster dump complete"),
+        "the dump ends early"
+    );
+    copy.stop(&s.scratch, "immediate")
 }
 
 /// Recovers to the target, where the server shuts down.
