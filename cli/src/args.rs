@@ -133,6 +133,8 @@ pub enum Command {
         #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
         progress: ProgressMode,
     },
+    /// Bring other repositories of a stanza up to date: backups and WAL that they do not have
+    Copy(CopyArgs),
     /// Decide which backups are needed no more, as `retention` says
     Expire(ExpireArgs),
     /// Delete what no backup and no reader needs
@@ -189,6 +191,28 @@ pub enum StanzaCommand {
     Fence(FenceArgs),
     /// Rely no more on block maps of a version of the WAL parser that was found to be wrong
     Distrust(DistrustArgs),
+}
+
+/// `copy`
+#[derive(Debug, Args)]
+pub struct CopyArgs {
+    /// Stanza
+    pub stanza: String,
+    /// Copy from this repository [default: the first]
+    #[arg(long, value_name = "NAME")]
+    pub from_repo: Option<String>,
+    /// Copy to this repository [default: all others]
+    #[arg(long, value_name = "NAME")]
+    pub to_repo: Option<String>,
+    /// Only this backup, with WAL from its beginning on, whatever the retention says
+    #[arg(long, value_name = "ID")]
+    pub backup: Option<String>,
+    /// Only say what would be copied
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How progress looks
+    #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
+    pub progress: ProgressMode,
 }
 
 /// `expire`

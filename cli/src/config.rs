@@ -35,6 +35,9 @@ pub struct Config {
 pub struct Repo {
     /// s3://, gs://, az:// or file://
     pub url: String,
+    /// One that is away raises an alarm, and holds up nothing.
+    #[serde(default)]
+    pub optional: bool,
     /// Endpoint of an S3-compatible store.
     pub endpoint: Option<String>,
     /// Region.
@@ -146,7 +149,7 @@ pub enum Codec {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Defaults {
-    /// Repositories: WAL goes to all, backups to the first.
+    /// Repositories: WAL goes to all, backups to the first that is not optional.
     #[serde(default)]
     pub repos: Vec<String>,
     /// Compression.
@@ -182,6 +185,9 @@ pub struct StanzaConfig {
     /// Repositories.
     #[serde(default)]
     pub repos: Vec<String>,
+    /// Those that `backup` writes to.
+    #[serde(default)]
+    pub backup_repos: Vec<String>,
     /// Compression.
     pub compression: Option<Compression>,
     /// How long archived WAL of a backup may take to arrive.

@@ -51,8 +51,46 @@ impl Context {
         self.global.repo_url.is_some()
     }
 
-    /// Names of the repositories of a stanza: WAL goes to all, backups to the first.
+    /// Names of the repositories of a stanza, optional ones last: WAL goes to all, backups to the first.
     pub fn repositories(&self, stanza: Option<&str>) -> Result<Vec<String>> {
+        let mut names = self.configured_repositories(stanza)?;
+        let mut seen = std::collections::BTreeSet::new();
+        names.retain(|name| seen.insert(name.clone()));
+        if names.iter().all(|name| self.is_optional(name)) {
+            return Err(Error::usage(format!("all repositories are optional: {}", names.join(", ")))
+                .remedy("WAL counts as archived when every repository that is not optional has it: at least one must not be"));
+        }
+        names.sort_by_key(|name| self.is_optional(name));
+        Ok(names)
+    }
+
+    /// Whether a repository may be away without holding anything up. One that was asked for by name is not.
+    pub fn is_optional(&self, name: &str) -> bool {
+        self.global.repo.is_none() && self.config.repo.get(name).is_some_and(|repo| repo.optional)
+    }
+
+    /// Those of a stanza's repositories that backups go to: taken into the first, and copied to the others.
+    pub fn backup_repositories(&self, stanza: &str) -> Result<Vec<String>> {
+        let all = self.repositories(Some(stanza))?;
+        let chosen = self.stanza(stanza).map(|s| s.backup_repos.clone()).unwrap_or_default();
+        if chosen.is_empty() || self.global.repo.is_some() || self.global.repo_url.is_some() {
+            return Ok(all.into_iter().take(1).collect());
+        }
+        if let Some(stranger) = chosen.iter().find(|name| !all.contains(name)) {
+            return Err(Error::usage(format!(
+                "backup_repos names {stranger:?}, which is no repository of stanza {stanza}"
+            ))
+            .remedy(format!("repositories: {}", all.join(", "))));
+        }
+        let chosen: Vec<String> = all.into_iter().filter(|name| chosen.contains(name)).collect();
+        match self.is_optional(&chosen[0]) {
+            true => Err(Error::usage("backup_repos names optional repositories only")
+                .remedy("a backup is taken into one that is not optional, and copied to others")),
+            false => Ok(chosen),
+        }
+    }
+
+    fn configured_repositories(&self, stanza: Option<&str>) -> Result<Vec<String>> {
         if self.global.repo_url.is_some() {
             return Ok(vec![FLAG_REPO.to_owned()]);
         }
@@ -146,12 +184,6 @@ impl Context {
             may_stretch,
             env: Arc::new(SystemEnv),
         })
-    }
-
-    /// Opens a stanza's log in its first repository.
-    pub async fn open_log(&self, stanza: &str) -> Result<Log> {
-        let repositories = self.repositories(Some(stanza))?;
-        self.open_log_in(&repositories[0], stanza, true).await
     }
 
     /// Opens a stanza's log in a repository.

@@ -4,6 +4,7 @@
 //! "not in the archive" and ends recovery, so every failure there, from a typo to a panic, is 200.
 
 mod args;
+mod away;
 mod commands;
 mod config;
 mod context;
@@ -223,6 +224,7 @@ async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
             level,
             progress,
         } => commands::verify::run(&context, &stanza, level, progress).await,
+        Command::Copy(args) => commands::copy::run(context, args).await,
         Command::Expire(args) => commands::expire::run(&context, args).await,
         Command::Gc(args) => commands::gc::run(&context, args).await,
         Command::Hold { stanza, backup, reason } => {

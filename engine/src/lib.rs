@@ -8,6 +8,7 @@ pub mod audit;
 pub mod backup;
 pub mod codec;
 pub mod commit;
+pub mod copy;
 mod crc;
 pub mod dedup;
 pub mod env;

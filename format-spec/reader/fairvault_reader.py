@@ -235,7 +235,8 @@ class Stanza:
         self.folder = repository / name
         self.keys = Keys(self.folder / "keys", read_repository_id(repository / "fairvault.json"), key, passphrase)
         self.fence = self.newest_epoch = 0
-        self.backups: dict[str, Any] = {}  # commits that stand, in the log's order
+        self.backups: dict[str, Any] = {}  # commits that stand, in their order
+        self.lives: list[int] = []  # system identifiers, newest last
         self.sessions: dict[bytes, bool] = {}  # whether the session is open
         previous, seq = bytes(32), 1
         while (self.folder / f"log/{seq:020d}").exists():
@@ -284,18 +285,36 @@ class Stanza:
                 require(body.info.id not in self.backups and len(body.root) == 32,
                         f"{where}: not a commit of a new backup")
                 self.sessions[body.session] = False
-                self.backups[body.info.id] = body
+                self._place(body)
         elif kind == "set_fence" and body.fence > self.fence:
             self.fence = body.fence
             self.sessions.update({session: False for session in body.sessions})
         elif kind == "expired":
             self.backups.pop(body.backup, None)
+        elif kind == "incarnation":
+            self.lives.append(body.system_identifier)
         elif kind == "key_epoch":
             require(body.epoch > self.newest_epoch, f"{where}: key epoch {body.epoch} is not new")
             self._add_epoch(body, where)
 
+    def _place(self, commit: Any) -> None:
+        """Add a backup behind the others; a copy where its original would be."""
+        def position(info: Any) -> tuple[int, int, int]:
+            known = info.system_identifier in self.lives
+            life = self.lives.index(info.system_identifier) if known else len(self.lives)
+            return life, info.stop_timeline, info.stop_lsn
+        ids = list(self.backups)
+        is_copy = commit.info.HasField("copied_from")
+        later = [n for n, other in enumerate(ids)
+                 if is_copy and position(self.backups[other].info) > position(commit.info)]
+        behind = ids[later[0]:] if later else []
+        self.backups[commit.info.id] = commit
+        for other in behind:
+            self.backups[other] = self.backups.pop(other)
+
     def _genesis(self, genesis: Any, header: Header, where: str) -> None:
         """Compare what entry 1 pins with what was found, and take its public keys."""
+        self.lives.append(genesis.incarnation.system_identifier)
         require((genesis.repository_id, genesis.stanza_id) == (self.keys.repository_id, self.keys.stanza_id),
                 f"{where}: pins the ids of another repository or stanza")
         require(self.keys.given or not genesis.encrypted, f"{where}: says encrypted, but an unsealed slot opened it")

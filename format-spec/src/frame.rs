@@ -82,6 +82,14 @@ pub struct FrameReader {
 }
 
 impl FrameReader {
+    /// Codec and codec output of the frame that was opened last: to be sealed anew under other keys.
+    pub fn encoded(&self) -> (u8, &[u8]) {
+        match self.frame.split_first_chunk::<FRAME_HEADER_LEN>() {
+            Some((header, output)) => (header[0], output),
+            None => (codec::RAW, &[]),
+        }
+    }
+
     fn decode(&mut self, what: &str) -> Result<&[u8]> {
         let Some((header, output)) = self.frame.split_first_chunk::<FRAME_HEADER_LEN>() else {
             return Err(FormatError::damaged(what, "it is shorter than a frame header"));

@@ -209,7 +209,9 @@ async fn two_backups_of_one_second_get_two_names() -> Result<()> {
     let mut log = with_sessions(&store, 0).await?;
     let mut other = open(&store).await?;
     let name = |now: &proto::Snapshot| {
-        let free = ["a", "b", "c"].into_iter().find(|id| !state::is_taken(now, id));
+        let free = ["a", "b", "c"]
+            .into_iter()
+            .find(|id| !state::is_taken(now, id, "backup"));
         free.unwrap_or_default().to_owned()
     };
     let first = Session::begin(&mut log, "backup", name).await?;

@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use fairvault_engine::backup::{self, Options, SourceKind, WalMethod, judge};
 use fairvault_engine::commit::Log;
+use fairvault_engine::copy as engine;
 use fairvault_engine::error::{Error, Kind, Result};
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::progress::Progress;
 
-use super::{Outcome, stanza, stop_signal};
+use super::{Outcome, copy, stanza, stop_signal};
 use crate::args::{BackupArgs, BackupType, Output, Source, WalArg};
+use crate::away::Away;
 use crate::config;
 use crate::config::Codec;
 use crate::context::Context;
@@ -28,9 +30,7 @@ fn rate_kib(text: &str) -> Result<u32> {
 }
 
 /// Opens the stanza; with options alone, a new one is made.
-async fn open(context: &Context, args: &BackupArgs) -> Result<Log> {
-    let repositories = context.repositories(Some(&args.stanza))?;
-    let repository = &repositories[0];
+async fn open(context: &Context, args: &BackupArgs, repository: &str) -> Result<Log> {
     let opened = context.open_log_in(repository, &args.stanza, true).await;
     match opened {
         Err(error) if context.is_from_flags() && is_missing(&error) => {
@@ -48,8 +48,54 @@ fn is_missing(error: &Error) -> bool {
     error.kind() == Kind::NotFound || error.kind() == Kind::Temporary && error.to_string().ends_with("is not there")
 }
 
+/// Copies a backup that was just taken to the other repositories that backups go to.
+async fn copy_on(context: &Arc<Context>, args: &BackupArgs, log: &Log, id: &str, others: &[String]) -> Result<Outcome> {
+    let away = Away::of(context, &args.stanza);
+    let mut outcome = Outcome::Done;
+    for repository in others {
+        let is_optional = context.is_optional(repository);
+        let copying = async {
+            let mut target = copy::open(context, &args.stanza, repository, is_optional).await?;
+            let options = engine::Options {
+                backup: Some(id.to_owned()),
+                retention: context.retention(repository, &args.stanza)?,
+                level: context.wal_level(&args.stanza)?,
+            };
+            let progress = Arc::new(Progress::default());
+            let display = output::Display::start(args.progress, progress.clone(), "stored");
+            let copied = engine::run(log, &mut target, &options, &progress, stop_signal()).await;
+            drop(display);
+            match copied?.failed.pop() {
+                None => Ok(()),
+                Some(failed) => Err(Error::damaged(failed.why)),
+            }
+        };
+        match copying.await {
+            Ok(()) => {
+                away.clear(repository, false);
+                tracing::info!("backup {id} was copied to {repository}");
+            }
+            Err(error) if is_optional && error.kind() != Kind::Interrupted => {
+                away.alarm(repository, &error);
+                tracing::warn!("backup {id} is not in the optional repository {repository}: {error}");
+                outcome = Outcome::Warnings;
+            }
+            Err(error) => {
+                let what = format!(
+                    "backup {id} is complete in {}, and was not copied to {repository}",
+                    log.stanza().shown()
+                );
+                return Err(error
+                    .context(what)
+                    .remedy(format!("try again with `fairvault copy {}`", args.stanza)));
+            }
+        }
+    }
+    Ok(outcome)
+}
+
 /// Runs it.
-pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
+pub async fn run(context: &Arc<Context>, args: BackupArgs) -> Result<Outcome> {
     let mut annotations = BTreeMap::new();
     for annotation in &args.annotation {
         let (key, value) = annotation
@@ -89,7 +135,8 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
         archive_timeout: context.archive_timeout(&args.stanza)?,
         annotations,
     };
-    let mut log = open(context, &args).await?;
+    let repositories = context.backup_repositories(&args.stanza)?;
+    let mut log = open(context, &args, &repositories[0]).await?;
     let taken = log.state().backups.iter().filter_map(|backup| backup.info.as_ref());
     // Without any backup there is nothing to decide.
     if options.kind == backup::Kind::Auto
@@ -106,6 +153,7 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
     drop(display);
     let report = result?;
     let info = &report.info;
+    let copied = copy_on(context, &args, &log, &info.id, &repositories[1..]).await;
     let damaged: Vec<_> = report.page_failures.iter().filter(|f| judge::is_damage(f)).collect();
     if context.global.output == Output::Json {
         let failures: Vec<_> = report
@@ -173,8 +221,9 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
             "this backup is right, since everything was read. Trust no incremental backup before it, and report this",
         ));
     }
+    let outcome = copied?;
     if damaged.is_empty() {
-        return Ok(Outcome::Done);
+        return Ok(outcome);
     }
     tracing::warn!(
         "{} pages are damaged on the server. The backup is complete and holds them as they are: check the server's storage, and keep older backups",

@@ -1,10 +1,15 @@
 //! `check`: is a backup possible, and is WAL arriving?
 
+use std::sync::Arc;
+
 use fairvault_engine::backup::source;
+use fairvault_engine::commit::Log;
+use fairvault_engine::copy::{self as engine, Options};
 use fairvault_engine::env::SystemEnv;
 use fairvault_engine::error::{Error, Result};
 use fairvault_engine::inspect::info_of;
 use fairvault_engine::postgres::lsn::Lsn;
+use fairvault_engine::postgres::segment::Segment;
 use fairvault_engine::replication::connection::{Connection, Mode};
 use fairvault_engine::stanza::create::{Cluster, check_cluster};
 use fairvault_engine::store::probe::probe;
@@ -12,8 +17,9 @@ use fairvault_engine::wal::archive::Archive;
 use fairvault_engine::wal::coverage::Coverage;
 use serde::Serialize;
 
-use super::Outcome;
+use super::{Outcome, copy};
 use crate::args::Output;
+use crate::away::{Away, PATIENCE, bounded};
 use crate::context::Context;
 use crate::output;
 
@@ -21,6 +27,8 @@ use crate::output;
 struct Line {
     what: String,
     ok: bool,
+    /// It is of an optional repository: a failure is a warning.
+    optional: bool,
     detail: String,
     remedy: Option<String>,
 }
@@ -30,12 +38,14 @@ fn line(what: &str, result: Result<String>) -> Line {
         Ok(detail) => Line {
             what: what.to_owned(),
             ok: true,
+            optional: false,
             detail,
             remedy: None,
         },
         Err(error) => Line {
             what: what.to_owned(),
             ok: false,
+            optional: false,
             detail: error.to_string(),
             remedy: error.advice().map(str::to_owned),
         },
@@ -43,30 +53,37 @@ fn line(what: &str, result: Result<String>) -> Line {
 }
 
 /// Runs it.
-pub async fn run(context: &Context, stanza: &str) -> Result<Outcome> {
+pub async fn run(context: &Arc<Context>, stanza: &str) -> Result<Outcome> {
     let mut lines = Vec::new();
     let server = server(context, stanza, &mut lines).await;
-    for repository in context.repositories(Some(stanza))? {
-        let store = match context.open_repository(&repository, false) {
-            Ok(store) => store,
-            Err(error) => {
-                lines.push(line(&format!("repository {repository}"), Err(error)));
-                continue;
-            }
-        };
-        let probed = match store.settings().single_writer {
-            true => Ok("not probed: single_writer = true, nothing protects it against a second writer".to_owned()),
-            false => probe(&store, &SystemEnv)
-                .await
-                .map(|()| "creates objects conditionally".to_owned()),
-        };
-        lines.push(line(&format!("repository {repository}"), probed));
-        lines.push(line(
-            &format!("stanza {stanza} in {repository}"),
-            stanza_in(context, &repository, stanza, server.as_ref()).await,
-        ));
+    let repositories = context.repositories(Some(stanza))?;
+    context.backup_repositories(stanza)?;
+    for repository in &repositories {
+        let (at, name, of) = (context.clone(), repository.clone(), stanza.to_owned());
+        if !context.is_optional(repository) {
+            lines.extend(look(at, name, of, server).await);
+            continue;
+        }
+        let away = Away::of(context, stanza);
+        let found = bounded(
+            PATIENCE * 4,
+            move || async move { Ok(look(at, name, of, server).await) },
+        )
+        .await;
+        let mut found = found.unwrap_or_else(|error| vec![line(&format!("repository {repository}"), Err(error))]);
+        found.iter_mut().for_each(|line| line.optional = true);
+        if found.iter().all(|line| line.ok) {
+            away.clear(repository, true);
+        }
+        lines.extend(found);
     }
-    let good = lines.iter().all(|l| l.ok);
+    for other in repositories.iter().skip(1) {
+        let compared = compare(context, stanza, &repositories[0], other).await;
+        let mut compared = line(&format!("repositories {} and {other}", repositories[0]), compared);
+        compared.optional = context.is_optional(other);
+        lines.push(compared);
+    }
+    let good = lines.iter().all(|l| l.ok || l.optional);
     if context.global.output == Output::Json {
         output::json(
             "check",
@@ -74,23 +91,86 @@ pub async fn run(context: &Context, stanza: &str) -> Result<Outcome> {
         );
     } else {
         for l in &lines {
-            output::line(format_args!(
-                "{}  {}: {}",
-                if l.ok { "ok  " } else { "FAIL" },
-                l.what,
-                l.detail
-            ));
+            let word = match (l.ok, l.optional) {
+                (true, _) => "ok  ",
+                (false, true) => "WARN",
+                (false, false) => "FAIL",
+            };
+            output::line(format_args!("{word}  {}: {}", l.what, l.detail));
             if let Some(remedy) = &l.remedy {
                 output::line(format_args!("      → {remedy}"));
             }
         }
     }
     match good {
-        true => Ok(Outcome::Done),
+        true if lines.iter().all(|l| l.ok) => Ok(Outcome::Done),
+        true => Ok(Outcome::Warnings),
         false => Err(Error::failed("not everything is as it should be")),
     }
 }
 
+/// Looks at a repository and the stanza in it.
+async fn look(context: Arc<Context>, repository: String, stanza: String, server: Option<Server>) -> Vec<Line> {
+    let store = match context.open_repository(&repository, false) {
+        Ok(store) => store,
+        Err(error) => return vec![line(&format!("repository {repository}"), Err(error))],
+    };
+    let probed = match store.settings().single_writer {
+        true => Ok("not probed: single_writer = true, nothing protects it against a second writer".to_owned()),
+        false => probe(&store, &SystemEnv)
+            .await
+            .map(|()| "creates objects conditionally".to_owned()),
+    };
+    let opened = stanza_in(&context, &repository, &stanza, server.as_ref()).await;
+    vec![
+        line(&format!("repository {repository}"), probed),
+        line(&format!("stanza {stanza} in {repository}"), opened),
+    ]
+}
+
+/// What `copy` would bring from one repository to another. That one is behind is no fault.
+async fn compare(context: &Arc<Context>, stanza: &str, one: &str, other: &str) -> Result<String> {
+    let is_optional = context.is_optional(other);
+    let source = copy::open(context, stanza, one, false).await?;
+    let target = copy::open(context, stanza, other, is_optional).await?;
+    let options = Options {
+        backup: None,
+        retention: context.retention(other, stanza)?,
+        level: 0,
+    };
+    let plan = async {
+        let plan = engine::plan(&source, &target, &options).await?;
+        Ok::<_, Error>((plan, ends(&source).await?, ends(&target).await?))
+    };
+    let late = || Error::temporary("they could not be compared in time");
+    let (plan, here, there) = match is_optional {
+        true => tokio::time::timeout(PATIENCE * 4, plan).await.map_err(|_| late())??,
+        false => plan.await?,
+    };
+    Ok(format!(
+        "{one} has {here}; {other} has {there}; `copy` would bring {}",
+        copy::brings(&plan)
+    ))
+}
+
+/// The newest backup of a stanza, and the newest segment of its newest timeline.
+async fn ends(log: &Log) -> Result<String> {
+    let archive = Archive::open(log, None, 0)?;
+    let coverage = Coverage::read(&archive).await?;
+    let newest = log.state().backups.last().and_then(|backup| backup.info.as_ref());
+    let backup = newest.map_or_else(|| "no backup".to_owned(), |info| format!("backup {}", info.id));
+    let last = coverage.timelines.iter().next_back();
+    let segment = last.and_then(|(&timeline, wal)| {
+        let number = wal.segments.last().max(wal.parts.last()).copied()?;
+        Some(Segment { timeline, number }.name(archive.segment_size))
+    });
+    Ok(format!(
+        "{backup} and WAL up to {}",
+        segment.unwrap_or_else(|| "none".to_owned())
+    ))
+}
+
+#[derive(Clone, Copy)]
 struct Server {
     cluster: Cluster,
     timeline: u32,

@@ -1,23 +1,29 @@
 //! `expire`, `hold`, `unhold` and `policy`: what is kept, and what is not.
 
+use std::sync::Arc;
+
 use fairvault_engine::error::{Context as _, Result};
 use fairvault_engine::expire::{self, Options};
 
-use super::Outcome;
+use super::{Outcome, or_left_out};
 use crate::args::{ExpireArgs, Output, PolicyArgs};
 use crate::config;
 use crate::context::Context;
 use crate::output;
 
 /// `expire`: in every repository, each by its own retention.
-pub async fn run(context: &Context, args: ExpireArgs) -> Result<Outcome> {
+pub async fn run(context: &Arc<Context>, args: ExpireArgs) -> Result<Outcome> {
+    let mut outcome = Outcome::Done;
     for repository in context.repositories(Some(&args.stanza))? {
         let options = Options {
             retention: context.retention(&repository, &args.stanza)?,
             dry_run: args.dry_run,
             trust_clock: args.trust_clock,
         };
-        let mut log = context.open_log_in(&repository, &args.stanza, true).await?;
+        let Some(mut log) = or_left_out(context, &args.stanza, &repository).await? else {
+            outcome = Outcome::Warnings;
+            continue;
+        };
         let report = expire::run(&mut log, &options)
             .await
             .context(|| format!("repository {repository}"))?;
@@ -47,15 +53,19 @@ pub async fn run(context: &Context, args: ExpireArgs) -> Result<Outcome> {
             output::line("  what nothing needs any more is deleted by `fairvault gc`");
         }
     }
-    Ok(Outcome::Done)
+    Ok(outcome)
 }
 
 /// `hold` and `unhold`.
-pub async fn hold(context: &Context, stanza: &str, backup: &str, reason: &str, released: bool) -> Result<Outcome> {
+pub async fn hold(context: &Arc<Context>, stanza: &str, backup: &str, reason: &str, released: bool) -> Result<Outcome> {
     let mut done = Vec::new();
     let mut missing = None;
+    let mut outcome = Outcome::Done;
     for repository in context.repositories(Some(stanza))? {
-        let mut log = context.open_log_in(&repository, stanza, true).await?;
+        let Some(mut log) = or_left_out(context, stanza, &repository).await? else {
+            outcome = Outcome::Warnings;
+            continue;
+        };
         match expire::hold(&mut log, backup, reason, released).await {
             Ok(()) => done.push(log.stanza().shown().to_owned()),
             // Backups may be in one repository only.
@@ -76,15 +86,19 @@ pub async fn hold(context: &Context, stanza: &str, backup: &str, reason: &str, r
             .iter()
             .for_each(|shown| output::line(format_args!("{shown}: backup {backup} is {word}"))),
     }
-    Ok(Outcome::Done)
+    Ok(outcome)
 }
 
 /// `policy`
-pub async fn policy(context: &Context, args: PolicyArgs) -> Result<Outcome> {
+pub async fn policy(context: &Arc<Context>, args: PolicyArgs) -> Result<Outcome> {
     let age = args.minimum_retention.as_deref();
     let age = age.map(|text| config::age("--minimum-retention", text)).transpose()?;
+    let mut outcome = Outcome::Done;
     for repository in context.repositories(Some(&args.stanza))? {
-        let mut log = context.open_log_in(&repository, &args.stanza, true).await?;
+        let Some(mut log) = or_left_out(context, &args.stanza, &repository).await? else {
+            outcome = Outcome::Warnings;
+            continue;
+        };
         let policy = match (age, args.minimum_full) {
             (None, None) => log.state().policy.clone().unwrap_or_default(),
             _ => expire::set_policy(&mut log, age, args.minimum_full).await?,
@@ -103,5 +117,5 @@ pub async fn policy(context: &Context, args: PolicyArgs) -> Result<Outcome> {
             )),
         }
     }
-    Ok(Outcome::Done)
+    Ok(outcome)
 }

@@ -8,14 +8,14 @@ use fairvault_engine::error::{Context as _, Error, Result};
 use fairvault_engine::gc::{self, Count, Options};
 use fairvault_engine::progress::Progress;
 
-use super::Outcome;
+use super::{Outcome, or_left_out};
 use crate::args::{GcArgs, Output};
 use crate::config;
 use crate::context::Context;
 use crate::output;
 
 /// Runs it, in every repository.
-pub async fn run(context: &Context, args: GcArgs) -> Result<Outcome> {
+pub async fn run(context: &Arc<Context>, args: GcArgs) -> Result<Outcome> {
     let patience = config::duration("--patience", &args.patience)?;
     // Tests do not wait that long.
     let least = if cfg!(debug_assertions) {
@@ -33,6 +33,10 @@ pub async fn run(context: &Context, args: GcArgs) -> Result<Outcome> {
     };
     let mut outcome = Outcome::Done;
     for repository in context.repositories(Some(&args.stanza))? {
+        if context.is_optional(&repository) && or_left_out(context, &args.stanza, &repository).await?.is_none() {
+            outcome = Outcome::Warnings;
+            continue;
+        }
         let log = context.open_log_to_delete(&repository, &args.stanza).await?;
         let progress = Arc::new(Progress::default());
         let display = output::Display::start(args.progress, progress.clone(), "");

@@ -1,20 +1,54 @@
 //! `info`.
 
+use std::sync::Arc;
+
 use fairvault_engine::error::Result;
 use fairvault_engine::inspect::{Info, info_of};
+use serde::Serialize;
 
-use super::{Outcome, stanza};
+use super::{Outcome, copy, stanza};
 use crate::args::Output;
+use crate::away::Away;
 use crate::context::Context;
 use crate::output;
 
+/// A repository that cannot be read.
+#[derive(Serialize)]
+struct Unreadable {
+    repository: String,
+    optional: bool,
+    error: String,
+    /// Since when it has been away, as this host has marked it, and why.
+    marked: Option<String>,
+}
+
 /// Runs it.
-pub async fn run(context: &Context, wanted: Option<String>) -> Result<Outcome> {
+pub async fn run(context: &Arc<Context>, wanted: Option<String>) -> Result<Outcome> {
     let mut infos = Vec::new();
+    let mut unreadable = Vec::new();
+    let mut failure = None;
     match wanted {
         Some(name) => {
-            for repository in context.repositories(Some(&name))? {
-                infos.push(info_of(&context.open_log_in(&repository, &name, true).await?).await?);
+            let repositories = context.repositories(Some(&name))?;
+            for repository in &repositories {
+                let optional = context.is_optional(repository);
+                let error = match copy::open(context, &name, repository, optional).await {
+                    Ok(log) => {
+                        infos.push(info_of(&log).await?);
+                        continue;
+                    }
+                    Err(error) if repositories.len() == 1 => return Err(error),
+                    Err(error) => error,
+                };
+                unreadable.push(Unreadable {
+                    repository: repository.clone(),
+                    optional,
+                    error: error.to_string(),
+                    marked: Away::of(context, &name).since(repository),
+                });
+                if !optional {
+                    failure.get_or_insert(error.context(format_args!("repository {repository}")));
+                }
             }
         }
         None => {
@@ -29,11 +63,25 @@ pub async fn run(context: &Context, wanted: Option<String>) -> Result<Outcome> {
         }
     }
     if context.global.output == Output::Json {
-        output::json("info", &serde_json::json!({ "stanzas": infos }));
+        output::json(
+            "info",
+            &serde_json::json!({ "stanzas": infos, "unreadable": unreadable }),
+        );
     } else {
         infos.iter().for_each(print);
+        for one in &unreadable {
+            let kind = if one.optional {
+                "optional repository"
+            } else {
+                "repository"
+            };
+            output::line(format_args!("{kind} {} is away: {}", one.repository, one.error));
+            if let Some(marked) = &one.marked {
+                output::line(format_args!("  since {marked}"));
+            }
+        }
     }
-    Ok(Outcome::Done)
+    failure.map_or(Ok(Outcome::Done), Err)
 }
 
 fn print(info: &Info) {

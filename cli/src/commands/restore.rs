@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use fairvault_engine::commit::Log;
 use fairvault_engine::error::{Error, Result};
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::progress::Progress;
@@ -10,7 +11,7 @@ use fairvault_engine::restore::target::{Action, Target, TimelineChoice};
 use fairvault_engine::restore::{self, Options};
 use fairvault_engine::wal::receive::{self, AtWork};
 
-use super::{Outcome, stop_signal};
+use super::{Outcome, copy, stop_signal};
 use crate::args::{ActionArg, Archiving, Output, RestoreArgs, TargetWord};
 use crate::context::Context;
 use crate::{output, time};
@@ -144,27 +145,52 @@ fn print_plan(plan: &Plan, options: &Options, json: bool) {
     }
 }
 
+/// Opens the stanza in every repository that can be opened, in order; with why others cannot.
+async fn open_all(context: &Arc<Context>, stanza: &str) -> Result<(Vec<Log>, Vec<String>)> {
+    let repositories = context.repositories(Some(stanza))?;
+    let (mut logs, mut unusable, mut first) = (Vec::new(), Vec::new(), None);
+    for repository in &repositories {
+        match copy::open(context, stanza, repository, context.is_optional(repository)).await {
+            Ok(log) => logs.push(log),
+            Err(error) if repositories.len() == 1 => return Err(error),
+            Err(error) => {
+                tracing::warn!("repository {repository} cannot be used: {error}");
+                unusable.push(format!("repository {repository} could not be used: {error}"));
+                first.get_or_insert(error);
+            }
+        }
+    }
+    match first {
+        Some(error) if logs.is_empty() => Err(error),
+        _ => Ok((logs, unusable)),
+    }
+}
+
 /// Runs it.
-pub async fn run(context: &Context, args: RestoreArgs) -> Result<Outcome> {
+pub async fn run(context: &Arc<Context>, args: RestoreArgs) -> Result<Outcome> {
     let options = options(context, &args)?;
-    let log = context.open_log(&args.stanza).await?;
+    let (logs, unusable) = open_all(context, &args.stanza).await?;
     if args.dry_run {
-        let plan = Plan::make(&log, &options).await?;
+        let plan = restore::plan(&logs, &options).await?;
         print_plan(&plan, &options, context.global.output == Output::Json);
         return Ok(Outcome::Done);
     }
-    receive::store_journals(log.stanza(), context.wal_level(&args.stanza)?, AtWork::Wait).await?;
+    for log in &logs {
+        receive::store_journals(log.stanza(), context.wal_level(&args.stanza)?, AtWork::Wait).await?;
+    }
     let progress = Arc::new(Progress::default());
     let started = std::time::Instant::now();
     let display = output::Display::start(args.progress, progress.clone(), "fetched");
-    let result = restore::run(&log, &options, progress, stop_signal()).await;
+    let result = restore::run(&logs, &options, progress, stop_signal()).await;
     drop(display);
     let report = result?;
+    let fell_over: Vec<&String> = unusable.iter().chain(&report.passed_over).collect();
     if context.global.output == Output::Json {
         output::json(
             "restore",
             &serde_json::json!({
                 "backup": report.plan.info.id, "directory": options.directory, "target": describe(&report.plan),
+                "repository": report.repository, "passed_over": fell_over,
                 "timeline": report.plan.reachable.history.timeline, "through_lsn": report.plan.reachable.through.to_string(),
                 "files": report.files, "bytes": report.bytes, "kept_files": report.kept_files,
                 "elapsed_ms": started.elapsed().as_millis() as u64, "notes": report.plan.reachable.notes,
@@ -189,6 +215,12 @@ pub async fn run(context: &Context, args: RestoreArgs) -> Result<Outcome> {
         "start the server: it will recover to {}",
         describe(&report.plan)
     ));
+    for why in &fell_over {
+        output::line(format_args!("note: {why}"));
+    }
+    if logs.len() > 1 || !fell_over.is_empty() {
+        output::line(format_args!("note: restored from {}", report.repository));
+    }
     for note in &report.plan.reachable.notes {
         output::line(format_args!("note: {note}"));
     }

@@ -1,11 +1,13 @@
 //! `stanza create`, `list`, `fence`, `distrust`.
 
+use std::sync::Arc;
+
 use fairvault_engine::commit::{Log, fence};
 use fairvault_engine::error::{Context as _, Error, Result};
 use fairvault_engine::replication::connection::{Connection, Mode};
 use fairvault_engine::stanza::create::{Cluster, create as create_stanza};
 
-use super::Outcome;
+use super::{Outcome, or_left_out};
 use crate::args::{DistrustArgs, FenceArgs, Output, StanzaCreateArgs};
 use crate::context::Context;
 use crate::output;
@@ -110,14 +112,18 @@ pub async fn list(context: &Context) -> Result<Outcome> {
 }
 
 /// `stanza fence`: in every repository.
-pub async fn fence(context: &Context, args: FenceArgs) -> Result<Outcome> {
+pub async fn fence(context: &Arc<Context>, args: FenceArgs) -> Result<Outcome> {
     let after = args
         .after
         .as_deref()
         .map(|text| text.parse().map_err(Error::usage))
         .transpose()?;
+    let mut outcome = Outcome::Done;
     for repository in context.repositories(Some(&args.stanza))? {
-        let mut log = context.open_log_in(&repository, &args.stanza, true).await?;
+        let Some(mut log) = or_left_out(context, &args.stanza, &repository).await? else {
+            outcome = Outcome::Warnings;
+            continue;
+        };
         let said = match args.timeline {
             None => {
                 let sessions = fence::fence_writers(&mut log, &args.reason).await?;
@@ -138,13 +144,17 @@ pub async fn fence(context: &Context, args: FenceArgs) -> Result<Outcome> {
             Output::Text => output::line(format_args!("{stanza}: {said}")),
         }
     }
-    Ok(Outcome::Done)
+    Ok(outcome)
 }
 
 /// `stanza distrust`: in every repository.
-pub async fn distrust(context: &Context, args: DistrustArgs) -> Result<Outcome> {
+pub async fn distrust(context: &Arc<Context>, args: DistrustArgs) -> Result<Outcome> {
+    let mut outcome = Outcome::Done;
     for repository in context.repositories(Some(&args.stanza))? {
-        let mut log = context.open_log_in(&repository, &args.stanza, true).await?;
+        let Some(mut log) = or_left_out(context, &args.stanza, &repository).await? else {
+            outcome = Outcome::Warnings;
+            continue;
+        };
         let backups = fairvault_engine::track::distrust(&mut log, args.parser, &args.reason).await?;
         let stanza = log.stanza().shown();
         match context.global.output {
@@ -158,5 +168,5 @@ pub async fn distrust(context: &Context, args: DistrustArgs) -> Result<Outcome> 
             )),
         }
     }
-    Ok(Outcome::Done)
+    Ok(outcome)
 }

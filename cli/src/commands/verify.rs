@@ -8,19 +8,23 @@ use fairvault_engine::progress::Progress;
 use fairvault_engine::stanza::Stanza;
 use fairvault_engine::verify::{self, Level};
 
-use super::Outcome;
+use super::{Outcome, or_left_out};
 use crate::args::{Output, ProgressMode, VerifyLevel};
 use crate::context::Context;
 use crate::output;
 
 /// Runs it.
-pub async fn run(context: &Context, stanza: &str, level: VerifyLevel, mode: ProgressMode) -> Result<Outcome> {
+pub async fn run(context: &Arc<Context>, stanza: &str, level: VerifyLevel, mode: ProgressMode) -> Result<Outcome> {
     let level = match level {
         VerifyLevel::Objects => Level::Objects,
         VerifyLevel::Data => Level::Data,
     };
-    let (mut good, mut unread) = (true, 0);
+    let (mut good, mut unread, mut is_left_out) = (true, 0, false);
     for repository in context.repositories(Some(stanza))? {
+        if context.is_optional(&repository) && or_left_out(context, stanza, &repository).await?.is_none() {
+            is_left_out = true;
+            continue;
+        }
         let access = context.access(&repository, stanza, false, true)?;
         let log = Log::open(Stanza::open(&access).await?).await?;
         let progress = Arc::new(Progress::default());
@@ -89,6 +93,7 @@ pub async fn run(context: &Context, stanza: &str, level: VerifyLevel, mode: Prog
     }
     match (good, unread) {
         (false, _) => Ok(Outcome::DamageFound),
+        (true, 0) if is_left_out => Ok(Outcome::Warnings),
         (true, 0) => Ok(Outcome::Done),
         (true, _) => Err(Error::temporary(format!("{unread} objects could not be read just now"))
             .remedy("verify again when the store answers: nothing is known of them")),

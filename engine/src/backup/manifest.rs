@@ -28,7 +28,7 @@ const USUAL_FILES: u32 = 1024;
 const SEGMENT_EXTENTS: usize = 65_536;
 
 /// zstd level of manifest segments: they are small.
-const LEVEL: i32 = 3;
+pub const LEVEL: i32 = 3;
 
 /// Consecutive bytes of a file that are consecutive in a chunk too.
 #[derive(Debug, Clone, Copy)]
@@ -122,7 +122,7 @@ pub fn store_segments(
         if full || position + 1 == order.len() || ends_segment(&entries[number].path) {
             let (segment, first) = std::mem::take(&mut builder).finish(&parents, known, packs)?;
             let files = segment.files.len() as u32;
-            out.push((first, files, store(shared, &mut codec, &segment)?));
+            out.push((first, files, store_segment(shared, &mut codec, &segment)?));
         }
     }
     Ok(out)
@@ -134,7 +134,8 @@ fn ends_segment(path: &str) -> bool {
     crc32c::crc32c(path.as_bytes()).is_multiple_of(USUAL_FILES)
 }
 
-fn store(shared: &Shared, codec: &mut Codec, segment: &proto::ManifestSegment) -> Result<Vec<u32>> {
+/// Stores a manifest segment as chunks; returns their handles. Blocks.
+pub fn store_segment(shared: &Shared, codec: &mut Codec, segment: &proto::ManifestSegment) -> Result<Vec<u32>> {
     let bytes = segment.encode_to_vec();
     fairvault_format::error::check_limit("a manifest segment", bytes.len() as u64, limits::MANIFEST_SEGMENT_BYTES)?;
     let mut handles = Vec::new();
@@ -286,7 +287,8 @@ fn prefix(id: &[u8; 32]) -> u64 {
     u64::from_be_bytes(first)
 }
 
-fn push_frame(table: &mut proto::FrameTable, chunk: &Known, pack: u32) -> Result<()> {
+/// Adds a chunk to a frame table whose pack number `pack` is its own.
+pub fn push_frame(table: &mut proto::FrameTable, chunk: &Known, pack: u32) -> Result<()> {
     let place = chunk.place.ok_or_else(|| Error::failed("a chunk without a place"))?;
     table.ids.extend_from_slice(&chunk.id);
     table.pack.push(pack);

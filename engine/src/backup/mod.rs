@@ -207,7 +207,7 @@ fn backup_id(state: &proto::Snapshot, env: &dyn Env, kind: Kind) -> String {
     loop {
         let time = jiff::Timestamp::from_microsecond(now_us).unwrap_or_default();
         let id = format!("{}{letter}", time.strftime("%Y%m%d-%H%M%S"));
-        if !state::is_taken(state, &id) {
+        if !state::is_taken(state, &id, "backup") {
             return id;
         }
         now_us += 1_000_000;

@@ -456,9 +456,16 @@ impl Log {
     /// The backup with this id, or the newest for "latest".
     pub fn backup(&self, id: &str) -> Result<&fairvault_format::proto::CommittedBackup> {
         let backups = &self.state.backups;
+        let original = |b: &&proto::CommittedBackup| {
+            let copied = b.info.as_ref().and_then(|i| i.copied_from.as_ref());
+            copied.is_some_and(|original| original.backup == id)
+        };
         let found = match id {
             "latest" => backups.last(),
-            id => backups.iter().find(|b| b.info.as_ref().is_some_and(|i| i.id == id)),
+            id => backups
+                .iter()
+                .find(|b| b.info.as_ref().is_some_and(|i| i.id == id))
+                .or_else(|| backups.iter().find(original)),
         };
         found.ok_or_else(|| {
             let known: Vec<_> = backups

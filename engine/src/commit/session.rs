@@ -28,7 +28,7 @@ impl Session {
                 backup: backup.clone(),
                 seen_mark: log.state().newest_mark,
             };
-            let free = |now: &Snapshot| match state::is_taken(now, &backup) {
+            let free = |now: &Snapshot| match state::is_taken(now, &backup, what) {
                 false => Ok(()),
                 true => Err(Error::new(Kind::Held, format!("backup id {backup} is taken"))),
             };
@@ -41,7 +41,7 @@ impl Session {
                     });
                 }
                 // The state is newer now, and so is the next name.
-                Err(error) if error.kind() == Kind::Held && state::is_taken(log.state(), &backup) => {}
+                Err(error) if error.kind() == Kind::Held && state::is_taken(log.state(), &backup, what) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -61,6 +61,10 @@ impl Session {
         |now| match state::is_open(now, &self.id) && !state::is_committed(now, &self.backup) {
             true => Ok(()),
             false if env::has_fault("fence") => Ok(()),
+            false if state::is_committed(now, &self.backup) => Err(Error::new(
+                Kind::Held,
+                format!("backup {} was committed by somebody else meanwhile", self.backup),
+            )),
             false => Err(Error::new(
                 Kind::Held,
                 "this session was fenced by another writer; its backup does not count",

@@ -3,10 +3,14 @@
 use std::collections::HashSet;
 
 use fairvault_format::proto::{
-    CloseTimeline, CommittedBackup, GcMark, LogEntry, OpenSession, Snapshot, log_entry::Kind as Entry,
+    BackupInfo, CloseTimeline, CommittedBackup, CopiedFrom, GcMark, LogEntry, OpenSession, Snapshot,
+    log_entry::Kind as Entry,
 };
 
 use crate::error::{Error, Result};
+
+/// What the session of a copy says that it does.
+pub const COPY: &str = "copy";
 
 /// Applies one entry that was opened and checked. `key_epoch` is the epoch that it is sealed with.
 pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<()> {
@@ -44,12 +48,13 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
             }
             state.open_sessions.retain(|s| session_id(s) != commit.session);
             add_runs(state, &commit.index_runs);
-            state.backups.push(CommittedBackup {
+            let backup = CommittedBackup {
                 seq: entry.seq,
                 root: commit.root.clone(),
                 info: commit.info.clone(),
                 key_epoch,
-            });
+            };
+            state.backups.insert(place(state, commit.info.as_ref()), backup);
         }
         Entry::Abort(abort) => state.open_sessions.retain(|s| session_id(s) != abort.session),
         Entry::SetFence(fence) => {
@@ -134,10 +139,49 @@ pub fn is_committed(state: &Snapshot, id: &str) -> bool {
         .any(|b| b.info.as_ref().is_some_and(|i| i.id == id))
 }
 
-/// Whether a backup id can no longer be given to a new session.
-pub fn is_taken(state: &Snapshot, id: &str) -> bool {
-    let announced = |s: &OpenSession| s.begin.as_ref().is_some_and(|b| b.backup == id);
+/// Whether a backup id can no longer be given to a new session that does `what`. A copy has the id of its original, and
+/// goes on where a copy died whose session is still open: whoever commits first has it.
+pub fn is_taken(state: &Snapshot, id: &str, what: &str) -> bool {
+    let announced = |s: &OpenSession| {
+        let begin = s.begin.as_ref();
+        begin.is_some_and(|b| b.backup == id && !(what == COPY && b.what == COPY))
+    };
     is_committed(state, id) || state.open_sessions.iter().any(announced)
+}
+
+/// Where a backup that is committed now comes among those of a state: a copy where its original would be, by
+/// incarnation, timeline and stop position; any other at the end.
+pub fn place(state: &Snapshot, info: Option<&BackupInfo>) -> usize {
+    let end = state.backups.len();
+    let Some(info) = info.filter(|info| info.copied_from.is_some()) else {
+        return end;
+    };
+    let position = |info: &BackupInfo| {
+        let mut lives = state.incarnations.iter();
+        let life = lives.position(|life| life.system_identifier == info.system_identifier);
+        (life.unwrap_or(usize::MAX), info.stop_timeline, info.stop_lsn)
+    };
+    let comes_later = |backup: &CommittedBackup| backup.info.as_ref().is_some_and(|i| position(i) > position(info));
+    state.backups.iter().position(comes_later).unwrap_or(end)
+}
+
+/// Which backup this one is, or is a copy of.
+pub fn origin(state: &Snapshot, info: &BackupInfo) -> CopiedFrom {
+    let own = || {
+        let genesis = state.genesis.clone().unwrap_or_default();
+        CopiedFrom {
+            repository_id: genesis.repository_id,
+            stanza_id: genesis.stanza_id,
+            backup: info.id.clone(),
+        }
+    };
+    info.copied_from.clone().unwrap_or_else(own)
+}
+
+/// The backup of a state that is, or is a copy of, `origin`.
+pub fn find_origin<'a>(state: &'a Snapshot, wanted: &CopiedFrom) -> Option<&'a CommittedBackup> {
+    let is_it = |b: &&CommittedBackup| b.info.as_ref().is_some_and(|i| origin(state, i) == *wanted);
+    state.backups.iter().find(is_it)
 }
 
 /// The archive epoch that rules at a position.

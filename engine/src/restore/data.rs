@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -20,8 +20,9 @@ use super::direct::{DIRECT_BYTES, Output, make_room};
 use super::layout::Layout;
 use super::plan::{FrameRef, Placement, Plan};
 use super::spans::spans;
+use super::spare::Spares;
 use super::{Options, compare};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::progress::Progress;
 use crate::stanza::Stanza;
 
@@ -30,7 +31,7 @@ const RANGE_BYTES: u64 = 8 << 20;
 /// Unneeded bytes between two frames that are fetched along rather than asked around.
 const GAP_BYTES: u32 = 256 << 10;
 /// Ranges under way: this bounds memory.
-const RANGES: usize = 4;
+pub const RANGES: usize = 4;
 /// Content that is decoded and written in one piece of work, bytes.
 const BATCH_BYTES: u64 = 4 << 20;
 /// The smallest hole.
@@ -107,15 +108,19 @@ pub fn open_frame<'a>(
 
 /// A range of a pack and the frames in it.
 #[derive(Debug, Clone)]
-struct Range {
-    pack: u32,
-    from: u32,
-    to: u32,
-    frames: Vec<u32>,
+pub struct Range {
+    /// Pack.
+    pub pack: u32,
+    /// Its first byte in the pack.
+    pub from: u32,
+    /// Behind its last byte.
+    pub to: u32,
+    /// Numbers of the frames.
+    pub frames: Vec<u32>,
 }
 
 /// Cuts the needed frames into ranges, in pack order.
-fn ranges(frames: &[FrameRef], needed: &[bool]) -> Vec<Range> {
+pub fn ranges(frames: &[FrameRef], needed: &[bool]) -> Vec<Range> {
     let mut order: Vec<u32> = (0..frames.len() as u32).filter(|&f| needed[f as usize]).collect();
     order.sort_unstable_by_key(|&f| (frames[f as usize].pack, frames[f as usize].offset));
     let mut out: Vec<Range> = Vec::new();
@@ -145,6 +150,9 @@ fn ranges(frames: &[FrameRef], needed: &[bool]) -> Vec<Range> {
 struct Work {
     stanza: Arc<Stanza>,
     plan: Arc<Plan>,
+    spares: Arc<Spares>,
+    /// The repository does not answer: nothing more is asked of it, if another has a copy.
+    is_away: AtomicBool,
     /// Pages of zeros are left out, but of files that had any content.
     holes: Option<Arc<[bool]>>,
     /// By frame.
@@ -167,6 +175,7 @@ struct Work {
 pub async fn write_all(
     stanza: Arc<Stanza>,
     plan: &Arc<Plan>,
+    spares: &Arc<Spares>,
     layout: &Layout,
     options: &Options,
     progress: Arc<Progress>,
@@ -216,6 +225,8 @@ pub async fn write_all(
     let work = Arc::new(Work {
         stanza,
         plan: plan.clone(),
+        spares: spares.clone(),
+        is_away: AtomicBool::new(false),
         holes: sparse.then_some(there),
         placements,
         placed_from,
@@ -286,24 +297,59 @@ fn count(plan: &Plan, there: &[bool], placements: &[Placement]) -> Written {
 
 async fn fetch(work: Arc<Work>, range: Range) -> Result<()> {
     let name = names::pack(&work.plan.packs[range.pack as usize].name);
-    let bytes = work
-        .stanza
-        .store()
-        .get_range(&name, range.from.into()..range.to.into())
-        .await?;
+    let fetched = match work.is_away.load(Ordering::Relaxed) {
+        true => Err(Error::temporary(format!("{} is away", work.stanza.shown()))),
+        false => {
+            let store = work.stanza.store();
+            store.get_range(&name, range.from.into()..range.to.into()).await
+        }
+    };
+    let bytes = match fetched {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            rescue(&work, range.frames, &error).await?;
+            if error.kind() == Kind::Temporary {
+                work.is_away.store(true, Ordering::Relaxed);
+            }
+            return Ok(());
+        }
+    };
     work.progress.stored_bytes.add(bytes.len() as u64);
     let batches = batches(&work.plan.frames, range).map(|batch| {
         let (work, bytes) = (work.clone(), bytes.clone());
         async move {
-            let _core = work.cores.acquire().await;
+            let core = work.cores.acquire().await;
             let inner = work.clone();
-            tokio::task::spawn_blocking(move || inner.place(&batch, &bytes))
+            let lost = tokio::task::spawn_blocking(move || inner.place(&batch, &bytes))
                 .await
-                .map_err(panicked)?
+                .map_err(panicked)??;
+            drop(core);
+            match lost {
+                Some((frames, why)) => rescue(&work, frames, &why).await,
+                None => Ok(()),
+            }
         }
     });
     futures::future::try_join_all(batches).await.map(drop)
 }
+
+/// Frames that the repository does not give, from another one.
+async fn rescue(work: &Arc<Work>, frames: Vec<u32>, why: &Error) -> Result<()> {
+    let fetching = frames.into_iter().map(async |number| {
+        let chunk = work.spares.frame(&work.plan, number, why).await?;
+        let inner = work.clone();
+        let place = move || inner.write(&mut None, number, &chunk);
+        tokio::task::spawn_blocking(place).await.map_err(panicked)?
+    });
+    let mut fetching = futures::stream::iter(fetching).buffer_unordered(RANGES);
+    while let Some(placed) = fetching.next().await {
+        placed?;
+    }
+    Ok(())
+}
+
+/// Frames that could not be opened, and why the first of them could not.
+type Lost = Option<(Vec<u32>, Error)>;
 
 /// Cuts a range so that each part decodes to a few MiB: a range may decode to very much.
 fn batches(frames: &[FrameRef], range: Range) -> impl Iterator<Item = Range> {
@@ -327,7 +373,7 @@ fn batches(frames: &[FrameRef], range: Range) -> impl Iterator<Item = Range> {
 }
 
 impl Work {
-    fn place(&self, range: &Range, bytes: &Bytes) -> Result<()> {
+    fn place(&self, range: &Range, bytes: &Bytes) -> Result<Lost> {
         let idle = || self.readers.lock().unwrap_or_else(PoisonError::into_inner);
         let mut reader = idle().pop().unwrap_or_default();
         let placed = self.place_with(&mut reader, range, bytes);
@@ -335,7 +381,7 @@ impl Work {
         placed
     }
 
-    fn place_with(&self, reader: &mut FrameReader, range: &Range, bytes: &Bytes) -> Result<()> {
+    fn place_with(&self, reader: &mut FrameReader, range: &Range, bytes: &Bytes) -> Result<Lost> {
         let pack = &self.plan.packs[range.pack as usize];
         let key = FrameKey::new(
             self.stanza.keys_of(pack.header.epoch)?,
@@ -343,45 +389,53 @@ impl Work {
             &pack.header,
         )?;
         let mut open: Option<(u32, Output)> = None;
+        let mut lost: Lost = None;
         for &number in &range.frames {
             let frame = &self.plan.frames[number as usize];
             let from = (frame.offset - range.from) as usize;
             let stored = bytes.get(from..from + frame.stored_len as usize).unwrap_or_default();
-            let chunk = open_frame(reader, &self.stanza, &key, pack, frame, stored).context(|| "restoring")?;
-            let (a, b) = (
-                self.placed_from[number as usize] as usize,
-                self.placed_from[number as usize + 1] as usize,
-            );
-            let placements = &self.placements[a..b];
-            for p in placements {
-                self.parts.add(
-                    &self.plan,
-                    p,
-                    &chunk[p.frame_offset as usize..(p.frame_offset + p.len) as usize],
-                );
-                self.progress.read_bytes.add(p.len.into());
+            match open_frame(reader, &self.stanza, &key, pack, frame, stored).context(|| "restoring") {
+                Ok(chunk) => self.write(&mut open, number, chunk)?,
+                Err(error) => lost.get_or_insert_with(|| (Vec::new(), error)).0.push(number),
             }
-            let span = self.spans.get(&number).map(std::slice::from_ref);
-            for p in span.unwrap_or(placements) {
-                let path = &self.paths[p.file as usize];
-                let what = |e| Error::io(format_args!("writing {}", path.display()), e);
-                let file = match &mut open {
-                    Some((file_number, file)) if *file_number == p.file => file,
-                    other => {
-                        let is_large =
-                            self.plan.files[p.file as usize].size >= self.direct_from.load(Ordering::Relaxed);
-                        &mut other.insert((p.file, Output::open(path, is_large))).1
-                    }
-                };
-                let content = &chunk[p.frame_offset as usize..p.frame_offset as usize + p.len as usize];
-                let leaves_holes = self.holes.as_ref().is_some_and(|there| !there[p.file as usize]);
-                for run in runs(content, leaves_holes) {
-                    let at = run.start;
-                    let wrote = file.write(&content[run], p.frame_offset + at as u32, p.file_offset + at as u64);
-                    if !wrote.map_err(what)? {
-                        // This file system does not do it.
-                        self.direct_from.store(u64::MAX, Ordering::Relaxed);
-                    }
+        }
+        Ok(lost)
+    }
+
+    /// Writes a frame's content to where it belongs.
+    fn write(&self, open: &mut Option<(u32, Output)>, number: u32, chunk: &[u8]) -> Result<()> {
+        let (a, b) = (
+            self.placed_from[number as usize] as usize,
+            self.placed_from[number as usize + 1] as usize,
+        );
+        let placements = &self.placements[a..b];
+        for p in placements {
+            self.parts.add(
+                &self.plan,
+                p,
+                &chunk[p.frame_offset as usize..(p.frame_offset + p.len) as usize],
+            );
+            self.progress.read_bytes.add(p.len.into());
+        }
+        let span = self.spans.get(&number).map(std::slice::from_ref);
+        for p in span.unwrap_or(placements) {
+            let path = &self.paths[p.file as usize];
+            let what = |e| Error::io(format_args!("writing {}", path.display()), e);
+            let file = match &mut *open {
+                Some((file_number, file)) if *file_number == p.file => file,
+                other => {
+                    let is_large = self.plan.files[p.file as usize].size >= self.direct_from.load(Ordering::Relaxed);
+                    &mut other.insert((p.file, Output::open(path, is_large))).1
+                }
+            };
+            let content = &chunk[p.frame_offset as usize..p.frame_offset as usize + p.len as usize];
+            let leaves_holes = self.holes.as_ref().is_some_and(|there| !there[p.file as usize]);
+            for run in runs(content, leaves_holes) {
+                let at = run.start;
+                let wrote = file.write(&content[run], p.frame_offset + at as u32, p.file_offset + at as u64);
+                if !wrote.map_err(what)? {
+                    // This file system does not do it.
+                    self.direct_from.store(u64::MAX, Ordering::Relaxed);
                 }
             }
         }

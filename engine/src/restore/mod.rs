@@ -14,6 +14,7 @@ pub mod plan;
 pub mod reader;
 pub mod settings;
 mod spans;
+mod spare;
 pub mod target;
 
 use std::path::{Path, PathBuf};
@@ -21,11 +22,12 @@ use std::sync::Arc;
 
 use crate::commit::Log;
 use crate::commit::lease::Lease;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::progress::Progress;
 use crate::wal::push::RESTORED_MARKER;
 use fairvault_format::proto;
 use plan::Plan;
+use spare::Spares;
 use target::{Action, Target, TimelineChoice};
 
 /// The file that marks an unfinished restore.
@@ -77,40 +79,109 @@ pub struct Report {
     pub bytes: u64,
     /// Files that were there and right (`delta`).
     pub kept_files: u64,
+    /// The repository that it came from.
+    pub repository: String,
+    /// Why others before it were passed over.
+    pub passed_over: Vec<String>,
 }
 
-/// Restores.
+/// A plan, the log that it was made with, and what goes with them.
+struct Chosen {
+    log: Log,
+    /// The other repositories.
+    others: Vec<Log>,
+    plan: Plan,
+    lease: Option<Lease>,
+    /// Why repositories before this one were passed over.
+    passed_over: Vec<String>,
+}
+
+/// Plans with the first repository that has what is wanted; WAL counts wherever it is.
+async fn choose(logs: &[Log], options: &Options, takes_leases: bool) -> Result<Chosen> {
+    let began_us = logs.first().map_or(0, |log| log.stanza().env().now_us());
+    let mut first: Option<Error> = None;
+    let mut passed_over = Vec::new();
+    for (number, log) in logs.iter().enumerate() {
+        // The lease first, then the log: what that names is not collected from here on.
+        let lease = match takes_leases {
+            true => Lease::for_reading(log.stanza(), "restore", "").await,
+            false => None,
+        };
+        let mut log = log.clone();
+        let others: Vec<Log> = logs
+            .iter()
+            .enumerate()
+            .filter(|(n, _)| *n != number)
+            .map(|(_, log)| log.clone())
+            .collect();
+        let planned = async {
+            log.refresh().await?;
+            Plan::make(&log, &others, options).await
+        };
+        let error = match planned.await {
+            Ok(plan) => {
+                return Ok(Chosen {
+                    log,
+                    others,
+                    plan,
+                    lease,
+                    passed_over,
+                });
+            }
+            Err(error) => error,
+        };
+        release(lease).await;
+        if takes_leases {
+            note(&mut log, began_us, "", 0, Some(&error)).await;
+        }
+        if !matches!(error.kind(), Kind::NotFound | Kind::Damaged | Kind::Temporary) {
+            return Err(error);
+        }
+        if number + 1 < logs.len() {
+            let why = format!("not from {}: {error}", log.stanza().shown());
+            tracing::warn!("{why}; trying the next repository");
+            passed_over.push(why);
+        }
+        first.get_or_insert(error);
+    }
+    Err(first.unwrap_or_else(|| Error::not_found("there is no repository to restore from")))
+}
+
+/// Decides what a restore would do, and proves that it can be done.
+pub async fn plan(logs: &[Log], options: &Options) -> Result<Plan> {
+    Ok(choose(logs, options, false).await?.plan)
+}
+
+/// Restores from the first of the repositories that has what is wanted; WAL, and content that it has lost, also come
+/// from the others.
 pub async fn run(
-    log: &Log,
+    logs: &[Log],
     options: &Options,
     progress: Arc<Progress>,
     cancelled: impl Future<Output = ()>,
 ) -> Result<Report> {
     progress.phase("planning");
-    let began_us = log.stanza().env().now_us();
-    // The lease first, then the log: what that names is not collected from here on.
-    let lease = Lease::for_reading(log.stanza(), "restore", "").await;
-    let mut log = log.clone();
-    log.refresh().await?;
-    let plan = match Plan::make(&log, options).await {
-        Ok(plan) => Arc::new(plan),
-        Err(error) => {
-            release(lease).await;
-            note(&mut log, began_us, "", 0, Some(&error)).await;
-            return Err(error);
-        }
-    };
+    let began_us = logs.first().map_or(0, |log| log.stanza().env().now_us());
+    let Chosen {
+        mut log,
+        others,
+        plan,
+        lease,
+        passed_over,
+    } = choose(logs, options, true).await?;
+    let plan = Arc::new(plan);
     if let Some(lease) = &lease
         && let Err(error) = lease.narrow(&plan.info.id).await
     {
         tracing::warn!("the lease goes on to protect every backup: {error}");
     }
+    let spares = Arc::new(Spares::new(&log, &plan, &others));
     let work = async {
         progress.phase("preparing the directory");
         let layout = layout::prepare(&plan, options)?;
         progress.total_bytes.set(plan.files.iter().map(|f| f.size).sum());
         progress.phase("copying");
-        let written = data::write_all(log.stanza().clone(), &plan, &layout, options, progress.clone()).await?;
+        let written = data::write_all(log.stanza().clone(), &plan, &spares, &layout, options, progress.clone()).await?;
         progress.phase("writing recovery settings");
         let changed = settings::write(&plan, &layout, options, log.stanza())?;
         pgmanifest::write(&plan, &layout, &changed, &written.crcs)?;
@@ -123,6 +194,9 @@ pub async fn run(
         () = cancelled => Err(Error::new(crate::error::Kind::Interrupted, "interrupted; the directory is not usable, run the same restore again")),
     };
     release(lease).await;
+    if let Ok(spares) = Arc::try_unwrap(spares) {
+        spares.release().await;
+    }
     let bytes = written.as_ref().map_or(0, |written| written.bytes);
     note(&mut log, began_us, &plan.info.id, bytes, written.as_ref().err()).await;
     let written = written?;
@@ -130,6 +204,8 @@ pub async fn run(
         files: written.files,
         bytes: written.bytes,
         kept_files: written.kept,
+        repository: log.stanza().shown().to_owned(),
+        passed_over,
         plan,
     })
 }

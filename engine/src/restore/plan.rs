@@ -106,8 +106,23 @@ fn safe_path(path: &str) -> bool {
         && path.split('/').all(|part| !matches!(part, "" | "." | ".."))
 }
 
-impl Manifest {
-    /// Reads and checks the manifest of a backup.
+/// The root of a manifest, checked; its segments are read one by one.
+#[derive(Debug)]
+pub struct Outline {
+    /// Root.
+    pub root: Root,
+    /// Usage list.
+    pub usage: Usage,
+    /// Packs.
+    pub packs: Vec<PackRef>,
+    /// How it is called in messages.
+    pub what: String,
+    frames: Vec<FrameRef>,
+    by_name: HashMap<[u8; 32], u32>,
+}
+
+impl Outline {
+    /// Reads and checks the root of a backup.
     pub async fn read(stanza: &Stanza, root_hash: &[u8]) -> Result<Self> {
         let hash: [u8; 32] = root_hash
             .try_into()
@@ -130,23 +145,72 @@ impl Manifest {
         let table = root.packs.clone().unwrap_or_default();
         let packs = decode_pack_table(&table.names, &table.headers, &what)?;
         let in_root = |pack: u32| ((pack as usize) < packs.len()).then_some(pack);
-        let root_frames = frames(&root.frames.clone().unwrap_or_default(), in_root, &what)?;
-        let mut lists = Vec::with_capacity(root.segments.len());
+        let frames = frames(&root.frames.clone().unwrap_or_default(), in_root, &what)?;
         for segment in &root.segments {
             let from = segment.frame_from as usize;
-            let list = root_frames.get(from..from.saturating_add(segment.frame_count as usize));
-            lists.push(list.ok_or_else(|| damaged(&what, "a segment lies outside its frame table"))?);
+            if from.saturating_add(segment.frame_count as usize) > frames.len() {
+                return Err(damaged(&what, "a segment lies outside its frame table"));
+            }
         }
-        let reading = lists.into_iter().map(|list| read_segment(stanza, &packs, list, &what));
+        Ok(Self {
+            root,
+            usage,
+            by_name: numbers(&packs),
+            packs,
+            what,
+            frames,
+        })
+    }
+
+    /// Number of its segments.
+    pub fn segments(&self) -> usize {
+        self.root.segments.len()
+    }
+
+    /// Reads a segment.
+    pub async fn segment(&self, stanza: &Stanza, number: usize) -> Result<ManifestSegment> {
+        let segment = &self.root.segments[number];
+        let from = segment.frame_from as usize;
+        let list = &self.frames[from..from + segment.frame_count as usize];
+        read_segment(stanza, &self.packs, list, &self.what).await
+    }
+
+    /// The frames that the files of one of its segments refer to.
+    pub fn frames_of(&self, segment: &ManifestSegment) -> Result<Vec<FrameRef>> {
+        segment_frames(segment, &self.by_name, &self.what)
+    }
+}
+
+fn numbers(packs: &[PackRef]) -> HashMap<[u8; 32], u32> {
+    packs
+        .iter()
+        .zip(0..)
+        .map(|(pack, number)| (pack.name, number))
+        .collect()
+}
+
+fn segment_frames(segment: &ManifestSegment, by_name: &HashMap<[u8; 32], u32>, what: &str) -> Result<Vec<FrameRef>> {
+    let number = |name: &Vec<u8>| by_name.get(name.as_slice()).copied();
+    let local: Vec<Option<u32>> = segment.pack_names.iter().map(number).collect();
+    let none = proto::FrameTable::default();
+    let in_root = |pack: u32| local.get(pack as usize).copied().flatten();
+    frames(segment.frames.as_ref().unwrap_or(&none), in_root, what)
+}
+
+impl Manifest {
+    /// Reads and checks the manifest of a backup.
+    pub async fn read(stanza: &Stanza, root_hash: &[u8]) -> Result<Self> {
+        let outline = Outline::read(stanza, root_hash).await?;
+        let reading = (0..outline.segments()).map(|number| outline.segment(stanza, number));
         let segments = futures::stream::iter(reading).buffered(SEGMENTS).try_collect().await?;
-        Self::from_messages(root, usage, segments, &what)
+        Self::from_messages(outline.root, outline.usage, segments, &outline.what)
     }
 
     /// Checks decoded messages and puts them together. `what` names the root in errors.
     pub fn from_messages(root: Root, usage: Usage, segments: Vec<ManifestSegment>, what: &str) -> Result<Self> {
         let table = root.packs.clone().unwrap_or_default();
         let packs = decode_pack_table(&table.names, &table.headers, what)?;
-        let by_name: HashMap<[u8; 32], u32> = packs.iter().enumerate().map(|(i, p)| (p.name, i as u32)).collect();
+        let by_name = numbers(&packs);
         let mut this = Self {
             root,
             usage,
@@ -169,20 +233,7 @@ impl Manifest {
         numbers: &mut HashMap<(u32, u32), u32>,
         what: &str,
     ) -> Result<()> {
-        let local: Vec<Option<u32>> = segment
-            .pack_names
-            .iter()
-            .map(|name| {
-                <[u8; 32]>::try_from(name.as_slice())
-                    .ok()
-                    .and_then(|n| by_name.get(&n).copied())
-            })
-            .collect();
-        let table = frames(
-            &segment.frames.unwrap_or_default(),
-            |pack| local.get(pack as usize).copied().flatten(),
-            what,
-        )?;
+        let table = segment_frames(&segment, by_name, what)?;
         for mut file in segment.files {
             if !file.path_bytes.is_empty() || !safe_path(&file.path) {
                 return Err(damaged(what, format_args!("it lists the path {:?}", file.path)));
@@ -291,12 +342,16 @@ fn frames(table: &proto::FrameTable, pack: impl Fn(u32) -> Option<u32>, what: &s
 
 impl Plan {
     /// Decides, and proves that it can be done.
-    pub async fn make(log: &Log, options: &Options) -> Result<Self> {
+    /// Its WAL may be spread over this repository and `others`.
+    pub async fn make(log: &Log, others: &[Log], options: &Options) -> Result<Self> {
         let system_identifier = match &options.backup {
             Some(id) => Some(info(log.backup(id)?).system_identifier),
             None => None,
         };
         let archive = Archive::open(log, system_identifier, 3)?;
+        let of_cluster = |other: &Log| Archive::open(other, Some(archive.system_identifier), 3).ok();
+        let others = others.iter().filter_map(of_cluster).collect();
+        let archive = archive.beside(others);
         let coverage = Coverage::read(&archive).await?;
         let choice = Choice::new(log, &archive, &coverage);
         let reachable = choice

@@ -47,6 +47,8 @@ pub struct Archive {
     pub closed: Vec<proto::CloseTimeline>,
     /// Timeline and stop LSN of every backup of this incarnation: WAL was there up to them.
     pub backups: Vec<(u32, Lsn)>,
+    /// The same incarnation in other repositories: whoever reads takes from them what this one does not have.
+    pub others: Vec<Archive>,
     /// An object that was fetched while the log was read, with its name.
     at_hand: Option<(String, Bytes)>,
 }
@@ -82,8 +84,15 @@ impl Archive {
                 .filter(|info| info.system_identifier == incarnation.system_identifier)
                 .map(|info| (info.stop_timeline, Lsn(info.stop_lsn)))
                 .collect(),
+            others: Vec::new(),
             at_hand: None,
         })
+    }
+
+    /// The same, for reading from others too.
+    #[must_use]
+    pub fn beside(self, others: Vec<Self>) -> Self {
+        Self { others, ..self }
     }
 
     /// Opens the log and the archive for a request for the file `name`, which is fetched meanwhile.
@@ -115,7 +124,8 @@ impl Archive {
         }
     }
 
-    pub(super) fn epoch(&self, timeline: u32, lsn: Lsn) -> u32 {
+    /// The archive epoch that rules at a position.
+    pub fn epoch(&self, timeline: u32, lsn: Lsn) -> u32 {
         let snapshot = proto::Snapshot {
             archive_epochs: self.epochs.clone(),
             ..Default::default()
@@ -418,6 +428,24 @@ impl Archive {
         };
         let id: Result<[u8; 32]> = result.await;
         id.context(|| format!("comparing with {}/{object}", self.stanza.shown()))
+    }
+
+    /// Whether a segment that is there as a whole has this content; `None` if it is not there.
+    pub async fn has_content(&self, segment: Segment, content: &[u8]) -> Result<Option<bool>> {
+        let Some((epoch, header)) = self.segment_stored(segment).await? else {
+            return Ok(None);
+        };
+        if epoch == self.stanza.keys().epoch {
+            return Ok(Some(header.content_id == self.stanza.keys().chunk_id(content)));
+        }
+        let there = self.whole_segment(segment).await?;
+        Ok(there.map(|there| there == content))
+    }
+
+    /// The error of two contents for one segment.
+    pub fn contradicts(&self, segment: Segment) -> Error {
+        let name = segment.name(self.segment_size);
+        other_content(&self.stanza, &self.object_name(&WalFile::Segment(segment), &name))
     }
 
     /// Fails if the stanza was fenced, or a timeline closed, since the log was read.

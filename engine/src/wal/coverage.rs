@@ -73,12 +73,30 @@ pub struct Reach {
 }
 
 impl Coverage {
+    /// Of timelines that are known already.
+    pub fn of(segment_size: u64, timelines: BTreeMap<u32, TimelineWal>) -> Self {
+        Self {
+            timelines,
+            segment_size,
+            proven: Vec::new(),
+        }
+    }
+
     /// Lists what is there.
     pub async fn read(archive: &Archive) -> Result<Self> {
         let mut this = Self::empty(archive);
         let folder = folder(archive);
         for (object, size) in archive.stanza.store().list(&folder).await? {
             this.add(archive, &object[folder.len() + 1..], size);
+        }
+        for other in &archive.others {
+            match other.stanza.store().list(&folder).await {
+                Ok(listed) => listed
+                    .iter()
+                    .for_each(|(object, size)| this.add(other, &object[folder.len() + 1..], *size)),
+                Err(error) => tracing::warn!("WAL in {} does not count: {error}", other.stanza.shown()),
+            }
+            this.proven.extend(&other.backups);
         }
         this.read_histories(archive).await?;
         Ok(this)

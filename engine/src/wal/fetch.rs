@@ -26,8 +26,25 @@ pub struct Piece {
 }
 
 impl Archive {
-    /// The content of an archived file; `None` if there is no such object.
+    /// This archive, and those that it is read together with.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Self> {
+        std::iter::once(self).chain(&self.others)
+    }
+
+    /// The content of an archived file, from the first archive that gives it; `None` if there is no such object.
     pub async fn file(&self, file: &WalFile, name: &str) -> Result<Option<Vec<u8>>> {
+        let mut failure = None;
+        for archive in self.all() {
+            match archive.own_file(file, name).await {
+                Ok(None) => {}
+                Ok(found) => return Ok(found),
+                Err(error) => _ = failure.get_or_insert(error),
+            }
+        }
+        failure.map_or(Ok(None), Err)
+    }
+
+    async fn own_file(&self, file: &WalFile, name: &str) -> Result<Option<Vec<u8>>> {
         let object = self.object_name(file, name);
         let Some((header, content)) = self.open_object(&object, Self::object_kind(file)).await? else {
             return Ok(None);
@@ -119,12 +136,16 @@ impl Archive {
     /// The header of an archived segment and the key epoch of its content's id.
     pub async fn segment_stored(&self, segment: Segment) -> Result<Option<(u32, proto::WalHeader)>> {
         let name = segment.name(self.segment_size);
-        let object = self.object_name(&WalFile::Segment(segment), &name);
-        match self.header_of(ObjectKind::WalSegment, &object).await {
-            Ok(found) => Ok(Some(found)),
-            Err(error) if error.kind() == Kind::NotFound => Ok(None),
-            Err(error) => Err(error),
+        let mut failure = None;
+        for archive in self.all() {
+            let object = archive.object_name(&WalFile::Segment(segment), &name);
+            match archive.header_of(ObjectKind::WalSegment, &object).await {
+                Ok(found) => return Ok(Some(found)),
+                Err(error) if error.kind() == Kind::NotFound => {}
+                Err(error) => _ = failure.get_or_insert(error),
+            }
         }
+        failure.map_or(Ok(None), Err)
     }
 
     /// The header of a piece, without its content, and its key epoch.
@@ -158,6 +179,17 @@ impl Archive {
         self.file(&WalFile::Segment(segment), &name).await
     }
 
+    /// The whole segment with its header, if it is there.
+    pub async fn whole_with_header(&self, segment: Segment) -> Result<Option<(proto::WalHeader, Vec<u8>)>> {
+        let name = segment.name(self.segment_size);
+        let object = self.object_name(&WalFile::Segment(segment), &name);
+        let opened = self.open_object(&object, ObjectKind::WalSegment).await?;
+        if let Some((header, _)) = &opened {
+            self.check_is(header, &name, &object)?;
+        }
+        Ok(opened)
+    }
+
     /// The pieces of a segment under the archive epoch that rules there, in the order of their ranges.
     pub async fn piece_list(&self, segment: Segment) -> Result<Vec<Piece>> {
         let folder = format!(
@@ -186,6 +218,22 @@ impl Archive {
     /// The longest beginning of a segment that its pieces and partial files amount to; empty if there are
     /// none. A damaged part is passed over as long as another one is good.
     pub async fn parts(&self, segment: Segment) -> Result<Vec<u8>> {
+        let mut best = Vec::new();
+        let mut failure = None;
+        for archive in self.all() {
+            match archive.own_parts(segment).await {
+                Ok(part) if part.len() > best.len() => best = part,
+                Ok(_) => {}
+                Err(error) => _ = failure.get_or_insert(error),
+            }
+        }
+        match failure {
+            Some(error) if best.is_empty() => Err(error),
+            _ => Ok(best),
+        }
+    }
+
+    async fn own_parts(&self, segment: Segment) -> Result<Vec<u8>> {
         for _ in 0..LISTINGS {
             match self.listed_parts(segment).await {
                 // Whoever receives has replaced it by a longer one, or by the whole.

@@ -11,7 +11,7 @@ use super::archive::Archive;
 use super::coverage::Coverage;
 use fairvault_format::names;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
 use crate::postgres::walker::{Record, Walker, What, rmgr};
@@ -82,15 +82,32 @@ pub async fn get<R>(
             Ok((Answer::Delivered, _)) => return Ok(Outcome::Delivered),
             Ok((Answer::NotWanted, _)) => return Ok(Outcome::Absent),
             Ok((Answer::Missing, archive)) => archives.push(archive),
-            Err(error) => failure = Some(error),
+            Err(error) => {
+                // What can be tried again says least.
+                if failure.as_ref().is_none_or(|f: &Error| f.kind() == Kind::Temporary) {
+                    failure = Some(error);
+                }
+            }
         }
     }
     if let Some(error) = failure {
-        return Err(error);
+        // A recovery that was planned may end without a repository that is away, once it has got where it had to: that
+        // is proved by those that can be read.
+        if error.kind() != Kind::Temporary || needs.through.is_none() || archives.is_empty() {
+            return Err(error);
+        }
+        tracing::warn!("{name}: what can be read has to do: {error}");
+        let found = without_whole(&archives, name, destination, needs).await;
+        return found.context(|| format!("a repository cannot be read ({error})"));
     }
+    without_whole(&archives, name, destination, needs).await
+}
+
+/// No repository that can be read has the whole file: a part of it, or the proof that there is none.
+async fn without_whole(archives: &[Archive], name: &str, destination: &Path, needs: Needs) -> Result<Outcome> {
     let mut best: Option<(Vec<u8>, Request)> = None;
     let mut proof = Ok(());
-    for archive in &archives {
+    for archive in archives {
         let WalFile::Segment(segment) = WalFile::parse(name, archive.segment_size)? else {
             continue;
         };
@@ -103,7 +120,7 @@ pub async fn get<R>(
         }
     }
     // The segment may have been completed since the first look, and its parts removed under our eyes.
-    for archive in &archives {
+    for archive in archives {
         if let Answer::Content(content) = whole(archive, name, needs).await? {
             check_tablespaces(archive, name, &content, needs).await?;
             return deliver(destination, &content);

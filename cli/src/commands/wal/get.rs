@@ -14,12 +14,15 @@ use fairvault_engine::wal::get::{self, Follow, Needs};
 
 use super::{PARALLEL, destinations, exchange, start_worker};
 use crate::args::GetArgs;
+use crate::away::{Away, PATIENCE, bounded};
 use crate::commands::Outcome;
 use crate::config;
 use crate::context::Context;
 
 /// How long `wal get` of a standby retries before it says "later".
 const STANDBY_TRIES: u32 = 3;
+/// How long a repository that answered before is waited for, where there are others.
+const FIRST_PATIENCE: Duration = Duration::from_secs(30);
 /// WAL that is fetched ahead, if nothing else is said.
 const PREFETCH_BYTES: u64 = 128 << 20;
 
@@ -64,10 +67,15 @@ pub async fn run(context: Arc<Context>, args: GetArgs) -> Result<Outcome> {
     }
     let is_standby = std::path::Path::new("standby.signal").exists();
     let mut attempt = 0;
+    let away = Away::of(&context, &args.stanza);
     loop {
         attempt += 1;
-        let open_archive = async |repository: &String| open_archive(&context, &args, repository).await;
-        match get::get(&repositories, open_archive, &args.name, &args.destination, needs).await {
+        // Those that did not answer just now are asked last.
+        let mut asked = repositories.clone();
+        asked.sort_by_key(|repository| away.is_recent(repository));
+        let is_alone = asked.len() == 1;
+        let open_archive = async |repository: &String| open_archive(&context, &args, &away, repository, is_alone).await;
+        match get::get(&asked, open_archive, &args.name, &args.destination, needs).await {
             Err(error) if is_standby && attempt < STANDBY_TRIES => {
                 tracing::warn!("{}: {error}; trying again", args.name);
                 tokio::time::sleep(Duration::from_secs(5)).await;
@@ -79,13 +87,37 @@ pub async fn run(context: Arc<Context>, args: GetArgs) -> Result<Outcome> {
     }
 }
 
-async fn open_archive(context: &Context, args: &GetArgs, repository: &str) -> Result<Archive> {
-    let access = context.access(repository, &args.stanza, false, false)?;
-    let opened = async {
+/// Opens a repository's archive; where there are others, it is not waited for too long, and not again so soon.
+async fn open_archive(
+    context: &Arc<Context>,
+    args: &GetArgs,
+    away: &Away,
+    repository: &str,
+    is_alone: bool,
+) -> Result<Archive> {
+    let (at, stanza, name) = (context.clone(), args.stanza.clone(), args.name.clone());
+    let (of, system_identifier) = (repository.to_owned(), args.system_identifier);
+    let open = move || async move {
+        let access = at.access(&of, &stanza, false, false)?;
         let stanza = Stanza::open(&access).await?;
-        Archive::open_for(stanza, args.system_identifier, &args.name).await
+        Archive::open_for(stanza, system_identifier, &name).await
     };
-    opened.await.context(|| format!("repository {repository}"))
+    let limit = match away.is_recent(repository) {
+        true => PATIENCE,
+        false => FIRST_PATIENCE,
+    };
+    let opened = match is_alone {
+        true => open().await,
+        false => bounded(limit, open).await,
+    };
+    match &opened {
+        Ok(_) if !is_alone => away.clear(repository, context.is_optional(repository)),
+        Err(error) if !is_alone && away.mark(repository, error) => {
+            tracing::warn!("repository {repository} is away, and is asked last: {error}");
+        }
+        _ => {}
+    }
+    opened.context(|| format!("repository {repository}"))
 }
 
 fn is_segment(name: &str) -> bool {
@@ -113,8 +145,9 @@ async fn work(
     prefetch: u64,
 ) -> Result<()> {
     let mut archives = Vec::new();
+    let away = Away::of(&context, &args.stanza);
     for repository in repositories {
-        match open_archive(&context, args, repository).await {
+        match open_archive(&context, args, &away, repository, repositories.len() == 1).await {
             Ok(archive) => archives.push(archive),
             Err(error) => tracing::warn!("{error}"),
         }

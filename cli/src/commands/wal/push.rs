@@ -1,4 +1,4 @@
-//! `wal push`: durable in every repository, or an error.
+//! `wal push`: durable in every repository that is not optional, or an error.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,6 +11,7 @@ use fairvault_engine::wal::push;
 
 use super::{PARALLEL, destinations, exchange, file_name, folder_of, open, start_worker};
 use crate::args::PushArgs;
+use crate::away::{Away, PATIENCE, bounded};
 use crate::commands::{Outcome, stop_signal};
 use crate::config;
 use crate::context::Context;
@@ -21,6 +22,9 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
 /// Segments in flight hold memory, sealed: bytes of WAL in flight, whatever `parallel` says.
 const IN_FLIGHT_BYTES: u64 = 256 << 20;
+
+/// Larger files are given more time by an optional repository's patience.
+const SMALL_SEGMENT: u64 = 16 << 20;
 
 /// Runs it.
 pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
@@ -209,7 +213,10 @@ fn alarm(pg_wal: &Path, args: &PushArgs, max_backlog: Option<&str>) -> Result<()
 struct Everywhere {
     context: Arc<Context>,
     stanza: String,
+    /// Those that are not optional come first.
     repositories: Vec<String>,
+    required: usize,
+    away: Away,
     level: i32,
     is_worker: bool,
     /// Opened logs of each repository that nobody uses just now.
@@ -221,6 +228,8 @@ impl Everywhere {
         let repositories = context.repositories(Some(stanza))?;
         Ok(Arc::new(Self {
             level: context.wal_level(stanza)?,
+            required: repositories.iter().filter(|name| !context.is_optional(name)).count(),
+            away: Away::of(context, stanza),
             is_worker,
             context: context.clone(),
             stanza: stanza.to_owned(),
@@ -229,17 +238,16 @@ impl Everywhere {
         }))
     }
 
-    /// Stores a file in every repository; returns the hash of its content, if this is a worker.
-    async fn push(&self, name: &str, path: &Path) -> Result<Option<[u8; 32]>> {
-        let pushes = (0..self.repositories.len()).map(|at| self.push_into(at, name, path));
+    /// Stores a file in every repository; returns the hash of its content, if this is a worker. An optional repository
+    /// holds this up for a bounded time, however many there are.
+    async fn push(self: &Arc<Self>, name: &str, path: &Path) -> Result<Option<[u8; 32]>> {
+        let required = futures::future::join_all((0..self.required).map(|at| self.push_into(at, name, path)));
+        let optional = (self.required..self.repositories.len()).map(|at| self.push_beside(at, name, path));
+        let (pushed, _) = futures::future::join(required, futures::future::join_all(optional)).await;
         // All of them are tried, whatever one says: then a retry has less to do.
         let mut worst: Option<Error> = None;
         let mut hashes = Vec::new();
-        for (result, repository) in futures::future::join_all(pushes)
-            .await
-            .into_iter()
-            .zip(&self.repositories)
-        {
+        for (result, repository) in pushed.into_iter().zip(&self.repositories) {
             let error = match result {
                 Ok(hash) => {
                     hashes.push(hash);
@@ -256,6 +264,21 @@ impl Everywhere {
             None if hashes.windows(2).all(|pair| pair[0] == pair[1]) => Ok(hashes.first().copied().flatten()),
             None => Err(Error::temporary(format!("{name} changed while it was archived"))),
             Some(error) => Err(error).context(|| format!("{name} is not archived")),
+        }
+    }
+
+    /// Into an optional repository: what it does not take now, `copy` brings.
+    async fn push_beside(self: &Arc<Self>, at: usize, name: &str, path: &Path) {
+        let repository = &self.repositories[at];
+        if self.away.is_recent(repository) {
+            return;
+        }
+        let len = path.metadata().map_or(0, |meta| meta.len());
+        let limit = PATIENCE * u32::try_from(len.div_ceil(SMALL_SEGMENT).max(1)).unwrap_or(1);
+        let (this, name, path) = (self.clone(), name.to_owned(), path.to_owned());
+        match bounded(limit, move || async move { this.push_into(at, &name, &path).await }).await {
+            Ok(_) => self.away.clear(repository, true),
+            Err(error) => self.away.alarm(repository, &error),
         }
     }
 
@@ -278,7 +301,8 @@ impl Everywhere {
     /// Says loudly that WAL before a stored segment is missing. It is stored all the same: what comes next
     /// is worth as much as before.
     async fn look_for_gap(&self, name: &str, path: &Path) {
-        for (at, repository) in self.repositories.iter().enumerate() {
+        // `check` tells of those that are optional, and `copy` fills them.
+        for (at, repository) in self.repositories.iter().enumerate().take(self.required) {
             let found = match self.log(at).await {
                 Ok(log) => {
                     let found = push::gap_before(&log, name, path).await;

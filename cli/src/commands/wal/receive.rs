@@ -1,16 +1,18 @@
 //! `wal receive`: WAL in every repository seconds after it was written.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use fairvault_engine::commit::Log;
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::replication::conninfo::ConnInfo;
-use fairvault_engine::stanza::Stanza;
+use fairvault_engine::stanza::{Stanza, read_repository};
 use fairvault_engine::wal::receive::{self, AtWork, Options};
 use tokio::sync::watch;
 
 use crate::args::ReceiveArgs;
+use crate::away::{Away, PATIENCE, bounded};
 use crate::commands::{Outcome, stop_signal};
 use crate::config;
 use crate::context::Context;
@@ -22,11 +24,13 @@ const PIECE_SIZE: u64 = 4 << 20;
 const SPOOL_SIZE: u64 = 1 << 30;
 /// Pause before a repository that needs a person is tried again, while others are fine.
 const PAUSE: Duration = Duration::from_secs(60);
+/// Time between looks at whether an optional repository is there, and between attempts to receive into it.
+const WATCH: Duration = Duration::from_secs(10);
 /// Longest name of a slot.
 const NAME_BYTES: usize = 63;
 
 /// Into every repository, each over a connection and through a slot of its own.
-pub async fn run(context: &Context, args: ReceiveArgs) -> Result<Outcome> {
+pub async fn run(context: &Arc<Context>, args: ReceiveArgs) -> Result<Outcome> {
     let stanza = &args.stanza;
     let configured = context.wal(stanza);
     let interval = args.flush_interval.as_ref().or(configured.flush_interval.as_ref());
@@ -49,22 +53,31 @@ pub async fn run(context: &Context, args: ReceiveArgs) -> Result<Outcome> {
             (Some(name), _) => slot_name(&[name, repository]),
             (None, _) => slot_name(&["fairvault", stanza, repository]),
         };
+        let is_optional = context.is_optional(repository);
+        let mut conninfo = context.conninfo(stanza)?;
+        if is_optional {
+            // It must never be the standby that a commit waits for.
+            conninfo.application_name += "_optional";
+        }
         let options = Options {
-            conninfo: context.conninfo(stanza)?,
-            slot: (!args.no_slot).then_some(slot),
+            conninfo,
+            // One that is away must not make the server keep WAL: `copy` brings what it misses.
+            slot: (!args.no_slot && !is_optional).then_some(slot),
             standbys: standbys.clone(),
             flush_interval: interval.map_or(Ok(FLUSH_INTERVAL), |text| config::duration("flush_interval", text))?,
             piece_size: piece_size.map_or(Ok(PIECE_SIZE), |text| config::size("piece_size", text))?,
-            synchronous: args.synchronous,
+            synchronous: args.synchronous && !is_optional,
             keep_pieces: args.keep_pieces || configured.keep_pieces,
-            skip_gap: args.skip_gap,
+            skip_gap: args.skip_gap || is_optional,
             level: context.wal_level(stanza)?,
         };
-        let spool = spool.as_ref().map(|folder| folder.join(stanza).join(repository));
+        let spool = spool.as_ref().filter(|_| !is_optional);
+        let spool = spool.map(|folder| folder.join(stanza).join(repository));
         each.push(Receiver {
-            context,
-            stanza,
-            repository,
+            context: context.clone(),
+            stanza: stanza.clone(),
+            repository: repository.clone(),
+            is_optional,
             options,
             spool,
             spool_size,
@@ -76,6 +89,11 @@ pub async fn run(context: &Context, args: ReceiveArgs) -> Result<Outcome> {
         let _ = stop_in.send(true);
     };
     let alone = each.len() == 1;
+    let (optional, each): (Vec<_>, Vec<_>) = each.into_iter().partition(|receiver| receiver.is_optional);
+    let beside: Vec<_> = optional
+        .into_iter()
+        .map(|receiver| receiver.beside(stop.clone()))
+        .collect();
     let receivers = each.iter().map(|receiver| receiver.run(alone, stop.clone()));
     let all = futures::future::join_all(receivers);
     tokio::pin!(all, signalled);
@@ -83,15 +101,19 @@ pub async fn run(context: &Context, args: ReceiveArgs) -> Result<Outcome> {
         ended = &mut all => ended,
         () = &mut signalled => all.await,
     };
+    let _ = stop_in.send(true);
+    let _ = tokio::time::timeout(PATIENCE, futures::future::join_all(beside)).await;
     ended.into_iter().collect::<Result<Vec<()>>>()?;
     Ok(Outcome::Done)
 }
 
 /// Receives into one repository.
-struct Receiver<'a> {
-    context: &'a Context,
-    stanza: &'a str,
-    repository: &'a str,
+struct Receiver {
+    context: Arc<Context>,
+    stanza: String,
+    repository: String,
+    /// It holds up nothing, and nobody waits for it.
+    is_optional: bool,
     options: Options,
     /// Folder of its spool.
     spool: Option<PathBuf>,
@@ -99,7 +121,38 @@ struct Receiver<'a> {
     spool_size: u64,
 }
 
-impl Receiver<'_> {
+impl Receiver {
+    /// On threads of its own: a store may hang in a system call.
+    fn beside(self, stop: watch::Receiver<bool>) -> tokio::task::JoinHandle<()> {
+        let runtime = tokio::runtime::Handle::current();
+        let work = move || async move {
+            let away = Away::of(&self.context, &self.stanza);
+            let receiving = async {
+                if let Err(error) = self.run(false, stop.clone()).await {
+                    tracing::warn!("{error}");
+                }
+            };
+            tokio::join!(receiving, self.watch(&away, stop.clone()));
+        };
+        tokio::task::spawn_blocking(move || runtime.block_on(work()))
+    }
+
+    /// Says when an optional repository goes away, and when it is back.
+    async fn watch(&self, away: &Away, mut stop: watch::Receiver<bool>) {
+        loop {
+            let (context, repository) = (self.context.clone(), self.repository.clone());
+            let ask = move || async move { read_repository(&context.open_repository(&repository, false)?).await };
+            match bounded(PATIENCE, ask).await {
+                Ok(_) => away.clear(&self.repository, true),
+                Err(error) => away.alarm(&self.repository, &error),
+            }
+            tokio::select! {
+                () = tokio::time::sleep(WATCH) => {}
+                _ = stop.wait_for(|stop| *stop) => return,
+            }
+        }
+    }
+
     /// What needs a person ends it if it is the only one, and must not hold up others.
     async fn run(&self, alone: bool, mut stop: watch::Receiver<bool>) -> Result<()> {
         let Self { stanza, repository, .. } = self;
@@ -113,19 +166,24 @@ impl Receiver<'_> {
             if *stop.borrow() || (alone && error.kind() != Kind::Temporary) {
                 return Err(error);
             }
-            tracing::error!("{error}; trying again in {} s", PAUSE.as_secs());
-            if let Some(remedy) = error.advice() {
+            let pause = if self.is_optional { WATCH } else { PAUSE };
+            match self.is_optional {
+                // One alarm a spell is enough.
+                true => tracing::debug!("{error}; trying again in {} s", pause.as_secs()),
+                false => tracing::error!("{error}; trying again in {} s", pause.as_secs()),
+            }
+            if let Some(remedy) = error.advice().filter(|_| !self.is_optional) {
                 tracing::error!("{remedy}");
             }
             tokio::select! {
-                () = tokio::time::sleep(PAUSE) => {}
+                () = tokio::time::sleep(pause) => {}
                 _ = stop.wait_for(|stop| *stop) => return Err(error),
             }
         }
     }
 
     async fn once(&self, mut stop: watch::Receiver<bool>) -> Result<()> {
-        let access = self.context.access(self.repository, self.stanza, false, true)?;
+        let access = self.context.access(&self.repository, &self.stanza, false, true)?;
         // With a spool, the store may be away: this host remembers the keys.
         let opened = Stanza::open(&access).await?;
         let limit = self.spool_size;

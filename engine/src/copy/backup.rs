@@ -1,0 +1,412 @@
+//! A backup of one repository into another: what the target does not have is fetched, opened, sealed anew under the
+//! target's keys and packed as by a backup, and described by a manifest of the same files.
+//!
+//! What always holds: the copy's segments and extents are those of the original, place for place, only the frames are
+//! others; a chunk counts as there only if the target's index has it; the commit is the last write.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use fairvault_format::frame::{FRAME_HEADER_LEN, FrameKey, FrameReader};
+use fairvault_format::index::PackRef;
+use fairvault_format::keys::TAG_LEN;
+use fairvault_format::{limits, names, proto, sha256};
+use futures::StreamExt;
+use tokio::sync::{mpsc, watch};
+
+use super::twins::Twins;
+use crate::backup::manifest::{self, store_segment};
+use crate::backup::pipeline::Shared;
+use crate::backup::upload;
+use crate::codec::Codec;
+use crate::commit::lease::{Lease, NO_BACKUP};
+use crate::commit::session::Session;
+use crate::commit::{Log, state};
+use crate::dedup::{Claim, Index, Known, SessionChunks, confirm_packs};
+use crate::error::{Error, Result};
+use crate::pack::Packer;
+use crate::progress::Progress;
+use crate::restore::data::{RANGES, open_frame, ranges};
+use crate::restore::plan::{FrameRef, Outline};
+use crate::restore::target::info;
+use crate::stanza::Stanza;
+
+/// Manifest segments that are read at once.
+const SEGMENTS: usize = 4;
+
+type Id = [u8; 32];
+
+/// Copies a backup whose WAL is in the target already; returns the facts of the copy.
+pub async fn copy(
+    source: &Log,
+    target: &mut Log,
+    original: &proto::CommittedBackup,
+    twins: &mut Twins,
+    progress: &Arc<Progress>,
+    stop: &watch::Receiver<bool>,
+) -> Result<proto::BackupInfo> {
+    let facts = info(original);
+    let mut session = Session::begin(target, state::COPY, |state| free_id(state, &facts.id)).await?;
+    let stanza = target.stanza().clone();
+    let lease = match Lease::take(&stanza, session.id(), state::COPY, NO_BACKUP).await {
+        Ok(lease) => lease,
+        Err(error) => {
+            session.abort(target, &error.to_string()).await?;
+            return Err(error);
+        }
+    };
+    let outcome = tokio::select! {
+        outcome = transfer(source, target, &mut session, original, twins, progress) => outcome,
+        () = super::stopped(stop) => Err(Error::interrupted()),
+    };
+    let ended = match outcome {
+        Ok(Transferred { root, info, pairs }) => {
+            progress.phase("committing");
+            let committed = session.commit(target, root, info.clone()).await;
+            committed.map(|()| {
+                twins.add(&original.root, pairs);
+                info
+            })
+        }
+        Err(error) => {
+            let reason = error.to_string();
+            let abort = session.abort(target, &reason);
+            if tokio::time::timeout(std::time::Duration::from_secs(10), abort)
+                .await
+                .is_err()
+            {
+                tracing::warn!("the end of this copy's session could not be noted; nothing is lost by it");
+            }
+            Err(error)
+        }
+    };
+    lease.release().await;
+    ended
+}
+
+/// The original's id, or the nearest later one that no other backup of the target has.
+fn free_id(now: &proto::Snapshot, wanted: &str) -> String {
+    let taken = |id: &str| state::is_taken(now, id, state::COPY);
+    let parsed = wanted.split_at_checked(15).and_then(|(time, letter)| {
+        let time = jiff::civil::DateTime::strptime("%Y%m%d-%H%M%S", time).ok()?;
+        Some((time, letter))
+    });
+    let mut seconds = 0i64;
+    let mut id = wanted.to_owned();
+    while taken(&id) {
+        seconds += 1;
+        let later = parsed.and_then(|(time, letter)| {
+            let time = time.checked_add(jiff::SignedDuration::from_secs(seconds)).ok()?;
+            Some(format!("{}{letter}", time.strftime("%Y%m%d-%H%M%S")))
+        });
+        id = later.unwrap_or_else(|| format!("{wanted}-{seconds}"));
+    }
+    id
+}
+
+struct Transferred {
+    root: Id,
+    info: proto::BackupInfo,
+    /// Ids of the source and of the target.
+    pairs: Vec<(Id, Id)>,
+}
+
+async fn transfer(
+    source: &Log,
+    target: &mut Log,
+    session: &mut Session,
+    original: &proto::CommittedBackup,
+    twins: &Twins,
+    progress: &Arc<Progress>,
+) -> Result<Transferred> {
+    let (from, to) = (source.stanza().clone(), target.stanza().clone());
+    progress.phase("loading the index");
+    let index = Index::load(&to, target.state()).await?;
+    let outline = Arc::new(Outline::read(&from, &original.root).await?);
+    let facts = info(original);
+    if outline.root.info.as_ref() != Some(&facts) {
+        return Err(Error::damaged(format!(
+            "{}: its facts are not those in the log",
+            outline.what
+        )));
+    }
+    let before = (
+        progress.stored_bytes.get(),
+        progress.deduplicated_bytes.get(),
+        progress.read_bytes.get(),
+    );
+    progress.phase("copying");
+    let chunks = Arc::new(SessionChunks::new(index));
+    let (finished_in, finished_out) = mpsc::channel(1);
+    let shared = Arc::new(Shared {
+        stanza: to.clone(),
+        chunks: chunks.clone(),
+        packer: Packer::new(to.clone(), chunks.clone(), finished_in),
+        level: manifest::LEVEL,
+        pages: false,
+        checksums: false,
+        basis: None,
+        audit: None,
+        progress: progress.clone(),
+    });
+    let storing = upload::run(to.clone(), finished_out, target, session, progress);
+    let working = work(shared, from, outline.clone(), twins);
+    let (worked, stored) = tokio::join!(working, storing);
+    // When the store fails, the packer only sees that it is gone.
+    stored?;
+    let (segments, handles) = worked?;
+    let (known, packs) = chunks.finish()?;
+    confirm_packs(&to, &known, &packs).await?;
+    let info = proto::BackupInfo {
+        id: session.backup().to_owned(),
+        copied_from: Some(state::origin(source.state(), &facts)),
+        new_stored_bytes: progress.stored_bytes.get() - before.0,
+        new_plain_bytes: (progress.read_bytes.get() - before.2)
+            .saturating_sub(progress.deduplicated_bytes.get() - before.1),
+        ..facts
+    };
+    let failures = outline.root.page_failures.clone();
+    let root = manifest::seal_root(&to, info.clone(), &segments, &known, &packs, failures)?;
+    fairvault_format::error::check_limit("the manifest root", root.len() as u64, limits::SECTION_BYTES)?;
+    let hash = sha256(&root);
+    to.store().put_hashed(&names::root(&hash), root.into()).await?;
+    let pairs = handles.into_iter().map(|(id, handle)| (id, known[handle as usize].id));
+    Ok(Transferred {
+        root: hash,
+        info,
+        pairs: pairs.collect(),
+    })
+}
+
+type Handles = HashMap<Id, u32>;
+type Segments = Vec<(String, u32, Vec<u32>)>;
+
+/// Content, then what describes it; packs of content must have their names before a manifest can point to them.
+async fn work(
+    shared: Arc<Shared>,
+    source: Arc<Stanza>,
+    outline: Arc<Outline>,
+    twins: &Twins,
+) -> Result<(Segments, Handles)> {
+    let handles = content(&shared, &source, &outline, twins).await?;
+    close(&shared).await?;
+    let (known, packs) = shared.chunks.finish()?;
+    let known = Arc::new((known, packs));
+    let mut segments = Vec::with_capacity(outline.segments());
+    let reading = (0..outline.segments()).map(|number| outline.segment(&source, number));
+    let mut reading = futures::stream::iter(reading).buffered(SEGMENTS);
+    while let Some(segment) = reading.next().await {
+        let segment = segment?;
+        let frames = outline.frames_of(&segment)?;
+        let first = segment.files.first().map(|file| file.path.clone()).unwrap_or_default();
+        let files = segment.files.len() as u32;
+        let chosen = frames.iter().map(|frame| handles.get(&frame.id).copied());
+        let chosen: Option<Vec<u32>> = chosen.collect();
+        let chosen = chosen.ok_or_else(|| Error::failed(format!("{} changed while it was copied", outline.what)))?;
+        let (at, known) = (shared.clone(), known.clone());
+        let stored = blocking(move || {
+            let segment = described(segment, &chosen, &known.0, &known.1)?;
+            store_segment(&at, &mut Codec::new(manifest::LEVEL)?, &segment)
+        });
+        segments.push((first, files, stored.await?));
+    }
+    close(&shared).await?;
+    Ok((segments, handles))
+}
+
+async fn close(shared: &Arc<Shared>) -> Result<()> {
+    let shared = shared.clone();
+    blocking(move || shared.packer.close()).await
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let working = tokio::task::spawn_blocking(work).await;
+    working.map_err(|error| Error::failed("copying panicked").caused_by(error))?
+}
+
+/// The same segment over the target's frames, in the same order, so that its extents stay as they are.
+fn described(
+    segment: proto::ManifestSegment,
+    handles: &[u32],
+    known: &[Known],
+    packs: &[PackRef],
+) -> Result<proto::ManifestSegment> {
+    let mut frames = proto::FrameTable::default();
+    let mut pack_names: Vec<Vec<u8>> = Vec::new();
+    let mut numbers: HashMap<u32, u32> = HashMap::new();
+    for &handle in handles {
+        let chunk = &known[handle as usize];
+        let place = chunk.place.ok_or_else(|| Error::failed("a chunk without a place"))?;
+        let number = *numbers.entry(place.pack).or_insert_with(|| {
+            pack_names.push(packs[place.pack as usize].name.to_vec());
+            pack_names.len() as u32 - 1
+        });
+        manifest::push_frame(&mut frames, chunk, number)?;
+    }
+    Ok(proto::ManifestSegment {
+        pack_names,
+        frames: Some(frames),
+        files: segment.files,
+    })
+}
+
+/// A frame that has to be fetched; with its id and handle in the target, where they are known.
+type Needed = (FrameRef, Option<(Id, u32)>);
+
+/// Fetched bytes of a pack, and the frames in them.
+struct Job {
+    pack: PackRef,
+    from: u32,
+    bytes: Bytes,
+    frames: Vec<Needed>,
+}
+
+/// Brings every chunk of the files into the target; returns their handles there by their ids in the source.
+async fn content(shared: &Arc<Shared>, source: &Arc<Stanza>, outline: &Outline, twins: &Twins) -> Result<Handles> {
+    let workers = std::thread::available_parallelism().map_or(2, usize::from);
+    let (jobs_in, jobs_out) = mpsc::channel(workers);
+    let (at, from) = (shared.clone(), source.clone());
+    let working = tokio::spawn(blocking(move || reseal_all(&at, &from, workers, jobs_out)));
+    let fetched = fetch_all(shared, source, outline, twins, &jobs_in).await;
+    drop(jobs_in);
+    let worked = working
+        .await
+        .map_err(|e| Error::failed("copying panicked").caused_by(e))?;
+    // A worker that fails closes the channel: it knows why.
+    let resealed = worked?;
+    let mut handles = fetched?;
+    handles.extend(resealed);
+    Ok(handles)
+}
+
+async fn fetch_all(
+    shared: &Shared,
+    source: &Stanza,
+    outline: &Outline,
+    twins: &Twins,
+    jobs: &mpsc::Sender<Job>,
+) -> Result<Handles> {
+    let mut handles = Handles::new();
+    let mut met: std::collections::HashSet<Id> = Default::default();
+    let reading = (0..outline.segments()).map(|number| outline.segment(source, number));
+    let mut reading = futures::stream::iter(reading).buffered(SEGMENTS);
+    while let Some(segment) = reading.next().await {
+        let mut needed: Vec<Needed> = Vec::new();
+        for frame in outline.frames_of(&segment?)? {
+            if !met.insert(frame.id) {
+                continue;
+            }
+            shared.progress.read_bytes.add(frame.plain_len.into());
+            let twin = twins
+                .get(&frame.id)
+                .map(|id| (*id, shared.chunks.claim(*id, frame.plain_len)));
+            match twin {
+                Some((_, Claim::Present(handle))) => {
+                    shared.progress.deduplicated_bytes.add(frame.plain_len.into());
+                    handles.insert(frame.id, handle);
+                }
+                Some((id, Claim::New(handle))) => needed.push((frame, Some((id, handle)))),
+                None => needed.push((frame, None)),
+            }
+        }
+        let frames: Vec<FrameRef> = needed.iter().map(|(frame, _)| *frame).collect();
+        let fetching = ranges(&frames, &vec![true; frames.len()])
+            .into_iter()
+            .map(async |range| {
+                let pack = outline.packs[range.pack as usize];
+                let bytes = source
+                    .store()
+                    .get_range(&names::pack(&pack.name), range.from.into()..range.to.into())
+                    .await?;
+                let frames = range.frames.iter().map(|&number| needed[number as usize]).collect();
+                let from = range.from;
+                Ok::<_, Error>(Job {
+                    pack,
+                    from,
+                    bytes,
+                    frames,
+                })
+            });
+        let mut fetching = futures::stream::iter(fetching).buffer_unordered(RANGES);
+        while let Some(job) = fetching.next().await {
+            let gone = |_| Error::failed("the workers of the copy have ended early");
+            jobs.send(job?).await.map_err(gone)?;
+        }
+    }
+    Ok(handles)
+}
+
+/// Opens and seals anew until the channel is closed and empty. Blocks.
+fn reseal_all(shared: &Shared, source: &Stanza, workers: usize, jobs: mpsc::Receiver<Job>) -> Result<Vec<(Id, u32)>> {
+    let jobs = Mutex::new(jobs);
+    let worker = || -> Result<Vec<(Id, u32)>> {
+        let mut reader = FrameReader::default();
+        let mut done = Vec::new();
+        loop {
+            let next = jobs.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
+            let Some(job) = next else { return Ok(done) };
+            if let Err(error) = reseal(shared, source, &mut reader, &job, &mut done) {
+                // Closing the channel stops the fetching and the other workers.
+                jobs.lock().unwrap_or_else(PoisonError::into_inner).close();
+                return Err(error);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
+        let mut all = Vec::new();
+        for thread in threads {
+            let done = thread
+                .join()
+                .unwrap_or_else(|_| Err(Error::failed("a worker of the copy panicked")));
+            all.extend(done?);
+        }
+        Ok(all)
+    })
+}
+
+fn reseal(
+    shared: &Shared,
+    source: &Stanza,
+    reader: &mut FrameReader,
+    job: &Job,
+    done: &mut Vec<(Id, u32)>,
+) -> Result<()> {
+    let pack = &job.pack;
+    let key = FrameKey::new(source.keys_of(pack.header.epoch)?, source.scope(), &pack.header)?;
+    for (frame, twin) in &job.frames {
+        let at = (frame.offset - job.from) as usize;
+        let stored = job.bytes.get(at..at + frame.stored_len as usize).unwrap_or_default();
+        let chunk = open_frame(reader, source, &key, pack, frame, stored)?;
+        let id = shared.stanza.keys().chunk_id(chunk);
+        let claim = match twin {
+            None => shared.chunks.claim(id, frame.plain_len),
+            Some((expected, handle)) if *expected == id => Claim::New(*handle),
+            Some(_) => {
+                return Err(Error::damaged(format!(
+                    "{}, frame {}: the two repositories have different content for one chunk of a backup",
+                    names::pack(&pack.name),
+                    frame.ordinal
+                )));
+            }
+        };
+        let handle = match claim {
+            Claim::Present(handle) => {
+                shared.progress.deduplicated_bytes.add(frame.plain_len.into());
+                handle
+            }
+            Claim::New(handle) => {
+                let (codec, output) = reader.encoded();
+                let mut buffer = Vec::with_capacity(FRAME_HEADER_LEN + output.len() + TAG_LEN);
+                buffer.resize(FRAME_HEADER_LEN, 0);
+                buffer.extend_from_slice(output);
+                let place = shared.packer.add(id, codec, frame.plain_len, buffer)?;
+                shared.chunks.stored(handle, place);
+                handle
+            }
+        };
+        done.push((frame.id, handle));
+    }
+    Ok(())
+}
