@@ -133,6 +133,8 @@ pub enum Command {
         #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
         progress: ProgressMode,
     },
+    /// Make lost or damaged parts of the index anew, and say what content is lost
+    Repair(RepairArgs),
     /// Decide which backups are needed no more, as `retention` says
     Expire(ExpireArgs),
     /// Delete what no backup and no reader needs
@@ -187,6 +189,22 @@ pub enum StanzaCommand {
     List,
     /// Stop writers that must not go on: all that are at work, or whoever goes on with an old timeline
     Fence(FenceArgs),
+}
+
+/// `repair`
+#[derive(Debug, Args)]
+pub struct RepairArgs {
+    /// Stanza
+    pub stanza: String,
+    /// Only say what is lost, and what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How thoroughly packs are looked at: objects: the hash of every pack holds; data: every frame opens too
+    #[arg(long, value_enum, default_value_t = VerifyLevel::Objects)]
+    pub level: VerifyLevel,
+    /// How progress looks
+    #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
+    pub progress: ProgressMode,
 }
 
 /// `expire`

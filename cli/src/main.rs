@@ -140,7 +140,7 @@ fn main() -> ExitCode {
     start_log(&cli.global);
     if matches!(
         cli.command,
-        Command::Wal(WalCommand::Receive(_)) | Command::Restore(_) | Command::Verify { .. }
+        Command::Wal(WalCommand::Receive(_)) | Command::Restore(_) | Command::Verify { .. } | Command::Repair(_)
     ) {
         memory::give_back();
     }
@@ -221,6 +221,7 @@ async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
             level,
             progress,
         } => commands::verify::run(&context, &stanza, level, progress).await,
+        Command::Repair(args) => commands::repair::run(&context, args).await,
         Command::Expire(args) => commands::expire::run(&context, args).await,
         Command::Gc(args) => commands::gc::run(&context, args).await,
         Command::Hold { stanza, backup, reason } => {

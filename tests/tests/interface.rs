@@ -251,6 +251,7 @@ fn the_members_of_json_objects_are_the_documented_ones() -> Result<()> {
     note(&["policy", "acme", "--minimum-full", "1"], true)?;
     note(&["expire", "acme"], true)?;
     note(&with(&["verify", "acme"]), true)?;
+    note(&with(&["repair", "acme"]), true)?;
     note(&with(&["gc", "acme", "--patience", "1s"]), true)?;
     note(&["audit", "acme"], true)?;
     note(&["key", "list", "acme"], true)?;
