@@ -185,6 +185,8 @@ pub enum Command {
 pub enum StanzaCommand {
     /// Make a stanza for a server: layout, keys, first log entry
     Create(StanzaCreateArgs),
+    /// Go on with the cluster that pg_upgrade has made of the stanza's
+    Upgrade(UpgradeArgs),
     /// List the stanzas of the repository
     List,
     /// Stop writers that must not go on: all that are at work, or whoever goes on with an old timeline
@@ -266,6 +268,19 @@ pub struct FenceArgs {
     /// Why, for the log and for whoever is stopped
     #[arg(long, value_name = "TEXT")]
     pub reason: String,
+}
+
+/// `stanza upgrade`
+#[derive(Debug, Args)]
+pub struct UpgradeArgs {
+    /// Stanza
+    pub stanza: String,
+    /// The server was not made by pg_upgrade, but filled from a dump or by logical replication
+    #[arg(long)]
+    pub unrelated: bool,
+    /// The upgrade was given up: the server is an earlier cluster of the stanza, which goes on
+    #[arg(long, conflicts_with = "unrelated")]
+    pub back: bool,
 }
 
 /// `stanza create`

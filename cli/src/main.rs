@@ -205,6 +205,7 @@ async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
         Command::Stanza(args::StanzaCommand::Create(args)) | Command::StanzaCreate(args) => {
             commands::stanza::create(&context, args).await
         }
+        Command::Stanza(args::StanzaCommand::Upgrade(args)) => commands::stanza::upgrade(&context, args).await,
         Command::Stanza(args::StanzaCommand::Fence(args)) => commands::stanza::fence(&context, args).await,
         Command::Stanza(args::StanzaCommand::List) => commands::stanza::list(&context).await,
         Command::Check { stanza } => commands::check::run(&context, &stanza).await,

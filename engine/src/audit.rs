@@ -148,7 +148,10 @@ fn words(entry: &Entry) -> (&'static str, String) {
         }
         Entry::Incarnation(incarnation) => (
             "incarnation",
-            format!("a new life of the cluster: {}", incarnation.system_identifier),
+            format!(
+                "the cluster is PostgreSQL {} with system identifier {} from now on",
+                incarnation.server_major, incarnation.system_identifier
+            ),
         ),
         Entry::DistrustParser(parser) => {
             let version = parser.parser_version;

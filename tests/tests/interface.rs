@@ -262,6 +262,7 @@ fn the_members_of_json_objects_are_the_documented_ones() -> Result<()> {
         true,
     )?;
     note(&["restore", "acme", "--to", &to, "--progress", "none"], true)?;
+    note(&["stanza", "upgrade", "acme"], true)?;
     note(&["stanza", "fence", "acme", "--reason", "a trial"], true)?;
     note(&["unhold", "acme", &id], true)?;
     // What fails says so in an object of its own.
