@@ -135,6 +135,8 @@ pub enum Command {
     },
     /// Bring other repositories of a stanza up to date: backups and WAL that they do not have
     Copy(CopyArgs),
+    /// Make lost or damaged parts of the index anew, and say what content is lost
+    Repair(RepairArgs),
     /// Decide which backups are needed no more, as `retention` says
     Expire(ExpireArgs),
     /// Delete what no backup and no reader needs
@@ -185,6 +187,8 @@ pub enum Command {
 pub enum StanzaCommand {
     /// Make a stanza for a server: layout, keys, first log entry
     Create(StanzaCreateArgs),
+    /// Go on with the cluster that pg_upgrade has made of the stanza's
+    Upgrade(UpgradeArgs),
     /// List the stanzas of the repository
     List,
     /// Stop writers that must not go on: all that are at work, or whoever goes on with an old timeline
@@ -210,6 +214,22 @@ pub struct CopyArgs {
     /// Only say what would be copied
     #[arg(long)]
     pub dry_run: bool,
+    /// How progress looks
+    #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
+    pub progress: ProgressMode,
+}
+
+/// `repair`
+#[derive(Debug, Args)]
+pub struct RepairArgs {
+    /// Stanza
+    pub stanza: String,
+    /// Only say what is lost, and what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How thoroughly packs are looked at: objects: the hash of every pack holds; data: every frame opens too
+    #[arg(long, value_enum, default_value_t = VerifyLevel::Objects)]
+    pub level: VerifyLevel,
     /// How progress looks
     #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
     pub progress: ProgressMode,
@@ -287,6 +307,19 @@ pub struct DistrustArgs {
     /// Why, for the log
     #[arg(long, value_name = "TEXT")]
     pub reason: String,
+}
+
+/// `stanza upgrade`
+#[derive(Debug, Args)]
+pub struct UpgradeArgs {
+    /// Stanza
+    pub stanza: String,
+    /// The server was not made by pg_upgrade, but filled from a dump or by logical replication
+    #[arg(long)]
+    pub unrelated: bool,
+    /// The upgrade was given up: the server is an earlier cluster of the stanza, which goes on
+    #[arg(long, conflicts_with = "unrelated")]
+    pub back: bool,
 }
 
 /// `stanza create`

@@ -142,7 +142,7 @@ fn main() -> ExitCode {
     start_log(&cli.global);
     if matches!(
         cli.command,
-        Command::Wal(WalCommand::Receive(_)) | Command::Restore(_) | Command::Verify { .. }
+        Command::Wal(WalCommand::Receive(_)) | Command::Restore(_) | Command::Verify { .. } | Command::Repair(_)
     ) {
         memory::give_back();
     }
@@ -207,6 +207,7 @@ async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
         Command::Stanza(args::StanzaCommand::Create(args)) | Command::StanzaCreate(args) => {
             commands::stanza::create(&context, args).await
         }
+        Command::Stanza(args::StanzaCommand::Upgrade(args)) => commands::stanza::upgrade(&context, args).await,
         Command::Stanza(args::StanzaCommand::Fence(args)) => commands::stanza::fence(&context, args).await,
         Command::Stanza(args::StanzaCommand::Distrust(args)) => commands::stanza::distrust(&context, args).await,
         Command::Stanza(args::StanzaCommand::List) => commands::stanza::list(&context).await,
@@ -225,6 +226,7 @@ async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
             progress,
         } => commands::verify::run(&context, &stanza, level, progress).await,
         Command::Copy(args) => commands::copy::run(context, args).await,
+        Command::Repair(args) => commands::repair::run(&context, args).await,
         Command::Expire(args) => commands::expire::run(&context, args).await,
         Command::Gc(args) => commands::gc::run(&context, args).await,
         Command::Hold { stanza, backup, reason } => {

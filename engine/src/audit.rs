@@ -98,7 +98,10 @@ fn words(entry: &Entry) -> (&'static str, String) {
             let stored = info.new_stored_bytes.div_ceil(1 << 10);
             ("commit", format!("backup {} is complete, {stored} KiB added", info.id))
         }
-        Entry::Abort(abort) => ("abort", format!("a backup was given up{}", because(&abort.reason))),
+        Entry::Abort(abort) => (
+            "abort",
+            format!("a session ended without a backup{}", because(&abort.reason)),
+        ),
         Entry::SetFence(fence) => {
             let count = fence.sessions.len();
             (
@@ -145,7 +148,10 @@ fn words(entry: &Entry) -> (&'static str, String) {
         }
         Entry::Incarnation(incarnation) => (
             "incarnation",
-            format!("a new life of the cluster: {}", incarnation.system_identifier),
+            format!(
+                "the cluster is PostgreSQL {} with system identifier {} from now on",
+                incarnation.server_major, incarnation.system_identifier
+            ),
         ),
         Entry::DistrustParser(parser) => {
             let version = parser.parser_version;

@@ -19,6 +19,7 @@ pub mod inspect;
 pub mod pack;
 pub mod postgres;
 pub mod progress;
+pub mod repair;
 pub mod replication;
 pub mod restore;
 pub mod source;

@@ -68,15 +68,9 @@ impl Fixture {
         let scratch = Scratch::new(name)?;
         let dir = scratch.path().display().to_string();
         run(&mut scratch.fairvault(&["key", "generate", &format!("{dir}/key")]))?;
-        let text = format!(
-            "cache = \"{dir}/cache\"\n[repo.main]\nurl = \"file://{dir}/vault\"\n[stanza.acme]\nconninfo = \"host={dir} port=5432 user=postgres\"\nkey = {{ file = \"{dir}/key\" }}\n{}\n",
-            shape.more
-        );
-        let config = scratch.write("fairvault.toml", text.as_bytes())?.display().to_string();
+        let config = write_config(&scratch, shape.more)?;
         let archive = match shape.archiving {
-            true => {
-                format!("archive_mode = on\narchive_command = '{dir}/fairvault --config {config} wal push acme %p'\n")
-            }
+            true => archive_settings(&scratch, &config),
             false => String::new(),
         };
         let settings = format!("{archive}{}", shape.settings);
@@ -103,6 +97,25 @@ impl Fixture {
             this.ok(&["stanza", "create", "acme"])?;
         }
         Ok(this)
+    }
+
+    /// A copy of a repository with its key, as they lie in a folder. The server is not there: restore it.
+    pub fn of_repository(name: &str, folder: &Path, more: &str) -> Result<Self> {
+        let scratch = Scratch::new(name)?;
+        scratch.write("key", &std::fs::read(folder.join("key"))?)?;
+        scratch.copy_folder(&folder.join("vault"), "vault")?;
+        let options = vec!["--config".to_owned(), write_config(&scratch, more)?];
+        let server = Server::existing(&scratch, 15, scratch.join("data5432"), 5432);
+        Ok(Self {
+            scratch,
+            server,
+            options,
+        })
+    }
+
+    /// What makes a server archive into the repository, for a fixture with a configuration file.
+    pub fn archiving(&self) -> String {
+        archive_settings(&self.scratch, &self.options[1])
     }
 
     /// Puts the repository into a bucket of an S3 server; for a fixture whose stanza is not created yet.
@@ -229,6 +242,20 @@ impl Fixture {
     pub fn objects(&self, folder: &str) -> Vec<PathBuf> {
         files(&self.scratch.join("vault/acme").join(folder))
     }
+}
+
+/// A directory repository with a key and a stanza. Returns the file's path.
+fn write_config(scratch: &Scratch, more: &str) -> Result<String> {
+    let dir = scratch.path().display();
+    let text = format!(
+        "cache = \"{dir}/cache\"\n[repo.main]\nurl = \"file://{dir}/vault\"\n[stanza.acme]\nconninfo = \"host={dir} port=5432 user=postgres\"\nkey = {{ file = \"{dir}/key\" }}\n{more}\n",
+    );
+    Ok(scratch.write("fairvault.toml", text.as_bytes())?.display().to_string())
+}
+
+fn archive_settings(scratch: &Scratch, config: &str) -> String {
+    let dir = scratch.path().display();
+    format!("archive_mode = on\narchive_command = '{dir}/fairvault --config {config} wal push acme %p'\n")
 }
 
 /// Every file below a folder, sorted.

@@ -13,6 +13,7 @@ pub mod rgw;
 pub mod s3;
 pub mod scratch;
 pub mod server;
+pub mod snapshot;
 pub mod tools;
 
 pub use fixture::{Fixture, Shape};

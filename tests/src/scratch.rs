@@ -77,6 +77,16 @@ impl Scratch {
         command
     }
 
+    /// Copies a folder to here; the servers' user owns the copy.
+    pub fn copy_folder(&self, from: &Path, name: &str) -> Result<PathBuf> {
+        let to = self.join(name);
+        run(Command::new("cp").arg("-r").arg(from).arg(&to))?;
+        if tools::is_root() {
+            run(Command::new("chown").args(["-R", "postgres:"]).arg(&to))?;
+        }
+        Ok(to)
+    }
+
     /// Writes a file that the servers' user owns.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<PathBuf> {
         use std::os::unix::fs::PermissionsExt;

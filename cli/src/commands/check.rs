@@ -266,7 +266,9 @@ async fn stanza_in(context: &Context, repository: &str, stanza: &str, server: Op
     let current = server.flush.0 / size;
     if server.archiving || is_received {
         let info = info_of(&log).await?;
-        let mut windows = info.windows.iter().filter(|w| w.timeline == server.timeline);
+        let mut windows = info.windows.iter().filter(|w| {
+            w.timeline == server.timeline && w.system_identifier == server.cluster.system_identifier.to_string()
+        });
         if let Some(hole) = windows.find_map(|w| w.hole.as_ref()) {
             return Err(Error::damaged(format!(
                 "WAL from {hole} on is missing, and later WAL is there: recovery from backups before it ends there"

@@ -127,12 +127,22 @@ fn print(info: &Info) {
             b.hold.as_ref().map(|why| format!("  held: {why}")).unwrap_or_default(),
         ));
     }
+    // Which cluster, where there were several.
+    let of = |system_identifier: &String| match info.system_identifiers.as_slice() {
+        [_] => String::new(),
+        [.., newest] if newest == system_identifier => String::new(),
+        _ => format!(" of the earlier cluster {system_identifier}"),
+    };
     for timeline in &info.wal {
         for (i, range) in timeline.ranges.iter().enumerate() {
             let gap = if i > 0 { "  (after a gap)" } else { "" };
             output::line(format_args!(
-                "  WAL timeline {}: {} to {}, {} segments{gap}",
-                timeline.timeline, range.first, range.last, range.segments
+                "  WAL timeline {}{}: {} to {}, {} segments{gap}",
+                timeline.timeline,
+                of(&timeline.system_identifier),
+                range.first,
+                range.last,
+                range.segments
             ));
         }
     }
@@ -149,8 +159,9 @@ fn print(info: &Info) {
     }
     for w in &info.windows {
         output::line(format_args!(
-            "  restorable on timeline {}: {} ({}) to {} ({}){}",
+            "  restorable on timeline {}{}: {} ({}) to {} ({}){}",
             w.timeline,
+            of(&w.system_identifier),
             w.from,
             w.from_lsn,
             w.to.as_deref().unwrap_or("no commit known"),

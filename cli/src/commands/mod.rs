@@ -8,6 +8,7 @@ pub mod expire;
 pub mod gc;
 pub mod info;
 pub mod key;
+pub mod repair;
 pub mod restore;
 pub mod stanza;
 pub mod verify;
@@ -30,7 +31,7 @@ pub enum Outcome {
     Warnings,
     /// `wal get`: proven absent.
     Absent,
-    /// `verify`: damage was found.
+    /// `verify`, `repair`: damage was found.
     DamageFound,
     /// `gc`: somebody at work has to be waited for.
     Held,

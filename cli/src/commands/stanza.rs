@@ -1,14 +1,17 @@
-//! `stanza create`, `list`, `fence`, `distrust`.
+//! `stanza create`, `upgrade`, `list`, `fence`, `distrust`.
 
 use std::sync::Arc;
 
 use fairvault_engine::commit::{Log, fence};
 use fairvault_engine::error::{Context as _, Error, Result};
+use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::replication::connection::{Connection, Mode};
+use fairvault_engine::stanza::Stanza;
 use fairvault_engine::stanza::create::{Cluster, create as create_stanza};
+use fairvault_engine::stanza::upgrade::{Claims, upgrade as upgrade_stanza};
 
 use super::{Outcome, or_left_out};
-use crate::args::{DistrustArgs, FenceArgs, Output, StanzaCreateArgs};
+use crate::args::{DistrustArgs, FenceArgs, Output, StanzaCreateArgs, UpgradeArgs};
 use crate::context::Context;
 use crate::output;
 
@@ -17,13 +20,19 @@ const FIRST_SLOT: &str = "main";
 
 /// Asks the server which cluster it is.
 pub async fn cluster(context: &Context, stanza: &str) -> Result<Cluster> {
+    Ok(cluster_and_end(context, stanza).await?.0)
+}
+
+/// The same, and where its WAL ends.
+async fn cluster_and_end(context: &Context, stanza: &str) -> Result<(Cluster, Lsn)> {
     let mut connection = Connection::open(&context.conninfo(stanza)?, Mode::Replication).await?;
     let identity = connection.identify().await?;
-    Ok(Cluster {
+    let cluster = Cluster {
         system_identifier: identity.system_identifier,
         major: connection.major(),
         wal_segment_size: connection.wal_segment_size().await?,
-    })
+    };
+    Ok((cluster, identity.flush))
 }
 
 /// Creates a stanza in a repository, for a cluster.
@@ -72,6 +81,41 @@ pub async fn create(context: &Context, args: StanzaCreateArgs) -> Result<Outcome
                 if encrypted { "encrypted" } else { "NOT encrypted" },
                 cluster.major,
                 cluster.system_identifier
+            )),
+        }
+    }
+    Ok(Outcome::Done)
+}
+
+/// `stanza upgrade`: in every repository.
+pub async fn upgrade(context: &Context, args: UpgradeArgs) -> Result<Outcome> {
+    let (cluster, end) = cluster_and_end(context, &args.stanza).await?;
+    let claims = Claims {
+        unrelated: args.unrelated,
+        back: args.back,
+    };
+    for repository in context.repositories(Some(&args.stanza))? {
+        let access = context.access(&repository, &args.stanza, false, true)?;
+        let mut log = Log::open(Stanza::open(&access).await?).await?;
+        let done = upgrade_stanza(&mut log, &access, cluster, end, claims)
+            .await
+            .context(|| format!("repository {repository}"))?;
+        let shown = log.stanza().shown();
+        let (from, to) = (done.from, done.to);
+        match context.global.output {
+            Output::Json => output::json(
+                "upgrade",
+                &serde_json::json!({ "stanza": args.stanza, "repository": shown, "changed": from != to,
+                    "from": { "system_identifier": from.system_identifier.to_string(), "major": from.server_major },
+                    "to": { "system_identifier": to.system_identifier.to_string(), "major": to.server_major } }),
+            ),
+            Output::Text if from == to => output::line(format_args!(
+                "{shown}: nothing to do, it is of this cluster (PostgreSQL {}, system identifier {})",
+                to.server_major, to.system_identifier
+            )),
+            Output::Text => output::line(format_args!(
+                "{shown}: it goes on with PostgreSQL {}, system identifier {} (before: {}, {}). Take a backup now: there is none of this cluster yet unless it had one before",
+                to.server_major, to.system_identifier, from.server_major, from.system_identifier
             )),
         }
     }

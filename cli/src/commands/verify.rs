@@ -6,12 +6,60 @@ use fairvault_engine::commit::Log;
 use fairvault_engine::error::{Error, Result};
 use fairvault_engine::progress::Progress;
 use fairvault_engine::stanza::Stanza;
-use fairvault_engine::verify::{self, Level};
+use fairvault_engine::verify::{self, BackupVerdict, Level};
 
 use super::{Outcome, or_left_out};
 use crate::args::{Output, ProgressMode, VerifyLevel};
 use crate::context::Context;
 use crate::output;
+
+/// Ranges that are shown of a file.
+const RANGES: usize = 8;
+
+/// What can be said of a backup.
+pub fn print_backup(backup: &BackupVerdict) {
+    if backup.restorable {
+        output::line(format_args!("backup {}: can be restored", backup.id));
+        return;
+    }
+    if backup.problems.is_empty() && backup.lost_file_count == 0 {
+        output::line(format_args!(
+            "backup {}: NOT KNOWN, {} objects that it needs could not be read now",
+            backup.id,
+            backup.unknown.len()
+        ));
+        return;
+    }
+    output::line(format_args!("backup {}: CANNOT be restored completely", backup.id));
+    for problem in &backup.problems {
+        output::line(format_args!("  {problem}"));
+    }
+    for file in &backup.lost {
+        let ranges: Vec<_> = file
+            .ranges
+            .iter()
+            .take(RANGES)
+            .map(|r| format!("{}-{}", r.from, r.to - 1))
+            .collect();
+        let more = file.range_count.saturating_sub(ranges.len() as u64);
+        let more = if more > 0 {
+            format!(" and {more} more ranges")
+        } else {
+            String::new()
+        };
+        output::line(format_args!(
+            "  lost: {}: {} of {} bytes: {}{more}",
+            file.path,
+            file.lost_bytes,
+            file.size,
+            ranges.join(", ")
+        ));
+    }
+    let more = backup.lost_file_count.saturating_sub(backup.lost.len() as u64);
+    if more > 0 {
+        output::line(format_args!("  and {more} more files"));
+    }
+}
 
 /// Runs it.
 pub async fn run(context: &Arc<Context>, stanza: &str, level: VerifyLevel, mode: ProgressMode) -> Result<Outcome> {
@@ -55,29 +103,7 @@ pub async fn run(context: &Arc<Context>, stanza: &str, level: VerifyLevel, mode:
             ));
         }
         for backup in &report.backups {
-            if backup.restorable {
-                output::line(format_args!("backup {}: can be restored", backup.id));
-                continue;
-            }
-            if backup.problems.is_empty() && backup.lost_file_count == 0 {
-                output::line(format_args!(
-                    "backup {}: NOT KNOWN, {} objects that it needs could not be read now",
-                    backup.id,
-                    backup.unknown.len()
-                ));
-                continue;
-            }
-            output::line(format_args!("backup {}: CANNOT be restored completely", backup.id));
-            for problem in &backup.problems {
-                output::line(format_args!("  {problem}"));
-            }
-            for file in &backup.lost_files {
-                output::line(format_args!("  lost: {file}"));
-            }
-            let more = backup.lost_file_count.saturating_sub(backup.lost_files.len() as u64);
-            if more > 0 {
-                output::line(format_args!("  and {more} more files"));
-            }
+            print_backup(backup);
         }
         output::line(format_args!(
             "{}: {} objects, {} read, {}",

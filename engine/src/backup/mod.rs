@@ -23,11 +23,10 @@ use std::time::Duration;
 use fairvault_format::{limits, names, proto, sha256};
 use tokio::sync::{mpsc, watch};
 
+use crate::commit::Log;
 use crate::commit::lease::{Lease, NO_BACKUP};
-use crate::commit::session::Session;
-use crate::commit::{Log, state};
+use crate::commit::session::{Session, timed_id};
 use crate::dedup::{Index, SessionChunks, confirm_packs};
-use crate::env::Env;
 use crate::error::{Context, Error, Result};
 use crate::pack::Packer;
 use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT};
@@ -169,7 +168,7 @@ pub async fn run(
         kind,
         ..options.clone()
     };
-    let mut session = Session::begin(log, "backup", |state| backup_id(state, env.env(), kind)).await?;
+    let mut session = Session::begin(log, "backup", |state| timed_id(state, env.env(), kind.words().1)).await?;
     let id = session.backup().to_owned();
     let lease = match Lease::take(&env, session.id(), "backup", NO_BACKUP).await {
         Ok(lease) => lease,
@@ -198,20 +197,6 @@ pub async fn run(
     };
     lease.release().await;
     ended
-}
-
-/// The time, as far as no other backup has it.
-fn backup_id(state: &proto::Snapshot, env: &dyn Env, kind: Kind) -> String {
-    let (_, letter) = kind.words();
-    let mut now_us = env.now_us();
-    loop {
-        let time = jiff::Timestamp::from_microsecond(now_us).unwrap_or_default();
-        let id = format!("{}{letter}", time.strftime("%Y%m%d-%H%M%S"));
-        if !state::is_taken(state, &id, "backup") {
-            return id;
-        }
-        now_us += 1_000_000;
-    }
 }
 
 async fn inspect(options: &Options) -> Result<Server> {

@@ -3,8 +3,21 @@
 use fairvault_format::proto::{self, Snapshot, log_entry::Kind as Entry};
 
 use super::{Log, state};
-use crate::env;
+use crate::env::{self, Env};
 use crate::error::{Error, Kind, Result};
+
+/// The time and a letter, as far as no other backup or session has it.
+pub fn timed_id(state: &Snapshot, env: &dyn Env, letter: char) -> String {
+    let mut now_us = env.now_us();
+    loop {
+        let time = jiff::Timestamp::from_microsecond(now_us).unwrap_or_default();
+        let id = format!("{}{letter}", time.strftime("%Y%m%d-%H%M%S"));
+        if !state::is_taken(state, &id, "") {
+            return id;
+        }
+        now_us += 1_000_000;
+    }
+}
 
 /// An open session of this process.
 #[derive(Debug)]

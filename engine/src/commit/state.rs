@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use fairvault_format::proto::{
-    BackupInfo, CloseTimeline, CommittedBackup, CopiedFrom, GcMark, LogEntry, OpenSession, Snapshot,
+    BackupInfo, CloseTimeline, CommittedBackup, CopiedFrom, GcMark, Incarnation, LogEntry, OpenSession, Snapshot,
     log_entry::Kind as Entry,
 };
 
@@ -96,7 +96,12 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
         }
         Entry::KeyEpoch(epoch) => state.key_epochs.push(epoch.clone()),
         Entry::Policy(policy) => state.policy = Some(policy.clone()),
-        Entry::Incarnation(incarnation) => state.incarnations.push(*incarnation),
+        Entry::Incarnation(incarnation) => {
+            let is_it = |i: &Incarnation| i.system_identifier == incarnation.system_identifier;
+            // The newest is the last one, also where a stanza returns to an earlier cluster.
+            state.incarnations.retain(|i| !is_it(i));
+            state.incarnations.push(*incarnation);
+        }
         Entry::DistrustParser(parser) => state.distrusted.push(parser.clone()),
         Entry::CloseTimeline(closed) => {
             let key = |c: &CloseTimeline| (c.system_identifier, c.timeline);

@@ -138,7 +138,8 @@ pub async fn distrusted(stanza: &Stanza) -> Result<HashSet<[u8; 32]>> {
     Ok(listed.iter().filter_map(|(name, _)| names::parse_hash(name)).collect())
 }
 
-fn marked(state: &Snapshot) -> HashSet<&[u8]> {
+/// The packs that open marks name.
+pub fn marked(state: &Snapshot) -> HashSet<&[u8]> {
     if has_fault("marked packs") {
         return HashSet::new();
     }

@@ -10,9 +10,9 @@
 //! needed.
 
 mod history;
-mod runs;
+pub(crate) mod runs;
 mod sweep;
-mod usage;
+pub(crate) mod usage;
 mod wal;
 
 use std::time::Duration;

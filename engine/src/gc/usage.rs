@@ -69,7 +69,8 @@ impl Usage {
         Ok(())
     }
 
-    fn add_list(&mut self, list: &proto::Usage) {
+    /// Adds a list.
+    pub fn add_list(&mut self, list: &proto::Usage) {
         let (packs, _) = list.packs.as_chunks::<32>();
         for (pack, live) in packs
             .iter()

@@ -2,6 +2,7 @@
 
 mod breaks;
 
+use fairvault_format::proto::BackupInfo;
 use serde::Serialize;
 
 use breaks::Breaks;
@@ -28,6 +29,8 @@ pub struct BackupLine {
     pub no_parent_reason: String,
     /// Bytes of the cluster that were read.
     pub read_bytes: u64,
+    /// Its cluster.
+    pub system_identifier: String,
     /// Server version as in server_version_num.
     pub server_version: u32,
     /// Times, RFC 3339 in UTC.
@@ -76,6 +79,8 @@ pub struct WalRange {
 /// WAL of a timeline.
 #[derive(Debug, Serialize)]
 pub struct TimelineLine {
+    /// Its cluster.
+    pub system_identifier: String,
     /// Timeline.
     pub timeline: u32,
     /// Where it began, if it is not the first.
@@ -93,6 +98,8 @@ pub struct TimelineLine {
 /// From where to where recovery can go.
 #[derive(Debug, Serialize)]
 pub struct Window {
+    /// Its cluster.
+    pub system_identifier: String,
     /// Timeline that is followed.
     pub timeline: u32,
     /// Oldest backup of the window.
@@ -135,7 +142,7 @@ pub struct Info {
     pub system_identifiers: Vec<String>,
     /// Backups, oldest first.
     pub backups: Vec<BackupLine>,
-    /// WAL of the newest incarnation.
+    /// WAL, of the oldest cluster first.
     pub wal: Vec<TimelineLine>,
     /// Restorable windows.
     pub windows: Vec<Window>,
@@ -153,8 +160,7 @@ fn rfc3339(us: i64) -> String {
 pub async fn info_of(log: &Log) -> Result<Info> {
     let state = log.state();
     let genesis = state.genesis.clone().unwrap_or_default();
-    let archive = Archive::open(log, None, 3)?;
-    let coverage = Coverage::read(&archive).await?;
+    let mut lives = Lives::read(log).await?;
     let mut out = Info {
         stanza: log.stanza().name().to_owned(),
         repository: log.stanza().shown().to_owned(),
@@ -165,7 +171,11 @@ pub async fn info_of(log: &Log) -> Result<Info> {
             .map(|i| i.system_identifier.to_string())
             .collect(),
         backups: Vec::new(),
-        wal: timelines(&archive, &coverage),
+        wal: lives
+            .0
+            .iter()
+            .flat_map(|life| timelines(&life.archive, &life.coverage))
+            .collect(),
         windows: Vec::new(),
         sessions: state
             .open_sessions
@@ -181,33 +191,19 @@ pub async fn info_of(log: &Log) -> Result<Info> {
             })
             .collect(),
     };
-    let mut breaks = Breaks::load(&archive);
     for backup in &state.backups {
         let i = info(backup);
-        let leads = |h: &History| match h.end_of(i.stop_timeline) {
-            Ok(None) => true,
-            Ok(Some(end)) => end.0 >= i.stop_lsn,
-            Err(_) => false,
+        let restorable = match lives.of(i.system_identifier) {
+            Some(life) => life.restorable(&i, &mut out.windows).await?,
+            None => false,
         };
-        let mut restorable = false;
-        if i.system_identifier == archive.system_identifier {
-            for history in coverage.histories().filter(|h| leads(h)) {
-                let reach = coverage.reach(history, Lsn(i.start_lsn));
-                let end = end_of(&archive, history, &reach).await?;
-                if end.0 < i.stop_lsn {
-                    continue;
-                }
-                restorable = true;
-                let broken = breaks.first(&archive, history, Lsn(i.stop_lsn), end).await?;
-                add_window(&mut out.windows, &archive, history, &i, &reach, end, broken).await?;
-            }
-        }
         out.backups.push(BackupLine {
             id: i.id.clone(),
             r#type: i.r#type.clone(),
             parent: i.parent.clone(),
             no_parent_reason: i.no_parent_reason.clone(),
             read_bytes: i.read_bytes,
+            system_identifier: i.system_identifier.to_string(),
             server_version: i.server_version,
             started: rfc3339(i.started_us),
             stopped: rfc3339(i.stopped_us),
@@ -229,6 +225,59 @@ pub async fn info_of(log: &Log) -> Result<Info> {
     Ok(out)
 }
 
+/// The WAL of one incarnation.
+struct Life {
+    archive: Archive,
+    coverage: Coverage,
+    breaks: Breaks,
+}
+
+/// The incarnations of a stanza, the newest last.
+struct Lives(Vec<Life>);
+
+impl Lives {
+    async fn read(log: &Log) -> Result<Self> {
+        let mut all = Vec::new();
+        for incarnation in &log.state().incarnations {
+            let archive = Archive::open(log, Some(incarnation.system_identifier), 3)?;
+            all.push(Life {
+                coverage: Coverage::read(&archive).await?,
+                breaks: Breaks::load(&archive),
+                archive,
+            });
+        }
+        Ok(Self(all))
+    }
+
+    fn of(&mut self, system_identifier: u64) -> Option<&mut Life> {
+        let mut all = self.0.iter_mut();
+        all.find(|life| life.archive.system_identifier == system_identifier)
+    }
+}
+
+impl Life {
+    /// Whether the WAL of a backup is complete; adds the windows that it opens.
+    async fn restorable(&mut self, i: &BackupInfo, windows: &mut Vec<Window>) -> Result<bool> {
+        let leads = |h: &&History| match h.end_of(i.stop_timeline) {
+            Ok(None) => true,
+            Ok(Some(end)) => end.0 >= i.stop_lsn,
+            Err(_) => false,
+        };
+        let mut restorable = false;
+        for history in self.coverage.histories().filter(leads) {
+            let reach = self.coverage.reach(history, Lsn(i.start_lsn));
+            let end = end_of(&self.archive, history, &reach).await?;
+            if end.0 < i.stop_lsn {
+                continue;
+            }
+            restorable = true;
+            let broken = self.breaks.first(&self.archive, history, Lsn(i.stop_lsn), end).await?;
+            add_window(windows, &self.archive, history, i, &reach, end, broken).await?;
+        }
+        Ok(restorable)
+    }
+}
+
 fn timelines(archive: &Archive, coverage: &Coverage) -> Vec<TimelineLine> {
     let closed = |timeline: u32| {
         let mut closed = archive.closed.iter();
@@ -240,6 +289,7 @@ fn timelines(archive: &Archive, coverage: &Coverage) -> Vec<TimelineLine> {
         .timelines
         .iter()
         .map(|(&timeline, wal)| TimelineLine {
+            system_identifier: archive.system_identifier.to_string(),
             timeline,
             began: wal
                 .history
@@ -287,18 +337,17 @@ async fn add_window(
     windows: &mut Vec<Window>,
     archive: &Archive,
     history: &History,
-    info: &fairvault_format::proto::BackupInfo,
+    info: &BackupInfo,
     reach: &Reach,
     end: Lsn,
     broken: Option<Lsn>,
 ) -> Result<()> {
     let whole = broken.map_or(reach.end, |broken| broken.min(reach.end));
     let end = broken.unwrap_or(end);
-    let to_lsn = end.to_string();
-    if windows
-        .iter()
-        .any(|w| w.timeline == history.timeline && w.to_lsn == to_lsn)
-    {
+    let (system_identifier, to_lsn) = (archive.system_identifier.to_string(), end.to_string());
+    let is_it =
+        |w: &Window| (&w.system_identifier, w.timeline, &w.to_lsn) == (&system_identifier, history.timeline, &to_lsn);
+    if windows.iter().any(is_it) {
         return Ok(());
     }
     // The newest commit: of the last segments that have one.
@@ -323,6 +372,7 @@ async fn add_window(
         }
     }
     windows.push(Window {
+        system_identifier,
         timeline: history.timeline,
         backup: info.id.clone(),
         from_lsn: Lsn(info.stop_lsn).to_string(),

@@ -178,7 +178,8 @@ impl<'a> Choice<'a> {
         };
         if candidates.is_empty() {
             self.log.backup("latest")?;
-            return Err(Error::not_found("there is no backup of this cluster"));
+            return Err(Error::not_found("there is no backup of this cluster")
+                .remedy("take one; those of the cluster before an upgrade are restored by name, with --backup"));
         }
         let mut first_failure = None;
         let mut notes = Vec::new();

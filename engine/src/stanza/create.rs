@@ -219,5 +219,5 @@ pub fn check_cluster(log: &Log, cluster: &Cluster) -> Result<()> {
         ids.join(", "),
         cluster.system_identifier
     ))
-    .remedy("is the conninfo of another server? A different cluster needs a stanza of its own"))
+    .remedy(super::upgrade::remedy(log.stanza().name())))
 }

@@ -5,6 +5,7 @@
 
 pub mod create;
 pub mod memory;
+pub mod upgrade;
 
 use std::sync::Arc;
 

@@ -5,7 +5,7 @@
 //! page, and walks the WAL that backups need.
 
 mod metadata;
-mod packs;
+pub(crate) mod packs;
 mod wal;
 
 use std::sync::Arc;
@@ -39,6 +39,47 @@ pub struct Finding {
     pub problem: String,
 }
 
+/// Bytes of a file, from the first one to the one behind the last.
+#[derive(Debug, Clone, Copy, Serialize, PartialEq, Eq)]
+pub struct ByteRange {
+    /// First byte.
+    pub from: u64,
+    /// Behind the last one.
+    pub to: u64,
+}
+
+/// A file of a backup of which bytes are lost.
+#[derive(Debug, Clone, Serialize)]
+pub struct LostFile {
+    /// Path in the data directory.
+    pub path: String,
+    /// Its size, bytes.
+    pub size: u64,
+    /// Bytes that are lost.
+    pub lost_bytes: u64,
+    /// Where they are, at most [`MAX_LISTED`].
+    pub ranges: Vec<ByteRange>,
+    /// Number of ranges.
+    pub range_count: u64,
+}
+
+impl LostFile {
+    /// A range that lies behind the others.
+    fn add(&mut self, from: u64, len: u64) {
+        let to = from + len;
+        self.lost_bytes += len;
+        match self.ranges.last_mut() {
+            Some(last) if last.to == from => last.to = to,
+            _ => {
+                self.range_count += 1;
+                if self.ranges.len() < MAX_LISTED {
+                    self.ranges.push(ByteRange { from, to });
+                }
+            }
+        }
+    }
+}
+
 /// What can be said of one backup.
 #[derive(Debug, Clone, Serialize)]
 pub struct BackupVerdict {
@@ -48,6 +89,8 @@ pub struct BackupVerdict {
     pub restorable: bool,
     /// Files whose content is lost, at most [`MAX_LISTED`].
     pub lost_files: Vec<String>,
+    /// Which bytes of them are lost.
+    pub lost: Vec<LostFile>,
     /// Number of them.
     pub lost_file_count: u64,
     /// What is wrong with it.
@@ -57,6 +100,24 @@ pub struct BackupVerdict {
 }
 
 impl BackupVerdict {
+    /// Of a backup of which nothing bad is known.
+    fn new(id: String) -> Self {
+        Self {
+            id,
+            restorable: true,
+            lost_files: Vec::new(),
+            lost: Vec::new(),
+            lost_file_count: 0,
+            problems: Vec::new(),
+            unknown: Vec::new(),
+        }
+    }
+
+    /// Whether it can be restored, by all that was noted.
+    pub(crate) fn conclude(&mut self) {
+        self.restorable = self.problems.is_empty() && self.lost_file_count == 0 && self.unknown.is_empty();
+    }
+
     fn note(&mut self, what: &str, error: &Error) {
         let list = match error.kind() {
             Kind::Damaged | Kind::NotFound | Kind::Unsupported => &mut self.problems,
@@ -90,6 +151,14 @@ impl Report {
         self.findings.is_empty() && self.unread.is_empty() && self.backups.iter().all(|b| b.restorable)
     }
 
+    /// Each finding once.
+    pub(crate) fn tidy(&mut self) {
+        for list in [&mut self.findings, &mut self.unread] {
+            list.sort();
+            list.dedup();
+        }
+    }
+
     fn add(&mut self, object: impl Into<String>, problem: impl std::fmt::Display) {
         self.findings.push(Finding {
             object: object.into(),
@@ -98,7 +167,7 @@ impl Report {
     }
 
     /// Notes an error about one object: as damage, or as something to ask again later. The rest goes on.
-    fn note(&mut self, object: impl Into<String>, error: &Error) {
+    pub(crate) fn note(&mut self, object: impl Into<String>, error: &Error) {
         let list = match error.kind() {
             Kind::Damaged | Kind::NotFound | Kind::Unsupported => &mut self.findings,
             _ => &mut self.unread,
@@ -108,6 +177,57 @@ impl Report {
             problem: error.to_string(),
         });
     }
+}
+
+/// What backups need of packs, and of each backup whether its manifest can be read.
+pub(crate) struct Needed {
+    /// Packs and frames.
+    pub wanted: packs::Wanted,
+    /// In the order of the log.
+    pub manifests: Vec<Result<()>>,
+}
+
+impl Needed {
+    /// Reads the manifests of all live backups. One manifest is in memory at a time; of all of them only the frames stay.
+    pub async fn read(log: &Log, mut seen: impl FnMut(&Manifest)) -> Self {
+        let mut this = Self {
+            wanted: packs::Wanted::default(),
+            manifests: Vec::new(),
+        };
+        for backup in &log.state().backups {
+            let manifest = Manifest::read(log.stanza(), &backup.root).await;
+            if let Ok(manifest) = &manifest {
+                this.wanted.add(manifest);
+                seen(manifest);
+            }
+            this.manifests.push(manifest.map(|_| ()));
+        }
+        this
+    }
+}
+
+/// What the loss of frames means for a backup.
+pub(crate) async fn judge(
+    log: &Log,
+    backup: &proto::CommittedBackup,
+    manifest: Result<()>,
+    checked: &packs::Checked,
+    report: &mut Report,
+) -> BackupVerdict {
+    let mut verdict = BackupVerdict::new(info(backup).id);
+    let again = match manifest {
+        Ok(()) if checked.is_clean() => Ok(()),
+        Ok(()) => Manifest::read(log.stanza(), &backup.root)
+            .await
+            .map(|manifest| packs::judge(&manifest, checked, &mut verdict)),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = again {
+        let root = backup.root.as_slice().try_into().unwrap_or([0; 32]);
+        report.note(names::root(&root), &error);
+        verdict.note("its manifest cannot be read", &error);
+    }
+    verdict
 }
 
 /// Objects under way at once; the largest has 64 MiB.
@@ -128,45 +248,23 @@ pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progres
     metadata::check_log(log, &mut report).await;
     let indexed = metadata::check_runs(log, &mut report).await;
 
-    // One manifest is in memory at a time; of all of them only the frames stay.
     progress.phase("reading manifests");
-    let mut wanted = packs::Wanted::default();
-    let mut manifests: Vec<Result<()>> = Vec::new();
-    for backup in &log.state().backups {
-        let manifest = Manifest::read(&stanza, &backup.root).await;
-        if let Ok(manifest) = &manifest {
-            wanted.add(manifest);
-        }
-        manifests.push(manifest.map(|_| ()));
-    }
+    let Needed { mut wanted, manifests } = Needed::read(log, |_| ()).await;
     wanted.add_packs(indexed);
     progress.total_bytes.set(wanted.bytes());
     progress.phase("verifying packs");
-    let checked = packs::check(&stanza, &wanted, level, &mut report, &progress).await;
+    let checking = packs::Checking {
+        stanza: &stanza,
+        level,
+        marks: true,
+        progress: &progress,
+    };
+    let checked = checking.run(&wanted, &mut report, async |_, _| Ok(())).await?;
     drop(wanted);
     progress.phase("verifying WAL");
     let mut archives = wal::Archives::check_objects(log, &mut report, &progress).await;
     for (manifest, backup) in manifests.into_iter().zip(&log.state().backups) {
-        let mut verdict = BackupVerdict {
-            id: info(backup).id,
-            restorable: true,
-            lost_files: Vec::new(),
-            lost_file_count: 0,
-            problems: Vec::new(),
-            unknown: Vec::new(),
-        };
-        let again = match manifest {
-            Ok(()) if checked.is_clean() => Ok(()),
-            Ok(()) => Manifest::read(&stanza, &backup.root)
-                .await
-                .map(|manifest| packs::judge(&manifest, &checked, &mut verdict)),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = again {
-            let root = backup.root.as_slice().try_into().unwrap_or([0; 32]);
-            report.note(names::root(&root), &error);
-            verdict.note("its manifest cannot be read", &error);
-        }
+        let mut verdict = judge(log, backup, manifest, &checked, &mut report).await;
         if let Err(error) = archives
             .check_backup(log, backup, level, &mut verdict, &mut report)
             .await
@@ -174,13 +272,10 @@ pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progres
             report.note(format!("WAL of backup {}", verdict.id), &error);
             verdict.note("its own WAL cannot be read", &error);
         }
-        verdict.restorable = verdict.problems.is_empty() && verdict.lost_file_count == 0 && verdict.unknown.is_empty();
+        verdict.conclude();
         report.backups.push(verdict);
     }
-    for list in [&mut report.findings, &mut report.unread] {
-        list.sort();
-        list.dedup();
-    }
+    report.tidy();
     if let Some(lease) = lease {
         lease.release().await;
     }

@@ -1,14 +1,15 @@
 //! Packs and the frames that backups need of them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
 
 use fairvault_format::frame::{FrameKey, FrameReader};
+use fairvault_format::header::ObjectHeader;
 use fairvault_format::index::PackRef;
+use fairvault_format::pack::DirectoryEntry;
 use fairvault_format::{limits, names, pack, sha256};
 use futures::StreamExt;
 
-use super::{BackupVerdict, CONCURRENT, Finding, Level, MAX_LISTED, Report};
+use super::{BackupVerdict, CONCURRENT, Finding, Level, LostFile, MAX_LISTED, Report};
 use crate::error::{Kind, Result};
 use crate::postgres::files::relation_file;
 use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT, page};
@@ -24,6 +25,10 @@ pub struct Checked {
     lost: BTreeSet<([u8; 32], u32)>,
     /// Packs that could not be looked at just now.
     unknown: BTreeSet<[u8; 32]>,
+    /// Packs that are not there, or were found damaged.
+    pub gone: BTreeSet<[u8; 32]>,
+    /// What a newer version wrote, in words.
+    pub unsupported: Vec<String>,
 }
 
 impl Checked {
@@ -138,43 +143,64 @@ struct PackCheck {
     unread: Option<Finding>,
     lost: Vec<u32>,
     rotten: bool,
+    missing: bool,
+    unsupported: Option<String>,
+    directory: Option<(ObjectHeader, Vec<DirectoryEntry>)>,
 }
 
-/// Checks packs.
-pub async fn check(
-    stanza: &Arc<Stanza>,
-    wanted: &Wanted,
-    level: Level,
-    report: &mut Report,
-    progress: &Progress,
-) -> Checked {
-    let mut all = Checked::default();
-    let checks = wanted
-        .packs
-        .iter()
-        .map(|(name, wanted)| check_pack(stanza, name, wanted, level));
-    let mut checks = futures::stream::iter(checks).buffer_unordered(CONCURRENT);
-    while let Some(mut checked) = checks.next().await {
-        report.objects += 1;
-        report.bytes += checked.bytes;
-        progress.read_bytes.add(checked.bytes);
-        let more = checked.findings.len().saturating_sub(MAX_PER_PACK);
-        checked.findings.truncate(MAX_PER_PACK);
-        report.findings.extend(checked.findings);
-        if more > 0 {
-            report.add(names::pack(&checked.name), format_args!("and {more} more problems"));
+/// How packs are checked.
+pub struct Checking<'a> {
+    /// Stanza.
+    pub stanza: &'a Stanza,
+    /// How thoroughly.
+    pub level: Level,
+    /// Packs that are found damaged are marked, so that later backups store their content again.
+    pub marks: bool,
+    /// How far.
+    pub progress: &'a Progress,
+}
+
+impl Checking<'_> {
+    /// Checks packs. Those that are as they should be are handed to `whole`, with their directories.
+    pub async fn run(
+        &self,
+        wanted: &Wanted,
+        report: &mut Report,
+        mut whole: impl AsyncFnMut(PackRef, Vec<DirectoryEntry>) -> Result<()>,
+    ) -> Result<Checked> {
+        let mut all = Checked::default();
+        let packs = wanted.packs.iter();
+        let checks = packs.map(|(name, wanted)| check_pack(self.stanza, name, wanted, self.level));
+        let mut checks = futures::stream::iter(checks).buffer_unordered(CONCURRENT);
+        while let Some(mut checked) = checks.next().await {
+            report.objects += 1;
+            report.bytes += checked.bytes;
+            self.progress.read_bytes.add(checked.bytes);
+            let more = checked.findings.len().saturating_sub(MAX_PER_PACK);
+            checked.findings.truncate(MAX_PER_PACK);
+            report.findings.extend(checked.findings);
+            if more > 0 {
+                report.add(names::pack(&checked.name), format_args!("and {more} more problems"));
+            }
+            if let Some(unread) = checked.unread {
+                report.unread.push(unread);
+                all.unknown.insert(checked.name);
+            }
+            all.unsupported.extend(checked.unsupported);
+            let lost = checked.lost.iter().map(|&ordinal| (checked.name, ordinal));
+            all.lost.extend(lost);
+            if checked.rotten && self.marks {
+                distrust(self.stanza, &checked.name).await;
+            }
+            if checked.rotten || checked.missing {
+                all.gone.insert(checked.name);
+            } else if let Some((header, entries)) = checked.directory {
+                let name = checked.name;
+                whole(PackRef { name, header }, entries).await?;
+            }
         }
-        if let Some(unread) = checked.unread {
-            report.unread.push(unread);
-            all.unknown.insert(checked.name);
-        }
-        all.lost
-            .extend(checked.lost.iter().map(|&ordinal| (checked.name, ordinal)));
-        if checked.rotten {
-            distrust(stanza, &checked.name).await;
-        }
+        Ok(all)
     }
-    all
 }
 
 /// Marks a damaged pack, so that no later backup relies on it.
@@ -206,6 +232,7 @@ async fn check_pack(stanza: &Stanza, name: &[u8; 32], wanted: &WantedPack, level
         Err(error) => match error.kind() {
             Kind::Damaged | Kind::NotFound => {
                 out.rotten = error.kind() == Kind::Damaged;
+                out.missing = !out.rotten;
                 out.findings.push(finding(match out.rotten {
                     true => error.to_string(),
                     false => "it is missing".to_owned(),
@@ -230,9 +257,13 @@ async fn check_pack(stanza: &Stanza, name: &[u8; 32], wanted: &WantedPack, level
         let opened = stanza
             .keys_for(&bytes, &object)
             .and_then(|keys| Ok(pack::open_pack(keys, stanza.scope(), &bytes, &object)?));
-        if let Err(error) = opened {
-            out.rotten = error.kind() == Kind::Damaged;
-            out.findings.push(finding(error.to_string()));
+        match opened {
+            Ok(directory) => out.directory = Some(directory),
+            Err(error) => {
+                out.rotten = error.kind() == Kind::Damaged;
+                out.unsupported = (error.kind() == Kind::Unsupported).then(|| error.to_string());
+                out.findings.push(finding(error.to_string()));
+            }
         }
     }
     // In a damaged pack, frames that still open are not lost. In one that matches its name, a frame that
@@ -292,24 +323,39 @@ fn check_frame(
     Ok(None)
 }
 
-/// Notes which files of a backup are lost with the frames, and what is not known of it.
+/// Notes which bytes of which files of a backup are lost with the frames, and what is not known of it.
 pub fn judge(manifest: &Manifest, checked: &Checked, verdict: &mut BackupVerdict) {
-    let mut lost: BTreeSet<u32> = BTreeSet::new();
+    let mut last = None;
+    // In the order of files, and of their bytes.
     for p in &manifest.placements {
         let frame = &manifest.frames[p.frame as usize];
         let pack = manifest.packs[frame.pack as usize].name;
-        if checked.lost.contains(&(pack, frame.ordinal)) {
-            lost.insert(p.file);
+        if !checked.lost.contains(&(pack, frame.ordinal)) {
+            continue;
+        }
+        if last != Some(p.file) {
+            last = Some(p.file);
+            verdict.lost_file_count += 1;
+            if verdict.lost.len() < MAX_LISTED {
+                let file = &manifest.files[p.file as usize];
+                verdict.lost_files.push(file.path.clone());
+                verdict.lost.push(LostFile {
+                    path: file.path.clone(),
+                    size: file.size,
+                    lost_bytes: 0,
+                    ranges: Vec::new(),
+                    range_count: 0,
+                });
+            }
+        }
+        if verdict.lost_file_count <= MAX_LISTED as u64
+            && let Some(file) = verdict.lost.last_mut()
+        {
+            file.add(p.file_offset, p.len.into());
         }
     }
     let unknown = manifest.packs.iter().filter(|p| checked.unknown.contains(&p.name));
     verdict
         .unknown
         .extend(unknown.take(MAX_LISTED).map(|p| names::pack(&p.name)));
-    verdict.lost_file_count = lost.len() as u64;
-    verdict.lost_files = lost
-        .iter()
-        .take(MAX_LISTED)
-        .map(|&f| manifest.files[f as usize].path.clone())
-        .collect();
 }

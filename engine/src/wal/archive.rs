@@ -13,7 +13,7 @@ use crate::env;
 use crate::error::{Context, Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{Segment, WalFile};
-use crate::stanza::Stanza;
+use crate::stanza::{Stanza, upgrade};
 use crate::store::Created;
 
 /// Content up to this size is sealed where we stand: a hop to another thread takes longer.
@@ -67,7 +67,7 @@ impl Archive {
                 log.stanza().name(),
                 system_identifier.unwrap_or_default()
             ))
-            .remedy("a different cluster needs a stanza of its own")
+            .remedy(upgrade::remedy(log.stanza().name()))
         })?;
         Ok(Self {
             stanza: log.stanza().clone(),

@@ -10,9 +10,11 @@ use super::archive::{Archive, Stored};
 use super::coverage::Coverage;
 use crate::commit::Log;
 use crate::error::{Context, Error, Result};
+use crate::postgres::control::ControlFile;
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{NotAnAncestor, Segment, WalFile, valid_segment_size};
 use crate::postgres::walker::{LongHeader, PageHeader, WAL_PAGE};
+use crate::restore::CONTROL_FILE;
 
 /// The file in a restored data directory that forbids archiving until it is adopted.
 pub const RESTORED_MARKER: &str = "fairvault.restored";
@@ -74,6 +76,19 @@ pub fn check_adopted(path: &Path) -> Result<()> {
     }
 }
 
+/// The cluster in whose pg_wal a file lies, which does not say itself of which one it is; `None` if it lies elsewhere.
+fn cluster_of(path: &Path) -> Result<Option<u64>> {
+    let pg_wal = path.parent().filter(|folder| folder.ends_with("pg_wal"));
+    let Some(data_directory) = pg_wal.and_then(Path::parent) else {
+        return Ok(None);
+    };
+    let control = data_directory.join(CONTROL_FILE);
+    let bytes = std::fs::read(&control).map_err(|e| Error::io(format_args!("reading {}", control.display()), e))?;
+    // It may be being written just now.
+    let control = ControlFile::parse(&bytes).map_err(|e| Error::temporary("global/pg_control").caused_by(e))?;
+    Ok(Some(control.system_identifier))
+}
+
 fn refuse(name: &str, why: impl std::fmt::Display) -> Error {
     Error::refused(format!("{name} is not archived: {why}"))
 }
@@ -90,8 +105,12 @@ pub struct Pushed {
 /// Checks and stores a file.
 pub async fn push(log: &mut Log, name: &str, path: &Path, level: i32, wants_hash: bool) -> Result<Pushed> {
     let long = first_page(name, path)?;
-    let archive =
-        Archive::open(log, long.map(|l| l.1.system_identifier), level).context(|| format!("{name} is not archived"))?;
+    let cluster = match long {
+        Some((_, long)) => Some(long.system_identifier),
+        None if log.state().incarnations.len() > 1 => cluster_of(path).context(|| format!("{name} is not archived"))?,
+        None => None,
+    };
+    let archive = Archive::open(log, cluster, level).context(|| format!("{name} is not archived"))?;
     let file = WalFile::parse(name, archive.segment_size)?;
     let pushed = match (&file, long) {
         (WalFile::Segment(segment), Some((page, long))) => {

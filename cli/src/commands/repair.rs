@@ -1,0 +1,104 @@
+//! `repair`.
+
+use std::sync::Arc;
+
+use fairvault_engine::error::{Context as _, Error, Result};
+use fairvault_engine::progress::Progress;
+use fairvault_engine::repair::{self, Options, Report};
+use fairvault_engine::stanza::Stanza;
+use fairvault_engine::verify::Level;
+
+use super::Outcome;
+use super::verify::print_backup;
+use crate::args::{Output, RepairArgs, VerifyLevel};
+use crate::context::Context;
+use crate::output;
+
+/// Runs it, in every repository.
+pub async fn run(context: &Context, args: RepairArgs) -> Result<Outcome> {
+    let options = Options {
+        dry_run: args.dry_run,
+        level: match args.level {
+            VerifyLevel::Objects => Level::Objects,
+            VerifyLevel::Data => Level::Data,
+        },
+    };
+    let (mut outcome, mut unread) = (Outcome::Done, 0);
+    for repository in context.repositories(Some(&args.stanza))? {
+        let access = context.access(&repository, &args.stanza, false, true)?;
+        let stanza = Stanza::open(&access).await?;
+        let shown = stanza.shown().to_owned();
+        let progress = Arc::new(Progress::default());
+        let display = output::Display::start(args.progress, progress.clone(), "");
+        let result = repair::run(stanza, &access, options, &progress).await;
+        drop(display);
+        let report = result.context(|| format!("repository {repository}"))?;
+        unread += report.found.unread.len();
+        let is_lost = report.found.backups.iter().any(|backup| !backup.restorable);
+        if is_lost || args.dry_run && !report.is_good() {
+            outcome = Outcome::DamageFound;
+        }
+        match context.global.output {
+            Output::Json => output::json(
+                "repair",
+                &serde_json::json!({ "stanza": args.stanza, "repository": shown, "dry_run": args.dry_run, "report": report }),
+            ),
+            Output::Text => print(&shown, &report, args.dry_run),
+        }
+    }
+    match unread {
+        0 => Ok(outcome),
+        _ => Err(Error::temporary(format!("{unread} objects could not be read just now"))
+            .remedy("run this again when the store answers: until then, the index stays as it is")),
+    }
+}
+
+fn print(shown: &str, report: &Report, dry_run: bool) {
+    output::line(shown);
+    let index = &report.index;
+    for run in &index.damaged_runs {
+        output::line(format_args!("  {}: {}", run.object, run.problem));
+    }
+    for finding in &report.found.findings {
+        output::line(format_args!("  {}: {}", finding.object, finding.problem));
+    }
+    for finding in &report.found.unread {
+        output::line(format_args!(
+            "  {}: could not be read now: {}",
+            finding.object, finding.problem
+        ));
+    }
+    if !index.damaged_runs.is_empty() {
+        output::line(format_args!(
+            "  index: {} parts are lost or damaged; {} packs with {} chunks {}",
+            index.damaged_runs.len(),
+            index.rebuilt_packs,
+            index.rebuilt_chunks,
+            if dry_run {
+                "would be put into it again"
+            } else {
+                "are in it again"
+            }
+        ));
+    }
+    if !report.gone_packs.is_empty() {
+        output::line(format_args!(
+            "  packs: {} are lost or damaged; {}",
+            report.gone_packs.len(),
+            if dry_run {
+                "nothing would rely on them any more"
+            } else {
+                "nothing relies on them any more, and the next backup stores their content anew"
+            }
+        ));
+    }
+    if report.is_good() {
+        output::line("  nothing to repair");
+    }
+    report
+        .found
+        .backups
+        .iter()
+        .filter(|backup| !backup.restorable)
+        .for_each(print_backup);
+}

@@ -1,0 +1,372 @@
+//! Repair: what of the index is lost or damaged is made anew from packs; what content is lost is named.
+//!
+//! What always holds: nothing is believed that does not prove itself. The index is made from packs whose bytes match
+//! their names and whose directories open. Nothing is deleted. What a newer version wrote is left alone, and so is the
+//! index for as long as something could not be read. It works beside backups and collection: everything that it changes
+//! is one session's, so that no collector deletes what it has just stored. Whoever comes after an interrupted repair
+//! goes on where that stopped.
+
+mod rebuild;
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+
+use fairvault_format::names;
+use fairvault_format::proto::{self, log_entry::Kind as Entry};
+use serde::Serialize;
+
+use crate::commit::Log;
+use crate::commit::lease::{Lease, NO_BACKUP};
+use crate::commit::session::{Session, timed_id};
+use crate::dedup::{self, read_run};
+use crate::error::{Error, Kind, Result};
+use crate::gc::{runs, usage::Usage};
+use crate::progress::Progress;
+use crate::stanza::{Access, Stanza, read_repository};
+use crate::verify::packs::Checking;
+use crate::verify::{self, Finding, Level, Needed};
+use rebuild::Rebuild;
+
+/// How to go about it.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Only say what is lost, and what would be done.
+    pub dry_run: bool,
+    /// How thoroughly packs are looked at.
+    pub level: Level,
+}
+
+/// What became of the index.
+#[derive(Debug, Default, Serialize)]
+pub struct IndexReport {
+    /// Parts of the index that are lost or damaged.
+    pub damaged_runs: Vec<Finding>,
+    /// Packs that they may have named: they are in the index again.
+    pub rebuilt_packs: u64,
+    /// Chunks in them.
+    pub rebuilt_chunks: u64,
+    /// Parts of the index that were withdrawn, or replaced by others without packs that are lost or damaged.
+    pub withdrawn_runs: u64,
+}
+
+/// What was found and done.
+#[derive(Debug, Default, Serialize)]
+pub struct Report {
+    /// The index.
+    pub index: IndexReport,
+    /// Packs that are lost or damaged: nothing relies on them from now on.
+    pub gone_packs: Vec<String>,
+    /// What was found, and what it means for each backup. Of WAL, nothing is said: `verify` looks at that.
+    #[serde(flatten)]
+    pub found: verify::Report,
+}
+
+impl Report {
+    /// Nothing is wrong, and nothing was to be done.
+    pub fn is_good(&self) -> bool {
+        self.found.is_good() && self.index.damaged_runs.is_empty() && self.gone_packs.is_empty()
+    }
+}
+
+/// Repairs a stanza that `access` has opened.
+pub async fn run(stanza: Arc<Stanza>, access: &Access, options: Options, progress: &Progress) -> Result<Report> {
+    progress.phase("reading the log");
+    // Not what this host remembers of it: a newer version may have taken over meanwhile.
+    read_repository(&access.repository).await?;
+    let began_us = stanza.env().now_us();
+    let lease = Lease::for_reading(&stanza, "repair", "").await;
+    let mut log = Log::replay(stanza.clone()).await?;
+    let repaired = match Work::begin(&mut log, options).await {
+        Ok(work) => work.run(progress).await,
+        Err(error) => Err(error),
+    };
+    if let Some(lease) = lease {
+        lease.release().await;
+    }
+    let report = repaired?;
+    if !options.dry_run {
+        let operation = proto::Operation {
+            what: "repair".to_owned(),
+            subject: String::new(),
+            result: match report.is_good() {
+                true => "nothing to do".to_owned(),
+                false => format!(
+                    "{} packs are in the index again, {} are gone",
+                    report.index.rebuilt_packs,
+                    report.gone_packs.len()
+                ),
+            },
+            bytes: report.found.bytes,
+            began_us,
+        };
+        log.note(operation).await;
+    }
+    Ok(report)
+}
+
+/// The live runs: what can be read of them, and what not.
+#[derive(Default)]
+struct Runs {
+    /// Packs that they name.
+    named: BTreeSet<[u8; 32]>,
+    /// Those that are lost or damaged.
+    damaged: Vec<Finding>,
+}
+
+impl Runs {
+    /// Reads them, one at a time.
+    async fn read(log: &Log) -> Result<Self> {
+        let mut this = Self::default();
+        for hash in &log.state().index_runs {
+            match read_run(log.stanza(), hash).await {
+                Ok(run) => this.named.extend(run.packs.iter().map(|pack| pack.name)),
+                Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => this.damaged.push(Finding {
+                    object: format!("{}/{}", names::INDEX, hex::encode(hash)),
+                    problem: error.to_string(),
+                }),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(this)
+    }
+}
+
+/// A session that repairs, and its lease.
+struct Writer {
+    session: Session,
+    lease: Lease,
+}
+
+impl Writer {
+    async fn begin(log: &mut Log) -> Result<Self> {
+        let stanza = log.stanza().clone();
+        let session = Session::begin(log, "repair", |state| timed_id(state, stanza.env(), 'R')).await?;
+        match Lease::take(&stanza, session.id(), "repair", NO_BACKUP).await {
+            Ok(lease) => Ok(Self { session, lease }),
+            Err(error) => {
+                session.abort(log, &error.to_string()).await?;
+                Err(error)
+            }
+        }
+    }
+
+    async fn end(self, log: &mut Log, reason: &str) -> Result<()> {
+        let ended = self.session.abort(log, reason).await;
+        self.lease.release().await;
+        ended
+    }
+}
+
+struct Work<'a> {
+    log: &'a mut Log,
+    options: Options,
+    runs: Runs,
+    writer: Option<Writer>,
+}
+
+impl<'a> Work<'a> {
+    async fn begin(log: &'a mut Log, options: Options) -> Result<Self> {
+        let mut this = Self {
+            runs: Runs::read(log).await?,
+            log,
+            options,
+            writer: None,
+        };
+        if !this.runs.damaged.is_empty() && !options.dry_run {
+            this.writer = Some(Writer::begin(this.log).await?);
+            // What was live when the session began: from here on, a collector waits.
+            this.runs = match Runs::read(this.log).await {
+                Ok(runs) => runs,
+                Err(error) => return Err(this.give_up(error).await),
+            };
+        }
+        Ok(this)
+    }
+
+    async fn give_up(self, error: Error) -> Error {
+        if let Some(writer) = self.writer
+            && let Err(other) = writer.end(self.log, &error.to_string()).await
+        {
+            tracing::warn!("the end of this repair could not be noted; nothing is lost by it: {other}");
+        }
+        error
+    }
+
+    async fn run(mut self, progress: &Progress) -> Result<Report> {
+        match self.repair(progress).await {
+            Ok(report) => {
+                if let Some(writer) = self.writer {
+                    let reason = format!("{} packs are in the index again", report.index.rebuilt_packs);
+                    writer.end(self.log, &reason).await?;
+                }
+                Ok(report)
+            }
+            Err(error) => Err(self.give_up(error).await),
+        }
+    }
+
+    async fn repair(&mut self, progress: &Progress) -> Result<Report> {
+        let mut report = Report::default();
+        report.index.damaged_runs = std::mem::take(&mut self.runs.damaged);
+        let is_incomplete = !report.index.damaged_runs.is_empty();
+        progress.phase("reading manifests");
+        let mut usage = Usage::default();
+        let needed = Needed::read(self.log, |manifest| usage.add_list(&manifest.usage)).await;
+        let Needed { mut wanted, manifests } = needed;
+        for manifest in &manifests {
+            if let Err(error) = manifest
+                && !matches!(error.kind(), Kind::Damaged | Kind::NotFound)
+            {
+                return Err(Error::new(error.kind(), error.to_string()).context("nothing was changed"));
+            }
+        }
+        let lacking = match is_incomplete {
+            true => self.lacking(&usage).await?,
+            false => HashSet::new(),
+        };
+        wanted.add_packs(self.runs.named.clone());
+        wanted.add_packs(lacking.iter().copied().collect());
+        progress.total_bytes.set(wanted.bytes());
+        progress.phase("looking at packs");
+        let checking = Checking {
+            stanza: &self.log.stanza().clone(),
+            level: self.options.level,
+            marks: !self.options.dry_run,
+            progress,
+        };
+        let mut rebuild = Rebuild::default();
+        let (log, writer) = (&mut *self.log, &mut self.writer);
+        let checked = checking
+            .run(&wanted, &mut report.found, async |pack, entries| {
+                if !lacking.contains(&pack.name) {
+                    return Ok(());
+                }
+                rebuild.add(pack, &entries);
+                match writer {
+                    Some(writer) if rebuild.is_full() => rebuild.announce(log, &mut writer.session).await,
+                    Some(_) => Ok(()),
+                    None => {
+                        rebuild.forget();
+                        Ok(())
+                    }
+                }
+            })
+            .await?;
+        drop(wanted);
+        if let Some(what) = checked.unsupported.first() {
+            return Err(Error::new(Kind::Unsupported, what.clone())
+                .remedy("repair with the version that wrote it, or a newer one"));
+        }
+        if let Some(writer) = &mut self.writer {
+            rebuild.announce(self.log, &mut writer.session).await?;
+        }
+        report.index.rebuilt_packs = rebuild.packs;
+        report.index.rebuilt_chunks = rebuild.chunks;
+        let gone = self
+            .still_wanted(checked.gone.iter().copied().collect(), &usage, &mut report)
+            .await?;
+        report.gone_packs = gone.iter().map(names::pack).collect();
+        for (manifest, backup) in manifests.into_iter().zip(self.log.state().backups.clone()) {
+            let mut verdict = verify::judge(self.log, &backup, manifest, &checked, &mut report.found).await;
+            verdict.conclude();
+            report.found.backups.push(verdict);
+        }
+        report.found.tidy();
+        // What could not be read now may be what a damaged part named: that stays until it is known.
+        if !self.options.dry_run && report.found.unread.is_empty() {
+            progress.phase("mending the index");
+            report.index.withdrawn_runs = self.withdraw(&gone.into_iter().collect()).await?;
+        }
+        Ok(report)
+    }
+
+    /// Of packs that are gone, those that a backup uses or a run names: the others were collected meanwhile.
+    async fn still_wanted(
+        &mut self,
+        gone: BTreeSet<[u8; 32]>,
+        usage: &Usage,
+        report: &mut Report,
+    ) -> Result<BTreeSet<[u8; 32]>> {
+        if gone.is_empty() {
+            return Ok(gone);
+        }
+        self.log.refresh().await?;
+        let named = Runs::read(self.log).await?.named;
+        let (wanted, collected): (BTreeSet<_>, BTreeSet<_>) = gone
+            .into_iter()
+            .partition(|pack| usage.uses(pack) || named.contains(pack));
+        let collected: HashSet<String> = collected.iter().map(names::pack).collect();
+        report
+            .found
+            .findings
+            .retain(|finding| !collected.contains(&finding.object));
+        Ok(wanted)
+    }
+
+    /// Packs that no run names any more, and that one of the damaged ones may have named. Not those that collection
+    /// has left out on purpose: marked ones, and ones that run dry.
+    async fn lacking(&self, usage: &Usage) -> Result<HashSet<[u8; 32]>> {
+        let stanza = self.log.stanza();
+        let listed: Vec<_> = dedup::list_packs(stanza).await?.into_iter().collect();
+        let bad = dedup::distrusted(stanza).await?;
+        let marked = dedup::marked(self.log.state());
+        let thin: HashSet<_> = usage.thin(&listed).into_iter().map(|(pack, _)| pack).collect();
+        let packs = listed.into_iter().map(|(pack, _)| pack);
+        let packs = packs.filter(|pack| {
+            !self.runs.named.contains(pack)
+                && !bad.contains(pack)
+                && !marked.contains(&pack[..])
+                && !thin.contains(pack)
+        });
+        Ok(packs.collect())
+    }
+
+    /// Withdraws runs that cannot be read, and puts others in the place of those that name packs that are gone: with an
+    /// empty mark, since only the end of a mark withdraws. Returns how many.
+    async fn withdraw(&mut self, gone: &HashSet<[u8; 32]>) -> Result<u64> {
+        if self.writer.is_none() {
+            let gone = gone.iter().map(|pack| (*pack, 0)).collect();
+            if !runs::name_any(self.log, &gone).await? {
+                return Ok(0);
+            }
+            self.writer = Some(Writer::begin(self.log).await?);
+        }
+        let mut open = None;
+        loop {
+            self.log.refresh().await?;
+            let changes = runs::without(self.log, gone).await?;
+            if changes.withdrawn.is_empty() {
+                return Ok(0);
+            }
+            let is_open = |log: &Log, mark: u64| log.state().open_marks.iter().any(|open| open.seq == mark);
+            let mark = match open {
+                Some(mark) if is_open(self.log, mark) => mark,
+                _ => {
+                    let mark = Entry::GcMark(proto::GcMark::default());
+                    self.log.append(mark, |_| Ok(())).await?
+                }
+            };
+            open = Some(mark);
+            let swept = proto::GcSwept {
+                mark,
+                kept: Vec::new(),
+                index_runs: changes.withdrawn.clone(),
+                new_runs: changes.new,
+            };
+            let withdrawn = &changes.withdrawn;
+            let unchanged = |now: &proto::Snapshot| match withdrawn.iter().all(|run| now.index_runs.contains(run))
+                && now.open_marks.iter().any(|open| open.seq == mark)
+            {
+                true => Ok(()),
+                false => Err(Error::temporary("the log has grown")),
+            };
+            let seen = self.log.state().seq;
+            match self.log.append(Entry::GcSwept(swept), unchanged).await {
+                Ok(_) => return Ok(withdrawn.len() as u64),
+                // A collector was at work: look again.
+                Err(_) if self.log.state().seq > seen => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}

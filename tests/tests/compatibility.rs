@@ -1,0 +1,400 @@
+//! A repository that version 0.1.0 has written is read, restored, continued and collected by every later version.
+//!
+//! `tests/fixtures/v1` is never written again. `FAIRVAULT_FIXTURES=write` makes one where there is none.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use fairvault_format::sha256;
+use fairvault_tests::fixture::{Fixture, Shape, field, files};
+use fairvault_tests::receiver::wait_until_durable;
+use fairvault_tests::tools::reader;
+use fairvault_tests::{Receiver, Server, run};
+
+const CONFIGURATION: &str = "retention = { full = 1 }\ncompression = { level = 22 }";
+const QUERY: &str = "select count(*) || '/' || sum(i) || '/' || md5(string_agg(x, ',' order by i)) from t";
+/// What a restore adds or changes beside the content of a backup.
+const RESTORED: [&str; 4] = [
+    "postgresql.auto.conf",
+    "recovery.signal",
+    "backup_manifest",
+    "fairvault.restored",
+];
+const AT_ONCE: [&str; 4] = ["--target", "immediate", "--target-action", "promote"];
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/v1")
+}
+
+/// SHA-256 over path and content of every file of a backup, as it was restored; and their number.
+fn digest(root: &Path) -> Result<(usize, String)> {
+    let (mut text, mut count) = (String::new(), 0);
+    for path in files(root) {
+        let name = path.strip_prefix(root)?.to_string_lossy().into_owned();
+        if !RESTORED.contains(&name.as_str()) {
+            writeln!(text, "{name} {}", hex::encode(sha256(&std::fs::read(&path)?)))?;
+            count += 1;
+        }
+    }
+    Ok((count, hex::encode(sha256(text.as_bytes()))))
+}
+
+/// A backup that the repository holds.
+struct Held {
+    id: String,
+    files: usize,
+    digest: String,
+    result: String,
+}
+
+/// What the repository is said to hold: the lines of `content.txt` by their first word.
+struct Content(BTreeMap<String, Vec<Vec<String>>>);
+
+impl Content {
+    fn read() -> Result<Self> {
+        let text = std::fs::read_to_string(folder().join("content.txt"))?;
+        let mut lines: BTreeMap<String, Vec<Vec<String>>> = BTreeMap::new();
+        for line in text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
+            let mut words = line.split(' ').map(str::to_owned);
+            let first = words.next().context("a word")?;
+            lines.entry(first).or_default().push(words.collect());
+        }
+        Ok(Self(lines))
+    }
+
+    fn word(&self, first: &str) -> Result<&str> {
+        let line = self.0.get(first).and_then(|lines| lines.first()?.first());
+        line.map(String::as_str)
+            .with_context(|| format!("content.txt has no line {first}"))
+    }
+
+    fn backups(&self) -> Result<Vec<Held>> {
+        let lines = self.0.get("backup").context("content.txt has no backup")?;
+        let backups = lines.iter().map(|words| match words.as_slice() {
+            [id, _, files, digest, result] => Ok(Held {
+                id: id.clone(),
+                files: files.parse()?,
+                digest: digest.clone(),
+                result: result.clone(),
+            }),
+            other => anyhow::bail!("{other:?}"),
+        });
+        backups.collect()
+    }
+}
+
+/// A scratch copy of the repository.
+fn old(name: &str) -> Result<Fixture> {
+    write_if_asked()?;
+    Fixture::of_repository(name, &folder(), CONFIGURATION)
+}
+
+fn query(s: &Fixture, server: &Server) -> Result<String> {
+    server.sql(&s.scratch, QUERY)
+}
+
+fn restore(s: &Fixture, name: &str, more: &[&str]) -> Result<()> {
+    let (exit, text) = s.restore(name, more);
+    ensure!(exit == 0, "{text}");
+    Ok(())
+}
+
+#[test]
+fn an_old_repository_is_read() -> Result<()> {
+    let (s, content) = (old("oldread")?, Content::read()?);
+    let info = s.ok(&["info", "acme", "--output", "json"])?;
+    let backups = content.backups()?;
+    for backup in &backups {
+        ensure!(
+            info.contains(&format!("\"id\":\"{}\"", backup.id)),
+            "{} is not in {info}",
+            backup.id
+        );
+    }
+    ensure!(info.matches("\"restorable\":true").count() == backups.len(), "{info}");
+    ensure!(info.contains("\"hold\":\"a court wants it\""), "{info}");
+    let expired = content.word("expired")?;
+    ensure!(!info.contains(expired), "{info}");
+    let audit = s.ok(&["audit", "acme"])?;
+    ensure!(audit.contains(&format!("backup {expired} has expired")), "{audit}");
+    let verified = s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    ensure!(verified.contains("all good"), "{verified}");
+    // Not less is looked at than there is.
+    let count = |what: &str| -> Result<usize> { Ok(content.word(what)?.parse()?) };
+    let wal: Vec<String> = s.objects("wal").iter().map(|path| path.display().to_string()).collect();
+    ensure!(
+        wal.iter().filter(|name| name.contains(".d/")).count() == count("pieces")?,
+        "{wal:?}"
+    );
+    ensure!(
+        wal.iter().filter(|name| name.contains(".history.")).count() == count("histories")?,
+        "{wal:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn an_old_repository_restores_byte_for_byte() -> Result<()> {
+    let (s, content) = (old("oldback")?, Content::read()?);
+    let (vault, key) = (s.path("vault"), s.path("key"));
+    let backups = content.backups()?;
+    ensure!(backups.len() >= 2);
+    for (number, backup) in backups.iter().enumerate() {
+        let name = format!("copy{number}");
+        restore(&s, &name, &[&["--backup", &backup.id], AT_ONCE.as_slice()].concat())?;
+        let expected = (backup.files, backup.digest.clone());
+        ensure!(digest(&s.scratch.join(&name))? == expected, "{}", backup.id);
+        // The independent reader, too.
+        let by_reader = s.scratch.join(&format!("reader{number}"));
+        let to = by_reader.display().to_string();
+        reader(&[&vault, "restore", "acme", &backup.id, &to, "--key-file", &key])?;
+        ensure!(digest(&by_reader)? == expected, "{} by the reader", backup.id);
+        let server = s.start(&name, 5433)?;
+        ensure!(query(&s, &server)? == backup.result, "{}", backup.id);
+        server.stop(&s.scratch, "fast")?;
+    }
+    // To the end of the WAL: across a promotion, and through pieces.
+    restore(&s, "latest", &[])?;
+    let server = s.start("latest", 5433)?;
+    ensure!(query(&s, &server)? == content.word("latest")?);
+    let segment = content.word("segment")?;
+    let (engine, python) = (s.path("segment-engine"), s.path("segment-reader"));
+    s.ok(&["wal", "get", "acme", segment, &engine])?;
+    reader(&[&vault, "wal", "acme", segment, &python, "--key-file", &key])?;
+    let by_engine = std::fs::read(&engine)?;
+    ensure!(by_engine == std::fs::read(&python)? && hex::encode(sha256(&by_engine)) == content.word("segment-sha256")?);
+    Ok(())
+}
+
+#[test]
+fn an_old_repository_is_continued() -> Result<()> {
+    let (s, content) = (old("oldon")?, Content::read()?);
+    restore(&s, "copy", &["--archiving", "keep"])?;
+    s.configure("copy", &s.archiving())?;
+    let server = s.start("copy", 5432)?;
+    ensure!(query(&s, &server)? == content.word("latest")?);
+    server.sql(&s.scratch, "insert into t values (9999, 'later')")?;
+    s.flush_archive(&server)?;
+    let incremental = s.backup_id(&["--type", "incr"])?;
+    let built_on = s.backup_id(&["--type", "incr"])?;
+    server.sql(&s.scratch, "insert into t values (10000, 'latest')")?;
+    s.flush_archive(&server)?;
+    let info = s.ok(&["info", "acme", "--output", "json"])?;
+    ensure!(info.contains(&format!("\"parent\":\"{incremental}\"")), "{info}");
+    ensure!(
+        info.matches("\"restorable\":true").count() == content.backups()?.len() + 2,
+        "{info}"
+    );
+    // Content of the old backups is not stored again.
+    let new = s.ok(&[
+        "backup",
+        "acme",
+        "--type",
+        "full",
+        "--fast",
+        "--progress",
+        "none",
+        "--output",
+        "json",
+    ])?;
+    let (new_plain, plain): (u64, u64) = (
+        field(&new, "new_plain_bytes")?.parse()?,
+        field(&new, "plain_bytes")?.parse()?,
+    );
+    ensure!(new_plain * 4 < plain, "{new}");
+    let expected = query(&s, &server)?;
+    server.stop(&s.scratch, "fast")?;
+    s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    restore(&s, "again", &["--backup", &built_on])?;
+    ensure!(query(&s, &s.start("again", 5433)?)? == expected);
+    Ok(())
+}
+
+#[test]
+fn an_old_repository_is_collected() -> Result<()> {
+    let (s, content) = (old("oldgc")?, Content::read()?);
+    let gc = || s.ok(&["gc", "acme", "--patience", "1s", "--progress", "none"]);
+    let roots = s.objects("roots").len();
+    let said = gc()?;
+    ensure!(
+        s.objects("roots").len() == roots - 1,
+        "the manifest of the expired backup goes: {said}"
+    );
+    let backups = content.backups()?;
+    let [held, last] = backups.as_slice() else {
+        anyhow::bail!("two backups")
+    };
+    // Of the two, the newer one alone is needed once nobody holds the other.
+    s.ok(&["policy", "acme", "--minimum-full", "0"])?;
+    s.ok(&["unhold", "acme", &held.id])?;
+    let none = CONFIGURATION.replace("full = 1", "full = 0, min_full = 0, incr = 1");
+    let config = std::fs::read_to_string(&s.options[1])?.replace(CONFIGURATION, &none);
+    s.scratch.write("fairvault.toml", config.as_bytes())?;
+    let plan = s.ok(&["expire", "acme", "--trust-clock"])?;
+    ensure!(!s.ok(&["info", "acme"])?.contains(&held.id), "{plan}");
+    let said = gc()?;
+    ensure!(s.objects("roots").len() == roots - 2, "{said}");
+    ensure!(gc()?.contains("nothing deleted"), "a second time");
+    s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    restore(&s, "copy", &[&["--backup", &last.id], AT_ONCE.as_slice()].concat())?;
+    ensure!(digest(&s.scratch.join("copy"))? == (last.files, last.digest.clone()));
+    restore(&s, "latest", &[])?;
+    ensure!(query(&s, &s.start("latest", 5433)?)? == content.word("latest")?);
+    Ok(())
+}
+
+static WRITING: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+fn write_if_asked() -> Result<()> {
+    let _one = WRITING.lock();
+    let is_asked = std::env::var("FAIRVAULT_FIXTURES").is_ok_and(|word| word == "write");
+    match is_asked && !folder().exists() {
+        true => write_fixture().context("writing the fixture"),
+        false => Ok(()),
+    }
+}
+
+/// Everything that a small repository does not need.
+fn strip(s: &Fixture) -> Result<()> {
+    let sql = |options: &str, sql: &str| {
+        let mut command = s.server.program(&s.scratch, "psql");
+        let port = s.server.port.to_string();
+        command
+            .args(["-X", "-At", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-h"])
+            .arg(s.scratch.path());
+        let conninfo = format!("dbname=postgres options='{options}'");
+        run(command.args(["-p", &port, "-c", sql]).arg(conninfo))
+    };
+    for template in ["template0", "template1"] {
+        sql("", "update pg_database set datistemplate = false")?;
+        sql("", &format!("drop database {template}"))?;
+    }
+    sql("", "drop schema information_schema cascade")?;
+    let anything = "-c allow_system_table_mods=on";
+    sql(
+        anything,
+        "do $$ declare v name; begin for v in select relname from pg_class where relkind = 'v' and \
+         relnamespace = 'pg_catalog'::regnamespace and relname not in ('pg_stat_archiver', 'pg_stat_replication') loop \
+         execute format('drop view if exists pg_catalog.%I cascade', v); end loop; end $$",
+    )?;
+    for statement in [
+        "delete from pg_statistic",
+        "delete from pg_description",
+        "delete from pg_collation where collname not in ('default', 'C', 'POSIX', 'ucs_basic')",
+        "vacuum full",
+        "checkpoint",
+        "select pg_switch_wal()",
+    ] {
+        sql(anything, statement)?;
+    }
+    Ok(())
+}
+
+fn insert(s: &Fixture, server: &Server, from: u32, to: u32) -> Result<()> {
+    let sql = format!("insert into t select i, md5(i::text) from generate_series({from}, {to}) i");
+    server.sql(&s.scratch, &sql).map(|_| ())
+}
+
+fn write_fixture() -> Result<()> {
+    let s = Fixture::new(
+        "v1",
+        Shape {
+            more: CONFIGURATION,
+            stanza: false,
+            settings: "autovacuum = off",
+            initdb: &["-k", "--wal-segsize=1", "--locale=C"],
+            ..Default::default()
+        },
+    )?;
+    strip(&s)?;
+    s.sql("create table t (i int primary key, x text)")?;
+    s.server.stop(&s.scratch, "fast")?;
+    s.configure("data5432", &s.archiving())?;
+    s.server.start(&s.scratch)?;
+    s.ok(&["stanza", "create", "acme"])?;
+    insert(&s, &s.server, 1, 500)?;
+    let expired = s.backup_id(&["--type", "full"])?;
+    insert(&s, &s.server, 501, 1000)?;
+    s.sql("delete from t where i % 7 = 0")?;
+    let held = s.backup_id(&["--type", "full"])?;
+    s.ok(&["hold", "acme", &held, "--reason", "a court wants it"])?;
+    insert(&s, &s.server, 2001, 2200)?;
+    let last = s.backup_id(&["--type", "incr"])?;
+    insert(&s, &s.server, 3001, 3050)?;
+    s.flush_archive(&s.server)?;
+    s.ok(&["policy", "acme", "--minimum-full", "1"])?;
+    s.ok(&["expire", "acme"])?;
+    s.server.stop(&s.scratch, "fast")?;
+    // A copy takes its place, on another timeline; its newest WAL is there in pieces.
+    restore(&s, "two", &["--archiving", "keep"])?;
+    let two = s.start("two", 5432)?;
+    insert(&s, &two, 4001, 4050)?;
+    let segment = s.flush_archive(&two)?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "100ms"])?;
+    for n in 0..3 {
+        insert(&s, &two, 5001 + n * 10, 5005 + n * 10)?;
+        wait_until_durable(&s, &two)?;
+    }
+    receiver.stop()?;
+    two.stop(&s.scratch, "immediate")?;
+    let text = describe(&s, &expired, &[(&held, "full"), (&last, "incr")], &segment)?;
+    ensure!(s.objects("leases").is_empty(), "a lease is left");
+    std::fs::create_dir_all(folder())?;
+    run(std::process::Command::new("cp")
+        .arg("-r")
+        .arg(s.scratch.join("vault"))
+        .arg(folder()))?;
+    std::fs::copy(s.scratch.join("key"), folder().join("key"))?;
+    // Last: without it, nothing is taken for a fixture.
+    Ok(std::fs::write(folder().join("content.txt"), text)?)
+}
+
+fn describe(s: &Fixture, expired: &str, backups: &[(&String, &str)], segment: &str) -> Result<String> {
+    let version = s.ok(&["--version"])?;
+    let mut text = format!(
+        "# A repository of format version 1, written by {}. Never written again: every later version reads it.\n\
+         # A directory repository with stanza acme, and the key that opens it. The cluster is a PostgreSQL 15 without what\n\
+         # it can do without (no templates, few system views), with segments of 1 MiB.\n#\n\
+         # expired  a full backup that has expired, and was not collected\n\
+         # backup   id, type, files, SHA-256 over \"path SHA-256\" of each of them in order (without {}), result of the query\n\
+         # latest   result of the query at the end of the WAL, on timeline 2\n\
+         # pieces, histories: objects of these kinds; segment: one of timeline 2, and its SHA-256\n\
+         # The query: {QUERY}\n\n\
+         expired {expired}\n",
+        version.trim(),
+        RESTORED.join(", ")
+    );
+    for (number, (id, kind)) in backups.iter().enumerate() {
+        let name = format!("held{number}");
+        restore(s, &name, &[&["--backup", id], AT_ONCE.as_slice()].concat())?;
+        let (files, digest) = digest(&s.scratch.join(&name))?;
+        let server = s.start(&name, 5433)?;
+        writeln!(text, "backup {id} {kind} {files} {digest} {}", query(s, &server)?)?;
+        server.stop(&s.scratch, "fast")?;
+    }
+    restore(s, "end", &[])?;
+    let server = s.start("end", 5433)?;
+    writeln!(text, "latest {}", query(s, &server)?)?;
+    server.stop(&s.scratch, "fast")?;
+    let wal: Vec<String> = s.objects("wal").iter().map(|path| path.display().to_string()).collect();
+    writeln!(
+        text,
+        "pieces {}",
+        wal.iter().filter(|name| name.contains(".d/")).count()
+    )?;
+    writeln!(
+        text,
+        "histories {}",
+        wal.iter().filter(|name| name.contains(".history.")).count()
+    )?;
+    let got = s.path("segment");
+    s.ok(&["wal", "get", "acme", segment, &got])?;
+    writeln!(
+        text,
+        "segment {segment}\nsegment-sha256 {}",
+        hex::encode(sha256(&std::fs::read(&got)?))
+    )?;
+    Ok(text)
+}

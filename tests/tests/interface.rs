@@ -1,0 +1,274 @@
+//! What people and programs rely on changes on purpose only: help texts, messages about wrong configurations, and
+//! the members of JSON objects. Run with `FAIRVAULT_SNAPSHOTS=write` to accept what is said now.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+
+use anyhow::{Context, Result, ensure};
+use fairvault_tests::fixture::{Fixture, Shape};
+use fairvault_tests::snapshot::{compare, shape};
+use fairvault_tests::{Scratch, code, output, run};
+
+/// The help text of a command, for a terminal of a hundred columns.
+fn help(scratch: &Scratch, words: &[String]) -> Result<String> {
+    let mut command = scratch.command("env");
+    command
+        .args(["-i", "COLUMNS=100"])
+        .arg(scratch.join("fairvault"))
+        .args(words)
+        .arg("--help");
+    let lines = run(&mut command)?;
+    Ok(lines.lines().map(|line| format!("{}\n", line.trim_end())).collect())
+}
+
+/// The names below `Commands:`, but `help`.
+fn children(help: &str) -> Vec<String> {
+    let lines = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+    let named = lines.take_while(|line| !line.is_empty()).filter_map(|line| {
+        let name = line.strip_prefix("  ").filter(|rest| !rest.starts_with(' '))?;
+        name.split_whitespace().next().map(str::to_owned)
+    });
+    named.filter(|name| name != "help").collect()
+}
+
+/// What stands before the description of an option, if a line begins one.
+fn option(line: &str) -> Option<&str> {
+    let text = line.trim_start();
+    text.starts_with('-').then(|| text.split("  ").next().unwrap_or(text))
+}
+
+/// A help text without the options that every command has.
+fn without(help: &str, everywhere: &BTreeSet<&str>) -> String {
+    let (mut out, mut is_left_out) = (String::new(), false);
+    for line in help.lines() {
+        if let Some(option) = option(line) {
+            is_left_out = everywhere.contains(option);
+        } else if !line.starts_with(' ') && !line.is_empty() {
+            is_left_out = false;
+        }
+        if !is_left_out {
+            out += line;
+            out += "\n";
+        }
+    }
+    let out = out.trim_end();
+    out.strip_suffix("Options:").unwrap_or(out).trim_end().to_owned()
+}
+
+#[test]
+fn the_help_texts_are_the_documented_ones() -> Result<()> {
+    let scratch = Scratch::new("help")?;
+    let top = help(&scratch, &[])?;
+    let everywhere: BTreeSet<&str> = top.lines().filter_map(option).collect();
+    ensure!(everywhere.len() > 8, "{everywhere:?}");
+    let mut text = format!(
+        "# Commands\n\nThe help texts, as `fairvault help COMMAND` prints them. What follows here is true of every command, and left out below.\n\n```\n{}\n```\n",
+        top.trim_end()
+    );
+    let mut waiting: Vec<Vec<String>> = children(&top).into_iter().rev().map(|name| vec![name]).collect();
+    let mut count = 0;
+    while let Some(words) = waiting.pop() {
+        let help = help(&scratch, &words)?;
+        let below = children(&help);
+        count += 1;
+        write!(
+            text,
+            "\n## {}\n\n```\n{}\n```\n",
+            words.join(" "),
+            without(&help, &everywhere)
+        )?;
+        waiting.extend(below.into_iter().rev().map(|name| [words.clone(), vec![name]].concat()));
+    }
+    ensure!(count > 20, "only {count} commands were found");
+    compare("docs/commands.md", &text)
+}
+
+/// What is wrong, the configuration, and a command that notices.
+const WRONG: [(&str, &str, &[&str]); 22] = [
+    ("no repository", "", &["info", "acme"]),
+    ("not TOML", "[repo.main\n", &["info", "acme"]),
+    (
+        "an unknown section",
+        "[repos.main]\nurl = \"file:///x\"",
+        &["info", "acme"],
+    ),
+    ("an unknown key", "[repo.main]\nurll = \"file:///x\"", &["info", "acme"]),
+    (
+        "a repository without a URL",
+        "[repo.main]\nregion = \"x\"",
+        &["info", "acme"],
+    ),
+    (
+        "an unknown kind of URL",
+        "[repo.main]\nurl = \"ftp://x/y\"",
+        &["info", "acme"],
+    ),
+    (
+        "a folder that is not there",
+        "[repo.main]\nurl = \"file://DIR/nowhere\"",
+        &["info", "acme"],
+    ),
+    (
+        "an empty folder",
+        "[repo.main]\nurl = \"file://DIR/empty\"",
+        &["info", "acme"],
+    ),
+    (
+        "two repositories and no choice",
+        "[repo.a]\nurl = \"file:///a\"\n[repo.b]\nurl = \"file:///b\"",
+        &["info", "acme"],
+    ),
+    (
+        "a repository that is not configured",
+        "[repo.a]\nurl = \"file:///a\"\n[stanza.acme]\nrepos = [\"b\"]",
+        &["info", "acme"],
+    ),
+    (
+        "a key with no source",
+        "[repo.a]\nurl = \"file:///a\"\n[stanza.acme]\nkey = { }",
+        &["info", "acme"],
+    ),
+    (
+        "a key with two sources",
+        "[repo.a]\nurl = \"file:///a\"\n[stanza.acme]\nkey = { file = \"/x\", env = \"Y\" }",
+        &["info", "acme"],
+    ),
+    (
+        "a key file that is not there",
+        "[repo.a]\nurl = \"file:///a\"\n[stanza.acme]\nkey = { file = \"DIR/none\" }",
+        &["info", "acme"],
+    ),
+    (
+        "a key file for everybody",
+        "[repo.a]\nurl = \"file:///a\"\n[stanza.acme]\nkey = { file = \"DIR/open\" }",
+        &["info", "acme"],
+    ),
+    (
+        "a key file with something else",
+        "[repo.a]\nurl = \"file:///a\"\n[stanza.acme]\nkey = { file = \"DIR/rubbish\" }",
+        &["info", "acme"],
+    ),
+    (
+        "a retention that is no number and no age",
+        "[repo.a]\nurl = \"file:///a\"\n[defaults]\nretention = { full = \"many\" }",
+        &["expire", "acme"],
+    ),
+    (
+        "an unknown time zone",
+        "[repo.a]\nurl = \"file:///a\"\n[defaults]\nretention = { daily = 1, timezone = \"Moon\" }",
+        &["expire", "acme"],
+    ),
+    (
+        "a negative number",
+        "[repo.a]\nurl = \"file:///a\"\n[defaults]\nretention = { min_full = -1 }",
+        &["expire", "acme"],
+    ),
+    (
+        "an unknown codec",
+        "[repo.a]\nurl = \"file:///a\"\n[defaults]\ncompression = { codec = \"lzma\" }",
+        &["backup", "acme"],
+    ),
+    (
+        "a level that is not possible",
+        "[repo.a]\nurl = \"file:///a\"\n[defaults]\ncompression = { level = 99 }",
+        &["backup", "acme"],
+    ),
+    (
+        "a time without a unit",
+        "[repo.a]\nurl = \"file:///a\"\n[stanza.acme]\narchive_timeout = \"60\"",
+        &["backup", "acme"],
+    ),
+    (
+        "a conninfo with an unknown keyword",
+        "[repo.a]\nurl = \"file:///a\"\n[stanza.acme]\nconninfo = \"hots=x\"",
+        &["backup", "acme"],
+    ),
+];
+
+#[test]
+fn wrong_configurations_are_explained() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let scratch = Scratch::new("wrong")?;
+    let dir = scratch.path().display().to_string();
+    run(scratch.command("mkdir").arg(scratch.join("empty")))?;
+    scratch.write("rubbish", b"no key\n")?;
+    let open = scratch.write("open", b"no key\n")?;
+    std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o644))?;
+    let mut text = String::from("What is said of wrong configurations. DIR stands for a folder.\n");
+    for (what, configuration, command) in WRONG {
+        let config = scratch.write("fairvault.toml", configuration.replace("DIR", &dir).as_bytes())?;
+        let mut arguments = vec!["--config", config.to_str().context("a path")?];
+        arguments.extend(command);
+        let (exit, said) = code(&mut scratch.fairvault(&arguments));
+        ensure!(exit != 0, "{what} was taken: {said}");
+        let said = said.replace(&dir, "DIR");
+        write!(
+            text,
+            "\n## {what}\n{configuration}\n$ fairvault {}\n{said}exit code {exit}\n",
+            command.join(" ")
+        )?;
+    }
+    compare("tests/snapshots/configuration.txt", &text)
+}
+
+#[test]
+fn the_members_of_json_objects_are_the_documented_ones() -> Result<()> {
+    let s = Fixture::new(
+        "json",
+        Shape {
+            more: "retention = { full = 1 }",
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table t as select i from generate_series(1, 100) i")?;
+    let mut text = String::from("The members of the JSON objects that commands print, and of what types they are.\n");
+    // A command, and whether it is expected to succeed.
+    let mut note = |arguments: &[&str], succeeds: bool| -> Result<()> {
+        let mut all = arguments.to_vec();
+        all.extend(["--output", "json"]);
+        let out = output(&mut s.command(&all))?;
+        let said = fairvault_tests::text(&out);
+        ensure!(out.status.success() == succeeds, "{arguments:?}: {said}");
+        let object = if succeeds { &out.stdout } else { &out.stderr };
+        let object = String::from_utf8_lossy(object);
+        let line = object
+            .lines()
+            .rfind(|line| line.starts_with('{'))
+            .context(said.clone())?;
+        let verb: Vec<&str> = arguments.iter().take_while(|word| **word != "acme").copied().collect();
+        write!(text, "\n## {}\n{}", verb.join(" "), shape(&serde_json::from_str(line)?))?;
+        Ok(())
+    };
+    let quiet = ["--progress", "none"];
+    let with = |words: &[&'static str]| [words, &quiet].concat();
+    note(&["stanza", "create", "acme"], true)?;
+    note(&["stanza", "list"], true)?;
+    note(&with(&["backup", "acme", "--fast", "--annotation", "why=test"]), true)?;
+    let id = s.backup_id(&["--type", "full"])?;
+    note(&["check", "acme"], true)?;
+    note(&["hold", "acme", &id, "--reason", "a trial"], true)?;
+    note(&["info", "acme"], true)?;
+    note(&["policy", "acme", "--minimum-full", "1"], true)?;
+    note(&["expire", "acme"], true)?;
+    note(&with(&["verify", "acme"]), true)?;
+    note(&with(&["repair", "acme"]), true)?;
+    note(&with(&["gc", "acme", "--patience", "1s"]), true)?;
+    note(&["audit", "acme"], true)?;
+    note(&["key", "list", "acme"], true)?;
+    note(&["key", "check", "acme"], true)?;
+    let to = s.path("copy");
+    note(
+        &["restore", "--dry-run", "acme", "--to", &to, "--progress", "none"],
+        true,
+    )?;
+    note(&["restore", "acme", "--to", &to, "--progress", "none"], true)?;
+    note(&["stanza", "upgrade", "acme"], true)?;
+    note(&["stanza", "fence", "acme", "--reason", "a trial"], true)?;
+    note(&["unhold", "acme", &id], true)?;
+    // What fails says so in an object of its own.
+    note(
+        &["restore", "--backup", "none", "acme", "--to", &to, "--progress", "none"],
+        false,
+    )?;
+    compare("tests/snapshots/json.txt", &text)
+}
