@@ -6,7 +6,6 @@ use fairvault_engine::commit::{Log, fence};
 use fairvault_engine::error::{Context as _, Error, Result};
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::replication::connection::{Connection, Mode};
-use fairvault_engine::stanza::Stanza;
 use fairvault_engine::stanza::create::{Cluster, create as create_stanza};
 use fairvault_engine::stanza::upgrade::{Claims, upgrade as upgrade_stanza};
 
@@ -88,15 +87,19 @@ pub async fn create(context: &Context, args: StanzaCreateArgs) -> Result<Outcome
 }
 
 /// `stanza upgrade`: in every repository.
-pub async fn upgrade(context: &Context, args: UpgradeArgs) -> Result<Outcome> {
+pub async fn upgrade(context: &Arc<Context>, args: UpgradeArgs) -> Result<Outcome> {
     let (cluster, end) = cluster_and_end(context, &args.stanza).await?;
     let claims = Claims {
         unrelated: args.unrelated,
         back: args.back,
     };
+    let mut outcome = Outcome::Done;
     for repository in context.repositories(Some(&args.stanza))? {
+        let Some(mut log) = or_left_out(context, &args.stanza, &repository).await? else {
+            outcome = Outcome::Warnings;
+            continue;
+        };
         let access = context.access(&repository, &args.stanza, false, true)?;
-        let mut log = Log::open(Stanza::open(&access).await?).await?;
         let done = upgrade_stanza(&mut log, &access, cluster, end, claims)
             .await
             .context(|| format!("repository {repository}"))?;
@@ -119,7 +122,7 @@ pub async fn upgrade(context: &Context, args: UpgradeArgs) -> Result<Outcome> {
             )),
         }
     }
-    Ok(Outcome::Done)
+    Ok(outcome)
 }
 
 /// Folders of a repository that are no stanzas.

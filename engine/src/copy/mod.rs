@@ -110,7 +110,7 @@ fn check_pair(source: &Log, target: &Log) -> Result<()> {
                 life.system_identifier,
                 target.stanza().shown()
             ))
-            .remedy("create the stanza in both repositories with `fairvault stanza create` and the same server"));
+            .remedy("create the stanza in both repositories with `fairvault stanza create` and the same server; after pg_upgrade, run `fairvault stanza upgrade` for both"));
         }
     }
     Ok(())
