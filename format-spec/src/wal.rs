@@ -13,25 +13,60 @@ use crate::proto::WalHeader;
 
 const NOT_ITS_ID: &str = "its content does not match its id";
 
+/// How WAL is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Compression {
+    /// zstd level.
+    pub level: i32,
+    /// Records are taken apart before zstd (codec 3), where that makes a run smaller.
+    pub records: bool,
+}
+
+impl From<i32> for Compression {
+    /// zstd alone.
+    fn from(level: i32) -> Self {
+        Self { level, records: false }
+    }
+}
+
 /// Seals a WAL file run by run: nothing but the sealed object is held.
 pub struct WalSealer<'a> {
     writer: ObjectWriter<'a>,
+    start: u64,
     len: u64,
-    level: i32,
+    compression: Compression,
 }
 
 impl<'a> WalSealer<'a> {
-    /// Begins one. `context` is its name below the stanza; `salt` must be fresh and random.
-    pub fn new(keys: &'a EpochKeys, scope: &'a Scope, kind: Kind, salt: [u8; 32], context: &str, level: i32) -> Self {
+    /// Begins one. `context` is its name below the stanza; `salt` must be fresh and random; `start` is the LSN of its
+    /// first byte, if it is WAL.
+    pub fn new(
+        keys: &'a EpochKeys,
+        scope: &'a Scope,
+        kind: Kind,
+        salt: [u8; 32],
+        context: &str,
+        start: u64,
+        compression: impl Into<Compression>,
+    ) -> Self {
         let mut writer = ObjectWriter::new(keys, scope, kind, salt, context);
         writer.leave_first();
-        Self { writer, len: 0, level }
+        Self {
+            writer,
+            start,
+            len: 0,
+            compression: compression.into(),
+        }
     }
 
     /// Adds what comes next; runs have [`limits::WAL_SECTION_BYTES`], but the last.
     pub fn run(&mut self, content: &[u8]) -> Result<()> {
+        let start = self.start.wrapping_add(self.len);
         self.len += content.len() as u64;
-        self.writer.section(KeyRole::Data, content, self.level)
+        match self.compression {
+            Compression { level, records: true } => self.writer.records_section(content, start, level),
+            Compression { level, records: false } => self.writer.section(KeyRole::Data, content, level),
+        }
     }
 
     /// The object. `header` has the content's id (BLAKE3 with the epoch's `id_key`); its length is set here.
@@ -51,10 +86,10 @@ pub fn seal_wal(
     context: &str,
     mut header: WalHeader,
     content: &[u8],
-    level: i32,
+    compression: impl Into<Compression>,
 ) -> Result<Vec<u8>> {
     header.content_id = keys.chunk_id(content).to_vec();
-    let mut sealer = WalSealer::new(keys, scope, kind, salt, context, level);
+    let mut sealer = WalSealer::new(keys, scope, kind, salt, context, header.start_lsn, compression);
     for run in content.chunks(limits::WAL_SECTION_BYTES) {
         sealer.run(run)?;
     }

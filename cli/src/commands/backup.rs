@@ -78,6 +78,7 @@ pub async fn run(context: &Context, args: BackupArgs) -> Result<Outcome> {
         max_rate_kib: args.max_rate.as_deref().map(rate_kib).transpose()?,
         level,
         pages: codec == Codec::PageZstd,
+        wal_records: context.wal_compression(&args.stanza)?.records,
         workers: args.workers,
         wal: match args.wal {
             WalArg::Auto => WalMethod::Auto,

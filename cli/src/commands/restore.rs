@@ -153,7 +153,7 @@ pub async fn run(context: &Context, args: RestoreArgs) -> Result<Outcome> {
         print_plan(&plan, &options, context.global.output == Output::Json);
         return Ok(Outcome::Done);
     }
-    receive::store_journals(log.stanza(), context.wal_level(&args.stanza)?, AtWork::Wait).await?;
+    receive::store_journals(log.stanza(), context.wal_compression(&args.stanza)?, AtWork::Wait).await?;
     let progress = Arc::new(Progress::default());
     let started = std::time::Instant::now();
     let display = output::Display::start(args.progress, progress.clone(), "fetched");

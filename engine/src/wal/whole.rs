@@ -60,7 +60,8 @@ impl Archive {
             ObjectKind::WalSegment,
             salt,
             &object,
-            self.level,
+            segment.start(size).0,
+            self.compression,
         );
         let mut summarizer = Summarizer::new(segment.start(size), size);
         let mut id = blake3::Hasher::new_keyed(&stanza.keys().id_key);
