@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use fairvault_benches::{CHUNK, heap, index, text};
+use fairvault_benches::{CHUNK, RUN, RUN_START, heap, index, text, wal as run_of_wal};
 use fairvault_engine::codec::{Codec, Content};
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::postgres::page;
@@ -14,6 +14,7 @@ use fairvault_format::header::{Kind, ObjectHeader};
 use fairvault_format::keys::{EpochKeys, Scope};
 use fairvault_format::pack::{DirectoryEntry, seal_tail};
 use fairvault_format::pages::{Decoder, Encoder};
+use fairvault_format::records::{self, Checked};
 use fairvault_format::{proto, sha256, wal};
 
 const SCOPE: Scope = Scope {
@@ -73,6 +74,42 @@ fn transform(c: &mut Criterion) {
                     .decode(black_box(&out), &mut back, "a chunk")
                     .map_err(|e| e.to_string())
             });
+        });
+    }
+    group.finish();
+}
+
+fn records(c: &mut Criterion) {
+    let mut group = c.benchmark_group("records");
+    group.throughput(Throughput::Bytes(RUN as u64));
+    let (plain, mut out) = (run_of_wal(), Vec::new());
+    let mut encoder = records::Encoder::default();
+    assert!(
+        encoder.encode(&plain, RUN_START, &mut out) > 10_000,
+        "there are no records"
+    );
+    group.bench_function("take apart", |b| {
+        b.iter(|| {
+            out.clear();
+            encoder.encode(black_box(&plain), RUN_START, &mut out)
+        });
+    });
+    let (mut decoder, mut back) = (records::Decoder::default(), vec![0; RUN]);
+    group.bench_function("put together", |b| {
+        b.iter(|| {
+            decoder
+                .decode(black_box(&out), &mut back, "a run")
+                .map_err(|e| e.to_string())
+        });
+    });
+    let mut checked = Checked::default();
+    group.bench_function("take apart and check", |b| {
+        b.iter(|| checked.transform(black_box(&plain), RUN_START).map(<[u8]>::len));
+    });
+    for (name, bytes) in [("plain", &plain), ("taken apart", &out)] {
+        let mut zstd = zstd::bulk::Compressor::new(3).expect("a level");
+        group.bench_function(BenchmarkId::new("zstd 3", name), |b| {
+            b.iter(|| zstd.compress(black_box(bytes)))
         });
     }
     group.finish();
@@ -188,5 +225,5 @@ fn streams(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(stages, checks, transform, codec, seal, streams);
+criterion_group!(stages, checks, transform, records, codec, seal, streams);
 criterion_main!(stages);

@@ -90,3 +90,109 @@ pub fn text() -> Vec<u8> {
         .take(CHUNK)
         .collect()
 }
+
+/// Bytes of a run of WAL.
+pub const RUN: usize = 4 << 20;
+/// Where it begins.
+pub const RUN_START: u64 = 1 << 24;
+
+/// A run of WAL: inserts, updates and index entries of a small load, commits, and a few images of pages.
+pub fn wal() -> Vec<u8> {
+    let (mut numbers, mut out, mut previous, mut xid) = (Numbers(2), Vec::with_capacity(RUN), RUN_START, 1000u32);
+    let pages = heap();
+    let relation = [127u8, 6, 0, 0, 5, 0, 0, 0, 2, 64, 0, 0];
+    for number in 0u32.. {
+        let (block, offset) = (number / 60, (number % 60) as u16);
+        let data = |len: usize| [&[0, 0x20, len as u8, 0][..], &relation, &block.to_le_bytes()].concat();
+        let (rmid, info, body) = match (number % 5, number % 500) {
+            (_, 499) => {
+                let page = &pages[(number as usize / 500 % 64) * PAGE..][..PAGE];
+                let (lower, upper) = (page[12..14].to_vec(), u16::from_le_bytes([page[14], page[15]]) as usize);
+                let end = u16::from_le_bytes([lower[0], lower[1]]) as usize;
+                let len = (PAGE - (upper - end)) as u16;
+                let head = [&[0, 0x10, 0, 0][..], &len.to_le_bytes(), &lower, &[3]].concat();
+                (
+                    0,
+                    0xB0,
+                    [&head[..], &relation, &block.to_le_bytes(), &page[..end], &page[upper..]].concat(),
+                )
+            }
+            (0, _) => {
+                xid += 1;
+                let time = 800_000_000_000_000 + u64::from(number) * 20_000 + numbers.next() % 9000;
+                (1, 0, [&[255, 8][..], &time.to_le_bytes()].concat())
+            }
+            (1 | 2, _) => {
+                let text = format!("\x1drow {number} {:x}", numbers.next());
+                let tuple = [&[5, 0, 2, 9, 24][..], &u64::from(number).to_le_bytes(), text.as_bytes()].concat();
+                let main = [&offset.to_le_bytes()[..], &[8]].concat();
+                (10, 0, [&data(tuple.len())[..], &[255, 3], &tuple, &main].concat())
+            }
+            (3, _) => {
+                let main = [
+                    &xid.to_le_bytes()[..],
+                    &offset.to_le_bytes(),
+                    &[0, 32],
+                    &[0; 4],
+                    &[61, 0],
+                ]
+                .concat();
+                let tuple = [
+                    &[4, 0, 0x10, 40, 24][..],
+                    &(numbers.next() as u32).to_le_bytes(),
+                    &[7; 12],
+                ]
+                .concat();
+                (10, 0x40, [&data(tuple.len())[..], &[255, 14], &tuple, &main].concat())
+            }
+            _ => {
+                let item = [
+                    &block.to_le_bytes()[..],
+                    &offset.to_le_bytes(),
+                    &[16, 0],
+                    &numbers.next().to_le_bytes(),
+                ]
+                .concat();
+                (
+                    11,
+                    0,
+                    [&data(item.len())[..], &[255, 2], &item, &offset.to_le_bytes()].concat(),
+                )
+            }
+        };
+        if out.len() + body.len() + 3 * 40 > RUN {
+            break;
+        }
+        begin_page(&mut out, 0);
+        let lsn = RUN_START + out.len() as u64;
+        let head = [
+            &(24 + body.len() as u32).to_le_bytes()[..],
+            &xid.to_le_bytes(),
+            &previous.to_le_bytes(),
+        ]
+        .concat();
+        let head = [&head[..], &[info, rmid, 0, 0]].concat();
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&body), &head);
+        let record = [&head[..], &crc.to_le_bytes(), &body].concat();
+        let mut left = &record[..];
+        while !left.is_empty() {
+            begin_page(&mut out, left.len());
+            let (here, behind) = left.split_at(left.len().min(PAGE - out.len() % PAGE));
+            out.extend(here);
+            left = behind;
+        }
+        out.resize(out.len().next_multiple_of(8), 0);
+        previous = lsn;
+    }
+    out.resize(RUN, 0);
+    out
+}
+
+fn begin_page(out: &mut Vec<u8>, remaining: usize) {
+    if out.len().is_multiple_of(PAGE) {
+        let lsn = RUN_START + out.len() as u64;
+        out.extend([0x10, 0xD1, 4 | u8::from(remaining > 0), 0, 1, 0, 0, 0]);
+        out.extend(lsn.to_le_bytes());
+        out.extend((remaining as u64).to_le_bytes());
+    }
+}

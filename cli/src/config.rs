@@ -132,6 +132,9 @@ pub struct Compression {
     pub codec: Codec,
     /// Level.
     pub level: Option<i32>,
+    /// zstd or records.
+    #[serde(default)]
+    pub wal: WalCodec,
 }
 
 /// How chunks of backups are compressed.
@@ -143,6 +146,17 @@ pub enum Codec {
     PageZstd,
     /// zstd only.
     Zstd,
+}
+
+/// How WAL is compressed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WalCodec {
+    /// zstd only.
+    #[default]
+    Zstd,
+    /// Records are taken apart before zstd, where that pays.
+    Records,
 }
 
 /// `[defaults]`

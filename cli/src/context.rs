@@ -14,10 +14,11 @@ use fairvault_engine::stanza::memory::Memory;
 use fairvault_engine::stanza::{Access, Stanza};
 use fairvault_engine::store::{Store, url::RepositoryUrl};
 use fairvault_format::keys::Secret;
+use fairvault_format::wal;
 use zeroize::Zeroizing;
 
 use crate::args::Global;
-use crate::config::{self, Codec, Compression, Config, KeySource, Repo, StanzaConfig, WalConfig};
+use crate::config::{self, Codec, Compression, Config, KeySource, Repo, StanzaConfig, WalCodec, WalConfig};
 use crate::schedule::Schedule;
 
 /// Name of the repository that --repo-url makes.
@@ -305,9 +306,13 @@ impl Context {
         Ok((codec, self.level(stanza, flag, BACKUP_LEVEL)?))
     }
 
-    /// zstd level of WAL.
-    pub fn wal_level(&self, stanza: &str) -> Result<i32> {
-        self.level(stanza, None, WAL_LEVEL)
+    /// How WAL is compressed.
+    pub fn wal_compression(&self, stanza: &str) -> Result<wal::Compression> {
+        let codec = self.compression(stanza).map(|c| c.wal).unwrap_or_default();
+        Ok(wal::Compression {
+            level: self.level(stanza, None, WAL_LEVEL)?,
+            records: codec == WalCodec::Records,
+        })
     }
 
     fn level(&self, stanza: &str, flag: Option<i32>, default: i32) -> Result<i32> {

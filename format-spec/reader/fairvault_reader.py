@@ -33,6 +33,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 import pages
+import records
 from checks import Damaged, Failure, Unsupported, allowed, require, supported
 
 PROTO_FILE = Path(__file__).resolve().parent.parent / "proto" / "fairvault.proto"
@@ -117,6 +118,8 @@ def decompress(codec: int, body: bytes, plain_len: int, where: str) -> bytes:
         body = unzstd(body, plain_len, where)
     elif codec == 2:
         body = pages.Decoder(unzstd(body, pages.max_transformed(plain_len), where), plain_len, where).decode()
+    elif codec == 3:
+        body = records.decode(unzstd(body, records.max_transformed(plain_len), where), plain_len, where)
     require(len(body) == plain_len, f"{where}: the decoded length is not {plain_len}")
     return body
 
@@ -214,7 +217,9 @@ class Keys:
             here = f"{where}, section {position}"
             require(len(raw) == SECTION_HEADER_LEN, f"{here}: ends early")
             role, codec, zero, sealed_len, plain_len, ordinal = struct.unpack("<BBHIII", raw)
-            supported(codec <= 1, f"{here}: codec {codec}")
+            is_wal = role == DATA and kind in (WAL_SEGMENT, WAL_PIECE, WAL_FILE)
+            supported(codec <= 1 or codec == 3 and is_wal, f"{here}: codec {codec}")
+            require(codec != 3 or plain_len <= records.MAX_RUN, f"{here}: outside the limits")
             require((role, zero, ordinal) == (METADATA if position == 0 else DATA, 0, position),
                     f"{here}: the section header does not fit its place")
             require(position < MAX_SECTIONS and plain_len <= limit and TAG_LEN <= sealed_len <= limit,

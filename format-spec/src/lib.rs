@@ -10,6 +10,7 @@
 //! - input that a newer version may have written is [`FormatError::Unsupported`], never "damaged";
 //! - nothing panics on any input.
 
+mod columns;
 pub mod error;
 pub mod frame;
 pub mod header;
@@ -22,6 +23,7 @@ pub mod names;
 pub mod object;
 pub mod pack;
 pub mod pages;
+pub mod records;
 pub mod repository;
 pub mod wal;
 

@@ -8,7 +8,7 @@ use prost::Message;
 use crate::error::{FormatError, Result, check_limit};
 use crate::header::{HEADER_LEN, Kind, ObjectHeader};
 use crate::keys::{EpochKeys, KeyRole, ObjectKey, Scope, TAG_LEN};
-use crate::limits;
+use crate::{limits, records};
 
 /// Length of a section header, bytes.
 pub const SECTION_HEADER_LEN: usize = 16;
@@ -21,6 +21,8 @@ pub mod codec {
     pub const ZSTD: u8 = 1;
     /// Pages taken apart ([`crate::pages`]), then zstd; in frames only.
     pub const PAGES: u8 = 2;
+    /// WAL taken apart into records ([`crate::records`]), then zstd; in data sections of WAL objects only.
+    pub const RECORDS: u8 = 3;
 }
 
 /// zstd level of structured objects: they are small, and written once.
@@ -41,6 +43,7 @@ pub fn compress(plain: &[u8], level: i32) -> (u8, Vec<u8>) {
 struct Packer {
     context: Option<(i32, zstd::bulk::Compressor<'static>)>,
     buffer: Vec<u8>,
+    records: records::Checked,
 }
 
 impl Packer {
@@ -58,7 +61,30 @@ impl Packer {
         let len = context.compress_to_buffer(plain, &mut self.buffer).ok()?;
         (len < plain.len()).then_some(&self.buffer[..len])
     }
+
+    /// The packed form of a run of WAL whose first byte is at the LSN `start`, with its codec, if that is smaller.
+    fn pack_records(&mut self, plain: &[u8], start: u64, level: i32) -> Option<(u8, &[u8])> {
+        let mut checked = std::mem::take(&mut self.records);
+        let transformed = checked.transform(plain, start);
+        let packed = transformed.and_then(|transformed| self.pack(transformed, level).map(<[u8]>::to_vec));
+        self.records = checked;
+        // Where it is not clear, both ways are tried; always doing so would cost twice.
+        let is_clear = |packed: &[u8]| plain.len() >= FEW_BYTES && packed.len() <= plain.len() / 2;
+        match packed.filter(|packed| packed.len() < plain.len()) {
+            Some(packed)
+                if is_clear(&packed) || self.pack(plain, level).is_none_or(|other| packed.len() <= other.len()) =>
+            {
+                self.buffer = packed;
+                Some((codec::RECORDS, &self.buffer))
+            }
+            Some(_) => Some((codec::ZSTD, &self.buffer)),
+            None => self.pack(plain, level).map(|packed| (codec::ZSTD, packed)),
+        }
+    }
 }
+
+/// Runs of WAL below this are packed in both ways.
+const FEW_BYTES: usize = 256 << 10;
 
 /// Decodes `bytes` to exactly `plain_len` bytes; never allocates more than that.
 pub fn decompress(codec_byte: u8, bytes: Vec<u8>, plain_len: usize, what: &str) -> Result<Vec<u8>> {
@@ -108,7 +134,7 @@ impl SectionHeader {
             1 => KeyRole::Meta,
             other => return Err(FormatError::unsupported(what, format!("section role {other}"))),
         };
-        if b[1] > codec::ZSTD {
+        if !matches!(b[1], codec::RAW | codec::ZSTD | codec::RECORDS) {
             return Err(FormatError::unsupported(what, format!("codec {}", b[1])));
         }
         if b[2..4] != [0; 2] {
@@ -209,6 +235,18 @@ impl<'a> ObjectWriter<'a> {
         added
     }
 
+    /// Adds a run of WAL whose first byte is at the LSN `start`, taken apart into records where that makes it smaller.
+    pub fn records_section(&mut self, run: &[u8], start: u64, level: i32) -> Result<()> {
+        check_limit("a run of WAL", run.len() as u64, limits::WAL_SECTION_BYTES as u64)?;
+        let mut packer = std::mem::take(&mut self.packer);
+        let added = match packer.pack_records(run, start, level) {
+            Some((codec, packed)) => self.encoded_section(KeyRole::Data, codec, packed, run.len()),
+            None => self.encoded_section(KeyRole::Data, codec::RAW, run, run.len()),
+        };
+        self.packer = packer;
+        added
+    }
+
     /// Leaves room for the first section, which [`ObjectWriter::finish_with_first`] adds: what it says may be
     /// known only after the others.
     pub fn leave_first(&mut self) {
@@ -286,29 +324,57 @@ pub struct ObjectReader<'a> {
 struct Unpacker {
     context: Option<zstd::bulk::Decompressor<'static>>,
     body: Vec<u8>,
+    transformed: Vec<u8>,
+    records: records::Decoder,
 }
 
 impl Unpacker {
     /// Decodes the body to exactly `plain_len` bytes; never allocates more than that.
     fn unpack(&mut self, codec_byte: u8, plain_len: usize, plain: &mut Vec<u8>, what: &str) -> Result<()> {
-        plain.clear();
+        if codec_byte == codec::RAW {
+            std::mem::swap(plain, &mut self.body);
+            return same_length(what, plain.len(), plain_len);
+        }
+        plain.resize(plain_len, 0);
+        self.unpack_to(codec_byte, plain, what)
+    }
+
+    /// Decodes the body to as many bytes as `plain` has.
+    fn unpack_to(&mut self, codec_byte: u8, plain: &mut [u8], what: &str) -> Result<()> {
+        let failed = |e: std::io::Error| FormatError::damaged(what, format!("zstd: {e}"));
+        if codec_byte == codec::RAW {
+            same_length(what, self.body.len(), plain.len())?;
+            plain.copy_from_slice(&self.body);
+            return Ok(());
+        }
+        let context = match &mut self.context {
+            Some(context) => context,
+            none => none.insert(zstd::bulk::Decompressor::new().map_err(failed)?),
+        };
         match codec_byte {
-            codec::RAW => std::mem::swap(plain, &mut self.body),
             codec::ZSTD => {
-                let failed = |e: std::io::Error| FormatError::damaged(what, format!("zstd: {e}"));
-                let context = match &mut self.context {
-                    Some(context) => context,
-                    none => none.insert(zstd::bulk::Decompressor::new().map_err(failed)?),
-                };
-                plain.reserve_exact(plain_len);
-                context.decompress_to_buffer(&self.body, plain).map_err(failed)?;
+                let len = context.decompress_to_buffer(&self.body, plain).map_err(failed)?;
+                same_length(what, len, plain.len())
             }
-            other => return Err(FormatError::unsupported(what, format!("codec {other}"))),
+            codec::RECORDS => {
+                check_limit(what, plain.len() as u64, limits::WAL_SECTION_BYTES as u64)?;
+                let largest = records::largest(plain.len());
+                self.transformed.clear();
+                self.transformed.reserve(largest);
+                let transformed = &mut self.transformed;
+                context.decompress_to_buffer(&self.body, transformed).map_err(failed)?;
+                check_limit(what, transformed.len() as u64, largest as u64)?;
+                self.records.decode(transformed, plain, what)
+            }
+            other => Err(FormatError::unsupported(what, format!("codec {other}"))),
         }
-        match plain.len() == plain_len {
-            true => Ok(()),
-            false => Err(wrong_length(what, plain.len(), plain_len)),
-        }
+    }
+}
+
+fn same_length(what: &str, len: usize, expected: usize) -> Result<()> {
+    match len == expected {
+        true => Ok(()),
+        false => Err(wrong_length(what, len, expected)),
     }
 }
 
@@ -391,6 +457,10 @@ impl<'a> ObjectReader<'a> {
                 format!("it says that it is section {}", section.ordinal),
             ));
         }
+        let is_wal = matches!(self.keys.header.kind, Kind::WalSegment | Kind::WalPiece | Kind::WalSide);
+        if section.codec == codec::RECORDS && !(is_wal && section.role == KeyRole::Data) {
+            return Err(FormatError::unsupported(what(), "codec 3 where no WAL is"));
+        }
         let (from, needed) = (SECTION_HEADER_LEN, section.sealed_len as usize);
         match rest.get(from..from + needed) {
             Some(sealed) => Ok((section, sealed)),
@@ -417,6 +487,24 @@ impl<'a> ObjectReader<'a> {
         if self.at == self.bytes.len() {
             return Ok(false);
         }
+        let (section, what) = self.open_next(role)?;
+        self.unpacker
+            .unpack(section.codec, section.plain_len as usize, plain, &what)?;
+        self.pass(&section);
+        Ok(true)
+    }
+
+    /// The next section into as many bytes as it has.
+    pub fn section_to(&mut self, role: KeyRole, plain: &mut [u8]) -> Result<()> {
+        let (section, what) = self.open_next(role)?;
+        same_length(&what, section.plain_len as usize, plain.len())?;
+        self.unpacker.unpack_to(section.codec, plain, &what)?;
+        self.pass(&section);
+        Ok(())
+    }
+
+    /// Decrypts the next section; returns its header and what it is called.
+    fn open_next(&mut self, role: KeyRole) -> Result<(SectionHeader, String)> {
         let (section, sealed) = self.next()?;
         let what = format!("{}, section {}", self.what, self.sections);
         if section.role != role {
@@ -430,10 +518,7 @@ impl<'a> ObjectReader<'a> {
         self.unpacker.body.extend_from_slice(sealed);
         let key = self.keys.get(role)?;
         key.open(section.ordinal.into(), &aad, &mut self.unpacker.body, &what)?;
-        self.unpacker
-            .unpack(section.codec, section.plain_len as usize, plain, &what)?;
-        self.pass(&section);
-        Ok(true)
+        Ok((section, what))
     }
 
     /// The next section as a message.

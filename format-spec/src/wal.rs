@@ -13,25 +13,60 @@ use crate::proto::WalHeader;
 
 const NOT_ITS_ID: &str = "its content does not match its id";
 
+/// How WAL is compressed.
+#[derive(Default, Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Compression {
+    /// zstd level.
+    pub level: i32,
+    /// Records are taken apart before zstd (codec 3), where that makes a run smaller.
+    pub records: bool,
+}
+
+impl From<i32> for Compression {
+    /// zstd alone.
+    fn from(level: i32) -> Self {
+        Self { level, records: false }
+    }
+}
+
 /// Seals a WAL file run by run: nothing but the sealed object is held.
 pub struct WalSealer<'a> {
     writer: ObjectWriter<'a>,
+    start: u64,
     len: u64,
-    level: i32,
+    compression: Compression,
 }
 
 impl<'a> WalSealer<'a> {
-    /// Begins one. `context` is its name below the stanza; `salt` must be fresh and random.
-    pub fn new(keys: &'a EpochKeys, scope: &'a Scope, kind: Kind, salt: [u8; 32], context: &str, level: i32) -> Self {
+    /// Begins one. `context` is its name below the stanza; `salt` must be fresh and random; `start` is the LSN of its
+    /// first byte, if it is WAL.
+    pub fn new(
+        keys: &'a EpochKeys,
+        scope: &'a Scope,
+        kind: Kind,
+        salt: [u8; 32],
+        context: &str,
+        start: u64,
+        compression: impl Into<Compression>,
+    ) -> Self {
         let mut writer = ObjectWriter::new(keys, scope, kind, salt, context);
         writer.leave_first();
-        Self { writer, len: 0, level }
+        Self {
+            writer,
+            start,
+            len: 0,
+            compression: compression.into(),
+        }
     }
 
     /// Adds what comes next; runs have [`limits::WAL_SECTION_BYTES`], but the last.
     pub fn run(&mut self, content: &[u8]) -> Result<()> {
+        let start = self.start.wrapping_add(self.len);
         self.len += content.len() as u64;
-        self.writer.section(KeyRole::Data, content, self.level)
+        match self.compression {
+            Compression { level, records: true } => self.writer.records_section(content, start, level),
+            Compression { level, records: false } => self.writer.section(KeyRole::Data, content, level),
+        }
     }
 
     /// The object. `header` has the content's id (BLAKE3 with the epoch's `id_key`); its length is set here.
@@ -51,10 +86,10 @@ pub fn seal_wal(
     context: &str,
     mut header: WalHeader,
     content: &[u8],
-    level: i32,
+    compression: impl Into<Compression>,
 ) -> Result<Vec<u8>> {
     header.content_id = keys.chunk_id(content).to_vec();
-    let mut sealer = WalSealer::new(keys, scope, kind, salt, context, level);
+    let mut sealer = WalSealer::new(keys, scope, kind, salt, context, header.start_lsn, compression);
     for run in content.chunks(limits::WAL_SECTION_BYTES) {
         sealer.run(run)?;
     }
@@ -99,14 +134,16 @@ pub fn open_wal(
 
 /// Opens a whole WAL object, up to `threads` of its runs at once, each of which goes to `take` with its place in the
 /// content, in any order. Every run that `take` gets is authentic; only a return without an error says that they are
-/// all, and its content's id.
-pub fn open_wal_runs<E: From<FormatError> + Send>(
+/// all, and its content's id. Each thread asks `buffer` once for memory for the longest run, of that many bytes.
+#[allow(clippy::too_many_arguments)]
+pub fn open_wal_runs<E: From<FormatError> + Send, B: AsMut<[u8]>>(
     keys: &EpochKeys,
     scope: &Scope,
     kind: Kind,
     bytes: &[u8],
     context: &str,
     threads: usize,
+    buffer: impl Fn(usize) -> std::result::Result<B, E> + Sync,
     take: impl Fn(&WalHeader, u64, &[u8]) -> std::result::Result<(), E> + Sync,
 ) -> std::result::Result<WalHeader, E> {
     let mut reader = ObjectReader::new(keys, scope, kind, bytes, context, context)?;
@@ -122,16 +159,18 @@ pub fn open_wal_runs<E: From<FormatError> + Send>(
     if len != header.content_len {
         return Err(mismatch("it does not hold as much as its header says"));
     }
+    let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
     // Runs of this length are subtrees of the hash; an object may be divided in other ways.
     let run_len = limits::WAL_SECTION_BYTES as u64;
     let is_divided = starts.iter().zip(0..).all(|(&start, n)| start == n * run_len);
     if lengths.len() < 2 || !is_divided {
         let mut hasher = blake3::Hasher::new_keyed(&keys.id_key);
-        let mut run = Vec::new();
-        for start in starts {
-            reader.section_into(KeyRole::Data, &mut run)?;
-            hasher.update(&run);
-            take(&header, start, &run)?;
+        let mut memory = buffer(longest)?;
+        for (&start, &len) in starts.iter().zip(&lengths) {
+            let run = &mut memory.as_mut()[..len as usize];
+            reader.section_to(KeyRole::Data, run)?;
+            hasher.update(run);
+            take(&header, start, run)?;
         }
         return match hasher.finalize().as_bytes()[..] == header.content_id {
             true => Ok(header),
@@ -140,7 +179,7 @@ pub fn open_wal_runs<E: From<FormatError> + Send>(
     }
     let next = AtomicUsize::new(0);
     let open = |mut reader: ObjectReader<'_>| {
-        let (mut run, mut hashes) = (Vec::new(), Vec::new());
+        let (mut memory, mut hashes) = (buffer(longest)?, Vec::new());
         let mut at = 0;
         loop {
             let mine = next.fetch_add(1, Ordering::Relaxed);
@@ -148,11 +187,12 @@ pub fn open_wal_runs<E: From<FormatError> + Send>(
                 return Ok::<_, E>(hashes);
             };
             reader.skip(mine - at)?;
-            reader.section_into(KeyRole::Data, &mut run)?;
+            let run = &mut memory.as_mut()[..lengths[mine] as usize];
+            reader.section_to(KeyRole::Data, run)?;
             at = mine + 1;
             let mut hasher = blake3::Hasher::new_keyed(&keys.id_key);
-            hashes.push((mine, hasher.set_input_offset(start).update(&run).finalize_non_root()));
-            take(&header, start, &run).inspect_err(|_| next.store(starts.len(), Ordering::Relaxed))?;
+            hashes.push((mine, hasher.set_input_offset(start).update(run).finalize_non_root()));
+            take(&header, start, run).inspect_err(|_| next.store(starts.len(), Ordering::Relaxed))?;
         }
     };
     let opened = std::thread::scope(|scope| {

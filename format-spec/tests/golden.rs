@@ -296,6 +296,126 @@ fn wal_segment() {
     );
 }
 
+/// A page of WAL at the beginning of a segment, with records of several classes, an image, and one that goes on.
+fn wal_pages(start: u64) -> Vec<u8> {
+    let mut wal: Vec<u8> = Vec::new();
+    let mut previous = start - 48;
+    let header = |wal: &[u8], flags: u8, remaining: usize| {
+        let mut header = vec![0x10, 0xD1, 4 | flags, 0, 1, 0, 0, 0];
+        header.extend((start + wal.len() as u64).to_le_bytes());
+        header.extend((remaining as u64).to_le_bytes());
+        header
+    };
+    wal.extend(header(&wal, 2, 0));
+    wal.extend([1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 1, 0, 0x20, 0, 0]);
+    let insert = |number: u8, text: &[u8]| {
+        let mut body = vec![
+            0,
+            0x20,
+            text.len() as u8,
+            0,
+            127,
+            6,
+            0,
+            0,
+            5,
+            0,
+            0,
+            0,
+            1,
+            64,
+            0,
+            0,
+            number / 8,
+            0,
+            0,
+            0,
+            255,
+            3,
+        ];
+        body.extend(text);
+        body.extend([number % 8, 0, 8]);
+        (10, 0x00, body)
+    };
+    let mut records: Vec<(u8, u8, Vec<u8>)> = (0..80).map(|number| insert(number, b"of one length")).collect();
+    records.extend((0..24).map(|number| {
+        insert(
+            number,
+            &b"of many lengths, some longer than what becomes columns of bytes"[..20 + number as usize],
+        )
+    }));
+    records.push((1, 0x00, vec![255, 8, 1, 2, 3, 4, 5, 6, 7, 8]));
+    // An image with a hole, and one that is compressed.
+    let page = page(&[&tuple(1, 24, &[7; 1400]), &tuple(2, 24, b"")], 0);
+    let (lower, upper) = (32usize, 8192 - 1424 - 24);
+    let image = [&page[..lower], &page[upper..]].concat();
+    let head = |len: usize, flags: u8| {
+        let mut head = vec![0, 0x10, 0, 0, len as u8, (len >> 8) as u8, lower as u8, 0, flags];
+        head.extend(if flags & 0x1C == 0 { vec![] } else { vec![9, 0] });
+        head.extend([127, 6, 0, 0, 5, 0, 0, 0, 1, 64, 0, 0, 3, 0, 0, 0]);
+        head
+    };
+    records.push((0, 0xB0, [head(image.len(), 3), image].concat()));
+    records.push((0, 0xB0, [head(1100, 7), vec![0x42; 1100]].concat()));
+    records.push((200, 0x70, b"nobody knows what this is".to_vec()));
+    for (rmid, info, body) in records {
+        let lsn = start + wal.len() as u64;
+        let mut record = (24 + body.len() as u32).to_le_bytes().to_vec();
+        record.extend(700u32.to_le_bytes());
+        record.extend(previous.to_le_bytes());
+        record.extend([info, rmid, 0, 0]);
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&body), &record);
+        record.extend(crc.to_le_bytes());
+        record.extend(body);
+        let here = record.len().min(8192 - wal.len() % 8192);
+        wal.extend(&record[..here]);
+        if here < record.len() {
+            wal.extend(header(&wal, 1, record.len() - here));
+            wal.extend(&record[here..]);
+        }
+        wal.resize(wal.len().next_multiple_of(8), 0);
+        previous = lsn;
+    }
+    wal.extend(b"the end");
+    wal.resize(3 * 8192, 0);
+    wal
+}
+
+#[test]
+fn wal_records() {
+    let keys = epoch_keys();
+    let start = 1 << 24;
+    let context = names::wal_file(0x1234, 1, "000000010000000000000001", 1);
+    let header = proto::WalHeader {
+        name: "000000010000000000000001".into(),
+        timeline: 1,
+        start_lsn: start,
+        ..Default::default()
+    };
+    let content = wal_pages(start);
+    let records = wal::Compression {
+        level: 3,
+        records: true,
+    };
+    let made = wal::seal_wal(
+        &keys,
+        &SCOPE,
+        Kind::WalSegment,
+        [19; 32],
+        &context,
+        header,
+        &content,
+        records,
+    )
+    .unwrap();
+    let stored = vector("wal-records", &made);
+    let first = ObjectReader::new(&keys, &SCOPE, Kind::WalSegment, &stored, &context, "vector").unwrap();
+    let second = first.next_section_end().unwrap();
+    assert_eq!(stored[second + 1], codec::RECORDS);
+    let (_, plain) = wal::open_wal(&keys, &SCOPE, Kind::WalSegment, &stored, &context).unwrap();
+    assert!(plain == content);
+}
+
 #[test]
 fn slots() {
     let keys = epoch_keys();
@@ -325,7 +445,7 @@ fn slots() {
 fn newer_repositories_are_unsupported_not_damaged() {
     let keys = epoch_keys();
     let good = std::fs::read(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("vectors/v1/index-run")).unwrap();
-    for (at, value) in [(4, 2u8), (5, 77), (6, 1), (12, 9), (81, 5)] {
+    for (at, value) in [(4, 2u8), (5, 77), (6, 1), (12, 9), (81, 5), (81, 2), (81, 3)] {
         let mut newer = good.clone();
         newer[at] = value;
         let error = open_run(&keys, &SCOPE, &newer, "object").unwrap_err();

@@ -7,7 +7,7 @@ use fairvault_format::header::Kind;
 use fairvault_format::keys::{EpochKeys, Scope};
 use fairvault_format::limits::WAL_SECTION_BYTES as RUN;
 use fairvault_format::proto::WalHeader;
-use fairvault_format::wal::{WalSealer, open_wal, open_wal_runs, seal_wal};
+use fairvault_format::wal::{Compression, WalSealer, open_wal, open_wal_runs, seal_wal};
 
 const SCOPE: Scope = Scope {
     repository: [1; 16],
@@ -45,7 +45,16 @@ fn open(bytes: &[u8], threads: usize) -> Result<Vec<u8>, FormatError> {
         whole[start..end].copy_from_slice(run);
         Ok(())
     };
-    open_wal_runs(&keys(), &SCOPE, Kind::WalSegment, bytes, NAME, threads, take)?;
+    open_wal_runs(
+        &keys(),
+        &SCOPE,
+        Kind::WalSegment,
+        bytes,
+        NAME,
+        threads,
+        |len| Ok(vec![0; len]),
+        take,
+    )?;
     Ok(whole.into_inner().unwrap())
 }
 
@@ -80,7 +89,7 @@ fn every_number_of_runs_and_threads_gives_the_content() {
 fn runs_of_another_length_are_read_in_order() {
     let content = content(3 * RUN);
     let keys = keys();
-    let mut sealer = WalSealer::new(&keys, &SCOPE, Kind::WalSegment, [9; 32], NAME, 1);
+    let mut sealer = WalSealer::new(&keys, &SCOPE, Kind::WalSegment, [9; 32], NAME, 0, 1);
     content.chunks(RUN / 3).for_each(|run| sealer.run(run).unwrap());
     let header = WalHeader {
         content_id: keys.chunk_id(&content).to_vec(),
@@ -95,7 +104,7 @@ fn what_does_not_match_its_header_is_refused() {
     let content = content(5 * RUN);
     let (keys, id) = (keys(), keys().chunk_id(&content).to_vec());
     let sealed = |id: Vec<u8>, runs: &[&[u8]]| {
-        let mut sealer = WalSealer::new(&keys, &SCOPE, Kind::WalSegment, [9; 32], NAME, 1);
+        let mut sealer = WalSealer::new(&keys, &SCOPE, Kind::WalSegment, [9; 32], NAME, 0, 1);
         runs.iter().for_each(|run| sealer.run(run).unwrap());
         let header = WalHeader {
             content_id: id,
@@ -119,4 +128,92 @@ fn what_does_not_match_its_header_is_refused() {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     assert!(open(&bytes, 2).is_err(), "a flipped bit");
+}
+
+/// WAL from `start` on, of records with 100 bytes that differ a little.
+fn records(start: u64, len: usize) -> Vec<u8> {
+    let (mut out, mut previous) = (Vec::with_capacity(len), start);
+    for number in 0u64.. {
+        if out.len() % 8192 == 0 {
+            let lsn = start + out.len() as u64;
+            out.extend([0x10, 0xD1, 0, 0, 1, 0, 0, 0]);
+            out.extend(lsn.to_le_bytes());
+            out.extend([0; 8]);
+        }
+        // What does not fit on the page is one longer record to its end.
+        let left = 8192 - out.len() % 8192;
+        let body = if left < 2 * 128 { left - 24 } else { 104 };
+        let lsn = start + out.len() as u64;
+        let mut record = (24 + body as u32).to_le_bytes().to_vec();
+        record.extend(700u32.to_le_bytes());
+        record.extend(previous.to_le_bytes());
+        record.extend([0, 200, 0, 0]);
+        let body: Vec<u8> = (0..body as u64)
+            .map(|at| (number * number + at * at * 7) as u8)
+            .collect();
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&body), &record);
+        record.extend(crc.to_le_bytes());
+        out.extend([record, body].concat());
+        previous = lsn;
+        if out.len() >= len {
+            break;
+        }
+    }
+    out.truncate(len);
+    out
+}
+
+/// Codecs of the sections behind the first.
+fn codecs(bytes: &[u8]) -> Vec<u8> {
+    let (mut at, mut all) = (80, Vec::new());
+    while at < bytes.len() {
+        all.push(bytes[at + 1]);
+        at += 16 + u32::from_le_bytes([bytes[at + 4], bytes[at + 5], bytes[at + 6], bytes[at + 7]]) as usize;
+    }
+    all.split_off(1)
+}
+
+#[test]
+fn runs_of_records_give_the_content_and_others_are_as_before() {
+    let start = 1 << 30;
+    let compression = Compression {
+        level: 1,
+        records: true,
+    };
+    for (kind, content, expected) in [
+        (Kind::WalSegment, records(start, 2 * RUN + 4096), vec![3, 3, 3]),
+        (Kind::WalPiece, records(start, 20_000), vec![3]),
+        (Kind::WalSide, [records(start, RUN), content(RUN)].concat(), vec![3, 1]),
+        (Kind::WalSegment, vec![7; 2 * RUN], vec![1, 1]),
+        (
+            Kind::WalSide,
+            b"1\t0/3000000\tno recovery target specified\n".to_vec(),
+            vec![0],
+        ),
+        (Kind::WalPiece, Vec::new(), vec![]),
+    ] {
+        let header = WalHeader {
+            start_lsn: start,
+            ..Default::default()
+        };
+        let bytes = seal_wal(
+            &keys(),
+            &SCOPE,
+            kind,
+            [9; 32],
+            NAME,
+            header.clone(),
+            &content,
+            compression,
+        )
+        .unwrap();
+        assert_eq!(codecs(&bytes), expected);
+        assert!(open_wal(&keys(), &SCOPE, kind, &bytes, NAME).unwrap().1 == content);
+        if kind == Kind::WalSegment {
+            assert!(open(&bytes, 3).unwrap() == content);
+        }
+        // Never larger than without.
+        let plain = seal_wal(&keys(), &SCOPE, kind, [9; 32], NAME, header, &content, 1).unwrap();
+        assert!(bytes.len() <= plain.len(), "{} and {}", bytes.len(), plain.len());
+    }
 }

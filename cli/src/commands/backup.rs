@@ -59,7 +59,7 @@ async fn copy_on(context: &Arc<Context>, args: &BackupArgs, log: &Log, id: &str,
             let options = engine::Options {
                 backup: Some(id.to_owned()),
                 retention: context.retention(repository, &args.stanza)?,
-                level: context.wal_level(&args.stanza)?,
+                compression: context.wal_compression(&args.stanza)?,
             };
             let progress = Arc::new(Progress::default());
             let display = output::Display::start(args.progress, progress.clone(), "stored");
@@ -126,6 +126,7 @@ pub async fn run(context: &Arc<Context>, args: BackupArgs) -> Result<Outcome> {
         max_rate_kib: args.max_rate.as_deref().map(rate_kib).transpose()?,
         level,
         pages: codec == Codec::PageZstd,
+        wal_records: context.wal_compression(&args.stanza)?.records,
         workers: args.workers,
         wal: match args.wal {
             WalArg::Auto => WalMethod::Auto,

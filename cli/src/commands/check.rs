@@ -136,7 +136,7 @@ async fn compare(context: &Arc<Context>, stanza: &str, one: &str, other: &str) -
     let options = Options {
         backup: None,
         retention: context.retention(other, stanza)?,
-        level: 0,
+        compression: 0.into(),
     };
     let plan = async {
         let plan = engine::plan(&source, &target, &options).await?;

@@ -66,7 +66,7 @@ pub async fn run(context: Arc<Context>, args: CopyArgs) -> Result<Outcome> {
         let options = Options {
             backup: args.backup.clone(),
             retention: context.retention(&to, &args.stanza)?,
-            level: context.wal_level(&args.stanza)?,
+            compression: context.wal_compression(&args.stanza)?,
         };
         if args.dry_run {
             let plan = copy::plan(&source, &target, &options).await;

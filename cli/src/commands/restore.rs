@@ -176,7 +176,7 @@ pub async fn run(context: &Arc<Context>, args: RestoreArgs) -> Result<Outcome> {
         return Ok(Outcome::Done);
     }
     for log in &logs {
-        receive::store_journals(log.stanza(), context.wal_level(&args.stanza)?, AtWork::Wait).await?;
+        receive::store_journals(log.stanza(), context.wal_compression(&args.stanza)?, AtWork::Wait).await?;
     }
     let progress = Arc::new(Progress::default());
     let started = std::time::Instant::now();

@@ -20,6 +20,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fairvault_format::wal::Compression;
 use fairvault_format::{limits, names, proto, sha256};
 use tokio::sync::{mpsc, watch};
 
@@ -108,6 +109,8 @@ pub struct Options {
     pub level: i32,
     /// Pages are taken apart before zstd, where that pays.
     pub pages: bool,
+    /// Records are taken apart before zstd, in WAL that the backup stores itself.
+    pub wal_records: bool,
     /// Workers; 0 for one a core.
     pub workers: usize,
     /// WAL.
@@ -150,7 +153,11 @@ pub async fn run(
 ) -> Result<Report> {
     progress.phase("connecting");
     let server = inspect(options).await?;
-    let archive = Archive::open(log, Some(server.system_identifier), options.level)?;
+    let compression = Compression {
+        level: options.level,
+        records: options.wal_records,
+    };
+    let archive = Archive::open(log, Some(server.system_identifier), compression)?;
     if archive.segment_size != server.segment_size {
         return Err(Error::refused(format!(
             "the server's WAL segments have {} bytes, the stanza's {}",

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fairvault_format::proto::{self, CommittedBackup, Snapshot};
+use fairvault_format::wal::Compression;
 use serde::Serialize;
 use tokio::sync::watch;
 
@@ -33,8 +34,8 @@ pub struct Options {
     pub backup: Option<String>,
     /// What the target keeps.
     pub retention: Retention,
-    /// zstd level of WAL.
-    pub level: i32,
+    /// How WAL is compressed.
+    pub compression: Compression,
 }
 
 /// A backup that is, or would be, copied.
@@ -220,7 +221,7 @@ fn needed_wal(source: &Log, target: &Log, wanted: &[CommittedBackup], options: &
         let id = life.system_identifier;
         let (from, to) = (
             Archive::open(source, Some(id), 0)?,
-            Archive::open(target, Some(id), options.level)?,
+            Archive::open(target, Some(id), options.compression)?,
         );
         let size = from.segment_size;
         let of_life = |backup: &&CommittedBackup| info(backup).system_identifier == id;

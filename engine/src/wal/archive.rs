@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use fairvault_format::header::Kind as ObjectKind;
+use fairvault_format::wal::Compression;
 use fairvault_format::{limits, names, object, proto, wal};
 
 use super::fetch::Piece;
@@ -39,8 +40,8 @@ pub struct Archive {
     pub system_identifier: u64,
     /// wal_segment_size, bytes.
     pub segment_size: u64,
-    /// zstd level.
-    pub level: i32,
+    /// How what is stored is compressed.
+    pub compression: Compression,
     /// Archive epochs.
     pub epochs: Vec<proto::ArchiveEpoch>,
     /// Timelines that take no more WAL.
@@ -55,7 +56,7 @@ pub struct Archive {
 
 impl Archive {
     /// The archive of the stanza's newest incarnation, or of the one with `system_identifier`.
-    pub fn open(log: &Log, system_identifier: Option<u64>, level: i32) -> Result<Self> {
+    pub fn open(log: &Log, system_identifier: Option<u64>, compression: impl Into<Compression>) -> Result<Self> {
         let incarnations = &log.state().incarnations;
         let incarnation = match system_identifier {
             None => incarnations.last(),
@@ -73,7 +74,7 @@ impl Archive {
             stanza: log.stanza().clone(),
             system_identifier: incarnation.system_identifier,
             segment_size: incarnation.wal_segment_size,
-            level,
+            compression: compression.into(),
             epochs: log.state().archive_epochs.clone(),
             closed: log.state().closed_timelines.clone(),
             backups: log
@@ -390,7 +391,7 @@ impl Archive {
         header: proto::WalHeader,
         content: Vec<u8>,
     ) -> Result<(Vec<u8>, Vec<u8>)> {
-        let (stanza, level) = (self.stanza.clone(), self.level);
+        let (stanza, compression) = (self.stanza.clone(), self.compression);
         let salt = env::salt(stanza.env())?;
         let small = content.len() <= INLINE_BYTES;
         let work = move || {
@@ -402,7 +403,7 @@ impl Archive {
                 &object,
                 header,
                 &content,
-                level,
+                compression,
             )
             .map(|sealed| (sealed, content))
         };

@@ -6,6 +6,8 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use fairvault_format::wal::Compression;
+
 use super::archive::{Archive, Stored};
 use super::coverage::Coverage;
 use crate::commit::Log;
@@ -103,14 +105,20 @@ pub struct Pushed {
 }
 
 /// Checks and stores a file.
-pub async fn push(log: &mut Log, name: &str, path: &Path, level: i32, wants_hash: bool) -> Result<Pushed> {
+pub async fn push(
+    log: &mut Log,
+    name: &str,
+    path: &Path,
+    compression: Compression,
+    wants_hash: bool,
+) -> Result<Pushed> {
     let long = first_page(name, path)?;
     let cluster = match long {
         Some((_, long)) => Some(long.system_identifier),
         None if log.state().incarnations.len() > 1 => cluster_of(path).context(|| format!("{name} is not archived"))?,
         None => None,
     };
-    let archive = Archive::open(log, cluster, level).context(|| format!("{name} is not archived"))?;
+    let archive = Archive::open(log, cluster, compression).context(|| format!("{name} is not archived"))?;
     let file = WalFile::parse(name, archive.segment_size)?;
     let pushed = match (&file, long) {
         (WalFile::Segment(segment), Some((page, long))) => {

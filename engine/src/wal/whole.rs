@@ -34,6 +34,17 @@ pub struct Sealed {
     pub hash: Option<[u8; 32]>,
 }
 
+/// Memory for a run, in huge pages where the system has them: it is used a few times at most, and a page fault for each
+/// 4 KiB of it would take longer than decompressing.
+fn buffer(len: usize) -> Result<memmap2::MmapMut> {
+    let failed = |e| Error::io("asking for memory", e);
+    let memory = memmap2::MmapMut::map_anon(len.max(1)).map_err(failed)?;
+    // A system without them says no; nothing is lost by it.
+    #[cfg(target_os = "linux")]
+    let _ = memory.advise(memmap2::Advice::HugePage);
+    Ok(memory)
+}
+
 async fn blocking<T: Send + 'static>(what: &str, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
@@ -60,7 +71,8 @@ impl Archive {
             ObjectKind::WalSegment,
             salt,
             &object,
-            self.level,
+            segment.start(size).0,
+            self.compression,
         );
         let mut summarizer = Summarizer::new(segment.start(size), size);
         let mut id = blake3::Hasher::new_keyed(&stanza.keys().id_key);
@@ -133,7 +145,16 @@ impl Archive {
                 archive.check_is(header, &name, &object)?;
                 file.write_all_at(run, start).map_err(|e| failed(&to, e))
             };
-            let opened = open_wal_runs(keys, scope, ObjectKind::WalSegment, &bytes, &object, threads, take);
+            let opened = open_wal_runs(
+                keys,
+                scope,
+                ObjectKind::WalSegment,
+                &bytes,
+                &object,
+                threads,
+                buffer,
+                take,
+            );
             let checked = opened.and_then(|header| archive.check_is(&header, &name, &object));
             checked.inspect_err(|_| {
                 let _ = std::fs::remove_file(&to);

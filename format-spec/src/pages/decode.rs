@@ -1,38 +1,11 @@
 //! Columns back into pages.
 
 use super::{
-    FIXED, HEADER, Item, LAYOUT, LEAD_WORDS, MASKS, Occupied, PAGE, SPECIAL, Shape, TUPLE, body_offset, columns,
-    is_tuple, kind, own_position,
+    FIXED, HEADER, Item, LAYOUT, LEAD_WORDS, MASKS, Occupied, PAGE, SPECIAL, Shape, TUPLE, body_offset, is_tuple, kind,
+    own_position,
 };
+use crate::columns::{self, Input};
 use crate::error::{FormatError, Result};
-
-/// Reads `input` from front to back; whatever is missing is damage.
-struct Input<'a> {
-    bytes: &'a [u8],
-    what: &'a str,
-}
-
-impl<'a> Input<'a> {
-    fn damaged(&self, why: &str) -> FormatError {
-        FormatError::damaged(self.what, format!("its pages cannot be put together: {why}"))
-    }
-
-    fn take(&mut self, count: usize) -> Result<&'a [u8]> {
-        let (taken, left) = self
-            .bytes
-            .split_at_checked(count)
-            .ok_or_else(|| self.damaged("it is too short"))?;
-        self.bytes = left;
-        Ok(taken)
-    }
-
-    fn column(&mut self, column: &mut Column, count: usize, planes: usize, mask: u8) -> Result<()> {
-        let stored = self.take(count * planes)?;
-        columns::read(stored, planes, mask, &mut column.words);
-        column.used = 0;
-        Ok(())
-    }
-}
 
 /// A column, and how far it has been used.
 #[derive(Debug, Default)]
@@ -42,6 +15,13 @@ struct Column {
 }
 
 impl Column {
+    /// Takes `count` words from the input.
+    fn read(&mut self, input: &mut Input<'_>, count: usize, planes: usize, mask: u8) -> Result<()> {
+        columns::read(input.take(count * planes)?, planes, mask, &mut self.words);
+        self.used = 0;
+        Ok(())
+    }
+
     fn next(&mut self) -> u64 {
         let word = self.words.get(self.used).copied().unwrap_or_default();
         self.used += 1;
@@ -87,10 +67,7 @@ pub struct Decoder {
 impl Decoder {
     /// Fills `out`, a chunk, from what [`super::Encoder`] made of it. `what` is the object, for messages.
     pub fn decode(&mut self, transformed: &[u8], out: &mut [u8], what: &str) -> Result<()> {
-        let mut input = Input {
-            bytes: transformed,
-            what,
-        };
+        let mut input = Input::new(transformed, what, "its pages cannot be put together");
         let fixed = input.take(FIXED)?;
         if fixed[0] != LAYOUT {
             return Err(FormatError::unsupported(what, format!("page layout {}", fixed[0])));
@@ -109,7 +86,7 @@ impl Decoder {
         self.read_heads(&mut input, kinds, masks)?;
         for (at, column) in self.special.iter_mut().enumerate() {
             let count = self.pages.iter().filter(|page| page.shape.special_words() > at).count();
-            input.column(column, count, 8, masks[3 + at])?;
+            column.read(&mut input, count, 8, masks[3 + at])?;
         }
         self.read_items(&mut input, masks[3 + SPECIAL / 8])?;
         let tuple_masks = &masks[3 + SPECIAL / 8 + 1..];
@@ -127,10 +104,7 @@ impl Decoder {
             }
         }
         tail.copy_from_slice(input.take(tail.len())?);
-        match input.bytes.is_empty() {
-            true => Ok(()),
-            false => Err(input.damaged("there is something behind its end")),
-        }
+        input.end()
     }
 
     /// Pages and their headers.
@@ -146,7 +120,7 @@ impl Decoder {
         }
         let mut blocks = input.take(4 * heaps)?.as_chunks::<4>().0.iter();
         for (column, &mask) in self.head.iter_mut().zip(masks) {
-            input.column(column, apart + heaps, 8, mask)?;
+            column.read(input, apart + heaps, 8, mask)?;
         }
         self.pages.clear();
         let (mut next_block, mut first) = (0u32, 0);
@@ -177,7 +151,7 @@ impl Decoder {
     /// Line pointers, with their offsets.
     fn read_items(&mut self, input: &mut Input<'_>, mask: u8) -> Result<()> {
         let count = self.pages.iter().map(|page| page.shape.items()).sum();
-        input.column(&mut self.pointers, count, 4, mask)?;
+        self.pointers.read(input, count, 4, mask)?;
         self.items.clear();
         for page in &self.pages {
             let mut expected = page.shape.special;
@@ -202,7 +176,7 @@ impl Decoder {
         let stored = |page: &Page| page.items(&self.items).iter().filter(|item| item.len() > 0).count();
         let count = heaps().map(stored).sum();
         for (column, &mask) in self.tuples.iter_mut().zip(masks) {
-            input.column(column, count, 8, mask)?;
+            column.read(input, count, 8, mask)?;
         }
         let mut at = 0;
         for page in heaps() {
@@ -237,7 +211,7 @@ impl Decoder {
                 }
             }
         }
-        input.column(&mut self.bits, bits, 8, bits_mask)?;
+        self.bits.read(input, bits, 8, bits_mask)?;
         let all = [
             (&mut self.heap, heap_counts, heap),
             (&mut self.other, other_counts, other),
@@ -245,7 +219,7 @@ impl Decoder {
         for (columns, counts, masks) in all {
             for (at, (column, &mask)) in columns.iter_mut().zip(masks).enumerate() {
                 // Whoever has more words has this one.
-                input.column(column, counts[at + 1..].iter().sum(), 8, mask)?;
+                column.read(input, counts[at + 1..].iter().sum(), 8, mask)?;
             }
         }
         Ok(())

@@ -1,9 +1,10 @@
 //! Pages into columns.
 
 use super::{
-    FIXED, HEADER, Item, LAYOUT, LEAD_WORDS, MASKS, Occupied, PAGE, SPECIAL, Shape, TUPLE, WORDS, body_offset, columns,
+    FIXED, HEADER, Item, LAYOUT, LEAD_WORDS, MASKS, Occupied, PAGE, SPECIAL, Shape, TUPLE, WORDS, body_offset,
     is_tuple, kind, own_position,
 };
+use crate::columns;
 
 /// Which planes hold differences, a bit for each plane of each column.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -60,13 +61,13 @@ impl Encoder {
         self.split(plain, heap_words, item_words);
         let mut masks = Masks::default();
         for (column, mask) in self.fixed.iter().zip(&mut masks.fixed) {
-            *mask = propose(column);
+            *mask = columns::propose(column);
         }
         for (column, mask) in self.heap.iter().zip(&mut masks.heap) {
-            *mask = propose(column);
+            *mask = columns::propose(column);
         }
         for (column, mask) in self.items.iter().zip(&mut masks.items) {
-            *mask = propose(column);
+            *mask = columns::propose(column);
         }
         Plan {
             heap_words,
@@ -219,67 +220,4 @@ fn own_block(page: &[u8; PAGE], stored: impl Iterator<Item = (usize, Item)>) -> 
         }
     }
     0
-}
-
-/// Words of a column that are looked at.
-const SAMPLE: usize = 512;
-/// A column of fewer words says nothing.
-const FEW: usize = 16;
-
-/// For each plane of a column: do differences have less entropy?
-fn propose(column: &[u64]) -> u8 {
-    let sample = &column[..column.len().min(SAMPLE)];
-    if sample.len() < FEW {
-        return 0;
-    }
-    let varies = sample.iter().fold(0, |all, word| all | (word ^ sample[0]));
-    let mut mask = 0;
-    for plane in 0..8 {
-        if (varies >> (8 * plane)) as u8 == 0 {
-            continue;
-        }
-        let (mut plain, mut difference) = (Counts::new(), Counts::new());
-        let mut before = 0u8;
-        for word in sample {
-            let byte = (word >> (8 * plane)) as u8;
-            plain.add(byte);
-            difference.add(byte.wrapping_sub(before));
-            before = byte;
-        }
-        if difference.entropy(sample.len()) < plain.entropy(sample.len()) * 0.95 {
-            mask |= 1 << plane;
-        }
-    }
-    mask
-}
-
-/// How often each byte occurs.
-struct Counts([u16; 256]);
-
-impl Counts {
-    fn new() -> Self {
-        Self([0; 256])
-    }
-
-    fn add(&mut self, byte: u8) {
-        self.0[usize::from(byte)] += 1;
-    }
-
-    /// Bits that an ideal coder of order 0 needs for `total` bytes.
-    fn entropy(&self, total: usize) -> f32 {
-        let terms = weights();
-        let used: f32 = self.0.iter().map(|&count| terms[usize::from(count)]).sum();
-        terms[total] - used
-    }
-}
-
-/// n × log2(n), for every count in a sample.
-fn weights() -> &'static [f32; SAMPLE + 1] {
-    static WEIGHTS: std::sync::OnceLock<[f32; SAMPLE + 1]> = std::sync::OnceLock::new();
-    WEIGHTS.get_or_init(|| {
-        std::array::from_fn(|n| match n {
-            0 => 0.0,
-            n => n as f32 * (n as f32).log2(),
-        })
-    })
 }

@@ -4,7 +4,6 @@
 //! What always holds: what is put together is what was taken apart, for every input, valid page or not; whatever does not look
 //! like a page is kept as it is; the decoder believes nothing that it is told about lengths.
 
-mod columns;
 mod decode;
 mod encode;
 

@@ -8,6 +8,7 @@ use fairvault_engine::commit::Log;
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::wal::background::{Exchange, push as background};
 use fairvault_engine::wal::push;
+use fairvault_format::wal::Compression;
 
 use super::{PARALLEL, destinations, exchange, file_name, folder_of, open, start_worker};
 use crate::args::PushArgs;
@@ -217,7 +218,7 @@ struct Everywhere {
     repositories: Vec<String>,
     required: usize,
     away: Away,
-    level: i32,
+    compression: Compression,
     is_worker: bool,
     /// Opened logs of each repository that nobody uses just now.
     logs: Vec<Mutex<Vec<Log>>>,
@@ -227,7 +228,7 @@ impl Everywhere {
     fn new(context: &Arc<Context>, stanza: &str, is_worker: bool) -> Result<Arc<Self>> {
         let repositories = context.repositories(Some(stanza))?;
         Ok(Arc::new(Self {
-            level: context.wal_level(stanza)?,
+            compression: context.wal_compression(stanza)?,
             required: repositories.iter().filter(|name| !context.is_optional(name)).count(),
             away: Away::of(context, stanza),
             is_worker,
@@ -284,7 +285,7 @@ impl Everywhere {
 
     async fn push_into(&self, at: usize, name: &str, path: &Path) -> Result<Option<[u8; 32]>> {
         let mut log = self.log(at).await?;
-        let pushed = push::push(&mut log, name, path, self.level, self.is_worker).await?;
+        let pushed = push::push(&mut log, name, path, self.compression, self.is_worker).await?;
         tracing::debug!("{name}: {:?} in {}", pushed.stored, self.repositories[at]);
         lock(&self.logs[at]).push(log);
         Ok(pushed.hash)

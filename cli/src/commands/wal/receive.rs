@@ -69,7 +69,7 @@ pub async fn run(context: &Arc<Context>, args: ReceiveArgs) -> Result<Outcome> {
             synchronous: args.synchronous && !is_optional,
             keep_pieces: args.keep_pieces || configured.keep_pieces,
             skip_gap: args.skip_gap || is_optional,
-            level: context.wal_level(stanza)?,
+            compression: context.wal_compression(stanza)?,
         };
         let spool = spool.as_ref().filter(|_| !is_optional);
         let spool = spool.map(|folder| folder.join(stanza).join(repository));
@@ -189,7 +189,7 @@ impl Receiver {
         let limit = self.spool_size;
         // The server keeps nothing that was acknowledged: what another run has left in the repository's journals,
         // perhaps on a host of another name, comes first.
-        let journals = receive::store_journals(&opened, self.options.level, AtWork::Leave);
+        let journals = receive::store_journals(&opened, self.options.compression, AtWork::Leave);
         let mut stopping = stop.clone();
         let stored = tokio::select! {
             stored = journals => stored,

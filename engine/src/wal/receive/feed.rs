@@ -193,7 +193,7 @@ async fn from_repository(
     let archive = {
         let mut log = guard.log().await;
         log.refresh().await?;
-        Archive::open(&log, Some(server.identity.system_identifier), options.level)?
+        Archive::open(&log, Some(server.identity.system_identifier), options.compression)?
     };
     super::check_segment_size(&archive, server.segment_size)?;
     super::store_history(&archive, server.identity.timeline, server.history.clone()).await?;

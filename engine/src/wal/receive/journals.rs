@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use fairvault_format::wal::Compression;
 use tokio::sync::watch;
 
 use super::known::Known;
@@ -42,8 +43,8 @@ pub enum AtWork {
 }
 
 /// Stores what receivers that are gone have left in journals of the repository, whatever host they ran on, as pieces
-/// and segments at zstd level `level`.
-pub async fn store(stanza: &Arc<Stanza>, level: i32, at_work: AtWork) -> Result<()> {
+/// and segments that are compressed like this.
+pub async fn store(stanza: &Arc<Stanza>, compression: Compression, at_work: AtWork) -> Result<()> {
     let Some(folder) = stanza.store().directory().map(|d| d.join(FOLDER)) else {
         return Ok(());
     };
@@ -58,7 +59,7 @@ pub async fn store(stanza: &Arc<Stanza>, level: i32, at_work: AtWork) -> Result<
         if !has_journals(&host) {
             continue;
         }
-        let stored = store_one(stanza, host.clone(), level, at_work).await;
+        let stored = store_one(stanza, host.clone(), compression, at_work).await;
         stored.map_err(|error| {
             let what = format_args!("storing acknowledged WAL from {}", host.display());
             error.context(what).remedy(
@@ -77,11 +78,11 @@ fn has_journals(folder: &Path) -> bool {
         .any(|file| file.path().extension().is_some_and(|e| e == "wal"))
 }
 
-async fn store_one(stanza: &Arc<Stanza>, folder: PathBuf, level: i32, at_work: AtWork) -> Result<()> {
+async fn store_one(stanza: &Arc<Stanza>, folder: PathBuf, compression: Compression, at_work: AtWork) -> Result<()> {
     let spool = match Spool::open(stanza.clone(), folder.clone(), u64::MAX) {
         Err(error) if error.kind() == Kind::Held => {
             return match at_work {
-                AtWork::Wait => wait_for_receiver(stanza, folder, level).await,
+                AtWork::Wait => wait_for_receiver(stanza, folder, compression).await,
                 AtWork::Leave => Ok(()),
             };
         }
@@ -103,7 +104,7 @@ async fn store_one(stanza: &Arc<Stanza>, folder: PathBuf, level: i32, at_work: A
         synchronous: false,
         keep_pieces: false,
         skip_gap: false,
-        level,
+        compression,
     };
     let (stop_in, stop) = watch::channel(false);
     let mut changes = spool.changes();
@@ -130,12 +131,12 @@ async fn store_one(stanza: &Arc<Stanza>, folder: PathBuf, level: i32, at_work: A
 }
 
 /// Waits until a receiver at work has stored what it has acknowledged so far.
-async fn wait_for_receiver(stanza: &Arc<Stanza>, folder: PathBuf, level: i32) -> Result<()> {
+async fn wait_for_receiver(stanza: &Arc<Stanza>, folder: PathBuf, compression: Compression) -> Result<()> {
     let Some((cluster, end)) = Spool::look(stanza.clone(), folder)? else {
         return Ok(());
     };
     let log = Log::open(stanza.clone()).await?;
-    let archive = Archive::open(&log, Some(cluster.system_identifier), level)?;
+    let archive = Archive::open(&log, Some(cluster.system_identifier), compression)?;
     let last = Segment::of(end.timeline, Lsn(end.lsn.0 - 1), cluster.segment_size);
     let began = tokio::time::Instant::now();
     tracing::info!(

@@ -20,6 +20,7 @@ mod storing;
 
 use std::time::Duration;
 
+use fairvault_format::wal::Compression;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -57,8 +58,8 @@ pub struct Options {
     pub keep_pieces: bool,
     /// After a hole that nobody can fill any more: begin behind it.
     pub skip_gap: bool,
-    /// zstd level.
-    pub level: i32,
+    /// How what is stored is compressed.
+    pub compression: Compression,
 }
 
 /// How one connection's work ended, if it did not fail.
@@ -199,7 +200,7 @@ async fn once(
     let archive = {
         let mut log = guard.log().await;
         log.refresh().await?;
-        Archive::open(&log, Some(server.identity.system_identifier), options.level)?
+        Archive::open(&log, Some(server.identity.system_identifier), options.compression)?
     };
     check_segment_size(&archive, server.segment_size)?;
     let history = store_history(&archive, server.identity.timeline, server.history).await?;

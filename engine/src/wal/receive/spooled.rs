@@ -174,7 +174,7 @@ impl Storing<'_> {
         let archive = {
             let mut log = guard.log().await;
             log.refresh().await?;
-            Archive::open(&log, Some(cluster.system_identifier), self.options.level)?
+            Archive::open(&log, Some(cluster.system_identifier), self.options.compression)?
         };
         check_segment_size(&archive, cluster.segment_size)?;
         let history = self.store_histories(&archive, end.timeline).await?;

@@ -1,4 +1,46 @@
-//! Columns of words, stored as eight planes of bytes each; a plane may hold differences to the byte before.
+//! What the transforms of codecs 2 and 3 share: columns of words, stored as planes of bytes, a plane as it is or as
+//! differences to the byte before; which of the two is smaller; and reading what was transformed.
+//!
+//! What always holds: whatever is missing from an input is damage, before anything is allocated for it.
+
+use crate::error::{FormatError, Result};
+
+/// Reads from front to back.
+pub struct Input<'a> {
+    bytes: &'a [u8],
+    what: &'a str,
+    problem: &'static str,
+}
+
+impl<'a> Input<'a> {
+    /// `what` is the object, `problem` what cannot be done if the input is damaged.
+    pub fn new(bytes: &'a [u8], what: &'a str, problem: &'static str) -> Self {
+        Self { bytes, what, problem }
+    }
+
+    /// What to say of damage.
+    pub fn damaged(&self, why: &str) -> FormatError {
+        FormatError::damaged(self.what, format!("{}: {why}", self.problem))
+    }
+
+    /// The next bytes.
+    pub fn take(&mut self, count: usize) -> Result<&'a [u8]> {
+        let (taken, left) = self
+            .bytes
+            .split_at_checked(count)
+            .ok_or_else(|| self.damaged("it is too short"))?;
+        self.bytes = left;
+        Ok(taken)
+    }
+
+    /// Fails if anything is left.
+    pub fn end(&self) -> Result<()> {
+        match self.bytes.is_empty() {
+            true => Ok(()),
+            false => Err(self.damaged("there is something behind its end")),
+        }
+    }
+}
 
 const HIGH: u64 = 0x8080_8080_8080_8080;
 
@@ -89,6 +131,74 @@ pub fn read(stored: &[u8], planes: usize, mask: u8, words: &mut Vec<u64>) {
         }
         words.push(change(u64::from_le_bytes(bytes)));
     }
+}
+
+/// Words of a column that are looked at.
+pub const SAMPLE: usize = 512;
+/// A column of fewer words says nothing.
+const FEW: usize = 16;
+
+/// For each plane of a column: do differences have less entropy?
+pub fn propose(column: &[u64]) -> u8 {
+    let sample = &column[..column.len().min(SAMPLE)];
+    if sample.len() < FEW {
+        return 0;
+    }
+    let varies = sample.iter().fold(0, |all, word| all | (word ^ sample[0]));
+    let mut mask = 0;
+    for plane in 0..8 {
+        if (varies >> (8 * plane)) as u8 == 0 {
+            continue;
+        }
+        if differences_pay(sample.iter().map(|word| (word >> (8 * plane)) as u8)) {
+            mask |= 1 << plane;
+        }
+    }
+    mask
+}
+
+/// Whether differences of these bytes, at most [`SAMPLE`], have less entropy than the bytes.
+pub fn differences_pay(sample: impl Iterator<Item = u8>) -> bool {
+    let (mut plain, mut difference) = (Counts::new(), Counts::new());
+    let (mut before, mut count) = (0u8, 0);
+    for byte in sample.take(SAMPLE) {
+        plain.add(byte);
+        difference.add(byte.wrapping_sub(before));
+        before = byte;
+        count += 1;
+    }
+    difference.entropy(count) < plain.entropy(count) * 0.95
+}
+
+/// How often each byte occurs.
+struct Counts([u16; 256]);
+
+impl Counts {
+    fn new() -> Self {
+        Self([0; 256])
+    }
+
+    fn add(&mut self, byte: u8) {
+        self.0[usize::from(byte)] += 1;
+    }
+
+    /// Bits that an ideal coder of order 0 needs for `total` bytes.
+    fn entropy(&self, total: usize) -> f32 {
+        let terms = weights();
+        let used: f32 = self.0.iter().map(|&count| terms[usize::from(count)]).sum();
+        terms[total] - used
+    }
+}
+
+/// n × log2(n), for every count in a sample.
+fn weights() -> &'static [f32; SAMPLE + 1] {
+    static WEIGHTS: std::sync::OnceLock<[f32; SAMPLE + 1]> = std::sync::OnceLock::new();
+    WEIGHTS.get_or_init(|| {
+        std::array::from_fn(|n| match n {
+            0 => 0.0,
+            n => n as f32 * (n as f32).log2(),
+        })
+    })
 }
 
 #[cfg(test)]
