@@ -21,6 +21,8 @@ const PAUSE: Duration = Duration::from_secs(60);
 /// What is known of the repositories of a stanza.
 pub struct Away {
     stanza: String,
+    /// Marks of this name.
+    kind: &'static str,
     /// Where marks are, if this host has a place for them.
     folder: Option<PathBuf>,
     /// When each failed last, as this process has seen it.
@@ -32,8 +34,17 @@ impl Away {
     pub fn of(context: &Context, stanza: &str) -> Self {
         Self {
             stanza: stanza.to_owned(),
+            kind: "away",
             folder: context.spool(stanza).map(|spool| spool.join(stanza)),
             seen: Mutex::default(),
+        }
+    }
+
+    /// For who only reads: whether writers have alarmed is not its business.
+    pub fn for_reading(context: &Context, stanza: &str) -> Self {
+        Self {
+            kind: "unread",
+            ..Self::of(context, stanza)
         }
     }
 
@@ -48,7 +59,7 @@ impl Away {
                 }
             })
             .collect();
-        Some(self.folder.as_ref()?.join(format!("away-{plain}")))
+        Some(self.folder.as_ref()?.join(format!("{}-{plain}", self.kind)))
     }
 
     fn seen(&self) -> std::sync::MutexGuard<'_, HashMap<String, Instant>> {

@@ -1,6 +1,7 @@
 """Codec 3, "records" (16): makes a run of WAL of the transformed run, in which its records are taken apart."""
 from __future__ import annotations
 
+import collections
 import struct
 from dataclasses import dataclass
 from itertools import accumulate
@@ -174,8 +175,9 @@ def decode(raw: bytes, plain_len: int, where: str) -> bytes:
     head, behind, planes = source.take(before), source.take(stored), source.take(PAGE_HEADER * pages)
     headers = [planes[i::pages] for i in range(pages)]
     long = [source.take(LONG_REST) for header in headers if header[2] & LONG]
+    counts = collections.Counter(ids)
     for number, kind in enumerate(classes):
-        kind.read_columns(source, ids.count(number))
+        kind.read_columns(source, counts[number])
     for kind in classes:
         kind.read_tails(source)
     images = Images(source, sum(len(classes[number].images) for number in ids))

@@ -357,7 +357,6 @@ impl Unpacker {
                 same_length(what, len, plain.len())
             }
             codec::RECORDS => {
-                check_limit(what, plain.len() as u64, limits::WAL_SECTION_BYTES as u64)?;
                 let largest = records::largest(plain.len());
                 self.transformed.clear();
                 self.transformed.reserve(largest);
@@ -460,6 +459,9 @@ impl<'a> ObjectReader<'a> {
         let is_wal = matches!(self.keys.header.kind, Kind::WalSegment | Kind::WalPiece | Kind::WalSide);
         if section.codec == codec::RECORDS && !(is_wal && section.role == KeyRole::Data) {
             return Err(FormatError::unsupported(what(), "codec 3 where no WAL is"));
+        }
+        if section.codec == codec::RECORDS {
+            check_limit(&what(), section.plain_len.into(), limits::WAL_SECTION_BYTES as u64)?;
         }
         let (from, needed) = (SECTION_HEADER_LEN, section.sealed_len as usize);
         match rest.get(from..from + needed) {

@@ -162,7 +162,8 @@ pub fn open_wal_runs<E: From<FormatError> + Send, B: AsMut<[u8]>>(
     let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
     // Runs of this length are subtrees of the hash; an object may be divided in other ways.
     let run_len = limits::WAL_SECTION_BYTES as u64;
-    let is_divided = starts.iter().zip(0..).all(|(&start, n)| start == n * run_len);
+    let starts_so = starts.iter().zip(0..).all(|(&start, n)| start == n * run_len);
+    let is_divided = starts_so && lengths.iter().all(|&len| (1..=run_len).contains(&u64::from(len)));
     if lengths.len() < 2 || !is_divided {
         let mut hasher = blake3::Hasher::new_keyed(&keys.id_key);
         let mut memory = buffer(longest)?;

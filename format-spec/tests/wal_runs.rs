@@ -85,6 +85,31 @@ fn every_number_of_runs_and_threads_gives_the_content() {
     }
 }
 
+/// Runs that begin where others would, and are none of theirs: longer, or empty.
+#[test]
+fn runs_that_only_begin_alike_are_read_in_order() {
+    let content = content(4 * RUN);
+    let keys = keys();
+    for lengths in [&[RUN, 3 * RUN][..], &[RUN, RUN, RUN, RUN, 0], &[4 * RUN, 0]] {
+        let mut sealer = WalSealer::new(&keys, &SCOPE, Kind::WalSegment, [9; 32], NAME, 0, 1);
+        let mut rest = &content[..];
+        for &len in lengths {
+            let (run, behind) = rest.split_at(len);
+            sealer.run(run).unwrap();
+            rest = behind;
+        }
+        let header = WalHeader {
+            content_id: keys.chunk_id(&content).to_vec(),
+            ..Default::default()
+        };
+        let bytes = sealer.finish(header).unwrap();
+        for threads in [1, 3] {
+            assert!(open(&bytes, threads).unwrap() == content, "{lengths:?}");
+        }
+        assert!(open_wal(&keys, &SCOPE, Kind::WalSegment, &bytes, NAME).unwrap().1 == content);
+    }
+}
+
 #[test]
 fn runs_of_another_length_are_read_in_order() {
     let content = content(3 * RUN);

@@ -19,6 +19,7 @@ use fairvault_engine::stanza::create::create;
 use fairvault_engine::wal::archive::Archive;
 use fairvault_format::proto;
 use fairvault_tests::fixture::{Fixture, SMALL, Shape, field, files, refused, signal};
+use fairvault_tests::receiver::{Receiver, wait_until_durable};
 
 use stores::{CLUSTER, access, key, memory};
 
@@ -454,4 +455,22 @@ fn configurations_that_protect_nothing_are_refused() -> Result<()> {
     let text = std::fs::read_to_string(&config)?.replace("url =", "optional = true\nurl =");
     std::fs::write(&config, text)?;
     refused(s.fairvault(&["info", "acme"]), 2, "optional")
+}
+
+#[test]
+fn a_tail_that_is_in_one_repository_only_is_enough() -> Result<()> {
+    let receiving = "wal = { flush_interval = \"200ms\" }";
+    let s = fixture("tail", false, "optional = true", receiving)?;
+    insert(&s, 1000)?;
+    s.backup_id(&["--type", "full"])?;
+    copy(&s, &[])?;
+    hide(&s, "second")?;
+    let receiver = Receiver::start(&s, &["--repo", "main"])?;
+    insert(&s, 500)?;
+    wait_until_durable(&s, &s.server)?;
+    receiver.stop()?;
+    s.server.stop(&s.scratch, "immediate")?;
+    show(&s, "second")?;
+    // Both can be read, and what one does not have is no hole.
+    restores(&s, "r", &[], "1500").map(drop)
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use fairvault_engine::commit::Log;
 use fairvault_engine::copy::{self, Options, Plan, Report};
-use fairvault_engine::error::{Context as _, Error, Result};
+use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::progress::Progress;
 
 use super::{Outcome, stop_signal};
@@ -51,39 +51,34 @@ pub async fn run(context: Arc<Context>, args: CopyArgs) -> Result<Outcome> {
     let away = Away::of(&context, &args.stanza);
     let mut outcome = Outcome::Done;
     let mut failed = Vec::new();
+    let mut first: Option<Error> = None;
     for to in targets {
+        // One that fails does not keep others from theirs.
         let is_left_out = context.is_optional(&to) && args.to_repo.is_none();
-        let mut target = match open(&context, &args.stanza, &to, is_left_out).await {
-            Ok(target) => target,
+        match into_one(&context, &args, &source, &from, &to, is_left_out).await {
+            Ok(report) => {
+                away.clear(&to, false);
+                failed.extend(report.failed.iter().map(|left| format!("{} ({})", left.id, left.why)));
+                if !report.notes.is_empty() {
+                    outcome = Outcome::Warnings;
+                }
+            }
+            Err(error) if error.kind() == Kind::Interrupted => return Err(error),
             Err(error) if is_left_out => {
                 away.alarm(&to, &error);
                 outcome = Outcome::Warnings;
-                continue;
             }
-            Err(error) => return Err(error.context(format_args!("repository {to}"))),
-        };
-        away.clear(&to, false);
-        let options = Options {
-            backup: args.backup.clone(),
-            retention: context.retention(&to, &args.stanza)?,
-            compression: context.wal_compression(&args.stanza)?,
-        };
-        if args.dry_run {
-            let plan = copy::plan(&source, &target, &options).await;
-            print_plan(&context, &from, &to, &plan.context(|| format!("repository {to}"))?);
-            continue;
+            Err(error) => {
+                let error = error.context(format_args!("copying from {from} to {to}"));
+                match &first {
+                    None => first = Some(error),
+                    Some(_) => tracing::error!("{error}"),
+                }
+            }
         }
-        let progress = Arc::new(Progress::default());
-        let started = std::time::Instant::now();
-        let display = output::Display::start(args.progress, progress.clone(), "stored");
-        let result = copy::run(&source, &mut target, &options, &progress, stop_signal()).await;
-        drop(display);
-        let report = result.context(|| format!("copying from {from} to {to}"))?;
-        print(&context, &from, &to, &report, started.elapsed());
-        failed.extend(report.failed.iter().map(|left| format!("{} ({})", left.id, left.why)));
-        if !report.notes.is_empty() {
-            outcome = Outcome::Warnings;
-        }
+    }
+    if let Some(error) = first {
+        return Err(error);
     }
     match failed.is_empty() {
         true => Ok(outcome),
@@ -92,6 +87,35 @@ pub async fn run(context: Arc<Context>, args: CopyArgs) -> Result<Outcome> {
                 .remedy("look at the repository that is copied from with `fairvault verify`"),
         ),
     }
+}
+
+/// Copies to one repository, or says what would be copied.
+async fn into_one(
+    context: &Arc<Context>,
+    args: &CopyArgs,
+    source: &Log,
+    from: &str,
+    to: &str,
+    is_bounded: bool,
+) -> Result<Report> {
+    let mut target = open(context, &args.stanza, to, is_bounded).await?;
+    let options = Options {
+        backup: args.backup.clone(),
+        retention: context.retention(to, &args.stanza)?,
+        compression: context.wal_compression(&args.stanza)?,
+    };
+    if args.dry_run {
+        print_plan(context, from, to, &copy::plan(source, &target, &options).await?);
+        return Ok(Report::default());
+    }
+    let progress = Arc::new(Progress::default());
+    let started = std::time::Instant::now();
+    let display = output::Display::start(args.progress, progress.clone(), "stored");
+    let result = copy::run(source, &mut target, &options, &progress, stop_signal()).await;
+    drop(display);
+    let report = result?;
+    print(context, from, to, &report, started.elapsed());
+    Ok(report)
 }
 
 /// Opens a stanza in a repository; with an end to waiting, if it is optional.

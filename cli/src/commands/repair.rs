@@ -48,6 +48,8 @@ pub async fn run(context: &Context, args: RepairArgs) -> Result<Outcome> {
     }
     match unread {
         0 => Ok(outcome),
+        // What is known to be lost says more.
+        _ if outcome == Outcome::DamageFound => Ok(outcome),
         _ => Err(Error::temporary(format!("{unread} objects could not be read just now"))
             .remedy("run this again when the store answers: until then, the index stays as it is")),
     }

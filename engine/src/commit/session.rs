@@ -32,8 +32,19 @@ impl Session {
     /// Begins a session for the backup with the id that `name` gives to a state; it is asked again if
     /// somebody else takes that id first.
     pub async fn begin(log: &mut Log, what: &str, name: impl Fn(&Snapshot) -> String) -> Result<Self> {
+        Self::begin_if(log, what, name, |_| Ok(())).await
+    }
+
+    /// The same, as long as `allowed` allows it.
+    pub async fn begin_if(
+        log: &mut Log,
+        what: &str,
+        name: impl Fn(&Snapshot) -> String,
+        allowed: impl Fn(&Snapshot) -> Result<()>,
+    ) -> Result<Self> {
         let id = env::id(log.stanza().env())?;
         loop {
+            allowed(log.state())?;
             let backup = name(log.state());
             let begin = proto::Begin {
                 session: id.to_vec(),
@@ -42,7 +53,7 @@ impl Session {
                 seen_mark: log.state().newest_mark,
             };
             let free = |now: &Snapshot| match state::is_taken(now, &backup, what) {
-                false => Ok(()),
+                false => allowed(now),
                 true => Err(Error::new(Kind::Held, format!("backup id {backup} is taken"))),
             };
             match log.append(Entry::Begin(begin), free).await {
@@ -99,13 +110,18 @@ impl Session {
 
     /// Commits the backup: from here on it counts.
     pub async fn commit(self, log: &mut Log, root: [u8; 32], info: proto::BackupInfo) -> Result<()> {
+        let origin = info.copied_from.clone();
+        let allowed = |now: &Snapshot| {
+            origin.as_ref().map_or(Ok(()), |origin| state::is_new(now, origin))?;
+            self.check()(now)
+        };
         let entry = proto::Commit {
             session: self.id.to_vec(),
             root: root.to_vec(),
             index_runs: self.announced.iter().map(|run| run.to_vec()).collect(),
             info: Some(info),
         };
-        log.append(Entry::Commit(entry), self.check()).await?;
+        log.append(Entry::Commit(entry), allowed).await?;
         Ok(())
     }
 

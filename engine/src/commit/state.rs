@@ -7,7 +7,7 @@ use fairvault_format::proto::{
     log_entry::Kind as Entry,
 };
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 
 /// What the session of a copy says that it does.
 pub const COPY: &str = "copy";
@@ -187,6 +187,17 @@ pub fn origin(state: &Snapshot, info: &BackupInfo) -> CopiedFrom {
 pub fn find_origin<'a>(state: &'a Snapshot, wanted: &CopiedFrom) -> Option<&'a CommittedBackup> {
     let is_it = |b: &&CommittedBackup| b.info.as_ref().is_some_and(|i| origin(state, i) == *wanted);
     state.backups.iter().find(is_it)
+}
+
+/// Fails if a state has a copy of that backup: a second one would count for retention as if it were another backup.
+pub fn is_new(state: &Snapshot, wanted: &CopiedFrom) -> Result<()> {
+    match find_origin(state, wanted) {
+        None => Ok(()),
+        Some(_) => Err(Error::new(
+            Kind::Held,
+            format!("backup {} was copied by somebody else meanwhile", wanted.backup),
+        )),
+    }
 }
 
 /// The archive epoch that rules at a position.

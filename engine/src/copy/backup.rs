@@ -47,7 +47,9 @@ pub async fn copy(
     stop: &watch::Receiver<bool>,
 ) -> Result<proto::BackupInfo> {
     let facts = info(original);
-    let mut session = Session::begin(target, state::COPY, |state| free_id(state, &facts.id)).await?;
+    let origin = state::origin(source.state(), &facts);
+    let allowed = |now: &proto::Snapshot| state::is_new(now, &origin);
+    let mut session = Session::begin_if(target, state::COPY, |state| free_id(state, &facts.id), allowed).await?;
     let stanza = target.stanza().clone();
     let lease = match Lease::take(&stanza, session.id(), state::COPY, NO_BACKUP).await {
         Ok(lease) => lease,

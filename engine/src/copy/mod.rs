@@ -99,22 +99,25 @@ fn check_pair(source: &Log, target: &Log) -> Result<()> {
             target.stanza().shown()
         )));
     }
-    let known = &target.state().incarnations;
-    for life in &source.state().incarnations {
-        let same = known
-            .iter()
-            .find(|other| other.system_identifier == life.system_identifier);
-        if same.is_none_or(|same| same.wal_segment_size != life.wal_segment_size) {
-            return Err(Error::refused(format!(
-                "{} is of the cluster with system identifier {}, and {} is not",
-                source.stanza().shown(),
-                life.system_identifier,
-                target.stanza().shown()
-            ))
-            .remedy("create the stanza in both repositories with `fairvault stanza create` and the same server; after pg_upgrade, run `fairvault stanza upgrade` for both"));
-        }
+    // An earlier cluster may be unknown to a repository that is younger than the upgrade.
+    let newest = |log: &Log| log.state().incarnations.last().copied().unwrap_or_default();
+    let (here, there) = (newest(source), newest(target));
+    if (here.system_identifier, here.wal_segment_size) != (there.system_identifier, there.wal_segment_size) {
+        return Err(Error::refused(format!(
+            "{} is of the cluster with system identifier {}, and {} is not",
+            source.stanza().shown(),
+            here.system_identifier,
+            target.stanza().shown()
+        ))
+        .remedy("create the stanza in both repositories with `fairvault stanza create` and the same server; after pg_upgrade, run `fairvault stanza upgrade` for both"));
     }
     Ok(())
+}
+
+/// Whether a repository's stanza was ever of this cluster.
+fn knows(log: &Log, system_identifier: u64) -> bool {
+    let mut lives = log.state().incarnations.iter();
+    lives.any(|life| life.system_identifier == system_identifier)
 }
 
 /// What the target does not have of the source: what is to be copied, oldest first, and what not.
@@ -122,16 +125,28 @@ fn missing(source: &Log, target: &Log, options: &Options) -> Result<(Vec<Committ
     let (here, there) = (source.state(), target.state());
     let is_missing =
         |backup: &&CommittedBackup| state::find_origin(there, &state::origin(here, &info(backup))).is_none();
+    let is_known = |backup: &CommittedBackup| knows(target, info(backup).system_identifier);
     if let Some(id) = &options.backup {
         let wanted = source.backup(id)?.clone();
+        if !is_known(&wanted) {
+            return Err(Error::refused(format!(
+                "backup {id} is of an earlier cluster, of which {} has never heard",
+                target.stanza().shown()
+            )));
+        }
         return Ok((
             Some(wanted).filter(|b| is_missing(&b)).into_iter().collect(),
             Vec::new(),
         ));
     }
-    let missing: Vec<CommittedBackup> = here.backups.iter().filter(is_missing).cloned().collect();
+    let missing = here.backups.iter().filter(is_missing).cloned();
+    let (missing, strange): (Vec<_>, Vec<_>) = missing.partition(is_known);
     let expiring = expiring(here, there, &missing, target, &options.retention);
-    let mut left = Vec::new();
+    let strange = strange.iter().map(|backup| Left {
+        id: info(backup).id,
+        why: "it is of an earlier cluster, of which the target has never heard".to_owned(),
+    });
+    let mut left: Vec<Left> = strange.collect();
     let mut wanted = Vec::new();
     for backup in missing {
         match expiring.get(&info(&backup).id) {
@@ -219,6 +234,9 @@ fn needed_wal(source: &Log, target: &Log, wanted: &[CommittedBackup], options: &
     let mut all = Vec::new();
     for (number, life) in lives.iter().enumerate() {
         let id = life.system_identifier;
+        if !knows(target, id) {
+            continue;
+        }
         let (from, to) = (
             Archive::open(source, Some(id), 0)?,
             Archive::open(target, Some(id), options.compression)?,
@@ -409,11 +427,15 @@ async fn copy_all(
             backup::copy(source, target, backup, &mut twins, progress, stop).await
         };
         match copied.await {
-            Ok(copy) => report.backups.push(BackupLine {
-                copy: copy.id,
-                stored_bytes: copy.new_stored_bytes,
-                ..line(backup)
-            }),
+            Ok(copy) => {
+                report.backups.push(BackupLine {
+                    copy: copy.id,
+                    stored_bytes: copy.new_stored_bytes,
+                    ..line(backup)
+                });
+                // Before anything else can fail: without it, the target might not keep it.
+                carry_holds(source, target, &mut report.notes).await;
+            }
             Err(error) if error.kind() == Kind::Held => {
                 target.refresh().await?;
                 // Another copy was faster.

@@ -356,6 +356,10 @@ impl Copy<'_> {
             target
                 .put_piece(segment, there.len() as u64, content[there.len()..].to_vec())
                 .await?;
+            // Behind a partial file, a piece is behind nothing that pieces are joined to.
+            if target.parts(segment).await?.len() < content.len() {
+                target.put_piece(segment, 0, content.clone()).await?;
+            }
         }
         let added = len.saturating_sub(there.len() as u64);
         Ok(match there.len() as u64 == size {

@@ -183,10 +183,10 @@ pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us
         }
         for n in anchors.into_values() {
             // Where a later life of the cluster has been going on for longer than that, nothing starts from it.
-            let replaced = backups
-                .iter()
-                .enumerate()
-                .any(|(m, other)| other.system_identifier != backups[n].system_identifier && m > n && age(m) >= window);
+            // One that was gone back to goes on itself.
+            let is_same = |m: usize| backups[m].system_identifier == backups[n].system_identifier;
+            let last = (n..backups.len()).rev().find(|&m| is_same(m)).unwrap_or(n);
+            let replaced = (last + 1..backups.len()).any(|m| age(m) >= window);
             if !replaced {
                 keep(n, format!("recovery into the last {} starts from it", days(window)));
             }

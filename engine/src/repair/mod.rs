@@ -15,9 +15,9 @@ use fairvault_format::names;
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use serde::Serialize;
 
-use crate::commit::Log;
 use crate::commit::lease::{Lease, NO_BACKUP};
 use crate::commit::session::{Session, timed_id};
+use crate::commit::{Log, state};
 use crate::dedup::{self, read_run};
 use crate::error::{Error, Kind, Result};
 use crate::gc::{runs, usage::Usage};
@@ -211,6 +211,8 @@ impl<'a> Work<'a> {
         let is_incomplete = !report.index.damaged_runs.is_empty();
         progress.phase("reading manifests");
         let mut usage = Usage::default();
+        // The log goes on while packs are read; verdicts are about what it says now.
+        let backups = self.log.state().backups.clone();
         let needed = Needed::read(self.log, |manifest| usage.add_list(&manifest.usage)).await;
         let Needed { mut wanted, manifests } = needed;
         for manifest in &manifests {
@@ -266,7 +268,7 @@ impl<'a> Work<'a> {
             .still_wanted(checked.gone.iter().copied().collect(), &usage, &mut report)
             .await?;
         report.gone_packs = gone.iter().map(names::pack).collect();
-        for (manifest, backup) in manifests.into_iter().zip(self.log.state().backups.clone()) {
+        for (manifest, backup) in manifests.into_iter().zip(backups) {
             let mut verdict = verify::judge(self.log, &backup, manifest, &checked, &mut report.found).await;
             verdict.conclude();
             report.found.backups.push(verdict);
@@ -303,8 +305,9 @@ impl<'a> Work<'a> {
         Ok(wanted)
     }
 
-    /// Packs that no run names any more, and that one of the damaged ones may have named. Not those that collection
-    /// has left out on purpose: marked ones, and ones that run dry.
+    /// Packs that no run names any more, and that one of the damaged ones may have named. Only those that a backup uses:
+    /// any other may have been marked once, and somebody may still be about to delete it. Not those that collection has
+    /// left out on purpose either: ones that run dry.
     async fn lacking(&self, usage: &Usage) -> Result<HashSet<[u8; 32]>> {
         let stanza = self.log.stanza();
         let listed: Vec<_> = dedup::list_packs(stanza).await?.into_iter().collect();
@@ -313,7 +316,8 @@ impl<'a> Work<'a> {
         let thin: HashSet<_> = usage.thin(&listed).into_iter().map(|(pack, _)| pack).collect();
         let packs = listed.into_iter().map(|(pack, _)| pack);
         let packs = packs.filter(|pack| {
-            !self.runs.named.contains(pack)
+            usage.uses(pack)
+                && !self.runs.named.contains(pack)
                 && !bad.contains(pack)
                 && !marked.contains(&pack[..])
                 && !thin.contains(pack)
@@ -331,9 +335,23 @@ impl<'a> Work<'a> {
             }
             self.writer = Some(Writer::begin(self.log).await?);
         }
+        let session = self
+            .writer
+            .as_ref()
+            .map(|writer| writer.session.id())
+            .unwrap_or_default();
+        // Runs of a session that was taken for dead may be gone.
+        let still_open = |now: &proto::Snapshot| match state::is_open(now, &session) {
+            true => Ok(()),
+            false => Err(Error::new(
+                Kind::Held,
+                "this repair was stopped by a fence, or taken for dead: run it again",
+            )),
+        };
         let mut open = None;
         loop {
             self.log.refresh().await?;
+            still_open(self.log.state())?;
             let changes = runs::without(self.log, gone).await?;
             if changes.withdrawn.is_empty() {
                 return Ok(0);
@@ -343,7 +361,7 @@ impl<'a> Work<'a> {
                 Some(mark) if is_open(self.log, mark) => mark,
                 _ => {
                     let mark = Entry::GcMark(proto::GcMark::default());
-                    self.log.append(mark, |_| Ok(())).await?
+                    self.log.append(mark, still_open).await?
                 }
             };
             open = Some(mark);
@@ -354,7 +372,8 @@ impl<'a> Work<'a> {
                 new_runs: changes.new,
             };
             let withdrawn = &changes.withdrawn;
-            let unchanged = |now: &proto::Snapshot| match withdrawn.iter().all(|run| now.index_runs.contains(run))
+            let unchanged = |now: &proto::Snapshot| match still_open(now).is_ok()
+                && withdrawn.iter().all(|run| now.index_runs.contains(run))
                 && now.open_marks.iter().any(|open| open.seq == mark)
             {
                 true => Ok(()),

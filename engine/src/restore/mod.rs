@@ -101,7 +101,20 @@ async fn choose(logs: &[Log], options: &Options, takes_leases: bool) -> Result<C
     let began_us = logs.first().map_or(0, |log| log.stanza().env().now_us());
     let mut first: Option<Error> = None;
     let mut passed_over = Vec::new();
+    // Without a name it is the cluster that goes on now which is meant, not what a repository that has not heard of an
+    // upgrade takes for it.
+    let newest = |log: &Log| log.state().incarnations.last().map(|life| life.system_identifier);
+    let meant = logs.first().and_then(newest);
     for (number, log) in logs.iter().enumerate() {
+        if options.backup.is_none() && newest(log) != meant {
+            let why = format!(
+                "not from {}: there, another cluster is the newest; see `fairvault stanza upgrade`",
+                log.stanza().shown()
+            );
+            tracing::warn!("{why}");
+            passed_over.push(why);
+            continue;
+        }
         // The lease first, then the log: what that names is not collected from here on.
         let lease = match takes_leases {
             true => Lease::for_reading(log.stanza(), "restore", "").await,

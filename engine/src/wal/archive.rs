@@ -96,8 +96,9 @@ impl Archive {
         Self { others, ..self }
     }
 
-    /// Opens the log and the archive for a request for the file `name`, which is fetched meanwhile.
-    pub async fn open_for(stanza: Arc<Stanza>, system_identifier: Option<u64>, name: &str) -> Result<Self> {
+    /// Opens the log and the archive for a request for the file `name`, which is fetched meanwhile. `None` if this
+    /// repository has never heard of the cluster: it cannot have anything of it.
+    pub async fn open_for(stanza: Arc<Stanza>, system_identifier: Option<u64>, name: &str) -> Result<Option<Self>> {
         let fetch = async |log: &Log| {
             let archive = Self::open(log, system_identifier, 0).ok()?;
             let file = WalFile::parse(name, archive.segment_size).ok()?;
@@ -112,9 +113,13 @@ impl Archive {
             Some((object, bytes))
         };
         let (log, fetched) = Log::open_beside(stanza, fetch).await?;
+        let mut known = log.state().incarnations.iter();
+        if system_identifier.is_some_and(|id| known.all(|life| life.system_identifier != id)) {
+            return Ok(None);
+        }
         let mut archive = Self::open(&log, system_identifier, 0)?;
         archive.at_hand = fetched.flatten();
-        Ok(archive)
+        Ok(Some(archive))
     }
 
     /// The object that holds a whole file.

@@ -59,10 +59,11 @@ enum Answer {
 }
 
 /// Serves one request. Repositories are opened in order, as far as they are needed; a failure of one does
-/// not matter if another has the whole file.
+/// not matter if another has the whole file, and neither does one that does not know the cluster (`open` says `None`),
+/// as long as another does.
 pub async fn get<R>(
     repositories: &[R],
-    open: impl AsyncFn(&R) -> Result<Archive>,
+    open: impl AsyncFn(&R) -> Result<Option<Archive>>,
     name: &str,
     destination: &Path,
     needs: Needs,
@@ -71,17 +72,20 @@ pub async fn get<R>(
     let mut failure = None;
     for repository in repositories {
         let answer = async {
-            let archive = open(repository).await?;
-            Ok((delivered(&archive, name, needs, destination).await?, archive))
+            let Some(archive) = open(repository).await? else {
+                return Ok(None);
+            };
+            Ok(Some((delivered(&archive, name, needs, destination).await?, archive)))
         };
         match answer.await {
-            Ok((Answer::Content(content), archive)) => {
+            Ok(None) => {}
+            Ok(Some((Answer::Content(content), archive))) => {
                 check_tablespaces(&archive, name, &content, needs).await?;
                 return deliver(destination, &content);
             }
-            Ok((Answer::Delivered, _)) => return Ok(Outcome::Delivered),
-            Ok((Answer::NotWanted, _)) => return Ok(Outcome::Absent),
-            Ok((Answer::Missing, archive)) => archives.push(archive),
+            Ok(Some((Answer::Delivered, _))) => return Ok(Outcome::Delivered),
+            Ok(Some((Answer::NotWanted, _))) => return Ok(Outcome::Absent),
+            Ok(Some((Answer::Missing, archive))) => archives.push(archive),
             Err(error) => {
                 // What can be tried again says least.
                 if failure.as_ref().is_none_or(|f: &Error| f.kind() == Kind::Temporary) {
@@ -97,34 +101,39 @@ pub async fn get<R>(
             return Err(error);
         }
         tracing::warn!("{name}: what can be read has to do: {error}");
-        let found = without_whole(&archives, name, destination, needs).await;
+        let found = without_whole(archives, name, destination, needs).await;
         return found.context(|| format!("a repository cannot be read ({error})"));
     }
-    without_whole(&archives, name, destination, needs).await
+    if archives.is_empty() {
+        return Err(
+            Error::refused(format!("{name}: no repository knows the cluster that asks for it"))
+                .remedy("is this the right stanza? After pg_upgrade, see `fairvault stanza upgrade`"),
+        );
+    }
+    without_whole(archives, name, destination, needs).await
 }
 
-/// No repository that can be read has the whole file: a part of it, or the proof that there is none.
-async fn without_whole(archives: &[Archive], name: &str, destination: &Path, needs: Needs) -> Result<Outcome> {
-    let mut best: Option<(Vec<u8>, Request)> = None;
+/// No repository that can be read has the whole file: a part of it, or the proof that there is none. They count as one
+/// here: what one has, another need not have.
+async fn without_whole(archives: Vec<Archive>, name: &str, destination: &Path, needs: Needs) -> Result<Outcome> {
+    let mut archives = archives.into_iter();
+    let first = archives
+        .next()
+        .ok_or_else(|| Error::failed("no repository was asked"))?;
+    let archive = first.beside(archives.collect());
+    let mut best = None;
     let mut proof = Ok(());
-    for archive in archives {
-        let WalFile::Segment(segment) = WalFile::parse(name, archive.segment_size)? else {
-            continue;
-        };
-        let request = Request::new(archive, segment, needs).await?;
+    if let WalFile::Segment(segment) = WalFile::parse(name, archive.segment_size)? {
+        let request = Request::new(&archive, segment, needs).await?;
         let mut part = archive.parts(segment).await?;
         request.cut(&mut part);
-        proof = proof.and(check_end(archive, &request, name, part.len()).await);
-        if part.len() > best.as_ref().map_or(0, |(content, _)| content.len()) {
-            best = Some((part, request));
-        }
+        proof = check_end(&archive, &request, name, part.len()).await;
+        best = Some((part, request)).filter(|(part, _)| !part.is_empty());
     }
     // The segment may have been completed since the first look, and its parts removed under our eyes.
-    for archive in archives {
-        if let Answer::Content(content) = whole(archive, name, needs).await? {
-            check_tablespaces(archive, name, &content, needs).await?;
-            return deliver(destination, &content);
-        }
+    if let Answer::Content(content) = whole(&archive, name, needs).await? {
+        check_tablespaces(&archive, name, &content, needs).await?;
+        return deliver(destination, &content);
     }
     match best {
         Some((part, request)) => deliver_part(&request, name, destination, part, proof),
@@ -194,7 +203,10 @@ pub async fn ahead(archive: &Archive, segment: Segment, needs: Needs, destinatio
 /// being held.
 async fn delivered(archive: &Archive, name: &str, needs: Needs, destination: &Path) -> Result<Answer> {
     if let WalFile::Segment(segment) = WalFile::parse(name, archive.segment_size)? {
-        let request = Request::new(archive, segment, needs).await?;
+        // Without the history that tells whether it is wanted, others may know.
+        let Some(request) = Request::find(archive, segment, needs).await? else {
+            return Ok(Answer::Missing);
+        };
         let is_planned = needs.through.is_none_or(|through| request.end() <= through);
         if request.wanted() && is_planned && request.ends().all(|end| end >= request.end()) {
             return Ok(match archive.write_whole(segment, destination).await? {
@@ -236,16 +248,12 @@ async fn whole(archive: &Archive, name: &str, needs: Needs) -> Result<Answer> {
 /// The newest history in the archive that `timeline` is a part of.
 async fn newest_history(archive: &Archive, timeline: u32) -> Result<Option<History>> {
     let folder = format!("{}/{:016x}", names::WAL, archive.system_identifier);
-    let mut known: Vec<u32> = archive
-        .stanza
-        .store()
-        .folder(&folder)
-        .folders()
-        .await?
-        .iter()
-        .filter_map(|name| u32::from_str_radix(name, 16).ok())
-        .filter(|&t| t >= timeline)
-        .collect();
+    let mut known: Vec<u32> = Vec::new();
+    for archive in archive.all() {
+        let names = archive.stanza.store().folder(&folder).folders().await?;
+        let timelines = names.iter().filter_map(|name| u32::from_str_radix(name, 16).ok());
+        known.extend(timelines.filter(|&t| t >= timeline));
+    }
     known.sort_unstable();
     for candidate in known.into_iter().rev() {
         match archive.history(candidate).await {
@@ -269,23 +277,31 @@ struct Request {
 
 impl Request {
     async fn new(archive: &Archive, segment: Segment, needs: Needs) -> Result<Self> {
+        Self::find(archive, segment, needs).await?.ok_or_else(|| {
+            Error::damaged(format!(
+                "the history of the timeline that this recovery follows is not in {}",
+                archive.stanza.shown()
+            ))
+        })
+    }
+
+    /// `None` if the archive does not have the history that this recovery follows.
+    async fn find(archive: &Archive, segment: Segment, needs: Needs) -> Result<Option<Self>> {
         let history = match needs.follow {
             Follow::Unknown => None,
             Follow::Newest => newest_history(archive, segment.timeline).await?,
-            Follow::Timeline(timeline) => Some(archive.history(timeline).await?.ok_or_else(|| {
-                Error::damaged(format!(
-                    "the history of timeline {timeline}, which this recovery follows, is not in {}",
-                    archive.stanza.shown()
-                ))
-            })?),
+            Follow::Timeline(timeline) => match archive.history(timeline).await? {
+                None => return Ok(None),
+                found => found,
+            },
         };
-        Ok(Self {
+        Ok(Some(Self {
             segment,
             size: archive.segment_size,
             needs,
             history,
             shown: archive.stanza.shown().to_owned(),
-        })
+        }))
     }
 
     fn start(&self) -> Lsn {

@@ -115,9 +115,14 @@ pub async fn push(
     let long = first_page(name, path)?;
     let cluster = match long {
         Some((_, long)) => Some(long.system_identifier),
-        None if log.state().incarnations.len() > 1 => cluster_of(path).context(|| format!("{name} is not archived"))?,
-        None => None,
+        None => cluster_of(path).context(|| format!("{name} is not archived"))?,
     };
+    if cluster.is_none() && log.state().incarnations.len() > 1 {
+        return Err(refuse(
+            name,
+            "it does not say of which of the stanza's clusters it is, and lies in no pg_wal",
+        ));
+    }
     let archive = Archive::open(log, cluster, compression).context(|| format!("{name} is not archived"))?;
     let file = WalFile::parse(name, archive.segment_size)?;
     let pushed = match (&file, long) {

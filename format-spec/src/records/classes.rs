@@ -248,11 +248,8 @@ impl<'a> Reading<'a> {
             *byte = constant;
         }
         let fixed_tail = match shape.is_length_constant(kinds) {
-            true => Some(
-                shape
-                    .tail_len(&template)
-                    .ok_or_else(|| input.damaged("the lead of a class"))?,
-            ),
+            // Less than the lead: then there may be no row.
+            true => shape.tail_len(&template),
             false => None,
         };
         Ok(Self {

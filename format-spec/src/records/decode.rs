@@ -82,7 +82,7 @@ impl Output<'_> {
 
     /// Writes zeros up to where the next record can begin.
     fn pad(&mut self) -> Option<()> {
-        let end = self.at + (self.lsn().next_multiple_of(8) - self.lsn()) as usize;
+        let end = self.at + (self.lsn().wrapping_neg() % 8) as usize;
         self.run.get_mut(self.at..end)?.fill(0);
         self.at = end;
         Some(())

@@ -67,7 +67,7 @@ pub async fn run(context: Arc<Context>, args: GetArgs) -> Result<Outcome> {
     }
     let is_standby = std::path::Path::new("standby.signal").exists();
     let mut attempt = 0;
-    let away = Away::of(&context, &args.stanza);
+    let away = Away::for_reading(&context, &args.stanza);
     loop {
         attempt += 1;
         // Those that did not answer just now are asked last.
@@ -94,7 +94,7 @@ async fn open_archive(
     away: &Away,
     repository: &str,
     is_alone: bool,
-) -> Result<Archive> {
+) -> Result<Option<Archive>> {
     let (at, stanza, name) = (context.clone(), args.stanza.clone(), args.name.clone());
     let (of, system_identifier) = (repository.to_owned(), args.system_identifier);
     let open = move || async move {
@@ -145,10 +145,10 @@ async fn work(
     prefetch: u64,
 ) -> Result<()> {
     let mut archives = Vec::new();
-    let away = Away::of(&context, &args.stanza);
+    let away = Away::for_reading(&context, &args.stanza);
     for repository in repositories {
         match open_archive(&context, args, &away, repository, repositories.len() == 1).await {
-            Ok(archive) => archives.push(archive),
+            Ok(archive) => archives.extend(archive),
             Err(error) => tracing::warn!("{error}"),
         }
     }
