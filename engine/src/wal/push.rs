@@ -85,7 +85,12 @@ fn cluster_of(path: &Path) -> Result<Option<u64>> {
         return Ok(None);
     };
     let control = data_directory.join(CONTROL_FILE);
-    let bytes = std::fs::read(&control).map_err(|e| Error::io(format_args!("reading {}", control.display()), e))?;
+    let bytes = match std::fs::read(&control) {
+        Ok(bytes) => bytes,
+        // A folder of that name beside no cluster.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::io(format_args!("reading {}", control.display()), e)),
+    };
     // It may be being written just now.
     let control = ControlFile::parse(&bytes).map_err(|e| Error::temporary("global/pg_control").caused_by(e))?;
     Ok(Some(control.system_identifier))
