@@ -3,15 +3,13 @@
 
 use std::sync::Arc;
 
-use fairvault_format::index::seal_run;
-use fairvault_format::{names, sha256};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::sync::mpsc;
 
 use crate::commit::Log;
 use crate::commit::session::Session;
-use crate::env;
+use crate::dedup::store_run;
 use crate::error::Result;
 use crate::pack::{FinishedPack, UploadedPack, index_run};
 use crate::progress::Progress;
@@ -60,16 +58,6 @@ async fn announce(stanza: &Stanza, packs: &[UploadedPack], log: &mut Log, sessio
     if packs.is_empty() {
         return Ok(());
     }
-    let sealed = seal_run(
-        stanza.keys(),
-        stanza.scope(),
-        env::salt(stanza.env())?,
-        index_run(packs),
-    )?;
-    let hash = sha256(&sealed);
-    stanza
-        .store()
-        .put_hashed(&names::index_run(&hash), sealed.into())
-        .await?;
+    let hash = store_run(stanza, index_run(packs)).await?;
     session.announce(log, hash).await
 }

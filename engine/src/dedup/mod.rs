@@ -10,7 +10,7 @@ use fairvault_format::index::{self, IndexEntry, PackRef};
 use fairvault_format::proto::Snapshot;
 use fairvault_format::{limits, names, sha256};
 
-use crate::env::has_fault;
+use crate::env::{self, has_fault};
 use crate::error::{Error, Result};
 use crate::restore::plan::{FrameRef, Manifest};
 use crate::stanza::Stanza;
@@ -104,6 +104,16 @@ impl Index {
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
+}
+
+/// Stores an index run; returns its hash. It counts once the log names it.
+pub async fn store_run(stanza: &Stanza, run: index::IndexRun) -> Result<[u8; 32]> {
+    let salt = env::salt(stanza.env())?;
+    let sealed = index::seal_run(stanza.keys(), stanza.scope(), salt, run)?;
+    let hash = sha256(&sealed);
+    let name = names::index_run(&hash);
+    stanza.store().put_hashed(&name, sealed.into()).await?;
+    Ok(hash)
 }
 
 /// Reads an index run.

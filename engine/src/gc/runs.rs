@@ -2,13 +2,11 @@
 
 use std::collections::HashSet;
 
-use fairvault_format::index::{IndexRun, seal_run};
-use fairvault_format::{names, sha256};
+use fairvault_format::index::IndexRun;
 
 use super::Sizes;
 use crate::commit::Log;
-use crate::dedup::read_run;
-use crate::env;
+use crate::dedup::{read_run, store_run};
 use crate::error::{Kind, Result};
 use crate::stanza::Stanza;
 
@@ -65,13 +63,7 @@ pub async fn without(log: &Log, packs: &HashSet<[u8; 32]>) -> Result<Changes> {
         if rest.packs.is_empty() {
             continue;
         }
-        let sealed = seal_run(stanza.keys(), stanza.scope(), env::salt(stanza.env())?, rest)?;
-        let hash = sha256(&sealed);
-        stanza
-            .store()
-            .put_hashed(&names::index_run(&hash), sealed.into())
-            .await?;
-        changes.new.push(hash.to_vec());
+        changes.new.push(store_run(stanza, rest).await?.to_vec());
     }
     Ok(changes)
 }

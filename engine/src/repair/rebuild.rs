@@ -1,13 +1,12 @@
 //! Index runs from the directories of packs, announced one after the other.
 
 use fairvault_format::header::HEADER_LEN;
-use fairvault_format::index::{IndexEntry, IndexRun, PackRef, seal_run};
+use fairvault_format::index::{IndexEntry, IndexRun, PackRef};
 use fairvault_format::pack::DirectoryEntry;
-use fairvault_format::{names, sha256};
 
 use crate::commit::Log;
 use crate::commit::session::Session;
-use crate::env;
+use crate::dedup::store_run;
 use crate::error::Result;
 
 /// Entries after which a run is stored: 12 MiB.
@@ -61,14 +60,7 @@ impl Rebuild {
         if self.run.packs.is_empty() {
             return Ok(());
         }
-        let stanza = log.stanza().clone();
-        let run = std::mem::take(&mut self.run);
-        let sealed = seal_run(stanza.keys(), stanza.scope(), env::salt(stanza.env())?, run)?;
-        let hash = sha256(&sealed);
-        stanza
-            .store()
-            .put_hashed(&names::index_run(&hash), sealed.into())
-            .await?;
+        let hash = store_run(log.stanza(), std::mem::take(&mut self.run)).await?;
         session.announce(log, hash).await
     }
 }
