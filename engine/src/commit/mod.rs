@@ -89,14 +89,22 @@ impl Log {
 
     /// Reads the log to its end.
     pub async fn open(stanza: Arc<Stanza>) -> Result<Self> {
-        let (log, _) = Self::open_beside(stanza, async |_| ()).await?;
+        let (log, _) = Self::open_with(stanza, false, async |_| ()).await?;
         Ok(log)
     }
 
-    /// Reads the log to its end, and does meanwhile what is likely to be needed, judging by what this host
-    /// remembers of the log.
+    /// Reads the log to its end for somebody who reads WAL, and does meanwhile what is likely to be needed, judging by
+    /// what this host remembers of the log. That what it remembers is still there is looked at once a minute.
     pub async fn open_beside<T>(
         stanza: Arc<Stanza>,
+        beside: impl AsyncFnOnce(&Self) -> T,
+    ) -> Result<(Self, Option<T>)> {
+        Self::open_with(stanza, true, beside).await
+    }
+
+    async fn open_with<T>(
+        stanza: Arc<Stanza>,
+        is_reader: bool,
         beside: impl AsyncFnOnce(&Self) -> T,
     ) -> Result<(Self, Option<T>)> {
         let mut this = Self::empty(stanza);
@@ -111,8 +119,13 @@ impl Log {
                     this.refresh().await?;
                     // What follows on the remembered head proves it.
                     let is_news = this.state.seq > before.state.seq;
-                    if !is_news {
+                    let memory = this.stanza.memory().filter(|_| is_reader);
+                    let is_fresh = memory.is_some_and(|memory| memory.head_is_fresh(&this.stanza));
+                    if !is_news && !is_fresh {
                         before.check_remembered_head().await?;
+                        if let Some(memory) = memory {
+                            memory.saw_head(&this.stanza);
+                        }
                     }
                     Ok::<_, Error>(is_news)
                 };

@@ -7,6 +7,7 @@
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::keys::{EpochKeys, Scope, Secret};
@@ -23,6 +24,8 @@ pub struct Memory {
     root: PathBuf,
 }
 
+/// How long whoever only reads WAL does not look again whether the log was rolled back.
+const HEAD_IS_FRESH: Duration = Duration::from_secs(60);
 /// Longest file that is read back.
 const MAX_BYTES: u64 = 64 << 20;
 
@@ -184,6 +187,19 @@ impl Memory {
             "cached head",
         )
         .ok()
+    }
+
+    /// Whether the remembered head was found in the repository within the last minute.
+    pub fn head_is_fresh(&self, stanza: &Stanza) -> bool {
+        let folder = self.folder(stanza.shown());
+        let seen = std::fs::metadata(folder.join("seen")).and_then(|meta| meta.modified());
+        // A time from the future proves nothing.
+        seen.is_ok_and(|seen| seen.elapsed().is_ok_and(|age| age < HEAD_IS_FRESH))
+    }
+
+    /// The remembered head was found in the repository just now.
+    pub fn saw_head(&self, stanza: &Stanza) {
+        self.write(&self.folder(stanza.shown()), "seen", &[]);
     }
 
     /// Remembers the log's state.
