@@ -67,6 +67,8 @@ pub struct Cost {
     pub memory: f64,
     /// MiB in the repository.
     pub stored: f64,
+    /// Read from files and pipes by the tool's own processes, MiB: not what comes from a server.
+    pub read: f64,
 }
 
 /// The medians of a tool on a data set and place.
@@ -174,6 +176,7 @@ fn median(costs: &[Cost]) -> Cost {
         cpu: of(|c| c.cpu),
         memory: of(|c| c.memory),
         stored: of(|c| c.stored),
+        read: of(|c| c.read),
     }
 }
 
@@ -218,13 +221,14 @@ impl Run<'_> {
 
     fn note(&self, action: usize, cost: Cost, costs: &mut [Vec<Cost>; 3]) {
         println!(
-            "{:<28} {:<26} {:>7.2} s wall {:>7.2} s CPU {:>5.0} MiB peak {:>8.1} MiB stored",
+            "{:<28} {:<26} {:>7.2} s wall {:>7.2} s CPU {:>5.0} MiB peak {:>8.1} MiB stored {:>7.0} MiB read",
             self.tool.name(),
             ACTIONS[action],
             cost.wall,
             cost.cpu,
             cost.memory,
-            cost.stored
+            cost.stored,
+            cost.read
         );
         costs[action].push(cost);
     }
@@ -368,7 +372,7 @@ impl Run<'_> {
                 &self.s.scratch.path().display().to_string(),
                 "--port=5432",
                 "--user=postgres",
-                "--name=last",
+                "--name=once",
                 &format!("s3://bucket/{}", self.name("repo")),
                 "acme",
             ]),
@@ -396,7 +400,7 @@ impl Run<'_> {
                 "barman-cloud-restore",
                 &format!("s3://bucket/{}", self.name("repo")),
                 "acme",
-                "last",
+                "once",
                 &target,
             ]),
             _ => {
@@ -422,7 +426,9 @@ impl Run<'_> {
         if let Some(folder) = command.get_current_dir() {
             timed_command.current_dir(folder);
         }
+        let before = read_by_children()?;
         let (wall, cpu) = timed(|| run(&mut timed_command).map(drop))?;
+        let read = (read_by_children()? - before) / 1_048_576.0;
         let text = std::fs::read_to_string(&file)?;
         let peak: f64 = text.lines().last().context("no peak")?.trim().parse()?;
         Ok(Cost {
@@ -430,8 +436,16 @@ impl Run<'_> {
             cpu,
             memory: peak / 1024.0,
             stored: 0.0,
+            read,
         })
     }
+}
+
+/// Bytes that this process, and those that it has waited for, have read with system calls on files and pipes.
+fn read_by_children() -> Result<f64> {
+    let text = std::fs::read_to_string("/proc/self/io")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("rchar: "));
+    Ok(line.context("no rchar in /proc/self/io")?.trim().parse()?)
 }
 
 /// Overwrites one page in a hundred of the relation files, always the same ones.
@@ -456,7 +470,7 @@ fn damage(folder: &Path) -> Result<()> {
 
 fn report(rows: &[Row], size: u32) -> Result<()> {
     let mut table = String::from(
-        "| data, place | action | tool | wall s | CPU s | peak MiB | stored MiB | wall | CPU | stored |\n|---|---|---|---|---|---|---|---|---|---|\n",
+        "| data, place | action | tool | wall s | CPU s | peak MiB | stored MiB | read MiB | wall | CPU | stored | read |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     let mut json = Vec::new();
     for row in rows {
@@ -471,7 +485,7 @@ fn report(rows: &[Row], size: u32) -> Result<()> {
         };
         let cost = row.cost;
         table += &format!(
-            "| {} | {} | {} | {:.2} | {:.2} | {:.0} | {:.1} | {} | {} | {} |\n",
+            "| {} | {} | {} | {:.2} | {:.2} | {:.0} | {:.1} | {:.0} | {} | {} | {} | {} |\n",
             row.data,
             row.action,
             row.tool,
@@ -479,13 +493,15 @@ fn report(rows: &[Row], size: u32) -> Result<()> {
             cost.cpu,
             cost.memory,
             cost.stored,
+            cost.read,
             ratio(cost.wall, base.wall),
             ratio(cost.cpu, base.cpu),
-            ratio(cost.stored, base.stored)
+            ratio(cost.stored, base.stored),
+            ratio(cost.read, base.read)
         );
         json.push(serde_json::json!({
             "data": row.data, "action": row.action, "tool": row.tool, "wall_s": cost.wall, "cpu_s": cost.cpu,
-            "peak_mib": cost.memory, "stored_mib": cost.stored,
+            "peak_mib": cost.memory, "stored_mib": cost.stored, "read_mib": cost.read,
         }));
     }
     let folder = results()?;

@@ -170,11 +170,16 @@ fn peer(config: &std::path::Path, arguments: &[&str]) -> Command {
     command
 }
 
+/// Started as the peer is: by the same program, as the same user.
 fn our(s: &Fixture, config: &std::path::Path, arguments: &[&str]) -> Command {
-    let config = config.display().to_string();
-    let mut all = vec!["--config", &config];
-    all.extend(arguments);
-    s.scratch.fairvault(&all)
+    let mut command = Command::new("chroot");
+    command
+        .args(["--userspec=postgres:postgres", "/"])
+        .arg(s.scratch.join("fairvault"))
+        .args(["--config".as_ref(), config.as_os_str()])
+        .args(arguments)
+        .env("HOME", s.scratch.join(""));
+    command
 }
 
 impl Bench<'_> {
