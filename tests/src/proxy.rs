@@ -21,6 +21,22 @@ pub enum Target {
     Tunnel(u16),
     /// An S3 server on a port of this machine, for a client that speaks as to Google's store.
     Gcs(u16),
+    /// An S3 server on a port of this machine that is guarded: which requests pass, the function says.
+    Guarded(u16, Allows),
+}
+
+/// Whether a holder of an access key may make a request.
+pub type Allows = fn(&S3Request<'_>) -> bool;
+
+/// A request to an S3 server.
+#[derive(Debug)]
+pub struct S3Request<'a> {
+    /// Whose access key signed it; empty if none did.
+    pub key: &'a str,
+    /// GET, PUT, …
+    pub method: &'a str,
+    /// `/bucket/name?query`.
+    pub path: &'a str,
 }
 
 /// How it treats connections, now and from now on.
@@ -36,6 +52,8 @@ struct Mood {
     delay_us: AtomicU64,
     /// HTTP requests that passed.
     requests: AtomicU64,
+    /// Requests that were refused.
+    denied: Mutex<Vec<String>>,
 }
 
 /// A running proxy; its connections end when it is dropped.
@@ -74,7 +92,7 @@ impl Half for UnixStream {
 
 fn connect(target: &Target) -> Result<Box<dyn Half>> {
     Ok(match target {
-        Target::Port(port) | Target::Tunnel(port) | Target::Gcs(port) => {
+        Target::Port(port) | Target::Tunnel(port) | Target::Gcs(port) | Target::Guarded(port, _) => {
             let stream = TcpStream::connect(("127.0.0.1", *port))?;
             stream.set_nodelay(true)?;
             Box::new(stream)
@@ -216,6 +234,12 @@ impl Proxy {
         self.mood.requests.load(Ordering::Relaxed)
     }
 
+    /// Requests that the guard has refused since this was asked last: access key, method and path.
+    pub fn denied(&self) -> Vec<String> {
+        let denied = self.mood.denied.lock();
+        std::mem::take(&mut denied.unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+
     /// Hosts that clients of a tunnel have asked for.
     pub fn hosts(&self) -> Vec<String> {
         let hosts = self.hosts.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -268,6 +292,53 @@ fn translate(mut from: Box<dyn Half>, mut to: Box<dyn Half>) -> Result<()> {
     }
 }
 
+/// Passes on what is allowed, and answers the rest as S3 does.
+fn guard(
+    mut from: Box<dyn Half>,
+    mut to: Box<dyn Half>,
+    mut back: Box<dyn Half>,
+    allows: Allows,
+    mood: &Mood,
+) -> Result<()> {
+    loop {
+        let head = read_head(&mut *from)?;
+        if head.is_empty() {
+            to.close();
+            return Ok(());
+        }
+        let value = |wanted: &str| {
+            let mut lines = head.lines().filter_map(|line| line.split_once(": "));
+            let found = lines.find(|(name, _)| name.eq_ignore_ascii_case(wanted));
+            found.map_or("", |(_, value)| value)
+        };
+        let mut words = head.split(' ');
+        let request = S3Request {
+            method: words.next().unwrap_or_default(),
+            path: words.next().unwrap_or_default(),
+            key: value("authorization")
+                .split_once("Credential=")
+                .and_then(|(_, rest)| rest.split('/').next())
+                .unwrap_or_default(),
+        };
+        let length = value("content-length").parse().unwrap_or(0);
+        let mut body = Read::take(&mut *from, length);
+        if allows(&request) {
+            to.write_all(head.as_bytes())?;
+            std::io::copy(&mut body, &mut *to)?;
+            continue;
+        }
+        std::io::copy(&mut body, &mut std::io::sink())?;
+        let line = format!("{} {} {}", request.key, request.method, request.path);
+        let mut denied = mood.denied.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        denied.push(line);
+        drop(denied);
+        let answer = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>";
+        let size = answer.len();
+        let head = format!("HTTP/1.1 403 Forbidden\r\ncontent-type: application/xml\r\ncontent-length: {size}\r\n\r\n");
+        back.write_all((head + answer).as_bytes())?;
+    }
+}
+
 fn serve(
     mut client: TcpStream,
     target: &Target,
@@ -292,6 +363,10 @@ fn serve(
     let (up, down) = (mood.clone(), mood.clone());
     let (client_in, server_out) = (client.other()?, server.other()?);
     match target {
+        Target::Guarded(_, allows) => {
+            let (back, allows) = (client.other()?, *allows);
+            std::thread::spawn(move || guard(client_in, server_out, back, allows, &up));
+        }
         Target::Gcs(_) => _ = std::thread::spawn(move || translate(client_in, server_out)),
         _ => _ = std::thread::spawn(move || copy(client_in, server_out, &up, false)),
     }

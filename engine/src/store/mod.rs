@@ -200,7 +200,7 @@ impl Store {
             E::NotFound { .. } => Error::not_found(format!("{what}: there is no such object")).caused_by(error),
             E::PermissionDenied { .. } | E::Unauthenticated { .. } => {
                 Error::new(Kind::Failed, format!("{what}: the store refused the credentials"))
-                    .remedy("check access key, secret, region and the bucket's policy")
+                    .remedy("check access key, secret, region and the bucket's policy; where only a collector may delete, `deleter` of the repository has its credentials")
                     .caused_by(error)
             }
             E::Generic { .. } if is_permission_io(&error) => Error::new(Kind::Failed, what)

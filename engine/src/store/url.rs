@@ -1,5 +1,6 @@
 //! Repository URLs: `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…`, `memory://` for tests.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -111,7 +112,12 @@ impl RepositoryUrl {
             return Err(Error::usage(format!("storage_class has no meaning for {}", self.url)));
         }
         if create {
-            std::fs::create_dir_all(path)
+            // Whoever may not enter it reads nothing in it; who shares a repository opens it to a group.
+            let mut folder = std::fs::DirBuilder::new();
+            folder
+                .recursive(true)
+                .mode(0o700)
+                .create(path)
                 .map_err(|e| Error::io(format_args!("creating the repository folder {path}"), e))?;
         } else if !std::path::Path::new(path).is_dir() {
             return Err(Error::new(

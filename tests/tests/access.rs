@@ -1,0 +1,147 @@
+//! What each role may do in a bucket is enough for what it does: a writer that deletes nothing, a reader that writes
+//! nothing, a collector with credentials of its own.
+
+use anyhow::{Result, ensure};
+use fairvault_tests::fixture::{Fixture, SMALL, Shape, refused};
+use fairvault_tests::proxy::{Proxy, S3Request, Target};
+use fairvault_tests::s3::S3;
+
+/// The policies of docs/access.md.
+fn allows(request: &S3Request<'_>) -> bool {
+    let (path, query) = request.path.split_once('?').unwrap_or((request.path, ""));
+    let reads = matches!(request.method, "GET" | "HEAD");
+    let deletes = request.method == "DELETE" || request.method == "POST" && query.starts_with("delete");
+    let is_below = |folders: &[&str]| folders.iter().any(|folder| path.contains(&format!("/acme/{folder}/")));
+    match request.key {
+        "writer" => !deletes,
+        "reader" => reads,
+        "deleter" => reads || deletes || is_below(&["log", "snapshots", "index", "leases"]),
+        _ => false,
+    }
+}
+
+struct Bucket {
+    s: Fixture,
+    proxy: Proxy,
+    _s3: S3,
+}
+
+impl Bucket {
+    fn new(name: &str, more: &str) -> Result<Self> {
+        let shape = Shape { stanza: false, ..SMALL };
+        let mut s = Fixture::new(name, shape)?;
+        let s3 = S3::start(&s.scratch, "bucket")?;
+        let proxy = Proxy::start(Target::Guarded(s3.port, allows))?;
+        s.use_s3(&format!("http://127.0.0.1:{}", proxy.port), "s3://bucket/x", more)?;
+        let this = Self { s, proxy, _s3: s3 };
+        this.use_key("writer", "")?;
+        this.s.ok(&["stanza", "create", "acme"])?;
+        // What it tried of the store, it could not take away.
+        ensure!(this.proxy.denied().iter().all(|line| line.contains("/probe/")));
+        Ok(this)
+    }
+
+    /// From now on with this access key.
+    fn use_key(&self, key: &str, more: &str) -> Result<()> {
+        let file = self.s.scratch.join("s3.toml");
+        let text = std::fs::read_to_string(&file)?;
+        let lines = text.lines().filter(|line| !line.starts_with("deleter"));
+        let lines = lines.map(|line| match line.starts_with("access_key") {
+            true => format!("access_key = \"{key}\"\n{more}"),
+            false => line.to_owned(),
+        });
+        let text: Vec<String> = lines.collect();
+        self.s.scratch.write("s3.toml", (text.join("\n") + "\n").as_bytes())?;
+        Ok(())
+    }
+
+    /// Two fulls and an incremental, of which the first full has expired, and what came between.
+    fn fill(&self) -> Result<()> {
+        let s = &self.s;
+        for kind in ["full", "full", "incr"] {
+            s.sql("create table if not exists t (x int); insert into t values (1); create table if not exists bulk (x text); truncate bulk; insert into bulk select md5(random()::text) from generate_series(1, 20000)")?;
+            s.backup_id(&["--type", kind, "--wal", "stream"])?;
+        }
+        s.ok(&["expire", "acme"])?;
+        Ok(())
+    }
+}
+
+const RETENTION: &str = "retention = { full = 1, wal = \"0s\" }";
+
+#[test]
+fn a_writer_never_deletes_and_the_collector_has_credentials_of_its_own() -> Result<()> {
+    let bucket = Bucket::new("accesswriter", RETENTION)?;
+    let (s, proxy) = (&bucket.s, &bucket.proxy);
+    let secret = s.path("s3.secret");
+    let deleter = format!("deleter = {{ access_key = \"deleter\", secret_key_file = \"{secret}\" }}");
+    bucket.use_key("writer", &deleter)?;
+    bucket.fill()?;
+    let newest = s.backup_id(&["--type", "incr", "--wal", "stream"])?;
+    s.ok(&["hold", "acme", &newest, "--reason", "a test"])?;
+    s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    s.ok(&["check", "acme"])?;
+    ensure!(s.restore("copy", &[]).0 == 0);
+    let denied = proxy.denied();
+    ensure!(
+        denied.is_empty(),
+        "a writer needs more than its policy gives: {denied:?}"
+    );
+
+    let said = s.ok(&["gc", "acme", "--patience", "1s", "--progress", "none"])?;
+    ensure!(
+        said.contains("manifests deleted") && said.contains("objects of WAL deleted"),
+        "{said}"
+    );
+    let denied = proxy.denied();
+    ensure!(
+        denied.is_empty(),
+        "the collector needs more than its policy gives: {denied:?}"
+    );
+    s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+
+    // Without them, a collection is refused by the store, and that is said.
+    bucket.use_key("writer", "")?;
+    s.sql("truncate bulk")?;
+    s.ok(&["unhold", "acme", &newest])?;
+    s.backup_id(&["--type", "full", "--wal", "stream"])?;
+    s.ok(&["expire", "acme"])?;
+    let (exit, text) = s.fairvault(&["gc", "acme", "--patience", "1s", "--progress", "none"]);
+    ensure!(exit != 0 && text.contains("deleter"), "{exit} {text}");
+    ensure!(!proxy.denied().is_empty());
+    bucket.use_key("writer", &deleter)?;
+    s.ok(&["gc", "acme", "--patience", "1s", "--progress", "none"])?;
+    s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])
+        .map(|_| ())
+}
+
+#[test]
+fn a_reader_restores_and_writes_nothing() -> Result<()> {
+    let bucket = Bucket::new("accessreader", RETENTION)?;
+    let s = &bucket.s;
+    bucket.fill()?;
+    bucket.use_key("reader", "")?;
+    bucket.proxy.denied();
+    s.ok(&["info", "acme"])?;
+    s.ok(&["audit", "acme"])?;
+    s.ok(&["key", "check", "acme"])?;
+    s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    let (exit, text) = s.restore("copy", &[]);
+    ensure!(exit == 0, "{text}");
+    let copy = s.start("copy", 5433)?;
+    ensure!(s.rows(&copy)?.trim() == "3");
+    copy.stop(&s.scratch, "fast")?;
+    // Its lease and its note in the log were tried, and nothing else.
+    let denied = bucket.proxy.denied();
+    let is_known = |line: &&String| line.contains(" PUT ") && (line.contains("/leases/") || line.contains("/log/"));
+    ensure!(denied.iter().all(|line| is_known(&line)), "{denied:?}");
+
+    let before = s.ok(&["info", "acme"])?;
+    refused(
+        s.fairvault(&["backup", "acme", "--fast", "--wal", "stream", "--progress", "none"]),
+        1,
+        "refused the credentials",
+    )?;
+    ensure!(s.ok(&["info", "acme"])? == before);
+    Ok(())
+}
