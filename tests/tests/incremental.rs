@@ -445,3 +445,36 @@ fn nothing_builds_on_a_distrusted_parser_nor_across_a_switch_of_checksums() -> R
     ensure!(s.ok(&["audit", "acme"])?.contains("parser 1 are distrusted: a test"));
     Ok(())
 }
+
+#[test]
+fn of_frames_that_are_hardly_used_the_rest_is_read_again_once() -> Result<()> {
+    let s = Fixture::new(
+        "incrthin",
+        Shape {
+            archiving: true,
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table t (id int primary key, n int, x text) with (fillfactor = 50, autovacuum_enabled = off)")?;
+    s.sql("insert into t select i, 0, md5(i::text) || md5((i * 3)::text) from generate_series(1, 150000) i")?;
+    s.sql("vacuum analyze")?;
+    backup(&s, &["--type", "full"])?;
+    // Seven pages of eight change: of the frames of the full, an eighth stays in use.
+    s.sql("update t set n = 1 where (ctid::text::point)[0]::int % 8 <> 0")?;
+    let pages = s.sql("select pg_relation_size('t') / 8192")?;
+    let rest = pages.trim().parse::<u64>()? * 8192 / 8;
+    let now = s.sql(SUM)?;
+    let mut read = Vec::new();
+    for _ in 0..3 {
+        let incr = backup(&s, &["--type", "incr", "--source", "local"])?;
+        ensure!(field(&incr, "type")? == "incr", "{incr}");
+        read.push(number(&incr, "read_bytes")?);
+    }
+    ensure!(rest > 2 << 20 && read[0] > rest * 6, "{rest} {read:?}");
+    let again = read[1] - read[2];
+    ensure!(again > rest * 9 / 10 && again < rest * 3 / 2, "{rest} {read:?}");
+    ensure!(restored(&s, "copy", &["--target", "immediate"], SUM)? == now);
+    let text = s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    ensure!(text.contains("all good"), "{text}");
+    Ok(())
+}
