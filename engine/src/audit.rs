@@ -120,6 +120,16 @@ fn words(entry: &Entry) -> (&'static str, String) {
             "expired",
             format!("backup {} has expired{}", expired.backup, because(&expired.reason)),
         ),
+        Entry::ExpiredWal(wal) => (
+            "expired-wal",
+            format!(
+                "WAL of timeline {} from {} to {} has expired{}",
+                wal.timeline,
+                Lsn(wal.from_lsn),
+                Lsn(wal.to_lsn),
+                because(&wal.reason)
+            ),
+        ),
         Entry::Hold(hold) => {
             let how = if hold.released { "is no longer held" } else { "is held" };
             ("hold", format!("backup {} {how}{}", hold.backup, because(&hold.reason)))

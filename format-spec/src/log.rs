@@ -44,6 +44,7 @@ pub fn required_role(entry: &LogEntry) -> Option<Role> {
         Entry::Genesis(_)
         | Entry::SetFence(_)
         | Entry::Expired(_)
+        | Entry::ExpiredWal(_)
         | Entry::Hold(_)
         | Entry::GcMark(_)
         | Entry::GcSwept(_)

@@ -139,6 +139,44 @@ pub fn parse_piece(file: &str) -> Option<(u64, u64, u32)> {
     Some((lsn(start)?, lsn(end)?, epoch.parse().ok()?))
 }
 
+/// What the name of a WAL object says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WalName<'a> {
+    /// The incarnation.
+    pub system_identifier: u64,
+    /// The timeline.
+    pub timeline: u32,
+    /// The file as PostgreSQL knows it; of a piece, its segment.
+    pub file: &'a str,
+    /// The archive epoch.
+    pub epoch: u32,
+    /// A piece, not the file as a whole.
+    pub is_piece: bool,
+}
+
+/// Reads the name of any object below `wal/`.
+pub fn parse_wal(object: &str) -> Option<WalName<'_>> {
+    let parts: Vec<&str> = object.split('/').collect();
+    let (system_identifier, timeline, file, epoch, is_piece) = match parts.as_slice() {
+        [WAL, life, timeline, file] => {
+            let (name, epoch) = parse_wal_file(file)?;
+            (life, timeline, name, epoch, false)
+        }
+        [WAL, life, timeline, of, file] => {
+            let (_, _, epoch) = parse_piece(file)?;
+            (life, timeline, of.strip_suffix(".d")?, epoch, true)
+        }
+        _ => return None,
+    };
+    Some(WalName {
+        system_identifier: u64::from_str_radix(system_identifier, 16).ok()?,
+        timeline: u32::from_str_radix(timeline, 16).ok()?,
+        file,
+        epoch,
+        is_piece,
+    })
+}
+
 /// File name and archive epoch in the last component of a WAL object's name.
 pub fn parse_wal_file(file: &str) -> Option<(&str, u32)> {
     let (name, epoch) = file.rsplit_once('.')?;

@@ -78,7 +78,13 @@ fn what_expired_is_collected_and_the_rest_restores() -> Result<()> {
         "{plan}"
     );
 
-    s.ok(&["expire", "acme"])?;
+    let wal = s.objects("wal").len();
+    let plan = s.ok(&["expire", "acme"])?;
+    ensure!(
+        plan.contains("no backup that stays needs it") && plan.contains("WAL from"),
+        "{plan}"
+    );
+    ensure!(s.objects("wal").len() == wal);
     let info = s.ok(&["info", "acme"])?;
     ensure!(
         !info.contains(&first) && info.contains(&held) && info.contains("held: a court"),
@@ -87,13 +93,23 @@ fn what_expired_is_collected_and_the_rest_restores() -> Result<()> {
     let said = gc(&s)?;
     ensure!(s.objects("packs").len() < packs, "{said}");
     ensure!(s.objects("roots").len() == 4, "{said}");
+    ensure!(
+        s.objects("wal").len() < wal && said.contains("objects of WAL"),
+        "{said}"
+    );
     ensure!(gc(&s)?.contains("nothing deleted"), "a second time");
 
     // Nothing is reported as missing; everything that is left restores, the held one too.
     s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
     s.ok(&["check", "acme"])?;
     let info = s.ok(&["info", "acme"])?;
-    ensure!(!info.contains("MISSING"), "{info}");
+    ensure!(!info.contains("MISSING") && !info.contains("gap"), "{info}");
+    ensure!(info.contains("what lies between has expired"), "{info}");
+    refused(
+        s.restore("beyond", &["--backup", &held, "--target-time", "2100-01-01T00:00:00Z"]),
+        3,
+        "has expired",
+    )?;
     restores(&s, "newest", &[], 6)?;
     restores(
         &s,
@@ -138,6 +154,100 @@ fn what_expired_is_collected_and_the_rest_restores() -> Result<()> {
         ],
         5,
     )
+}
+
+/// Segments that are in the repository.
+fn segments(s: &Fixture) -> Vec<String> {
+    let mut names: Vec<String> = s
+        .objects("wal")
+        .iter()
+        .filter_map(|path| Some(path.file_name()?.to_str()?.split_once('.')?.0.to_owned()))
+        .filter(|name| name.len() == 24)
+        .collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+/// Whether nothing is missing between the first and the last.
+fn is_continuous(names: &[String]) -> Result<bool> {
+    let mut numbers = Vec::new();
+    for name in names {
+        let part = |range| u64::from_str_radix(&name[range], 16);
+        // Of segments of 1 MiB, 4096 have one number in the middle.
+        numbers.push(part(8..16)? * 4096 + part(16..24)?);
+    }
+    Ok(numbers.windows(2).all(|pair| pair[0] + 1 == pair[1]))
+}
+
+#[test]
+fn wal_of_the_window_stays_and_recovery_reaches_all_of_it() -> Result<()> {
+    let s = Fixture::new("walwindow", retention("retention = { full = 1, wal = \"1s\" }"))?;
+    s.flush_archive(&s.server)?;
+    let first = backup(&s, "full")?;
+    s.flush_archive(&s.server)?;
+    let second = backup(&s, "full")?;
+    s.flush_archive(&s.server)?;
+    s.sql("insert into t values (3)")?;
+    let time = s.sql("select to_char(now() at time zone 'utc', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')")?;
+    std::thread::sleep(Duration::from_secs(2));
+    s.sql("insert into t values (4)")?;
+    s.flush_archive(&s.server)?;
+    let third = backup(&s, "full")?;
+    s.flush_archive(&s.server)?;
+    let before = segments(&s);
+
+    // The second is the newest that is older than a second: recovery into that second starts from it.
+    let plan = s.ok(&["expire", "acme", "--dry-run"])?;
+    let line = |id: &str| plan.lines().find(|l| l.contains(id)).unwrap_or_default().to_owned();
+    ensure!(
+        line(&first).contains("expires") && line(&second).contains("recovery into the last"),
+        "{plan}"
+    );
+    ensure!(line(&third).contains("stays"), "{plan}");
+    gc(&s)?;
+    let now = segments(&s);
+    ensure!(before.iter().all(|name| now.contains(name)), "{before:?} {now:?}");
+    s.ok(&["expire", "acme"])?;
+    gc(&s)?;
+    let after = segments(&s);
+    ensure!(after[0] > before[0] && is_continuous(&after)?, "{before:?} {after:?}");
+    // Nothing new to say.
+    ensure!(!s.ok(&["expire", "acme"])?.contains("expires,"));
+    restores(
+        &s,
+        "between",
+        &["--target-time", time.trim(), "--target-action", "promote"],
+        3,
+    )?;
+    restores(&s, "end", &[], 5)?;
+
+    s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    s.ok(&["check", "acme"]).map(|_| ())
+}
+
+#[test]
+fn wal_that_a_protected_backup_needs_is_not_collected() -> Result<()> {
+    let s = Fixture::new("walpolicy", retention("retention = { full = 1, wal = \"0s\" }"))?;
+    s.flush_archive(&s.server)?;
+    backup(&s, "full")?;
+    s.flush_archive(&s.server)?;
+    backup(&s, "full")?;
+    s.flush_archive(&s.server)?;
+    s.ok(&["expire", "acme"])?;
+    // Said before the collector comes: it looks at the policy itself.
+    s.ok(&["policy", "acme", "--minimum-retention", "1d"])?;
+    let before = segments(&s);
+    gc(&s)?;
+    let protected = segments(&s);
+    ensure!(
+        protected.len() < before.len() && protected.len() > 3 && is_continuous(&protected)?,
+        "{before:?} {protected:?}"
+    );
+    s.ok(&["policy", "acme", "--minimum-retention", "0s"])?;
+    gc(&s)?;
+    ensure!(segments(&s).len() < protected.len());
+    restores(&s, "copy", &[], 2)
 }
 
 #[test]

@@ -49,6 +49,16 @@ pub async fn run(context: &Arc<Context>, args: ExpireArgs) -> Result<Outcome> {
                 backup.why
             ));
         }
+        for wal in &report.wal {
+            output::line(format_args!(
+                "  WAL of timeline {} from {} to {} expires, {} segments: no backup that stays needs it",
+                wal.timeline, wal.from_lsn, wal.to_lsn, wal.segments
+            ));
+        }
+        report
+            .wal_notes
+            .iter()
+            .for_each(|note| output::line(format_args!("  {note}")));
         if !args.dry_run {
             output::line("  what nothing needs any more is deleted by `fairvault gc`");
         }

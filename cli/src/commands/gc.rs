@@ -60,7 +60,7 @@ pub async fn run(context: &Arc<Context>, args: GcArgs) -> Result<Outcome> {
             ("packs", report.packs),
             ("manifests", report.roots),
             ("parts of the index", report.index_runs),
-            ("pieces of complete segments", report.wal),
+            ("objects of WAL", report.wal),
             ("snapshots of the log", report.snapshots),
         ];
         for (what, count) in counts.iter().filter(|(_, count)| count.objects > 0) {

@@ -134,10 +134,14 @@ fn print(info: &Info) {
         _ => format!(" of the earlier cluster {system_identifier}"),
     };
     for timeline in &info.wal {
-        for (i, range) in timeline.ranges.iter().enumerate() {
-            let gap = if i > 0 { "  (after a gap)" } else { "" };
+        for range in &timeline.ranges {
+            let after = match range.after {
+                Some("gap") => "  (after a gap)",
+                Some(_) => "  (what lies between has expired)",
+                None => "",
+            };
             output::line(format_args!(
-                "  WAL timeline {}{}: {} to {}, {} segments{gap}",
+                "  WAL timeline {}{}: {} to {}, {} segments{after}",
                 timeline.timeline,
                 of(&timeline.system_identifier),
                 range.first,

@@ -110,9 +110,13 @@ impl Session {
 
     /// Commits the backup: from here on it counts.
     pub async fn commit(self, log: &mut Log, root: [u8; 32], info: proto::BackupInfo) -> Result<()> {
-        let origin = info.copied_from.clone();
+        let facts = info.clone();
         let allowed = |now: &Snapshot| {
-            origin.as_ref().map_or(Ok(()), |origin| state::is_new(now, origin))?;
+            let origin = facts.copied_from.as_ref();
+            origin.map_or(Ok(()), |origin| state::is_new(now, origin))?;
+            if !env::has_fault("expired wal") {
+                state::has_its_wal(now, &facts)?;
+            }
             self.check()(now)
         };
         let entry = proto::Commit {

@@ -3,11 +3,12 @@
 use std::collections::HashSet;
 
 use fairvault_format::proto::{
-    BackupInfo, CloseTimeline, CommittedBackup, CopiedFrom, GcMark, Incarnation, LogEntry, OpenSession, Snapshot,
-    log_entry::Kind as Entry,
+    BackupInfo, CloseTimeline, CommittedBackup, CopiedFrom, ExpiredWal, GcMark, Incarnation, LogEntry, OpenSession,
+    Snapshot, log_entry::Kind as Entry,
 };
 
 use crate::error::{Error, Kind, Result};
+use crate::postgres::lsn::Lsn;
 
 /// What the session of a copy says that it does.
 pub const COPY: &str = "copy";
@@ -71,6 +72,7 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
                 .backups
                 .retain(|b| b.info.as_ref().is_none_or(|i| i.id != expired.backup));
         }
+        Entry::ExpiredWal(wal) => expire_wal(state, wal),
         Entry::Hold(hold) => {
             state.holds.retain(|h| h.backup != hold.backup);
             if !hold.released {
@@ -113,6 +115,51 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
         Entry::Erasure(_) | Entry::Operation(_) => {}
     }
     Ok(())
+}
+
+/// Adds a range, joined with those that it meets.
+fn expire_wal(state: &mut Snapshot, wal: &ExpiredWal) {
+    if wal.from_lsn >= wal.to_lsn {
+        return;
+    }
+    let key = |w: &ExpiredWal| (w.system_identifier, w.timeline);
+    let meets = |w: &ExpiredWal| key(w) == key(wal) && w.from_lsn <= wal.to_lsn && wal.from_lsn <= w.to_lsn;
+    let (met, mut rest): (Vec<_>, Vec<_>) = std::mem::take(&mut state.expired_wal).into_iter().partition(meets);
+    let joined = met.iter().fold(wal.clone(), |all, w| ExpiredWal {
+        from_lsn: all.from_lsn.min(w.from_lsn),
+        to_lsn: all.to_lsn.max(w.to_lsn),
+        ..all
+    });
+    rest.push(ExpiredWal {
+        reason: String::new(),
+        ..joined
+    });
+    rest.sort_by_key(|w| (w.system_identifier, w.timeline, w.from_lsn));
+    state.expired_wal = rest;
+}
+
+/// Fails if WAL that a backup itself needs has expired.
+pub fn has_its_wal(state: &Snapshot, info: &BackupInfo) -> Result<()> {
+    let mut expired = state.expired_wal.iter();
+    let meets = |w: &&ExpiredWal| {
+        (w.system_identifier, w.timeline) == (info.system_identifier, info.stop_timeline)
+            && w.from_lsn < info.stop_lsn
+            && info.start_lsn < w.to_lsn
+    };
+    match expired.find(meets) {
+        None => Ok(()),
+        Some(wal) => Err(Error::refused(format!(
+            "backup {} needs WAL from {} to {} of timeline {}, which has expired up to {}",
+            info.id,
+            Lsn(info.start_lsn),
+            Lsn(info.stop_lsn),
+            info.stop_timeline,
+            Lsn(wal.to_lsn)
+        ))
+        .remedy(
+            "a standby that lags behind, or an abandoned timeline, can be the reason: take the backup from the primary",
+        )),
+    }
 }
 
 fn session_id(session: &OpenSession) -> &[u8] {
@@ -209,4 +256,60 @@ pub fn archive_epoch(state: &Snapshot, system_identifier: u64, timeline: u32, ls
         .map(|e| e.epoch)
         .max()
         .unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(timeline: u32, from_lsn: u64, to_lsn: u64) -> ExpiredWal {
+        ExpiredWal {
+            system_identifier: 7,
+            timeline,
+            from_lsn,
+            to_lsn,
+            ..ExpiredWal::default()
+        }
+    }
+
+    #[test]
+    fn expired_ranges_are_joined() {
+        let mut state = Snapshot::default();
+        for wal in [
+            range(1, 50, 60),
+            range(1, 0, 20),
+            range(2, 20, 50),
+            range(1, 30, 30),
+            range(1, 20, 40),
+        ] {
+            expire_wal(&mut state, &wal);
+        }
+        assert_eq!(state.expired_wal, [range(1, 0, 40), range(1, 50, 60), range(2, 20, 50)]);
+        expire_wal(&mut state, &range(1, 35, 55));
+        assert_eq!(state.expired_wal, [range(1, 0, 60), range(2, 20, 50)]);
+    }
+
+    #[test]
+    fn a_backup_without_its_wal_does_not_count() {
+        let mut state = Snapshot::default();
+        expire_wal(&mut state, &range(1, 10, 40));
+        let backup = |timeline, start_lsn, stop_lsn| BackupInfo {
+            system_identifier: 7,
+            stop_timeline: timeline,
+            start_lsn,
+            stop_lsn,
+            ..BackupInfo::default()
+        };
+        for (timeline, start, stop, is_there) in [
+            (1, 39, 50, false),
+            (1, 0, 11, false),
+            (1, 20, 30, false),
+            (1, 40, 50, true),
+            (1, 5, 10, true),
+            (2, 20, 30, true),
+        ] {
+            let has = has_its_wal(&state, &backup(timeline, start, stop));
+            assert_eq!(has.is_ok(), is_there, "{timeline} {start} {stop}");
+        }
+    }
 }

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 
 use crate::commit::lease::Lease;
 use crate::commit::{Log, state};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::expire;
 use crate::expire::rules::{Candidate, Floor, Retention, decide};
 use crate::progress::Progress;
@@ -134,6 +134,9 @@ fn missing(source: &Log, target: &Log, options: &Options) -> Result<(Vec<Committ
                 target.stanza().shown()
             )));
         }
+        if is_missing(&&wanted) {
+            state::has_its_wal(there, &info(&wanted)).context(|| target.stanza().shown().to_owned())?;
+        }
         return Ok((
             Some(wanted).filter(|b| is_missing(&b)).into_iter().collect(),
             Vec::new(),
@@ -141,12 +144,19 @@ fn missing(source: &Log, target: &Log, options: &Options) -> Result<(Vec<Committ
     }
     let missing = here.backups.iter().filter(is_missing).cloned();
     let (missing, strange): (Vec<_>, Vec<_>) = missing.partition(is_known);
+    let (missing, late): (Vec<_>, Vec<_>) = missing
+        .into_iter()
+        .partition(|backup| state::has_its_wal(there, &info(backup)).is_ok());
     let expiring = expiring(here, there, &missing, target, &options.retention);
     let strange = strange.iter().map(|backup| Left {
         id: info(backup).id,
         why: "it is of an earlier cluster, of which the target has never heard".to_owned(),
     });
-    let mut left: Vec<Left> = strange.collect();
+    let late = late.iter().map(|backup| Left {
+        id: info(backup).id,
+        why: "the WAL that it needs has expired in the target".to_owned(),
+    });
+    let mut left: Vec<Left> = strange.chain(late).collect();
     let mut wanted = Vec::new();
     for backup in missing {
         match expiring.get(&info(&backup).id) {
@@ -201,6 +211,7 @@ fn expiring(
                 stopped_us: facts.stopped_us,
                 system_identifier: facts.system_identifier,
                 restorable: true,
+                timelines: vec![1],
             }
         })
         .collect();
@@ -309,6 +320,7 @@ pub async fn plan(source: &Log, target: &Log, options: &Options) -> Result<Plan>
     plan.backup_bytes = packs.values().sum();
     for needed in needed_wal(source, target, &wanted, options)? {
         let here = wal::Listing::read(&needed.source, needed.from).await?;
+        let here = here.without_expired(&needed.target);
         let there = wal::Listing::read(&needed.target, needed.from).await?;
         let (objects, bytes) = here.missing_in(&there);
         plan.wal_objects += objects;

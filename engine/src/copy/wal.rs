@@ -43,29 +43,28 @@ impl Listing {
         let mut this = Self::default();
         let folder = format!("{}/{:016x}", names::WAL, archive.system_identifier);
         for (object, len) in archive.stanza.store().list(&folder).await? {
-            this.add(archive, from, &object[folder.len() + 1..], len);
+            this.add(archive, from, &object, len);
         }
         Ok(this)
     }
 
     fn add(&mut self, archive: &Archive, from: u64, object: &str, len: u64) {
-        let rest: Vec<&str> = object.split('/').collect();
-        let Some(timeline) = rest.first().and_then(|t| u32::from_str_radix(t, 16).ok()) else {
+        let Some(names::WalName {
+            timeline,
+            file: name,
+            epoch,
+            is_piece,
+            ..
+        }) = names::parse_wal(object)
+        else {
             return;
         };
-        let found = match rest.as_slice() {
-            [_, file] => names::parse_wal_file(file).map(|(name, epoch)| (name, epoch, false)),
-            [_, folder, file] => {
-                names::parse_piece(file).map(|(_, _, epoch)| (folder.trim_end_matches(".d"), epoch, true))
-            }
-            _ => None,
-        };
-        let Some((name, epoch, is_piece)) = found else { return };
         let size = archive.segment_size;
         // Another partial file of the same segment carries a part of its content's id behind its name.
         let plain = name.split_once("-").map_or(name, |(plain, _)| plain);
         let Ok(file) = WalFile::parse(plain, size) else { return };
-        let rules = |segment: &Segment| epoch == archive.epoch(timeline, segment.start(size));
+        let rules =
+            |segment: &Segment| epoch == archive.epoch(timeline, segment.start(size)) && !archive.is_expired(*segment);
         let key = |segment: &Segment| (timeline, segment.number);
         match &file {
             WalFile::Segment(s) if s.number >= from && rules(s) && !is_piece => _ = self.segments.insert(key(s), len),
@@ -78,6 +77,19 @@ impl Listing {
             WalFile::History(_) => _ = self.files.insert((timeline, name.to_owned()), len),
             _ => {}
         }
+    }
+
+    /// Without what has expired in another repository.
+    #[must_use]
+    pub fn without_expired(mut self, other: &Archive) -> Self {
+        let is_live = |&(timeline, number): &Key| !other.is_expired(Segment { timeline, number });
+        self.segments.retain(|key, _| is_live(key));
+        self.parts.retain(|key, _| is_live(key));
+        self.files.retain(|(timeline, name), _| {
+            let file = WalFile::parse(name, other.segment_size);
+            !matches!(file, Ok(WalFile::BackupHistory(s)) if !is_live(&(*timeline, s.number)))
+        });
+        self
     }
 
     /// Segments, parts and files that `other` does not have: their number, and stored bytes.
@@ -125,15 +137,7 @@ impl Proven {
         let size = self.coverage.segment_size;
         let (start, stop) = (Lsn(info.start_lsn), Lsn(info.stop_lsn));
         let mut missing = None;
-        for history in self.coverage.histories() {
-            let leads = match history.end_of(info.stop_timeline) {
-                Ok(None) => true,
-                Ok(Some(end)) => end >= stop,
-                Err(_) => false,
-            };
-            if !leads {
-                continue;
-            }
+        for history in self.coverage.leading_from(info.stop_timeline, stop) {
             let reach = self.coverage.reach(history, start);
             let of_history = |timeline: u32| history.end_of(timeline).is_ok();
             let part = self.parts.iter().filter(|((timeline, number), _)| {
@@ -184,7 +188,7 @@ impl Copy<'_> {
     /// Copies. Adds to `notes` what a person should know.
     pub async fn run(&self, log: &mut Log, notes: &mut Vec<String>) -> Result<(Counts, Proven)> {
         let (source, target) = (self.source, self.target);
-        let here = Listing::read(source, self.from).await?;
+        let here = Listing::read(source, self.from).await?.without_expired(target);
         let there = Listing::read(target, self.from).await?;
         let mut counts = Counts::default();
         for (timeline, name) in here.files.keys() {

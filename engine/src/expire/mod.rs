@@ -1,16 +1,22 @@
-//! Retention: which backups are needed no more. What is decided here is written into the log; [`crate::gc`] deletes
-//! what nobody uses then. WAL does not expire yet.
+//! Retention: which backups, and which WAL, are needed no more. What is decided here is written into the log;
+//! [`crate::gc`] deletes what nobody uses then.
 
 pub mod rules;
+pub mod wal;
 
-use fairvault_format::proto::{self, log_entry::Kind as Entry};
+use fairvault_format::proto::{self, BackupInfo, CommittedBackup, log_entry::Kind as Entry};
 use serde::Serialize;
 
 use crate::commit::Log;
+use crate::env::has_fault;
 use crate::error::{Error, Result};
 use crate::inspect::info_of;
+use crate::postgres::lsn::Lsn;
 use crate::restore::target::info;
+use crate::wal::archive::Archive;
+use crate::wal::coverage::Coverage;
 use rules::{Candidate, Decision, Floor, Retention, days, decide};
+use wal::{Expiring, Kept};
 
 /// Time between backups from which on this host's clock is doubted.
 const QUIET_S: u64 = 45 * 86_400;
@@ -41,18 +47,37 @@ pub struct BackupLine {
     pub why: String,
 }
 
+/// WAL that expires.
+#[derive(Debug, Clone, Serialize)]
+pub struct WalLine {
+    /// Its cluster.
+    pub system_identifier: String,
+    /// Its timeline.
+    pub timeline: u32,
+    /// The first position.
+    pub from_lsn: String,
+    /// The position behind the last.
+    pub to_lsn: String,
+    /// Segments that are there, whole or in parts.
+    pub segments: u64,
+}
+
 /// What was decided.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
     /// Each backup, oldest first.
     pub backups: Vec<BackupLine>,
+    /// WAL that expires.
+    pub wal: Vec<WalLine>,
+    /// What is to be known of the WAL that stays.
+    pub wal_notes: Vec<String>,
 }
 
 /// Decides, and writes it into the log.
 pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
     log.refresh().await?;
     let now_us = log.stanza().env().now_us();
-    let candidates = candidates(log).await?;
+    let candidates = candidates(log, &options.retention, now_us).await?;
     if !options.trust_clock && options.retention.has_rules() {
         check_clock(log, now_us)?;
     }
@@ -67,9 +92,21 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
         .iter()
         .zip(&decisions)
         .map(|(backup, decision)| line(backup, decision));
-    let report = Report {
+    let mut report = Report {
         backups: lines.collect(),
+        ..Report::default()
     };
+    let kept: Vec<(CommittedBackup, bool)> = backups
+        .iter()
+        .zip(&decisions)
+        .filter(|(_, decision)| decision.keep)
+        .map(|(backup, decision)| (backup.clone(), decision.goes_on))
+        .collect();
+    let expiring = match options.retention.has_rules() || options.retention.wal.is_some() {
+        true => expiring_wal(log, &kept, &mut report.wal_notes).await?,
+        false => Vec::new(),
+    };
+    report.wal = expiring.iter().map(wal_line).collect();
     if options.dry_run {
         return Ok(report);
     }
@@ -93,7 +130,117 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
             log.append(Entry::Expired(entry), is_free).await?;
         }
     }
+    // A backup that was committed meanwhile may need what nobody seemed to need.
+    let is_same = |now: &proto::Snapshot| {
+        let roots = |all: &mut dyn Iterator<Item = &CommittedBackup>| all.map(|b| b.root.clone()).collect::<Vec<_>>();
+        match roots(&mut now.backups.iter()) == roots(&mut kept.iter().map(|(backup, _)| backup))
+            && now.policy == judged.policy
+            && now.incarnations == judged.incarnations
+        {
+            true => Ok(()),
+            false => Err(
+                Error::temporary("a backup was committed meanwhile, and may need WAL that was to expire")
+                    .remedy("run this again"),
+            ),
+        }
+    };
+    for wal in expiring {
+        log.append(Entry::ExpiredWal(wal.wal), is_same).await?;
+    }
     Ok(report)
+}
+
+/// Backups at work need WAL from a position that the log does not know: it is behind every backup that was complete
+/// when they began. The newest of those stands for them, with all WAL after it.
+fn at_work(log: &Log, system_identifier: u64) -> std::result::Result<Vec<Kept>, String> {
+    let state = log.state();
+    let is_newest = state
+        .incarnations
+        .last()
+        .is_some_and(|life| life.system_identifier == system_identifier);
+    let sessions = state
+        .open_sessions
+        .iter()
+        .filter(|_| is_newest && !has_fault("expired wal"));
+    let stands_for = |session: &proto::OpenSession| {
+        let complete = state.backups.iter().filter(|backup| backup.seq < session.seq);
+        let of_cluster = complete
+            .map(info)
+            .filter(|info| info.system_identifier == system_identifier);
+        let newest = of_cluster.max_by_key(|info| (info.stop_timeline, info.stop_lsn));
+        newest.ok_or_else(|| {
+            format!(
+                "a backup is at work on {}, and none is there from before it",
+                session.host
+            )
+        })
+    };
+    let kept = |info: BackupInfo| Kept {
+        info: BackupInfo {
+            start_lsn: info.stop_lsn,
+            ..info
+        },
+        goes_on: true,
+    };
+    sessions.map(stands_for).map(|info| info.map(kept)).collect()
+}
+
+fn wal_line(expiring: &Expiring) -> WalLine {
+    WalLine {
+        system_identifier: expiring.wal.system_identifier.to_string(),
+        timeline: expiring.wal.timeline,
+        from_lsn: Lsn(expiring.wal.from_lsn).to_string(),
+        to_lsn: Lsn(expiring.wal.to_lsn).to_string(),
+        segments: expiring.segments,
+    }
+}
+
+/// The WAL that backups need no more, of every incarnation; adds what else there is to say.
+async fn expiring_wal(log: &Log, kept: &[(CommittedBackup, bool)], notes: &mut Vec<String>) -> Result<Vec<Expiring>> {
+    let lives = &log.state().incarnations;
+    let mut all = Vec::new();
+    for (n, life) in lives.iter().enumerate() {
+        let id = life.system_identifier;
+        let is_newest = n + 1 == lives.len();
+        let of_life: Vec<Kept> = kept
+            .iter()
+            .map(|(backup, goes_on)| Kept {
+                info: info(backup),
+                goes_on: *goes_on,
+            })
+            .filter(|kept| kept.info.system_identifier == id)
+            .collect();
+        let has_successor = kept.iter().any(|(backup, _)| {
+            let of = info(backup).system_identifier;
+            lives.iter().skip(n + 1).any(|later| later.system_identifier == of)
+        });
+        if of_life.is_empty() && !has_successor {
+            continue;
+        }
+        let of_life = match at_work(log, id) {
+            Ok(at_work) => of_life.into_iter().chain(at_work).collect::<Vec<_>>(),
+            Err(why) => {
+                notes.push(format!("no WAL of cluster {id} expires: {why}"));
+                continue;
+            }
+        };
+        let coverage = Coverage::read(&Archive::open(log, Some(id), 0)?).await?;
+        match wal::expiring(&coverage, &of_life, id, is_newest) {
+            Ok(expiring) => all.extend(expiring),
+            Err(why) => notes.push(format!("no WAL of cluster {id} expires: {why}")),
+        }
+        let oldest = of_life
+            .iter()
+            .filter(|kept| kept.goes_on && kept.info.start_lsn < kept.info.stop_lsn);
+        if let Some(oldest) = oldest.min_by_key(|kept| kept.info.start_lsn) {
+            notes.push(format!(
+                "WAL from {} on stays: recovery into it starts from backup {}",
+                Lsn(oldest.info.start_lsn),
+                oldest.info.id
+            ));
+        }
+    }
+    Ok(all)
 }
 
 fn line(backup: &proto::CommittedBackup, decision: &Decision) -> BackupLine {
@@ -108,13 +255,32 @@ fn line(backup: &proto::CommittedBackup, decision: &Decision) -> BackupLine {
     }
 }
 
-async fn candidates(log: &Log) -> Result<Vec<Candidate>> {
+async fn candidates(log: &Log, retention: &Retention, now_us: i64) -> Result<Vec<Candidate>> {
     let known = info_of(log).await?;
     let state = log.state();
+    let window_us = retention.wal.unwrap_or(0).saturating_mul(1_000_000);
+    let begin_us = now_us.saturating_sub_unsigned(window_us);
+    // Recovery into the window does not go to a timeline whose last commit is older; the newest one lives.
+    let is_in_window = |system_identifier: &str, timeline: u32| {
+        let of_cluster = || {
+            known
+                .windows
+                .iter()
+                .filter(|w| w.system_identifier == system_identifier)
+        };
+        let newest = of_cluster().map(|w| w.timeline).max();
+        let of_timeline = || of_cluster().filter(|w| w.timeline == timeline);
+        let is_over = of_timeline().all(|w| w.to_us != 0 && w.to_us < begin_us);
+        newest == Some(timeline) || !is_over
+    };
     let all = state.backups.iter().map(|backup| {
         let info = info(backup);
+        let line = known.backups.iter().find(|b| b.id == info.id);
+        let timelines = line.map_or(&[][..], |line| &line.leads_to).iter().copied();
+        let cluster = info.system_identifier.to_string();
         Candidate {
-            restorable: known.backups.iter().any(|b| b.id == info.id && b.restorable),
+            restorable: line.is_some_and(|line| line.restorable),
+            timelines: timelines.filter(|timeline| is_in_window(&cluster, *timeline)).collect(),
             hold: state
                 .holds
                 .iter()

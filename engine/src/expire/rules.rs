@@ -4,8 +4,8 @@
 //! what the signed policy protects, and the backup from which recovery into the WAL window starts. Without any rule
 //! for backups, all are kept. Doubt about a time keeps.
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -73,6 +73,8 @@ pub struct Candidate {
     pub system_identifier: u64,
     /// Its own WAL is complete.
     pub restorable: bool,
+    /// Timelines into whose younger WAL recovery can go from it.
+    pub timelines: Vec<u32>,
     /// Why it is held, if it is.
     pub hold: Option<String>,
 }
@@ -86,6 +88,8 @@ pub struct Decision {
     pub keep: bool,
     /// Why, in words.
     pub why: String,
+    /// Recovery into later WAL starts from it: that stays too, not only what the backup itself needs.
+    pub goes_on: bool,
 }
 
 /// What the signed policy asks for at least.
@@ -173,15 +177,17 @@ pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us
         }
     }
     by_calendar(&times, retention, &mut keep);
+    let mut starts = BTreeSet::new();
     if let Some(window) = retention.wal {
-        // Of each incarnation: recovery to the beginning of the window starts from it.
-        let mut anchors: BTreeMap<u64, usize> = BTreeMap::new();
+        // Of each timeline of each incarnation: recovery to the beginning of the window starts from it.
+        let mut anchors: BTreeMap<(u64, u32), usize> = BTreeMap::new();
         for (n, backup) in backups.iter().enumerate() {
             if backup.restorable && age(n) >= window {
-                anchors.insert(backup.system_identifier, n);
+                let timelines = backup.timelines.iter();
+                anchors.extend(timelines.map(|&timeline| ((backup.system_identifier, timeline), n)));
             }
         }
-        for n in anchors.into_values() {
+        for n in anchors.into_values().collect::<BTreeSet<_>>() {
             // Where a later life of the cluster has been going on for longer than that, nothing starts from it.
             // One that was gone back to goes on itself.
             let is_same = |m: usize| backups[m].system_identifier == backups[n].system_identifier;
@@ -189,6 +195,7 @@ pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us
             let replaced = (last + 1..backups.len()).any(|m| age(m) >= window);
             if !replaced {
                 keep(n, format!("recovery into the last {} starts from it", days(window)));
+                starts.insert(n);
             }
         }
     }
@@ -222,6 +229,10 @@ pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us
     let decisions = backups.iter().zip(why).enumerate().map(|(n, (backup, why))| Decision {
         id: backup.id.clone(),
         keep: why.is_some(),
+        goes_on: why.is_some()
+            && retention
+                .wal
+                .is_none_or(|window| age(n) < window.max(floor.age_s) || starts.contains(&n)),
         why: why.unwrap_or_else(|| format!("{}, {} old: no rule keeps it", backup.kind, days(age(n)))),
     });
     decisions.collect()
@@ -293,6 +304,7 @@ mod tests {
             stopped_us: NOW - age_us,
             system_identifier: 1,
             restorable: true,
+            timelines: vec![1],
             hold: None,
         });
         all.collect()

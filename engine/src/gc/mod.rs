@@ -66,7 +66,7 @@ pub struct Report {
     pub roots: Count,
     /// Index runs.
     pub index_runs: Count,
-    /// Pieces of complete segments.
+    /// WAL that has expired, and pieces of complete segments.
     pub wal: Count,
     /// Snapshots of the log.
     pub snapshots: Count,
@@ -139,11 +139,15 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
         let later = log.state().seq + 1;
         sweep::end_dead_sessions(&mut log, later, options).await?;
     }
-    progress.phase("collecting pieces and leases");
-    wal::collect(&log, options, &mut report).await?;
-    if !options.dry_run {
-        let leases = lease::all(&stanza).await?;
+    progress.phase("collecting WAL and leases");
+    // Whoever takes a lease later reads a log that says what has expired.
+    log.refresh().await?;
+    let leases = lease::all(&stanza).await?;
+    if options.dry_run {
+        wal::collect(&log, &leases, options, &mut report).await?;
+    } else {
         let living = lease::living(&stanza, leases.clone(), options.patience).await?;
+        wal::collect(&log, &living, options, &mut report).await?;
         let is_dead = |found: &lease::Found| living.iter().all(|other| other.name != found.name);
         let dead: Vec<_> = leases.into_iter().filter(is_dead).collect();
         lease::bury(&stanza, &dead).await?;

@@ -61,6 +61,9 @@ pub struct BackupLine {
     pub restorable: bool,
     /// Why it is held, if it is.
     pub hold: Option<String>,
+    /// Timelines on which recovery can go on from it.
+    #[serde(skip)]
+    pub leads_to: Vec<u32>,
     /// Notes.
     pub annotations: std::collections::BTreeMap<String, String>,
 }
@@ -74,6 +77,8 @@ pub struct WalRange {
     pub last: String,
     /// Number.
     pub segments: u64,
+    /// What lies between this range and the one before: `gap` or `expired`.
+    pub after: Option<&'static str>,
 }
 
 /// WAL of a timeline.
@@ -85,7 +90,7 @@ pub struct TimelineLine {
     pub timeline: u32,
     /// Where it began, if it is not the first.
     pub began: Option<String>,
-    /// Ranges; more than one means gaps.
+    /// Ranges, with gaps or expired WAL between them.
     pub ranges: Vec<WalRange>,
     /// Stored bytes.
     pub stored_bytes: u64,
@@ -112,6 +117,9 @@ pub struct Window {
     pub from: String,
     /// Newest commit that is known, if any.
     pub to: Option<String>,
+    /// The same, microseconds since 1970; 0 if none is known.
+    #[serde(skip)]
+    pub to_us: i64,
     /// The segment that is missing, if later ones are there.
     pub hole: Option<String>,
     /// Where WAL goes on that cannot be replayed, and why.
@@ -193,9 +201,9 @@ pub async fn info_of(log: &Log) -> Result<Info> {
     };
     for backup in &state.backups {
         let i = info(backup);
-        let restorable = match lives.of(i.system_identifier) {
-            Some(life) => life.restorable(&i, &mut out.windows).await?,
-            None => false,
+        let leads_to = match lives.of(i.system_identifier) {
+            Some(life) => life.leads_to(&i, &mut out.windows).await?,
+            None => Vec::new(),
         };
         out.backups.push(BackupLine {
             id: i.id.clone(),
@@ -217,7 +225,8 @@ pub async fn info_of(log: &Log) -> Result<Info> {
             from_standby: i.from_standby,
             wal_method: i.wal_method.clone(),
             source: i.source.clone(),
-            restorable,
+            restorable: !leads_to.is_empty(),
+            leads_to,
             hold: state.holds.iter().find(|h| h.backup == i.id).map(|h| h.reason.clone()),
             annotations: i.annotations.into_iter().collect(),
         });
@@ -256,25 +265,20 @@ impl Lives {
 }
 
 impl Life {
-    /// Whether the WAL of a backup is complete; adds the windows that it opens.
-    async fn restorable(&mut self, i: &BackupInfo, windows: &mut Vec<Window>) -> Result<bool> {
-        let leads = |h: &&History| match h.end_of(i.stop_timeline) {
-            Ok(None) => true,
-            Ok(Some(end)) => end.0 >= i.stop_lsn,
-            Err(_) => false,
-        };
-        let mut restorable = false;
-        for history in self.coverage.histories().filter(leads) {
+    /// The timelines along which the WAL of a backup is complete; adds the windows that it opens.
+    async fn leads_to(&mut self, i: &BackupInfo, windows: &mut Vec<Window>) -> Result<Vec<u32>> {
+        let mut timelines = Vec::new();
+        for history in self.coverage.leading_from(i.stop_timeline, Lsn(i.stop_lsn)) {
             let reach = self.coverage.reach(history, Lsn(i.start_lsn));
             let end = end_of(&self.archive, history, &reach).await?;
             if end.0 < i.stop_lsn {
                 continue;
             }
-            restorable = true;
+            timelines.push(history.timeline);
             let broken = self.breaks.first(&self.archive, history, Lsn(i.stop_lsn), end).await?;
             add_window(windows, &self.archive, history, i, &reach, end, broken).await?;
         }
-        Ok(restorable)
+        Ok(timelines)
     }
 }
 
@@ -304,10 +308,19 @@ fn timelines(archive: &Archive, coverage: &Coverage) -> Vec<TimelineLine> {
             ranges: wal
                 .ranges()
                 .into_iter()
-                .map(|(first, last)| WalRange {
-                    first: name(timeline, first),
-                    last: name(timeline, last),
-                    segments: last - first + 1,
+                .scan(None, |before, (first, last)| {
+                    let expired = |number| coverage.is_expired(Segment { timeline, number });
+                    let after = before.map(|before: u64| match (before + 1..first).all(expired) {
+                        true => "expired",
+                        false => "gap",
+                    });
+                    *before = Some(last);
+                    Some(WalRange {
+                        first: name(timeline, first),
+                        last: name(timeline, last),
+                        segments: last - first + 1,
+                        after,
+                    })
                 })
                 .collect(),
             stored_bytes: wal.stored_bytes,
@@ -379,7 +392,9 @@ async fn add_window(
         to_lsn,
         from: rfc3339(info.stopped_us),
         to: (newest != 0).then(|| format_time(newest)),
-        hole: (reach.is_hole && broken.is_none()).then(|| reach.missing.name(archive.segment_size)),
+        to_us: newest,
+        hole: (reach.is_hole && !reach.is_expired && broken.is_none())
+            .then(|| reach.missing.name(archive.segment_size)),
         broken: broken.map(|at| format!("wal_level = minimal at {at}")),
     });
     Ok(())

@@ -474,16 +474,25 @@ impl<'a> Choice<'a> {
     }
 
     fn hole_note(&self, reach: &Reach) -> String {
+        let name = reach.missing.name(self.archive.segment_size);
+        let what = match reach.is_expired {
+            true => "has expired",
+            false => "is missing while later WAL is there",
+        };
         format!(
-            "{} is missing while later WAL is there: what comes after {} cannot be reached from this backup",
-            reach.missing.name(self.archive.segment_size),
+            "{name} {what}: what comes after {} cannot be reached from this backup",
             reach.end
         )
     }
 
     fn incomplete(&self, info: &BackupInfo, reach: &Reach, need: &str, lsn: Lsn) -> Error {
+        let state = if reach.is_expired {
+            "has expired"
+        } else {
+            "is not in the repository"
+        };
         Error::not_found(format!(
-            "backup {}: {need} {lsn}, and {} is not in the repository",
+            "backup {}: {need} {lsn}, and {} {state}",
             info.id,
             reach.missing.name(self.archive.segment_size)
         ))

@@ -13,7 +13,7 @@ use super::{BackupVerdict, CONCURRENT, Level, Report};
 use crate::commit::Log;
 use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
-use crate::postgres::segment::History;
+use crate::postgres::segment::{History, WalFile};
 use crate::progress::Progress;
 use crate::restore::reader::Reader;
 use crate::restore::target::info;
@@ -23,12 +23,9 @@ use crate::wal::coverage::Coverage;
 
 /// The kind of a WAL object, by its name; a seal has the name of its segment.
 fn kind(object: &str) -> Option<ObjectKind> {
-    let mut parts = object.rsplit('/');
-    let (file, folder) = (parts.next()?, parts.next()?);
-    if folder.ends_with(".d") {
-        return names::parse_piece(file).map(|_| ObjectKind::WalPiece);
-    }
-    names::parse_wal_file(file).map(|(name, _)| match name.len() {
+    let name = names::parse_wal(object)?;
+    Some(match name.file.len() {
+        _ if name.is_piece => ObjectKind::WalPiece,
         24 => ObjectKind::WalSegment,
         _ => ObjectKind::WalSide,
     })
@@ -56,6 +53,20 @@ async fn open(stanza: &Stanza, object: &str, listed: &BTreeSet<String>) -> Resul
     Ok(bytes.len() as u64)
 }
 
+/// Whether an object is of a segment that has expired.
+fn is_expired(log: &Log, object: &str) -> bool {
+    let Some(name) = names::parse_wal(object) else {
+        return false;
+    };
+    let Ok(archive) = Archive::open(log, Some(name.system_identifier), 0) else {
+        return false;
+    };
+    match WalFile::parse(name.file, archive.segment_size) {
+        Ok(WalFile::Segment(s) | WalFile::Partial(s) | WalFile::BackupHistory(s)) => archive.is_expired(s),
+        _ => false,
+    }
+}
+
 /// The WAL of every incarnation, listed once, and the objects that are bad.
 pub struct Archives {
     bad: BTreeSet<String>,
@@ -80,6 +91,7 @@ impl Archives {
             (object.clone(), opened)
         });
         let mut checks = futures::stream::iter(checks).buffer_unordered(CONCURRENT);
+        let mut vanished = Vec::new();
         while let Some((object, opened)) = checks.next().await {
             report.objects += 1;
             match opened {
@@ -89,10 +101,24 @@ impl Archives {
                 }
                 // Whoever receives replaces pieces; what is missing for good shows in what backups need.
                 Err(error) if error.kind() == Kind::NotFound && kind(&object) == Some(ObjectKind::WalPiece) => {}
+                Err(error) if error.kind() == Kind::NotFound => vanished.push((object, error)),
                 Err(error) => {
                     report.note(&object, &error);
                     bad.insert(object);
                 }
+            }
+        }
+        // What a collector deletes meanwhile has expired.
+        let mut now = log.clone();
+        if !vanished.is_empty()
+            && let Err(error) = now.refresh().await
+        {
+            report.note(names::LOG, &error);
+        }
+        for (object, error) in vanished {
+            if !is_expired(&now, &object) {
+                report.note(&object, &error);
+                bad.insert(object);
             }
         }
         Self {
@@ -166,6 +192,7 @@ async fn check_backup(
     let folder = names::wal_folder(info.system_identifier, reach.missing.timeline);
     // Backups that brought their own WAL promise nothing about what comes after them.
     if reach.is_hole
+        && !reach.is_expired
         && (info.wal_method == "archive" || reach.end < stop)
         && let Some(proof) = coverage.proof_of_more(&history, reach.missing)
     {

@@ -48,6 +48,8 @@ pub struct Archive {
     pub closed: Vec<proto::CloseTimeline>,
     /// Timeline and stop LSN of every backup of this incarnation: WAL was there up to them.
     pub backups: Vec<(u32, Lsn)>,
+    /// WAL of this incarnation that has expired: as good as gone.
+    pub expired: Vec<proto::ExpiredWal>,
     /// The same incarnation in other repositories: whoever reads takes from them what this one does not have.
     pub others: Vec<Archive>,
     /// An object that was fetched while the log was read, with its name.
@@ -84,6 +86,13 @@ impl Archive {
                 .filter_map(|b| b.info.as_ref())
                 .filter(|info| info.system_identifier == incarnation.system_identifier)
                 .map(|info| (info.stop_timeline, Lsn(info.stop_lsn)))
+                .collect(),
+            expired: log
+                .state()
+                .expired_wal
+                .iter()
+                .filter(|wal| wal.system_identifier == incarnation.system_identifier)
+                .cloned()
                 .collect(),
             others: Vec::new(),
             at_hand: None,
@@ -176,6 +185,15 @@ impl Archive {
             header.summary = Some(summary::summarize(content, start, self.segment_size));
         }
         header
+    }
+
+    /// Whether a segment has expired.
+    pub fn is_expired(&self, segment: Segment) -> bool {
+        let (start, end) = (segment.start(self.segment_size).0, segment.end(self.segment_size).0);
+        let of_timeline = self.expired.iter().filter(|wal| wal.timeline == segment.timeline);
+        of_timeline
+            .into_iter()
+            .any(|wal| wal.from_lsn <= start && end <= wal.to_lsn)
     }
 
     /// Where a timeline was closed, if it was.

@@ -52,11 +52,18 @@ pub struct Coverage {
     pub segment_size: u64,
     /// Timelines and positions up to which WAL was once there, because a backup says so.
     proven: Vec<(u32, Lsn)>,
+    /// What has expired, of every repository: timeline, first and last position.
+    expired: Vec<(u32, Lsn, Lsn)>,
 }
 
 /// Everything of an incarnation.
 fn folder(archive: &Archive) -> String {
     format!("{}/{:016x}", names::WAL, archive.system_identifier)
+}
+
+fn ranges(archive: &Archive) -> impl Iterator<Item = (u32, Lsn, Lsn)> {
+    let all = archive.expired.iter();
+    all.map(|wal| (wal.timeline, Lsn(wal.from_lsn), Lsn(wal.to_lsn)))
 }
 
 /// How far WAL goes without a hole.
@@ -70,6 +77,8 @@ pub struct Reach {
     pub has_part: bool,
     /// WAL of this history beyond that segment is, or once was, there: a hole, not the end.
     pub is_hole: bool,
+    /// That segment is not there because it has expired.
+    pub is_expired: bool,
 }
 
 impl Coverage {
@@ -78,7 +87,7 @@ impl Coverage {
         Self {
             timelines,
             segment_size,
-            proven: Vec::new(),
+            ..Default::default()
         }
     }
 
@@ -87,16 +96,15 @@ impl Coverage {
         let mut this = Self::empty(archive);
         let folder = folder(archive);
         for (object, size) in archive.stanza.store().list(&folder).await? {
-            this.add(archive, &object[folder.len() + 1..], size);
+            this.add(archive, &object, size);
         }
         for other in &archive.others {
             match other.stanza.store().list(&folder).await {
-                Ok(listed) => listed
-                    .iter()
-                    .for_each(|(object, size)| this.add(other, &object[folder.len() + 1..], *size)),
+                Ok(listed) => listed.iter().for_each(|(object, size)| this.add(other, object, *size)),
                 Err(error) => tracing::warn!("WAL in {} does not count: {error}", other.stanza.shown()),
             }
             this.proven.extend(&other.backups);
+            this.expired.extend(ranges(other));
         }
         this.read_histories(archive).await?;
         Ok(this)
@@ -118,7 +126,7 @@ impl Coverage {
                 .list_after(&of_timeline, &format!("{of_timeline}/{first}"), &of_timeline)
                 .await?;
             for object in listed {
-                this.add(archive, &object[folder.len() + 1..], 0);
+                this.add(archive, &object, 0);
             }
         }
         this.read_histories(archive).await?;
@@ -129,31 +137,29 @@ impl Coverage {
         Self {
             segment_size: archive.segment_size,
             proven: archive.backups.clone(),
+            expired: ranges(archive).collect(),
             ..Default::default()
         }
     }
 
-    /// Adds an object, by its name below the incarnation's folder. Of a segment, only what stands under the
-    /// ruling archive epoch counts.
+    /// Adds an object. Of a segment, only what stands under the ruling archive epoch counts, and has not expired.
     fn add(&mut self, archive: &Archive, object: &str, size: u64) {
-        let rest: Vec<&str> = object.split('/').collect();
-        let Some(timeline) = rest.first().and_then(|t| u32::from_str_radix(t, 16).ok()) else {
+        let Some(names::WalName {
+            timeline,
+            file: name,
+            epoch,
+            is_piece,
+            ..
+        }) = names::parse_wal(object)
+        else {
             return;
         };
         let wal = self.timelines.entry(timeline).or_default();
         wal.stored_bytes += size;
-        let file = match rest.as_slice() {
-            [_, file] => names::parse_wal_file(file).map(|(name, epoch)| (name, epoch, false)),
-            [_, folder, file] => {
-                names::parse_piece(file).map(|(_, _, epoch)| (folder.trim_end_matches(".d"), epoch, true))
-            }
-            _ => None,
-        };
-        let Some((name, epoch, is_piece)) = file else { return };
         let Ok(WalFile::Segment(segment) | WalFile::Partial(segment)) = WalFile::parse(name, self.segment_size) else {
             return;
         };
-        if epoch != archive.epoch(timeline, segment.start(self.segment_size)) {
+        if epoch != archive.epoch(timeline, segment.start(self.segment_size)) || archive.is_expired(segment) {
             return;
         }
         match is_piece || name.len() != 24 {
@@ -179,12 +185,34 @@ impl Coverage {
         self.timelines.values().filter_map(|wal| wal.history.as_ref())
     }
 
-    /// The oldest segment of which anything is there along a history.
+    /// The histories that lead on from a backup that ended at `stop` of `timeline`.
+    pub fn leading_from(&self, timeline: u32, stop: Lsn) -> impl DoubleEndedIterator<Item = &History> {
+        self.histories().filter(move |history| match history.end_of(timeline) {
+            Ok(end) => end.is_none_or(|end| end >= stop),
+            Err(_) => false,
+        })
+    }
+
+    /// The oldest segment along a history from which on WAL should be continuous, of those of which anything is there:
+    /// before it, WAL may have expired but for what single backups need.
     pub fn oldest(&self, history: &History) -> Option<Segment> {
+        let expired = self.expired.iter().filter_map(|(timeline, from, to)| {
+            let end = history.end_of(*timeline).ok()?.unwrap_or(Lsn(u64::MAX));
+            (*from < end).then_some((*to).min(end).0 / self.segment_size)
+        });
+        let number = expired.max().unwrap_or(0);
         self.along(history, |wal| {
-            wal.segments.first().into_iter().chain(wal.parts.first()).min().copied()
+            let first = [&wal.segments, &wal.parts].map(|known| known.range(number..).next().copied());
+            first.into_iter().flatten().min()
         })
         .min_by_key(|segment| segment.number)
+    }
+
+    /// Whether a segment is absent because it has expired.
+    pub fn is_expired(&self, segment: Segment) -> bool {
+        let (start, end) = (segment.start(self.segment_size), segment.end(self.segment_size));
+        let mut expired = self.expired.iter();
+        expired.any(|(timeline, from, to)| *timeline == segment.timeline && *from <= start && end <= *to)
     }
 
     /// One segment of each timeline of a history, as far as it belongs to it.
@@ -259,6 +287,7 @@ impl Coverage {
             missing,
             has_part: self.has_part(history, number),
             is_hole: self.proof_of_more(history, missing).is_some(),
+            is_expired: self.is_expired(missing),
         }
     }
 

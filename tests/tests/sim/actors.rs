@@ -1,7 +1,9 @@
 //! What the hosts of the simulation do. Everything that decides is the engine's own; only the server is left out:
 //! a backup's files are numbers, and the content of a file follows from its name.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -12,9 +14,11 @@ use fairvault_engine::commit::{Log, fence};
 use fairvault_engine::dedup::{Claim, Index, Place, SessionChunks, confirm_packs, usable_packs};
 use fairvault_engine::error::{Error, Kind};
 use fairvault_engine::expire::rules::{Keep, Retention};
+use fairvault_engine::postgres::segment::{Segment, WalFile};
 use fairvault_engine::restore::plan::Manifest;
 use fairvault_engine::stanza::{Access, Stanza};
 use fairvault_engine::store::Store;
+use fairvault_engine::wal::archive::Archive;
 use fairvault_engine::{env, expire, gc, progress::Progress};
 use fairvault_format::frame::{FRAME_HEADER_LEN, FrameKey};
 use fairvault_format::header::{HEADER_LEN, Kind as ObjectKind, ObjectHeader};
@@ -27,6 +31,8 @@ use prost::Message;
 
 use super::store::World;
 
+/// Bytes of WAL that a segment stands for.
+pub const SEGMENT: u64 = 1 << 20;
 /// Different contents that files can have.
 const CONTENTS: u64 = 14;
 
@@ -115,15 +121,54 @@ async fn store_pack(
     session.announce(log, hash).await
 }
 
+/// Archives the next segment, again and again until that is known to be durable; then the server goes on. Segments of
+/// the simulation are short.
+pub async fn pusher(world: &Arc<World>, position: &AtomicU64) -> Result<()> {
+    let number = position.load(Ordering::SeqCst);
+    let segment = Segment { timeline: 1, number };
+    let push = async {
+        let mut log = open(world).await?;
+        let archive = Archive::open(&log, None, 0)?;
+        let name = segment.name(SEGMENT);
+        archive.put(WalFile::Segment(segment), &name, content(number)).await?;
+        archive.check_fence(&mut log).await
+    };
+    match push.await {
+        Ok(()) => _ = position.compare_exchange(number, number + 1, Ordering::SeqCst, Ordering::SeqCst),
+        Err(error) => passing(error)?,
+    }
+    Ok(())
+}
+
+/// Numbers of the segments that are there.
+pub async fn segments(log: &Log) -> Result<BTreeSet<u64>> {
+    let listed = log.stanza().store().list(names::WAL).await?;
+    let numbers = listed.iter().map(|(object, _)| {
+        let name = names::parse_wal(object).context("a name")?;
+        match WalFile::parse(name.file, SEGMENT)? {
+            WalFile::Segment(segment) => Ok(segment.number),
+            other => bail!("{other:?}"),
+        }
+    });
+    numbers.collect()
+}
+
 /// Takes a backup; returns its id.
-pub async fn backup(world: &Arc<World>) -> Result<String, Error> {
+pub async fn backup(world: &Arc<World>, position: &AtomicU64) -> Result<String, Error> {
     let mut log = open(world).await?;
     let kind = if world.roll(2) == 0 { "full" } else { "incr" };
     let name = |state: &proto::Snapshot| format!("{}-{kind}", state.seq);
     let mut session = Session::begin(&mut log, "backup", name).await?;
     let id = session.backup().to_owned();
     let lease = Lease::take(log.stanza(), session.id(), "backup", NO_BACKUP).await?;
-    let done = transfer(world, &mut log, &mut session, &id, kind).await;
+    let start = position.load(Ordering::SeqCst);
+    let done = match transfer(world, &mut log, &mut session, &id, kind).await {
+        Ok((root, mut info)) => {
+            info.start_lsn = start * SEGMENT + 8;
+            wal_is_there(position, &mut info).await.map(|()| (root, info))
+        }
+        Err(error) => Err(error),
+    };
     let ended = match done {
         Ok((root, info)) => session.commit(&mut log, root, info).await,
         Err(error) => {
@@ -133,6 +178,19 @@ pub async fn backup(world: &Arc<World>) -> Result<String, Error> {
     };
     lease.release().await;
     ended.map(|()| id)
+}
+
+/// Waits until the segment in which the backup ends is archived.
+async fn wal_is_there(position: &AtomicU64, info: &mut BackupInfo) -> Result<(), Error> {
+    let last = position.load(Ordering::SeqCst);
+    info.stop_lsn = last * SEGMENT + 100;
+    for _ in 0..60 {
+        if position.load(Ordering::SeqCst) > last {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_secs(5)).await;
+    }
+    Err(Error::temporary("WAL does not arrive"))
 }
 
 async fn transfer(
@@ -303,6 +361,7 @@ fn passing(error: Error) -> Result<()> {
 pub async fn expirer(world: &Arc<World>) -> Result<()> {
     let retention = Retention {
         full: Some(Keep::Count(1 + world.roll(2) as u32)),
+        wal: [None, Some(0), Some(200)][world.roll(3) as usize],
         ..Default::default()
     };
     let options = expire::Options {

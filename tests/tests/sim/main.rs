@@ -1,8 +1,9 @@
 //! Many hosts on one bad store, in simulated time: writers, collectors, a restore, retention and a fence, with crashes
 //! at any await and hosts that stand still. Everything follows from a seed.
 //!
-//! What must hold at every moment: each backup that the log names can be read in full; what a writer was told is
-//! committed stays until it expires; the log has one order. And in the end, nothing is left over.
+//! What must hold at every moment: each backup that the log names can be read in full, and its WAL is there; what a
+//! writer was told is committed stays until it expires, and so does WAL that was archived; the log has one order. And in
+//! the end, nothing is left over.
 //!
 //! `cargo xtask sim [SEEDS] [FIRST]` runs more of it. Planted bugs show that it would find them.
 
@@ -19,15 +20,17 @@ use anyhow::{Context, Result, ensure};
 use fairvault_engine::commit::Log;
 use fairvault_engine::dedup::Index;
 use fairvault_engine::gc;
+use fairvault_engine::postgres::segment::Segment;
 use fairvault_engine::progress::Progress;
 use fairvault_engine::stanza::Stanza;
 use fairvault_engine::stanza::create::{Cluster, create};
+use fairvault_engine::wal::archive::Archive;
 use fairvault_format::names;
 use fairvault_format::proto::log_entry::Kind as Entry;
 use fairvault_tests::dice::number;
 use tokio::time::{sleep, timeout};
 
-use actors::access;
+use actors::{SEGMENT, access};
 use store::World;
 
 /// Simulated seconds after which nobody starts anything new.
@@ -35,6 +38,8 @@ const DAY_S: u64 = 1500;
 
 /// What writers were told.
 type Told = Arc<Mutex<BTreeSet<String>>>;
+/// The segment that the server archives next: all before it are durable, as it was told.
+type Position = Arc<AtomicU64>;
 
 /// Does something again and again, dying now and then in the middle of it.
 async fn again<F, Fut>(world: Arc<World>, pause_s: u64, mortality: u64, mut act: F) -> Result<()>
@@ -59,9 +64,10 @@ where
 }
 
 /// What must hold at every moment.
-async fn check(world: &Arc<World>, told: &Told) -> Result<Log> {
+async fn check(world: &Arc<World>, told: &Told, position: &Position) -> Result<Log> {
     // Before the repository is looked at: what is told later need not be there.
     let told = told.lock().unwrap().clone();
+    let archived = position.load(Ordering::SeqCst);
     let log = Log::replay(Stanza::open(&access(world.now(), world)).await?).await?;
     let mut there = BTreeSet::new();
     for backup in &log.state().backups {
@@ -76,6 +82,24 @@ async fn check(world: &Arc<World>, told: &Told) -> Result<Log> {
             there.insert(gone.backup.clone());
         }
     }
+    let segments = actors::segments(&log).await?;
+    let newest = log.state().backups.len().saturating_sub(1);
+    for (number, backup) in log.state().backups.iter().enumerate() {
+        let info = backup.info.clone().unwrap_or_default();
+        let last = match number == newest {
+            true => archived.max(info.stop_lsn / SEGMENT + 1),
+            false => info.stop_lsn / SEGMENT + 1,
+        };
+        let missing: Vec<_> = (info.start_lsn / SEGMENT..last)
+            .filter(|n| !segments.contains(n))
+            .collect();
+        ensure!(
+            missing.is_empty(),
+            "WAL that backup {} needs, or that came after it, is gone: {missing:?}",
+            info.id
+        );
+    }
+    ensure!(newest > 0 || (1..archived).all(|n| segments.contains(&n)) || !log.state().expired_wal.is_empty());
     let lost: Vec<_> = told.difference(&there).collect();
     ensure!(lost.is_empty(), "told to be committed, and not in the log: {lost:?}");
     Ok(log)
@@ -86,19 +110,20 @@ async fn day(seed: u64) -> Result<BTreeMap<&'static str, u64>> {
     let cluster = Cluster {
         system_identifier: 7,
         major: 17,
-        wal_segment_size: 16 << 20,
+        wal_segment_size: SEGMENT,
     };
     create(&access(world.store(), &world), cluster, "main").await?;
     // The stanza is no news any more.
     sleep(Duration::from_secs(60)).await;
     world.is_bad.store(true, Ordering::Relaxed);
     let told = Told::default();
-    let committed = told.clone();
+    let position = Position::new(AtomicU64::new(1));
+    let (committed, at) = (told.clone(), position.clone());
     let write = move |world: Arc<World>| {
-        let told = committed.clone();
+        let (told, at) = (committed.clone(), at.clone());
         async move {
             // A writer may fail in any way; what it may not do is to be wrong about success.
-            if let Ok(id) = actors::backup(&world).await {
+            if let Ok(id) = actors::backup(&world, &at).await {
                 told.lock().unwrap().insert(id);
             }
             Ok(())
@@ -107,16 +132,21 @@ async fn day(seed: u64) -> Result<BTreeMap<&'static str, u64>> {
     let checks = async {
         loop {
             sleep(Duration::from_secs(151)).await;
-            check(&world, &told).await?;
+            check(&world, &told, &position).await?;
         }
         #[allow(unreachable_code)]
         Ok::<(), anyhow::Error>(())
     };
     let w = || world.clone();
+    let push = |world: Arc<World>| {
+        let position = position.clone();
+        async move { actors::pusher(&world, &position).await }
+    };
     let work = async {
         tokio::try_join!(
             again(w(), 200, 25, write.clone()),
             again(w(), 300, 25, write.clone()),
+            again(w(), 40, 20, push),
             again(w(), 150, 10, |world| async move { actors::expirer(&world).await }),
             again(w(), 200, 25, |world| async move { actors::collector(&world).await }),
             again(w(), 400, 10, |world| async move { actors::collector(&world).await }),
@@ -139,7 +169,15 @@ async fn day(seed: u64) -> Result<BTreeMap<&'static str, u64>> {
         let log = Log::open(Stanza::open(&access(world.store(), &world)).await?).await?;
         gc::run(&log, &options, &Progress::default()).await?;
     }
-    let log = check(&world, &told).await?;
+    let log = check(&world, &told, &position).await?;
+    let archive = Archive::open(&log, None, 0)?;
+    let gone = |number: &u64| {
+        archive.is_expired(Segment {
+            timeline: 1,
+            number: *number,
+        })
+    };
+    ensure!(!actors::segments(&log).await?.iter().any(gone), "WAL that has expired");
     let stanza = log.stanza().clone();
     let mut used = BTreeSet::new();
     for backup in &log.state().backups {
@@ -169,6 +207,7 @@ async fn day(seed: u64) -> Result<BTreeMap<&'static str, u64>> {
         ("aborts", count(|e| matches!(e, Entry::Abort(_)))),
         ("fences", count(|e| matches!(e, Entry::SetFence(_)))),
         ("expired", count(|e| matches!(e, Entry::Expired(_)))),
+        ("expired WAL", count(|e| matches!(e, Entry::ExpiredWal(_)))),
         ("sweeps", count(|e| matches!(e, Entry::GcSwept(_)))),
         ("entries", log.entries().len() as u64),
     ]))
@@ -224,6 +263,7 @@ fn planted_bugs_are_found() -> Result<()> {
         ("marked packs", "marked packs are used"),
         ("leases", "leases are not looked at"),
         ("exists", "any answer \"exists\" is taken for our own"),
+        ("expired wal", "WAL expires that a backup at work needs"),
         ("unclear", "an unclear answer is taken for success"),
     ] {
         let run = Command::new(std::env::current_exe()?)
