@@ -107,7 +107,7 @@ fn a_writer_never_deletes_and_the_collector_has_credentials_of_its_own() -> Resu
     s.backup_id(&["--type", "full", "--wal", "stream"])?;
     s.ok(&["expire", "acme"])?;
     let (exit, text) = s.fairvault(&["gc", "acme", "--patience", "1s", "--progress", "none"]);
-    ensure!(exit != 0 && text.contains("deleter"), "{exit} {text}");
+    ensure!(exit == 1 && text.contains("refused the credentials"), "{exit} {text}");
     ensure!(!proxy.denied().is_empty());
     bucket.use_key("writer", &deleter)?;
     s.ok(&["gc", "acme", "--patience", "1s", "--progress", "none"])?;

@@ -474,3 +474,48 @@ fn a_tail_that_is_in_one_repository_only_is_enough() -> Result<()> {
     // Both can be read, and what one does not have is no hole.
     restores(&s, "r", &[], "1500").map(drop)
 }
+
+#[test]
+fn wal_that_has_expired_in_the_second_does_not_come_again() -> Result<()> {
+    let s = fixture(
+        "copyexpired",
+        true,
+        "",
+        "repo_retention.second = { full = 1, wal = \"0s\" }",
+    )?;
+    for _ in 0..2 {
+        insert(&s, 20_000)?;
+        s.backup_id(&["--type", "full"])?;
+        s.flush_archive(&s.server)?;
+    }
+    copy(&s, &[])?;
+    let before = segment_objects(&s, "second").len();
+    s.ok(&["--repo", "second", "expire", "acme"])?;
+    s.ok(&[
+        "--repo",
+        "second",
+        "gc",
+        "acme",
+        "--patience",
+        "1s",
+        "--progress",
+        "none",
+    ])?;
+    let after = segment_objects(&s, "second").len();
+    ensure!(after < before, "{after} of {before} segments are left");
+    let again = copy(&s, &[])?;
+    ensure!(
+        number(&again, "segments")? == 0 && segment_objects(&s, "second").len() == after,
+        "{again}"
+    );
+    s.ok(&["check", "acme"])?;
+    // The next backup is copied with its WAL, and what the second keeps is whole.
+    insert(&s, 100)?;
+    s.backup_id(&["--type", "incr"])?;
+    s.flush_archive(&s.server)?;
+    copy(&s, &[])?;
+    verified(&s, "second")?;
+    hide(&s, "vault")?;
+    restores(&s, "alone", &[], "40100")?;
+    show(&s, "vault")
+}

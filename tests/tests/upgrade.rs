@@ -203,6 +203,12 @@ fn a_stanza_goes_on_after_pg_upgrade() -> Result<()> {
     s.ok(&["expire", "acme"])?;
     ensure!(!s.ok(&["info", "acme"])?.contains(&before));
     s.ok(&["gc", "acme", "--patience", "1s", "--progress", "none"])?;
+    // With the last backup of the old cluster, its WAL has gone; histories stay.
+    let left = s.objects(&folder(&old_id)?);
+    ensure!(
+        left.iter().all(|path| path.display().to_string().contains(".history")),
+        "{left:?}"
+    );
     s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
     restores(&s, "again", &[], "1003")
 }
