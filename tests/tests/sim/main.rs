@@ -1,8 +1,9 @@
-//! Many hosts on one bad store, in simulated time: writers, collectors, a restore, retention and a fence, with crashes
-//! at any await and hosts that stand still. Everything follows from a seed.
+//! Many hosts on one bad store, in simulated time: writers, collectors, a restore, retention, a fence and rotations of
+//! keys, with crashes at any await and hosts that stand still. Everything follows from a seed.
 //!
 //! What must hold at every moment: each backup that the log names can be read in full; what a writer was told is
-//! committed stays until it expires; the log has one order. And in the end, nothing is left over.
+//! committed stays until it expires; the log has one order, and nobody writes into it what is void. And in the end,
+//! nothing is left over.
 //!
 //! `cargo xtask sim [SEEDS] [FIRST]` runs more of it. Planted bugs show that it would find them.
 
@@ -63,6 +64,8 @@ async fn check(world: &Arc<World>, told: &Told) -> Result<Log> {
     // Before the repository is looked at: what is told later need not be there.
     let told = told.lock().unwrap().clone();
     let log = Log::replay(Stanza::open(&access(world.now(), world)).await?).await?;
+    let void: Vec<u64> = (1..=log.state().seq).filter(|seq| log.is_void(*seq)).collect();
+    ensure!(void.is_empty(), "written by who had not read what was before: {void:?}");
     let mut there = BTreeSet::new();
     for backup in &log.state().backups {
         let id = backup.info.as_ref().map(|info| info.id.clone()).unwrap_or_default();
@@ -122,6 +125,7 @@ async fn day(seed: u64) -> Result<BTreeMap<&'static str, u64>> {
             again(w(), 400, 10, |world| async move { actors::collector(&world).await }),
             again(w(), 200, 10, |world| async move { actors::restore(&world).await }),
             again(w(), 1500, 0, |world| async move { actors::fencer(&world).await }),
+            again(w(), 1500, 25, |world| async move { actors::rotator(&world).await }),
         )
     };
     tokio::select! {
@@ -168,6 +172,7 @@ async fn day(seed: u64) -> Result<BTreeMap<&'static str, u64>> {
         ("commits", count(|e| matches!(e, Entry::Commit(_)))),
         ("aborts", count(|e| matches!(e, Entry::Abort(_)))),
         ("fences", count(|e| matches!(e, Entry::SetFence(_)))),
+        ("rotations", count(|e| matches!(e, Entry::KeyEpoch(_)))),
         ("expired", count(|e| matches!(e, Entry::Expired(_)))),
         ("sweeps", count(|e| matches!(e, Entry::GcSwept(_)))),
         ("entries", log.entries().len() as u64),
