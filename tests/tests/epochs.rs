@@ -12,15 +12,13 @@ use fairvault_engine::stanza::create::{create, new_keys};
 use fairvault_engine::stanza::memory::Memory;
 use fairvault_engine::stanza::rotate::{self, Options, Rotated};
 use fairvault_engine::stanza::{Access, Stanza, slots};
-use fairvault_engine::store::Store;
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::keys::{EpochKeys, Secret};
-use fairvault_format::log::seal_entry;
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use fairvault_format::{names, object, sha256};
 use fairvault_tests::Scratch;
 
-use stores::{CLUSTER, Fault, Faulty, access, key, memory};
+use stores::{CLUSTER, Fault, Faulty, access, forge, key, memory};
 
 async fn open(access: &Access) -> Result<Log, Error> {
     Log::open(Stanza::open(access).await?).await
@@ -54,22 +52,6 @@ fn hold(backup: &str) -> Entry {
         backup: backup.to_owned(),
         ..Default::default()
     })
-}
-
-/// Puts an entry behind the last one of a log, as somebody with these keys would.
-async fn forge(store: &Store, log: &Log, keys: &EpochKeys, kind: Entry, snapshot: Vec<u8>) -> Result<()> {
-    let entry = proto::LogEntry {
-        seq: log.state().seq + 1,
-        previous: log.state().head.clone(),
-        fence: log.state().fence,
-        snapshot,
-        kind: Some(kind),
-        ..Default::default()
-    };
-    let sealed = seal_entry(keys, log.stanza().scope(), [entry.seq as u8; 32], &entry)?;
-    let name = format!("acme/{}", names::log_context(entry.seq));
-    store.put_hashed(&name, Bytes::from(sealed).into()).await?;
-    Ok(())
 }
 
 #[tokio::test]

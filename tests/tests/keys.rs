@@ -1,9 +1,16 @@
 //! Keys are rotated under a real server: backups and WAL from before and after restore, with the secret that rules, and
 //! whoever is at work goes on with the new keys or begins anew.
 
+mod stores;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use fairvault_engine::commit::Log;
+use fairvault_engine::stanza::Stanza;
+use fairvault_engine::store::url::RepositoryUrl;
+use fairvault_format::keys::Secret;
+use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use fairvault_tests::fixture::{Fixture, SMALL, Shape, field, files, refused};
 use fairvault_tests::receiver::{Receiver, wait_until_durable};
 use fairvault_tests::tools::reader;
@@ -111,14 +118,7 @@ fn backups_from_before_and_after_a_rotation_restore() -> Result<()> {
     s.sql("select pg_create_restore_point('after')")?;
     fill(&s, 1)?;
     s.flush_archive(&s.server)?;
-    ensure!(
-        s.objects("log")
-            .iter()
-            .map(|path| epoch_of(path))
-            .last()
-            .context("an entry")??
-            == 2
-    );
+    ensure!(epoch_of(s.objects("log").last().context("an entry")?)? == 2);
 
     all_good(&s, &[])?;
     restores(&s, "a", &["--target-name", "before"], "20001")?;
@@ -185,8 +185,9 @@ fn a_new_secret_opens_everything_and_the_old_one_what_was() -> Result<()> {
     refused(s.fairvault(&rotate), 1, "spare")?;
     let rotate = [&rotate[..], &["--drop-slots"]].concat();
     // It dies when the slots are there, and the entry is not: all goes on as before.
-    let mut dying = s.command(&rotate);
-    dying.env("FAIRVAULT_FAULT", "rotate");
+    let mut dying = s.scratch.command("env");
+    dying.arg("FAIRVAULT_FAULT=rotate").arg(s.path("fairvault"));
+    dying.args(&s.options).args(&rotate);
     refused(fairvault_tests::code(&mut dying), 1, "dies before its entry")?;
     let list = s.ok(&["key", "list", "acme"])?;
     ensure!(
@@ -262,6 +263,54 @@ fn a_new_secret_opens_everything_and_the_old_one_what_was() -> Result<()> {
         ensure!(audit.contains(said), "{said:?} is not in\n{audit}");
     }
     Ok(())
+}
+
+/// What somebody says with the old keys that are left to them, as an entry behind the last one.
+fn say_with_old_keys(s: &Fixture, kind: Entry) -> Result<()> {
+    let url = RepositoryUrl {
+        url: format!("file://{}", s.path("vault")),
+        ..Default::default()
+    };
+    let store = url.open(false)?;
+    let secret = Secret::from_text(&std::fs::read(s.path("key"))?)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let log = Log::open(Stanza::open(&stores::access(&store, Some(secret))).await?).await?;
+        let old = log.stanza().keys_of(1)?.clone();
+        stores::forge(&store, &log, &old, kind, Vec::new()).await
+    })
+}
+
+#[test]
+fn what_old_keys_say_is_void_for_every_reader() -> Result<()> {
+    let s = Fixture::new("void", Shape::default())?;
+    s.sql("create table t (x text)")?;
+    let id = s.backup_id(&[])?;
+    s.ok(&["key", "rotate", "acme"])?;
+    let expired = proto::Expired {
+        backup: id.clone(),
+        ..Default::default()
+    };
+    say_with_old_keys(&s, Entry::Expired(expired))?;
+    // A host that has seen the log before, one that has not, and a reader that shares no code with them.
+    let cache = s.path("elsewhere");
+    for more in [&[][..], &["--cache", &cache]] {
+        ensure!(s.ok(&[&["info", "acme"], more].concat())?.contains(&id));
+    }
+    let (vault, key) = (s.path("vault"), s.path("key"));
+    let list = || reader(&[&vault, "list", "acme", "--key-file", &key]);
+    ensure!(list()?.contains(&id));
+    let audit = s.ok(&["audit", "acme"])?;
+    let line = audit
+        .lines()
+        .find(|line| line.contains(&format!("backup {id} has expired")));
+    ensure!(line.context("a line")?.contains("VOID"), "{audit}");
+    ensure!(audit.matches("VOID").count() == 1, "{audit}");
+    // The log goes on behind it.
+    let next = s.backup_id(&[])?;
+    ensure!(list()?.contains(&id) && list()?.contains(&next));
+    s.ok(&[&["gc", "acme", "--patience", "1s"], &QUIET[..]].concat())?;
+    all_good(&s, &[])
 }
 
 #[test]
@@ -411,7 +460,7 @@ fn copies_go_on_over_rotations_on_both_sides() -> Result<()> {
     copy()?;
     for repository in ["main", "second"] {
         all_good(&s, &["--repo", repository])?;
-        restores(&s, repository, &["--repo", repository], "10030")?;
+        restores(&s, &format!("of-{repository}"), &["--repo", repository], "10030")?;
     }
     Ok(())
 }

@@ -185,13 +185,13 @@ pub async fn rotate(log: &Log, access: &Access, options: &Options, plan: Plan) -
     if has_fault("rotate") {
         return Err(Error::failed("the rotation dies before its entry, as was asked for"));
     }
-    // With the new secret alone, from the repository alone: what does not open now must not be named.
+    // With the new secret alone, from the repository alone, all of the log: what does not open now must not be named.
     let proof = Access {
         secret: secret.cloned(),
         memory: None,
         ..access.clone()
     };
-    let mut log = Log::open(Stanza::open(&proof).await?).await?;
+    let mut log = Log::replay(Stanza::open(&proof).await?).await?;
     let opened = log.stanza().clone();
     if opened.keys_of(keys.epoch)?.encode() != keys.encode() {
         return Err(held());
