@@ -1,11 +1,13 @@
 //! The command line, as clap knows it. What options mean is decided in `context` and in the commands.
 
+mod key;
 mod wal;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use key::{KeyCommand, RotateArgs};
 pub use wal::{GetArgs, PushArgs, ReceiveArgs, WalCommand};
 
 /// PostgreSQL backup, WAL archive and point-in-time recovery into an encrypted, deduplicating repository.
@@ -520,48 +522,4 @@ pub struct RestoreArgs {
     /// How progress looks
     #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
     pub progress: ProgressMode,
-}
-
-/// Verbs of `key`.
-#[derive(Debug, Subcommand)]
-pub enum KeyCommand {
-    /// Make a new key file (mode 0600); it is needed for every restore
-    Generate {
-        /// The new file
-        file: PathBuf,
-    },
-    /// List the slots that open a stanza
-    List {
-        /// Stanza
-        stanza: String,
-    },
-    /// Does the configured key open everything that the repository holds?
-    Check {
-        /// Stanza
-        stanza: String,
-    },
-    /// Write the stanza's key slots into a file, for a safe or on paper: together with a key or passphrase they open it
-    Export {
-        /// Stanza
-        stanza: String,
-        /// The new file (mode 0600)
-        file: PathBuf,
-    },
-    /// Bring key slots back that were lost in the repository
-    Import {
-        /// Stanza
-        stanza: String,
-        /// What `key export` has written
-        file: PathBuf,
-    },
-    /// Add a slot, so that another key or passphrase opens the stanza too
-    AddSlot {
-        /// Stanza
-        stanza: String,
-        /// Name of the slot
-        name: String,
-        /// File with the other key or passphrase
-        #[arg(long, value_name = "FILE")]
-        secret_file: PathBuf,
-    },
 }

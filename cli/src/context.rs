@@ -213,6 +213,11 @@ impl Context {
 
     /// Opens a stanza's log with the credentials that may delete, where there are such.
     pub async fn open_log_to_delete(&self, repository: &str, stanza: &str) -> Result<Log> {
+        Ok(self.open_to_delete(repository, stanza).await?.0)
+    }
+
+    /// The same, and how it was opened.
+    pub async fn open_to_delete(&self, repository: &str, stanza: &str) -> Result<(Log, Access)> {
         let mut access = self.access(repository, stanza, false, true)?;
         if let Some(deleter) = self.config.repo.get(repository).and_then(|repo| repo.deleter.as_ref()) {
             let url = RepositoryUrl {
@@ -224,7 +229,8 @@ impl Context {
             };
             access.repository = url.open(false)?;
         }
-        Log::open(Stanza::open(&access).await?).await
+        let log = Log::open(Stanza::open(&access).await?).await?;
+        Ok((log, access))
     }
 
     /// What is kept of a stanza in a repository: the most particular of what is configured.

@@ -28,7 +28,7 @@ pub struct Line {
     pub kind: &'static str,
     /// What it says.
     pub what: String,
-    /// Its writer had been fenced before: it has no effect.
+    /// Its writer had been fenced before, or had keys that were rotated before: it has no effect.
     pub void: bool,
 }
 
@@ -44,15 +44,8 @@ pub struct Audit {
 /// Reads and verifies a stanza's log.
 pub async fn read(stanza: Arc<Stanza>) -> Result<Audit> {
     let log = Log::replay(stanza).await?;
-    let mut fence = 0;
-    let mut lines = Vec::with_capacity(log.entries().len());
-    for entry in log.entries() {
-        let void = entry.fence < fence;
-        if let (false, Some(Entry::SetFence(newer))) = (void, &entry.kind) {
-            fence = fence.max(newer.fence);
-        }
-        lines.push(line(entry, void));
-    }
+    let entries = log.entries().iter();
+    let lines = entries.map(|entry| line(entry, log.is_void(entry.seq))).collect();
     Ok(Audit {
         lines,
         head: hex::encode(&log.state().head),
@@ -148,7 +141,10 @@ fn words(entry: &Entry) -> (&'static str, String) {
                 format!("what entry {} marked was collected, but {kept} packs", swept.mark),
             )
         }
-        Entry::KeyEpoch(epoch) => ("key-epoch", format!("key epoch {} began", epoch.epoch)),
+        Entry::KeyEpoch(epoch) => (
+            "key-epoch",
+            format!("key epoch {} began, opened by {}", epoch.epoch, epoch.slots.join(", ")),
+        ),
         Entry::Policy(policy) => {
             let (age, fulls) = (policy.minimum_retention_s, policy.minimum_full);
             (
@@ -186,10 +182,13 @@ fn words(entry: &Entry) -> (&'static str, String) {
                 "" => String::new(),
                 subject => format!(" of backup {subject}"),
             };
-            let mib = operation.bytes.div_ceil(1 << 20);
+            let amount = match operation.bytes.div_ceil(1 << 20) {
+                0 => String::new(),
+                mib => format!(", {mib} MiB"),
+            };
             (
                 "operation",
-                format!("{}{subject}, {mib} MiB: {}", operation.what, operation.result),
+                format!("{}{subject}{amount}: {}", operation.what, operation.result),
             )
         }
         Entry::Erasure(erasure) => (

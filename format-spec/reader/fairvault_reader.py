@@ -261,7 +261,7 @@ class Stanza:
         require((kind == "genesis") == (seq == 1), f"{where}: {kind} does not belong here")
         if kind == "genesis":
             self._genesis(entry.genesis, header, where)
-        require(header.epoch == self.newest_epoch, f"{where}: is of key epoch {header.epoch}, not the newest")
+        require(header.epoch <= self.newest_epoch, f"{where}: no entry before it names key epoch {header.epoch}")
         require(signed.role == 2 or (signed.role == 1 and kind in WRITER_MAY),
                 f"{where}: {kind} signed by a role that may not say it")
         epoch = self.keys.epochs[header.epoch]
@@ -271,7 +271,7 @@ class Stanza:
         except (InvalidSignature, ValueError):
             raise Damaged(f"{where}: the signature is wrong") from None
         require(seq % 16 or len(entry.snapshot) == 32, f"{where}: names no snapshot")
-        if entry.fence >= self.fence:
+        if entry.fence >= self.fence and header.epoch == self.newest_epoch:
             self._apply(kind, getattr(entry, kind), where)
         elif kind == "begin":  # void: this session is never open
             self.sessions.setdefault(entry.begin.session, False)
@@ -298,8 +298,7 @@ class Stanza:
             self.backups.pop(body.backup, None)
         elif kind == "incarnation":
             self.lives.append(body.system_identifier)
-        elif kind == "key_epoch":
-            require(body.epoch > self.newest_epoch, f"{where}: key epoch {body.epoch} is not new")
+        elif kind == "key_epoch" and body.epoch > self.newest_epoch:
             self._add_epoch(body, where)
 
     def _place(self, commit: Any) -> None:

@@ -12,21 +12,21 @@ use crate::{limits, names};
 
 const SIGNED_PREFIX: &[u8] = b"fairvault/1 log entry";
 
-/// The public keys that may sign in a stanza: those of every key epoch seen so far.
+/// The public keys that may sign in a stanza: those of every key epoch seen so far, each for entries of its epoch.
 #[derive(Debug, Clone, Default)]
 pub struct Signers {
-    writers: Vec<[u8; 32]>,
-    operators: Vec<[u8; 32]>,
+    writers: Vec<(u32, [u8; 32])>,
+    operators: Vec<(u32, [u8; 32])>,
 }
 
 impl Signers {
     /// Adds the role keys of an epoch.
     pub fn add(&mut self, epoch: &crate::proto::KeyEpoch) {
         if let Ok(key) = epoch.writer_public_key.as_slice().try_into() {
-            self.writers.push(key);
+            self.writers.push((epoch.epoch, key));
         }
         if let Ok(key) = epoch.operator_public_key.as_slice().try_into() {
-            self.operators.push(key);
+            self.operators.push((epoch.epoch, key));
         }
     }
 }
@@ -91,7 +91,8 @@ pub fn seal_entry(keys: &EpochKeys, scope: &Scope, salt: [u8; 32], entry: &LogEn
 }
 
 /// Opens entry `seq`, checks its signature and its place. `previous` is the SHA-256 of the entry before.
-/// For entry 1 the signers come from the entry itself, and the caller compares them with its own keys.
+/// For entry 1 the signers come from the entry itself, and the caller compares them with its own keys. Whether the epoch
+/// of `keys` rules at that place, the caller decides.
 pub fn open_entry(
     keys: &EpochKeys,
     scope: &Scope,
@@ -145,7 +146,8 @@ pub fn open_entry(
     let good = Signature::from_slice(&signed.signature).is_ok_and(|signature| {
         allowed
             .iter()
-            .filter_map(|key| VerifyingKey::from_bytes(key).ok())
+            .filter(|(epoch, _)| *epoch == keys.epoch)
+            .filter_map(|(_, key)| VerifyingKey::from_bytes(key).ok())
             .any(|key| key.verify_strict(&message, &signature).is_ok())
     });
     if !good {

@@ -256,6 +256,7 @@ fn the_members_of_json_objects_are_the_documented_ones() -> Result<()> {
     note(&["audit", "acme"], true)?;
     note(&["key", "list", "acme"], true)?;
     note(&["key", "check", "acme"], true)?;
+    note(&["key", "rotate", "acme"], true)?;
     let to = s.path("copy");
     note(
         &["restore", "--dry-run", "acme", "--to", &to, "--progress", "none"],

@@ -38,7 +38,7 @@ pub async fn run(context: &Context, stanza: &str) -> Result<Outcome> {
                 line.host,
                 line.what,
                 if line.void {
-                    "  (VOID: its writer had been fenced)"
+                    "  (VOID: its writer had been fenced, or had old keys)"
                 } else {
                     ""
                 }

@@ -1,20 +1,21 @@
-//! `key generate`, `list`, `add-slot`, `check`, `export`, `import`.
+//! `key generate`, `list`, `add-slot`, `remove-slot`, `rotate`, `check`, `export`, `import`.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use fairvault_engine::commit::Log;
-use fairvault_engine::env::{self, Env, SystemEnv};
-use fairvault_engine::error::{Error, Result};
+use fairvault_engine::env::{self, SystemEnv};
+use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::restore::plan::Manifest;
-use fairvault_engine::stanza::{Access, Stanza};
+use fairvault_engine::stanza::{Access, Stanza, rotate, slots};
 use fairvault_engine::store::Created;
 use fairvault_format::keys::{self, Secret};
 use fairvault_format::{limits, names};
 
 use super::Outcome;
-use crate::args::{KeyCommand, Output};
+use crate::args::{KeyCommand, Output, RotateArgs};
 use crate::context::{Context, secret_from_file};
 use crate::output;
 
@@ -31,6 +32,8 @@ pub async fn run(context: &Context, command: KeyCommand) -> Result<Outcome> {
             name,
             secret_file,
         } => add_slot(context, &stanza, &name, &secret_file).await,
+        KeyCommand::RemoveSlot { stanza, name } => remove_slot(context, &stanza, &name).await,
+        KeyCommand::Rotate(args) => rotate(context, &args).await,
     }
 }
 
@@ -56,25 +59,38 @@ fn generate(path: &std::path::Path) -> Result<Outcome> {
 async fn list(context: &Context, stanza: &str) -> Result<Outcome> {
     let mut all = Vec::new();
     for repository in context.repositories(Some(stanza))? {
-        let access = context.access(&repository, stanza, false, true)?;
-        let opened = Stanza::open(&access).await?;
-        for (name, _) in opened.store().list(names::KEYS).await? {
-            let slot = keys::decode_slot(&opened.store().get(&name, limits::SLOT_BYTES).await?, &name)?;
-            let kind = slot
-                .kind()
-                .as_str_name()
-                .trim_start_matches("SLOT_")
-                .to_lowercase()
-                .replace('_', "-");
+        let log = context.open_log_in(&repository, stanza, true).await?;
+        let named: Vec<u32> = log.state().key_epochs.iter().map(|named| named.epoch).collect();
+        let slots = slots::all(log.stanza()).await?;
+        for object in &slots {
+            let kind = object.slot.as_ref().map(|slot| {
+                let kind = slot.kind().as_str_name().trim_start_matches("SLOT_");
+                kind.to_lowercase().replace('_', "-")
+            });
+            let kind = kind.unwrap_or_else(|| "unreadable".to_owned());
+            let (epoch, name, in_use) = (object.epoch, &object.name, named.contains(&object.epoch));
             if context.global.output == Output::Text {
-                output::line(format_args!(
-                    "{repository}: epoch {} slot {} ({kind})",
-                    slot.epoch, slot.name
-                ));
+                let unused = if in_use {
+                    ""
+                } else {
+                    ", of a rotation that was not finished"
+                };
+                output::line(format_args!("{repository}: epoch {epoch} slot {name} ({kind}{unused})"));
             }
             all.push(
-                serde_json::json!({ "repository": repository, "epoch": slot.epoch, "slot": slot.name, "kind": kind }),
+                serde_json::json!({ "repository": repository, "epoch": epoch, "slot": name, "kind": kind, "in_use": in_use }),
             );
+        }
+        let names: BTreeSet<&str> = slots.iter().map(|object| object.name.as_str()).collect();
+        for name in names.into_iter().filter(|_| context.global.output == Output::Text) {
+            let opens = |epoch: &u32| slots.iter().any(|o| o.name == name && o.epoch == *epoch);
+            let missing: Vec<_> = named.iter().filter(|epoch| !opens(epoch)).map(u32::to_string).collect();
+            if !missing.is_empty() {
+                let missing = missing.join(", ");
+                output::line(format_args!(
+                    "{repository}: slot {name} does not open key epoch {missing}"
+                ));
+            }
         }
     }
     if context.global.output == Output::Json {
@@ -83,42 +99,116 @@ async fn list(context: &Context, stanza: &str) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-async fn add_slot(context: &Context, stanza: &str, name: &str, secret_file: &std::path::Path) -> Result<Outcome> {
-    names::check_name("slot name", name)?;
+async fn add_slot(context: &Context, stanza: &str, name: &str, secret_file: &Path) -> Result<Outcome> {
     let secret = secret_from_file(secret_file)?;
     for repository in context.repositories(Some(stanza))? {
         let access = context.access(&repository, stanza, false, true)?;
-        let opened = Stanza::open(&access).await?;
-        if !opened.has_secret() {
-            return Err(Error::refused(format!(
-                "stanza {stanza} is not encrypted: a slot would protect nothing"
-            )));
+        let mut log = open(&access).await?;
+        match slots::add(&mut log, &access, name, &secret).await? {
+            0 => output::line(format_args!(
+                "{repository}: nothing to do, slot {name} opens all of stanza {stanza}"
+            )),
+            _ => output::line(format_args!("{repository}: slot {name} opens stanza {stanza} now")),
         }
-        let keys = opened.keys();
-        let sealed = keys::seal_slot(
-            opened.scope(),
-            keys,
-            name,
-            Some(&secret),
-            keys::default_argon2(),
-            env::salt(&SystemEnv)?,
-            SystemEnv.now_us(),
-        )?;
-        if let Created::Lost(_) = opened
-            .store()
-            .create(&names::slot(keys.epoch, name), sealed.into(), limits::SLOT_BYTES)
-            .await?
-        {
-            return Err(
-                Error::refused(format!("stanza {stanza} already has a slot {name:?}")).remedy("choose another name")
-            );
-        }
-        if let Some(memory) = &access.memory {
-            memory.forget_slots(&access);
-        }
-        output::line(format_args!("{repository}: slot {name} opens stanza {stanza} now"));
     }
     Ok(Outcome::Done)
+}
+
+async fn remove_slot(context: &Context, stanza: &str, name: &str) -> Result<Outcome> {
+    let mut removed = 0;
+    let mut not_found = None;
+    for repository in context.repositories(Some(stanza))? {
+        let (mut log, access) = context.open_to_delete(&repository, stanza).await?;
+        let count = match slots::remove(&mut log, &access, name).await {
+            // An earlier run got as far as here, or it was never in this one.
+            Err(error) if error.kind() == Kind::NotFound => {
+                not_found = Some(error);
+                continue;
+            }
+            count => count?,
+        };
+        removed += count;
+        output::line(format_args!(
+            "{repository}: slot {name} is removed ({count} objects). That takes nothing back: whoever has its secret and a copy of \
+             it, or a host that remembers it, still opens what there is. If the secret is no longer trusted: fairvault key rotate {stanza}"
+        ));
+    }
+    match not_found {
+        Some(error) if removed == 0 => Err(error),
+        _ => Ok(Outcome::Done),
+    }
+}
+
+/// In every repository, or nothing is begun in any.
+async fn rotate(context: &Context, args: &RotateArgs) -> Result<Outcome> {
+    let stanza = &args.stanza;
+    let options = rotate::Options {
+        new_secret: args.new_secret_file.as_deref().map(secret_from_file).transpose()?,
+        slot: args.slot.clone(),
+        drop_slots: args.drop_slots,
+    };
+    let mut planned = Vec::new();
+    for repository in context.repositories(Some(stanza))? {
+        let access = context.access(&repository, stanza, false, true)?;
+        let context = || format!("repository {repository}; nothing was rotated");
+        let mut log = match open(&access).await {
+            // An earlier run got as far as here.
+            Err(error) if error.kind() == Kind::Refused && is_done(&access, &options).await => {
+                output::line(format_args!(
+                    "{repository}: nothing to do, the new secret opens it, and the configured one does not open what comes"
+                ));
+                continue;
+            }
+            opened => opened.context(context)?,
+        };
+        let plan = rotate::plan(&mut log, &access, &options).await.context(context)?;
+        planned.push((repository, access, log, plan));
+    }
+    let mut all = Vec::new();
+    for (repository, access, log, plan) in planned {
+        let done = rotate::rotate(&log, &access, &options, plan).await;
+        let done = done.context(|| format!("rotating the keys in repository {repository}"))?;
+        if context.global.output == Output::Text {
+            output::line(format_args!(
+                "{repository}: key epoch {} follows on {}, opened by slot {}. What is there stays readable; the next full backup \
+                 stores everything anew",
+                done.to,
+                done.from,
+                done.slots.join(", ")
+            ));
+            if !done.dropped.is_empty() {
+                output::line(format_args!(
+                    "{repository}: does not open what comes from now on: slot {}",
+                    done.dropped.join(", ")
+                ));
+            }
+        }
+        all.push(
+            serde_json::json!({ "repository": repository, "from": done.from, "to": done.to, "slots": done.slots,
+            "dropped": done.dropped }),
+        );
+    }
+    if context.global.output == Output::Json {
+        output::json("key-rotate", &serde_json::json!({ "stanza": stanza, "rotated": all }));
+    } else if args.new_secret_file.is_some() {
+        output::line("Configure the new secret now, on every host of the stanza: the old one is refused from here on.");
+    }
+    Ok(Outcome::Done)
+}
+
+async fn open(access: &Access) -> Result<Log> {
+    Log::open(Stanza::open(access).await?).await
+}
+
+/// Whether the new secret opens everything that the log of a repository names.
+async fn is_done(access: &Access, options: &rotate::Options) -> bool {
+    let with_new = Access {
+        secret: options.new_secret.clone(),
+        memory: None,
+        ..access.clone()
+    };
+    // The configured one is not just any secret.
+    options.new_secret.is_some() && Stanza::open(access).await.is_ok() && open(&with_new).await.is_ok()
 }
 
 /// Opens everything anew, from the repository alone.

@@ -1,28 +1,29 @@
 //! The stanza's log: one total order of everything that was decided.
 //!
 //! What always holds: an entry is appended only after everything before it was read, so that whoever wins
-//! a sequence number has seen the whole past; a fenced writer learns of it before its entry counts; a log
-//! that is shorter than, or different from, what this host saw before is refused.
+//! a sequence number has seen the whole past; a fenced writer learns of it before its entry counts; what is
+//! written is of the newest key epoch, and what older keys have written since is void; a log that is shorter
+//! than, or different from, what this host saw before is refused.
 
+mod epochs;
 pub mod fence;
 pub mod lease;
 pub mod session;
+mod snapshots;
 pub mod state;
 
 use std::sync::Arc;
 
-use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::log::{Signers, open_entry, seal_entry};
 use fairvault_format::proto::{self, LogEntry, Snapshot, log_entry::Kind as Entry};
-use fairvault_format::{limits, names, object, sha256};
+use fairvault_format::{limits, names, sha256};
 
 use crate::env;
 use crate::error::{Error, Kind, Result};
 use crate::stanza::Stanza;
 use crate::store::Created;
+pub use epochs::rotated;
 
-/// How many snapshots are tried before the log is read from its beginning.
-const SNAPSHOT_TRIES: usize = 3;
 /// How long a note may take: nobody waits for it.
 const NOTE_TIME: std::time::Duration = std::time::Duration::from_secs(10);
 /// Entries fetched at once.
@@ -36,6 +37,8 @@ pub struct Log {
     signers: Signers,
     /// All entries, where they are kept.
     entries: Option<Vec<LogEntry>>,
+    /// Numbers of entries that were read and have no effect: a fence or a rotation of keys came before.
+    void: Vec<u64>,
 }
 
 impl Log {
@@ -46,6 +49,7 @@ impl Log {
             state: Snapshot::default(),
             signers: Signers::default(),
             entries: None,
+            void: Vec::new(),
         }
     }
 
@@ -87,6 +91,11 @@ impl Log {
         self.entries.as_deref().unwrap_or_default()
     }
 
+    /// Whether an entry of a log that was replayed is void: its writer had been fenced before, or had old keys.
+    pub fn is_void(&self, seq: u64) -> bool {
+        self.void.binary_search(&seq).is_ok()
+    }
+
     /// Reads the log to its end.
     pub async fn open(stanza: Arc<Stanza>) -> Result<Self> {
         let (log, _) = Self::open_with(stanza, false, async |_| ()).await?;
@@ -112,6 +121,7 @@ impl Log {
         let (done, is_news) = match remembered {
             Some(state) => {
                 this.adopt(state);
+                this.follow_keys().await?;
                 let before = this.clone();
                 // One request tells the usual: nothing is new. Then another that what was seen is still there; one after
                 // the other, since a second connection costs more.
@@ -143,6 +153,7 @@ impl Log {
                 .remedy("an interrupted `stanza create` leaves that, and can be run again; if there were backups, the objects below log/ were lost"));
         }
         this.check_pins()?;
+        this.warn_of_unfinished_rotation();
         if is_news {
             this.remember();
         }
@@ -155,72 +166,6 @@ impl Log {
             self.signers.add(epoch);
         }
         self.state = state;
-    }
-
-    async fn start_from_snapshot(&mut self) -> Result<()> {
-        let store = self.stanza.store();
-        let mut found: Vec<_> = store
-            .list(names::SNAPSHOTS)
-            .await?
-            .into_iter()
-            .filter_map(|(name, _)| names::parse_snapshot(name.rsplit('/').next()?))
-            .collect();
-        found.sort_unstable();
-        for (seq, hash) in found.into_iter().rev().take(SNAPSHOT_TRIES) {
-            if let Some(state) = self.try_snapshot(seq, hash).await? {
-                self.adopt(state);
-                return Ok(());
-            }
-        }
-        Ok(())
-    }
-
-    /// A snapshot counts if the entry after it names it and follows its head.
-    async fn try_snapshot(&self, seq: u64, hash: [u8; 32]) -> Result<Option<Snapshot>> {
-        let store = self.stanza.store();
-        let read = async {
-            let bytes = store.get(&names::snapshot(seq, &hash), limits::OBJECT_BYTES).await?;
-            let entry = store.get(&names::log_context(seq + 1), limits::LOG_ENTRY_BYTES).await?;
-            Ok::<_, Error>((bytes, entry))
-        };
-        let (bytes, entry) = match read.await {
-            Ok(read) => read,
-            Err(error) => {
-                tracing::debug!("log snapshot {seq} is not used: {error}");
-                return Ok(None);
-            }
-        };
-        if sha256(&bytes) != hash {
-            return Ok(None);
-        }
-        let what = format!("log snapshot {seq}");
-        let opened = self.stanza.keys_for(&bytes, &what).and_then(|keys| {
-            let scope = self.stanza.scope();
-            let state: Snapshot = object::open_message(keys, scope, ObjectKind::Snapshot, &bytes, "", &what)?;
-            state
-                .key_epochs
-                .iter()
-                .try_for_each(|epoch| self.check_signers(epoch))?;
-            Ok((state, self.stanza.keys_for(&entry, "log entry")?))
-        });
-        let (state, keys) = match opened {
-            Ok(opened) => opened,
-            Err(error) => {
-                tracing::warn!("{what} is not used: {error}");
-                return Ok(None);
-            }
-        };
-        let mut signers = Signers::default();
-        for epoch in &state.key_epochs {
-            signers.add(epoch);
-        }
-        let Ok(head) = <[u8; 32]>::try_from(state.head.as_slice()) else {
-            return Ok(None);
-        };
-        match open_entry(keys, self.stanza.scope(), &entry, seq + 1, &head, &signers) {
-            Ok(entry) if entry.snapshot == hash && state.seq == seq => Ok(Some(state)),
-            _ => Ok(None),
-        }
     }
 
     /// Reads the log to an end that is certain: where an entry is absent, nothing later may be listed.
@@ -250,26 +195,10 @@ impl Log {
         }
     }
 
-    /// Role keys in the log must be those that the key slots name: what is signed by others is forged.
-    fn check_signers(&self, epoch: &fairvault_format::proto::KeyEpoch) -> Result<()> {
-        let Ok(keys) = self.stanza.keys_of(epoch.epoch) else {
-            return Ok(());
-        };
-        let known = keys.public_keys();
-        let differs = |named: &[u8], known: Option<[u8; 32]>| known.is_some_and(|known| named != known);
-        if differs(&epoch.writer_public_key, known.writer) || differs(&epoch.operator_public_key, known.operator) {
-            return Err(Error::damaged(format!(
-                "the log of {} names signing keys for key epoch {} that are not those of the key slots: it is forged",
-                self.stanza.shown(),
-                epoch.epoch
-            )));
-        }
-        Ok(())
-    }
-
     /// Reads what was appended since.
     pub async fn refresh(&mut self) -> Result<()> {
         let store = self.stanza.store().clone();
+        self.follow_keys().await?;
         loop {
             let from = self.state.seq + 1;
             // One probe tells whether there is anything; only then more are asked for at once.
@@ -280,6 +209,7 @@ impl Log {
                 return Ok(());
             };
             self.apply(&first)?;
+            self.follow_keys().await?;
             let batch = (from + 1..from + BATCH).map(|seq| {
                 let store = store.clone();
                 async move { store.get_opt(&names::log_context(seq), limits::LOG_ENTRY_BYTES).await }
@@ -291,10 +221,9 @@ impl Log {
                 BATCH as usize
             };
             for bytes in futures::future::join_all(batch.take(ahead)).await {
-                match bytes? {
-                    Some(bytes) => self.apply(&bytes)?,
-                    None => return Ok(()),
-                }
+                let Some(bytes) = bytes? else { return Ok(()) };
+                self.apply(&bytes)?;
+                self.follow_keys().await?;
             }
         }
     }
@@ -304,17 +233,17 @@ impl Log {
         let previous: [u8; 32] = self.state.head.as_slice().try_into().unwrap_or([0; 32]);
         let keys = self.stanza.keys_for(bytes, "log entry")?;
         let entry = open_entry(keys, self.stanza.scope(), bytes, seq, &previous, &self.signers)?;
-        if let Some(Entry::Genesis(genesis)) = &entry.kind
-            && let Some(epoch) = &genesis.key_epoch
-        {
-            self.check_signers(epoch)?;
-            self.signers.add(epoch);
+        let named = state::named_epoch(&self.state, &entry, keys.epoch);
+        if let Some(epoch) = &named {
+            self.check_signers(&self.stanza, epoch)?;
         }
-        if let Some(Entry::KeyEpoch(epoch)) = &entry.kind {
-            self.check_signers(epoch)?;
-            self.signers.add(epoch);
+        if state::is_void(&self.state, &entry, keys.epoch) {
+            self.void.push(seq);
         }
         state::apply(&mut self.state, &entry, keys.epoch)?;
+        if let Some(epoch) = &named {
+            self.signers.add(epoch);
+        }
         self.state.seq = seq;
         self.state.head = sha256(bytes).to_vec();
         if let Some(entries) = &mut self.entries {
@@ -418,6 +347,7 @@ impl Log {
             {
                 Created::Won => {
                     self.apply(&bytes)?;
+                    self.follow_keys().await?;
                     self.remember();
                     return Ok(seq);
                 }
@@ -445,25 +375,6 @@ impl Log {
             ))
             .remedy(format!("set single_writer = {agreed} for this repository"))),
         }
-    }
-
-    async fn write_snapshot(&self) -> Result<[u8; 32]> {
-        let stanza = &self.stanza;
-        let salt = env::salt(stanza.env())?;
-        let bytes = object::seal_message(
-            stanza.keys(),
-            stanza.scope(),
-            ObjectKind::Snapshot,
-            salt,
-            "",
-            &self.state,
-        )?;
-        let hash = sha256(&bytes);
-        stanza
-            .store()
-            .put_hashed(&names::snapshot(self.state.seq, &hash), bytes.into())
-            .await?;
-        Ok(hash)
     }
 
     /// The backup with this id, or the newest for "latest".

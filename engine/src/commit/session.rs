@@ -1,10 +1,13 @@
 //! A session: what one writer does between `begin` and `commit` or `abort`.
 
+use std::sync::Arc;
+
 use fairvault_format::proto::{self, Snapshot, log_entry::Kind as Entry};
 
-use super::{Log, state};
+use super::{Log, rotated, state};
 use crate::env::{self, Env};
 use crate::error::{Error, Kind, Result};
+use crate::stanza::Stanza;
 
 /// The time and a letter, as far as no other backup or session has it.
 pub fn timed_id(state: &Snapshot, env: &dyn Env, letter: char) -> String {
@@ -19,11 +22,20 @@ pub fn timed_id(state: &Snapshot, env: &dyn Env, letter: char) -> String {
     }
 }
 
-/// An open session of this process.
+/// Fails if another key epoch rules than the one that a stanza writes with.
+fn same_keys(stanza: &Stanza, now: &Snapshot) -> Result<()> {
+    match state::newest_epoch(now) == stanza.keys().epoch {
+        true => Ok(()),
+        false => Err(rotated(stanza)),
+    }
+}
+
+/// An open session of this process. It begins and ends in one key epoch: what it stores is of that.
 #[derive(Debug)]
 pub struct Session {
     id: [u8; 16],
     backup: String,
+    stanza: Arc<Stanza>,
     /// Index runs that were announced.
     pub announced: Vec<[u8; 32]>,
 }
@@ -42,7 +54,8 @@ impl Session {
         name: impl Fn(&Snapshot) -> String,
         allowed: impl Fn(&Snapshot) -> Result<()>,
     ) -> Result<Self> {
-        let id = env::id(log.stanza().env())?;
+        let stanza = log.stanza().clone();
+        let id = env::id(stanza.env())?;
         loop {
             allowed(log.state())?;
             let backup = name(log.state());
@@ -53,7 +66,7 @@ impl Session {
                 seen_mark: log.state().newest_mark,
             };
             let free = |now: &Snapshot| match state::is_taken(now, &backup, what) {
-                false => allowed(now),
+                false => same_keys(&stanza, now).and_then(|()| allowed(now)),
                 true => Err(Error::new(Kind::Held, format!("backup id {backup} is taken"))),
             };
             match log.append(Entry::Begin(begin), free).await {
@@ -61,6 +74,7 @@ impl Session {
                     return Ok(Self {
                         id,
                         backup,
+                        stanza,
                         announced: Vec::new(),
                     });
                 }
@@ -83,7 +97,7 @@ impl Session {
 
     fn check(&self) -> impl Fn(&Snapshot) -> Result<()> + '_ {
         |now| match state::is_open(now, &self.id) && !state::is_committed(now, &self.backup) {
-            true => Ok(()),
+            true => same_keys(&self.stanza, now),
             false if env::has_fault("fence") => Ok(()),
             false if state::is_committed(now, &self.backup) => Err(Error::new(
                 Kind::Held,

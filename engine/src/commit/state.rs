@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 
 use fairvault_format::proto::{
-    BackupInfo, CloseTimeline, CommittedBackup, CopiedFrom, ExpiredWal, GcMark, Incarnation, LogEntry, OpenSession,
-    Snapshot, log_entry::Kind as Entry,
+    BackupInfo, CloseTimeline, CommittedBackup, CopiedFrom, ExpiredWal, GcMark, Incarnation, KeyEpoch, LogEntry,
+    OpenSession, Snapshot, log_entry::Kind as Entry,
 };
 
 use crate::error::{Error, Kind, Result};
@@ -13,17 +13,46 @@ use crate::postgres::lsn::Lsn;
 /// What the session of a copy says that it does.
 pub const COPY: &str = "copy";
 
+/// The newest key epoch that a state names; 0 if it names none.
+pub fn newest_epoch(state: &Snapshot) -> u32 {
+    state.key_epochs.last().map_or(0, |named| named.epoch)
+}
+
+/// Whether an entry that is sealed with `key_epoch` has no effect on a state: it was written by somebody who had not seen
+/// a fence, or who has old keys.
+pub fn is_void(state: &Snapshot, entry: &LogEntry, key_epoch: u32) -> bool {
+    entry.fence < state.fence || key_epoch < newest_epoch(state)
+}
+
+/// The key epoch that an entry makes the newest one, if it does.
+pub fn named_epoch(state: &Snapshot, entry: &LogEntry, key_epoch: u32) -> Option<KeyEpoch> {
+    let named = match entry.kind.as_ref()? {
+        Entry::Genesis(genesis) => genesis.key_epoch.as_ref()?,
+        Entry::KeyEpoch(epoch) => epoch,
+        _ => return None,
+    };
+    (!is_void(state, entry, key_epoch) && named.epoch > newest_epoch(state)).then(|| named.clone())
+}
+
 /// Applies one entry that was opened and checked. `key_epoch` is the epoch that it is sealed with.
 pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<()> {
     let damaged = |why: &str| Error::damaged(format!("log entry {}: {why}", entry.seq));
     let kind = entry.kind.as_ref().ok_or_else(|| damaged("it says nothing"))?;
-    if entry.fence < state.fence {
-        // Written by somebody who had not seen the fence: void.
+    let is_named = match kind {
+        Entry::Genesis(genesis) => genesis.key_epoch.as_ref().is_some_and(|named| named.epoch == key_epoch),
+        _ => key_epoch <= newest_epoch(state),
+    };
+    if !is_named {
+        return Err(damaged(&format!(
+            "it is of key epoch {key_epoch}, which no entry before it names"
+        )));
+    }
+    if is_void(state, entry, key_epoch) {
         return Ok(());
     }
+    state.key_epochs.extend(named_epoch(state, entry, key_epoch));
     match kind {
         Entry::Genesis(genesis) => {
-            state.key_epochs.extend(genesis.key_epoch.clone());
             state.incarnations.extend(genesis.incarnation);
             state.genesis = Some(genesis.clone());
         }
@@ -96,7 +125,6 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
                 add_runs(state, &swept.new_runs);
             }
         }
-        Entry::KeyEpoch(epoch) => state.key_epochs.push(epoch.clone()),
         Entry::Policy(policy) => state.policy = Some(policy.clone()),
         Entry::Incarnation(incarnation) => {
             let is_it = |i: &Incarnation| i.system_identifier == incarnation.system_identifier;
@@ -112,7 +140,7 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
                 state.closed_timelines.push(closed.clone());
             }
         }
-        Entry::Erasure(_) | Entry::Operation(_) => {}
+        Entry::KeyEpoch(_) | Entry::Erasure(_) | Entry::Operation(_) => {}
     }
     Ok(())
 }
@@ -260,7 +288,92 @@ pub fn archive_epoch(state: &Snapshot, system_identifier: u64, timeline: u32, ls
 
 #[cfg(test)]
 mod tests {
+    use fairvault_format::proto::{Genesis, Hold};
+
     use super::*;
+
+    fn epoch(epoch: u32) -> KeyEpoch {
+        KeyEpoch {
+            epoch,
+            ..Default::default()
+        }
+    }
+
+    fn entry(kind: Entry) -> LogEntry {
+        LogEntry {
+            seq: 5,
+            kind: Some(kind),
+            ..Default::default()
+        }
+    }
+
+    fn hold() -> LogEntry {
+        entry(Entry::Hold(Hold {
+            backup: "a".into(),
+            ..Default::default()
+        }))
+    }
+
+    #[test]
+    fn only_the_newest_key_epoch_has_a_say() {
+        let mut state = Snapshot {
+            key_epochs: vec![epoch(1)],
+            ..Default::default()
+        };
+        let rotation = entry(Entry::KeyEpoch(epoch(3)));
+        assert_eq!(named_epoch(&state, &rotation, 1), Some(epoch(3)));
+        apply(&mut state, &rotation, 1).unwrap();
+        assert_eq!((newest_epoch(&state), state.key_epochs.len()), (3, 2));
+        // Old keys have none, not even for other ones.
+        let before = state.clone();
+        for old in [hold(), entry(Entry::KeyEpoch(epoch(4)))] {
+            assert!(is_void(&state, &old, 1) && named_epoch(&state, &old, 1).is_none());
+            apply(&mut state, &old, 1).unwrap();
+            assert_eq!(state, before);
+        }
+        // An epoch that is not higher is none, and what nobody has named is damage.
+        for number in [2, 3] {
+            let lower = entry(Entry::KeyEpoch(epoch(number)));
+            assert!(!is_void(&state, &lower, 3) && named_epoch(&state, &lower, 3).is_none());
+            apply(&mut state, &lower, 3).unwrap();
+            assert_eq!(state, before);
+        }
+        for strange in [2, 4] {
+            let outcome = apply(&mut state, &hold(), strange);
+            assert_eq!(outcome.is_err(), strange == 4, "{strange}");
+            assert_eq!(state, before);
+        }
+        apply(&mut state, &hold(), 3).unwrap();
+        assert_eq!(state.holds.len(), 1);
+    }
+
+    #[test]
+    fn a_fence_is_above_the_keys() {
+        let mut state = Snapshot {
+            key_epochs: vec![epoch(1)],
+            fence: 2,
+            ..Default::default()
+        };
+        let fenced = LogEntry {
+            fence: 1,
+            ..entry(Entry::KeyEpoch(epoch(2)))
+        };
+        assert!(named_epoch(&state, &fenced, 1).is_none());
+        apply(&mut state, &fenced, 1).unwrap();
+        assert_eq!(newest_epoch(&state), 1);
+    }
+
+    #[test]
+    fn genesis_is_of_the_epoch_that_it_pins() {
+        let first = entry(Entry::Genesis(Genesis {
+            key_epoch: Some(epoch(1)),
+            ..Default::default()
+        }));
+        assert!(apply(&mut Snapshot::default(), &first, 2).is_err());
+        let mut state = Snapshot::default();
+        apply(&mut state, &first, 1).unwrap();
+        assert_eq!(newest_epoch(&state), 1);
+    }
 
     fn range(timeline: u32, from_lsn: u64, to_lsn: u64) -> ExpiredWal {
         ExpiredWal {

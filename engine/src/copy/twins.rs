@@ -2,7 +2,7 @@
 //! that both have, so that what is known is not fetched again.
 //!
 //! What always holds: two chunks are twins if manifests of the same backup have them in the same place of segments that
-//! describe the same files, and only then.
+//! describe the same files, and only then; what the target holds under old keys is not built on.
 
 use std::collections::{HashMap, HashSet};
 
@@ -73,7 +73,9 @@ impl Twins {
             if a.files != b.files || here.len() != there.len() || lengths_differ() {
                 return Err(differ());
             }
-            self.known.extend(here.iter().zip(&there).map(|(a, b)| (a.id, b.id)));
+            let twins = here.iter().zip(&there);
+            let newest = twins.filter(|(_, b)| two.packs[b.pack as usize].header.epoch == target.keys().epoch);
+            self.known.extend(newest.map(|(a, b)| (a.id, b.id)));
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use fairvault_format::{names, proto, sha256};
 use futures::StreamExt;
 use serde::Serialize;
 
-use crate::commit::Log;
+use crate::commit::{Log, rotated};
 use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{Segment, WalFile};
@@ -236,7 +236,7 @@ impl Copy<'_> {
                     Done::Stored(bytes) => {
                         counts.segments += 1;
                         counts.bytes += bytes;
-                        target.check_fence(log).await?;
+                        self.check(log).await?;
                     }
                     Done::Compared => counts.compared += 1,
                     Done::Remembered => {}
@@ -264,7 +264,7 @@ impl Copy<'_> {
                     if added > 0 {
                         counts.parts += 1;
                         counts.bytes += added;
-                        target.check_fence(log).await?;
+                        self.check(log).await?;
                     }
                     timelines.entry(key.0).or_default().parts.insert(key.1);
                     parts.insert(*key, len);
@@ -279,6 +279,15 @@ impl Copy<'_> {
         }));
         let coverage = Coverage::of(source.segment_size, timelines);
         Ok((counts, Proven { coverage, parts }))
+    }
+
+    /// Fails if what was stored in the target may not count, or is of keys that were rotated since.
+    async fn check(&self, log: &mut Log) -> Result<()> {
+        self.target.check_fence(log).await?;
+        match log.stanza().keys().epoch == self.target.stanza.keys().epoch {
+            true => Ok(()),
+            false => Err(rotated(&self.target.stanza)),
+        }
     }
 
     fn is_own(&self, (timeline, number): Key) -> bool {

@@ -25,7 +25,7 @@ impl Past {
         let roots: HashSet<&[u8]> = live.iter().map(|backup| backup.root.as_slice()).collect();
         let mut expired = Vec::new();
         let mut committed = Vec::new();
-        for entry in log.entries() {
+        for entry in log.entries().iter().filter(|entry| !log.is_void(entry.seq)) {
             match &entry.kind {
                 Some(Entry::Commit(commit)) => committed.push(CommittedBackup {
                     seq: entry.seq,
@@ -35,7 +35,7 @@ impl Past {
                 }),
                 Some(Entry::Expired(gone)) => {
                     let is_it = |backup: &CommittedBackup| info(backup).id == gone.backup;
-                    // All commits of that id: a void one does no harm here, it is merely protected.
+                    // All commits of that id: a second one does no harm here, it is merely protected.
                     expired.extend(committed.iter().filter(|backup| is_it(backup)).cloned());
                 }
                 _ => {}

@@ -1,10 +1,12 @@
 //! A stanza: one PostgreSQL cluster's part of a repository, opened with its keys.
 //!
 //! What always holds: a configured key is used or the stanza is refused; the keys' ids are the ids that
-//! the log pins.
+//! the log pins; what is written is written with the keys of an epoch that the log names.
 
 pub mod create;
 pub mod memory;
+pub mod rotate;
+pub mod slots;
 pub mod upgrade;
 
 use std::sync::Arc;
@@ -36,14 +38,15 @@ pub struct Access {
 }
 
 /// An opened stanza.
+#[derive(Clone)]
 pub struct Stanza {
+    access: Access,
     store: Store,
-    name: String,
     scope: Scope,
+    /// Every epoch for which a slot opens, the oldest first; the log may not name the last ones yet.
     epochs: Vec<EpochKeys>,
-    has_secret: bool,
-    memory: Option<Memory>,
-    env: SharedEnv,
+    /// Which of them is written with.
+    writing: usize,
     host: String,
     user: String,
 }
@@ -108,16 +111,62 @@ impl Stanza {
 
     fn new(store: Store, access: &Access, scope: Scope, epochs: Vec<EpochKeys>) -> Self {
         Self {
+            access: access.clone(),
             store,
-            name: access.stanza.clone(),
             scope,
             epochs,
-            has_secret: access.secret.is_some(),
-            memory: access.memory.clone(),
-            env: access.env.clone(),
+            // Until the log was read: the only one that it is certain to name.
+            writing: 0,
             host: host_name(),
             user: user_name(),
         }
+    }
+
+    /// The same, writing with the keys of `epoch`. If those are not known, the slots are read again: they may be newer
+    /// than what this host remembers, or than this process.
+    pub async fn in_epoch(&self, epoch: u32) -> Result<Self> {
+        if let Some(known) = self.with(epoch) {
+            return Ok(known);
+        }
+        let (scope, epochs) = Self::open_from_store(&self.access, &self.store).await?;
+        if scope != self.scope {
+            return Err(Error::damaged(format!(
+                "the key slots of {} are of another stanza now",
+                self.shown()
+            )));
+        }
+        if let Some(memory) = self.memory() {
+            memory.remember_keys(&self.access, &scope, &epochs);
+        }
+        let anew = Self { epochs, ..self.clone() };
+        anew.with(epoch).ok_or_else(|| {
+            Error::refused(format!(
+                "the keys of {} were rotated: key epoch {epoch} rules, which the given key does not open",
+                self.shown()
+            ))
+            .remedy(
+                "configure the new key, or have it opened for this one with `fairvault key add-slot`; if its slots were \
+                 lost, bring them back with `fairvault key import`",
+            )
+        })
+    }
+
+    fn with(&self, epoch: u32) -> Option<Self> {
+        let writing = self.epochs.iter().position(|keys| keys.epoch == epoch)?;
+        Some(Self {
+            writing,
+            ..self.clone()
+        })
+    }
+
+    /// The same, writing with the newest keys that the log had named when this host last saw it: for what is written
+    /// while the repository is away.
+    pub fn as_remembered(&self) -> Self {
+        let head = self.memory().and_then(|memory| memory.head(self));
+        let newest = head.and_then(|state| state.key_epochs.last().map(|named| named.epoch));
+        newest
+            .and_then(|epoch| self.with(epoch))
+            .unwrap_or_else(|| self.clone())
     }
 
     /// Its folder.
@@ -127,7 +176,7 @@ impl Stanza {
 
     /// Its name.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.access.stanza
     }
 
     /// How it is called in messages.
@@ -142,7 +191,7 @@ impl Stanza {
 
     /// Clock and randomness.
     pub fn env(&self) -> &dyn Env {
-        &*self.env
+        &*self.access.env
     }
 
     /// This host's name, for the log.
@@ -157,18 +206,23 @@ impl Stanza {
 
     /// Whether a key is configured.
     pub fn has_secret(&self) -> bool {
-        self.has_secret
+        self.access.secret.is_some()
     }
 
     /// What this host remembers.
     pub fn memory(&self) -> Option<&Memory> {
-        self.memory.as_ref()
+        self.access.memory.as_ref()
     }
 
-    /// Keys of the newest epoch: for writing.
+    /// Keys for writing: those of the newest epoch that the log names, in the stanza of a [`Log`](crate::commit::Log).
     pub fn keys(&self) -> &EpochKeys {
         // `open_slots` fails on an empty list, and nothing removes from it.
-        &self.epochs[self.epochs.len() - 1]
+        &self.epochs[self.writing]
+    }
+
+    /// The newest epoch for which a slot opens. The log does not name that of a rotation that was not finished.
+    pub fn newest_slot(&self) -> u32 {
+        self.epochs.iter().map(|keys| keys.epoch).max().unwrap_or_default()
     }
 
     /// Keys of an epoch: for reading.
@@ -178,6 +232,7 @@ impl Stanza {
                 "{} has objects of key epoch {epoch}, which the given key does not open",
                 self.shown()
             ))
+            .remedy("if keys were rotated just now, start again; `fairvault key list` says which slots open what")
         })
     }
 
@@ -223,13 +278,14 @@ pub async fn read_slot(store: &Store, name: &str, repository: &[u8; 16]) -> Resu
     }
 }
 
-/// Whether a slot belongs to this stanza and is opened by the configured secret, or needs none.
-pub fn opens(slot: &proto::Slot, access: &Access, scope: &Scope) -> bool {
-    let may_open = match &access.secret {
+/// The keys in a slot, if it belongs to this stanza and is opened by `secret`, or needs none and none is given.
+pub fn keys_in(slot: &proto::Slot, secret: Option<&Secret>, scope: &Scope) -> Option<EpochKeys> {
+    let may_open = match secret {
         Some(secret) => keys::slot_takes(slot, secret),
         None => slot.kind() == proto::SlotKind::SlotUnsealed,
     };
-    may_open && keys::slot_scope(slot) == *scope && keys::open_slot(slot, access.secret.as_ref(), &slot.name).is_ok()
+    let is_own = may_open && keys::slot_scope(slot) == *scope;
+    is_own.then(|| keys::open_slot(slot, secret, &slot.name).ok()).flatten()
 }
 
 fn open_slots(slots: &[proto::Slot], access: &Access) -> Result<(Scope, Vec<EpochKeys>)> {

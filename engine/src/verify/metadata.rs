@@ -7,17 +7,18 @@ use fairvault_format::{limits, names, sha256};
 use super::Report;
 use crate::commit::Log;
 use crate::error::Error;
-use crate::stanza::{Access, Stanza, opens, read_repository, read_slot};
+use crate::stanza::{Access, keys_in, read_repository, read_slot};
 
-/// Checks `fairvault.json` and the key slots: each can be read, and the configured secret opens one.
-pub async fn check_keys(access: &Access, stanza: &Stanza, report: &mut Report) {
+/// Checks `fairvault.json` and the key slots: each can be read, and the configured secret opens one of every key epoch.
+pub async fn check_keys(access: &Access, log: &Log, report: &mut Report) {
+    let stanza = log.stanza();
     report.objects += 1;
     match read_repository(&access.repository).await {
         Ok(repository) if repository.id().is_ok_and(|id| id == stanza.scope().repository) => {}
         Ok(_) => report.add(names::REPOSITORY, "it has another id than the keys of this stanza"),
         Err(error) => report.note(names::REPOSITORY, &error),
     }
-    let mut opened = false;
+    let mut opened = BTreeSet::new();
     let listed = match stanza.store().list(names::KEYS).await {
         Ok(listed) => listed,
         Err(error) => return report.note(names::KEYS, &error),
@@ -25,14 +26,18 @@ pub async fn check_keys(access: &Access, stanza: &Stanza, report: &mut Report) {
     for (name, _) in listed {
         report.objects += 1;
         match read_slot(stanza.store(), &name, &stanza.scope().repository).await {
-            Ok(slot) => opened |= opens(&slot, access, stanza.scope()),
+            Ok(slot) => opened.extend(keys_in(&slot, access.secret.as_ref(), stanza.scope()).map(|keys| keys.epoch)),
             Err(error) => report.note(name, &error),
         }
     }
-    if !opened {
+    let mut named = log.state().key_epochs.iter().map(|named| named.epoch);
+    if let Some(epoch) = named.find(|epoch| !opened.contains(epoch)) {
         report.add(
             names::KEYS,
-            "no slot is opened by the configured key: without what this host remembers, nothing could be restored",
+            format!(
+                "no slot of key epoch {epoch} is opened by the configured key: without what this host remembers, what is of \
+                 it could not be restored"
+            ),
         );
     }
 }

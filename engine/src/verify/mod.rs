@@ -244,7 +244,7 @@ pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progres
     let log = &noted;
     let mut report = Report::default();
     progress.phase("verifying keys, log and index");
-    metadata::check_keys(access, &stanza, &mut report).await;
+    metadata::check_keys(access, log, &mut report).await;
     metadata::check_log(log, &mut report).await;
     let indexed = metadata::check_runs(log, &mut report).await;
 

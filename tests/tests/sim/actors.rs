@@ -16,7 +16,7 @@ use fairvault_engine::error::{Error, Kind};
 use fairvault_engine::expire::rules::{Keep, Retention};
 use fairvault_engine::postgres::segment::{Segment, WalFile};
 use fairvault_engine::restore::plan::Manifest;
-use fairvault_engine::stanza::{Access, Stanza};
+use fairvault_engine::stanza::{Access, Stanza, rotate};
 use fairvault_engine::store::Store;
 use fairvault_engine::wal::archive::Archive;
 use fairvault_engine::{env, expire, gc, progress::Progress};
@@ -379,6 +379,18 @@ pub async fn collector(world: &Arc<World>) -> Result<()> {
         patience: Duration::from_secs(90),
     };
     let done = async { gc::run(&open(world).await?, &options, &Progress::default()).await };
+    done.await.map_or_else(passing, |_| Ok(()))
+}
+
+/// Somebody who believes that keys have leaked.
+pub async fn rotator(world: &Arc<World>) -> Result<()> {
+    let access = access(world.store(), world);
+    let options = rotate::Options::default();
+    let done = async {
+        let mut log = open(world).await?;
+        let plan = rotate::plan(&mut log, &access, &options).await?;
+        rotate::rotate(&log, &access, &options, plan).await
+    };
     done.await.map_or_else(passing, |_| Ok(()))
 }
 

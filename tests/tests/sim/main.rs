@@ -1,9 +1,9 @@
-//! Many hosts on one bad store, in simulated time: writers, collectors, a restore, retention and a fence, with crashes
-//! at any await and hosts that stand still. Everything follows from a seed.
+//! Many hosts on one bad store, in simulated time: writers, collectors, a restore, retention, a fence and rotations of
+//! keys, with crashes at any await and hosts that stand still. Everything follows from a seed.
 //!
 //! What must hold at every moment: each backup that the log names can be read in full, and its WAL is there; what a
-//! writer was told is committed stays until it expires, and so does WAL that was archived; the log has one order. And in
-//! the end, nothing is left over.
+//! writer was told is committed stays until it expires, and so does WAL that was archived; the log has one order, and
+//! nobody writes into it what is void. And in the end, nothing is left over.
 //!
 //! `cargo xtask sim [SEEDS] [FIRST]` runs more of it. Planted bugs show that it would find them.
 
@@ -69,6 +69,8 @@ async fn check(world: &Arc<World>, told: &Told, position: &Position) -> Result<L
     let told = told.lock().unwrap().clone();
     let archived = position.load(Ordering::SeqCst);
     let log = Log::replay(Stanza::open(&access(world.now(), world)).await?).await?;
+    let void: Vec<u64> = (1..=log.state().seq).filter(|seq| log.is_void(*seq)).collect();
+    ensure!(void.is_empty(), "written by who had not read what was before: {void:?}");
     let mut there = BTreeSet::new();
     for backup in &log.state().backups {
         let id = backup.info.as_ref().map(|info| info.id.clone()).unwrap_or_default();
@@ -152,6 +154,7 @@ async fn day(seed: u64) -> Result<BTreeMap<&'static str, u64>> {
             again(w(), 400, 10, |world| async move { actors::collector(&world).await }),
             again(w(), 200, 10, |world| async move { actors::restore(&world).await }),
             again(w(), 1500, 0, |world| async move { actors::fencer(&world).await }),
+            again(w(), 1500, 25, |world| async move { actors::rotator(&world).await }),
         )
     };
     tokio::select! {
@@ -206,6 +209,7 @@ async fn day(seed: u64) -> Result<BTreeMap<&'static str, u64>> {
         ("commits", count(|e| matches!(e, Entry::Commit(_)))),
         ("aborts", count(|e| matches!(e, Entry::Abort(_)))),
         ("fences", count(|e| matches!(e, Entry::SetFence(_)))),
+        ("rotations", count(|e| matches!(e, Entry::KeyEpoch(_)))),
         ("expired", count(|e| matches!(e, Entry::Expired(_)))),
         ("expired WAL", count(|e| matches!(e, Entry::ExpiredWal(_)))),
         ("sweeps", count(|e| matches!(e, Entry::GcSwept(_)))),

@@ -5,11 +5,16 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bytes::Bytes;
+use fairvault_engine::commit::Log;
 use fairvault_engine::env::SystemEnv;
 use fairvault_engine::stanza::Access;
 use fairvault_engine::stanza::create::Cluster;
 use fairvault_engine::store::{Store, StoreSettings};
-use fairvault_format::keys::Secret;
+use fairvault_format::keys::{EpochKeys, Secret};
+use fairvault_format::log::seal_entry;
+use fairvault_format::names;
+use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use object_store::path::Path;
@@ -50,6 +55,22 @@ pub fn memory() -> Store {
         "memory://",
         StoreSettings::default(),
     )
+}
+
+/// Puts an entry behind the last one of a log, as somebody with these keys would.
+pub async fn forge(store: &Store, log: &Log, keys: &EpochKeys, kind: Entry, snapshot: Vec<u8>) -> anyhow::Result<()> {
+    let entry = proto::LogEntry {
+        seq: log.state().seq + 1,
+        previous: log.state().head.clone(),
+        fence: log.state().fence,
+        snapshot,
+        kind: Some(kind),
+        ..Default::default()
+    };
+    let sealed = seal_entry(keys, log.stanza().scope(), [entry.seq as u8; 32], &entry)?;
+    let name = format!("acme/{}", names::log_context(entry.seq));
+    store.put_hashed(&name, Bytes::from(sealed).into()).await?;
+    Ok(())
 }
 
 /// What goes wrong in a [`Faulty`] store.

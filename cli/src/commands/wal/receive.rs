@@ -185,7 +185,7 @@ impl Receiver {
     async fn once(&self, mut stop: watch::Receiver<bool>) -> Result<()> {
         let access = self.context.access(&self.repository, &self.stanza, false, true)?;
         // With a spool, the store may be away: this host remembers the keys.
-        let opened = Stanza::open(&access).await?;
+        let opened = Arc::new(Stanza::open(&access).await?.as_remembered());
         let limit = self.spool_size;
         // The server keeps nothing that was acknowledged: what another run has left in the repository's journals,
         // perhaps on a host of another name, comes first.

@@ -174,6 +174,7 @@ impl Storing<'_> {
         let archive = {
             let mut log = guard.log().await;
             log.refresh().await?;
+            self.spool.seal_with(log.stanza());
             Archive::open(&log, Some(cluster.system_identifier), self.options.compression)?
         };
         check_segment_size(&archive, cluster.segment_size)?;

@@ -7,7 +7,7 @@ use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::Instant;
 
 use super::known::Known;
-use crate::commit::Log;
+use crate::commit::{Log, rotated};
 use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
@@ -57,7 +57,8 @@ impl Guard {
         self.log.lock().await
     }
 
-    /// Fails if the stanza was fenced, or if other archive epochs rule, or other timelines are closed, than `archive` knows.
+    /// Fails if the stanza was fenced, or if other keys or archive epochs rule, or other timelines are closed, than
+    /// `archive` knows. But for the fence, the next attempt goes on with what it finds then.
     async fn check(&self, archive: &Archive, patient: bool) -> Result<()> {
         let looked = || self.looked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if patient && looked().elapsed() < FENCE_INTERVAL {
@@ -68,6 +69,9 @@ impl Guard {
         *looked() = Instant::now();
         if log.state().fence != self.fence {
             return Err(fenced());
+        }
+        if log.stanza().keys().epoch != archive.stanza.keys().epoch {
+            return Err(Error::temporary(rotated(&archive.stanza).to_string()));
         }
         match log.state().archive_epochs == archive.epochs && log.state().closed_timelines == archive.closed {
             true => Ok(()),

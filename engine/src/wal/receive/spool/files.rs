@@ -266,7 +266,7 @@ impl Spool {
             segment_size: size,
             ..Default::default()
         };
-        let stanza = &self.stanza;
+        let stanza = self.stanza();
         let salt = env::salt(stanza.env())?;
         Ok(Journal::begin(
             stanza.keys(),
@@ -291,8 +291,8 @@ impl Spool {
         let mut header = [0u8; HEADER_LEN];
         let read = file.read_exact(&mut header);
         read.map_err(|_| self.damaged(&name, "it ends inside its header"))?;
-        let keys = self.stanza.keys_for(&header, &name)?;
-        let journal = Journal::open(keys, self.stanza.scope(), &header, &name)?;
+        let stanza = self.stanza();
+        let journal = Journal::open(stanza.keys_for(&header, &name)?, stanza.scope(), &header, &name)?;
         let mut open = OpenPart {
             file,
             journal,

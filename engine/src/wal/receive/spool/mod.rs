@@ -75,7 +75,8 @@ impl State {
 /// The spool of one receiver.
 #[derive(Debug)]
 pub struct Spool {
-    stanza: Arc<Stanza>,
+    /// Its keys seal journals.
+    stanza: Mutex<Arc<Stanza>>,
     folder: PathBuf,
     limit: u64,
     state: Mutex<State>,
@@ -113,7 +114,7 @@ impl Spool {
         let this = Self {
             state: Mutex::default(),
             changed: watch::channel(()).0,
-            stanza,
+            stanza: Mutex::new(stanza),
             folder,
             limit,
             _lock: lock,
@@ -137,7 +138,7 @@ impl Spool {
         let this = Self {
             state: Mutex::default(),
             changed: watch::channel(()).0,
-            stanza,
+            stanza: Mutex::new(stanza),
             folder,
             limit: 0,
             _lock: lock,
@@ -149,6 +150,15 @@ impl Spool {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn stanza(&self) -> Arc<Stanza> {
+        self.stanza.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From now on, journals are sealed with the keys that `stanza` writes with.
+    pub fn seal_with(&self, stanza: &Arc<Stanza>) {
+        *self.stanza.lock().unwrap_or_else(PoisonError::into_inner) = stanza.clone();
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
@@ -156,11 +166,8 @@ impl Spool {
     fn io(&self, doing: &str, name: &str) -> impl FnOnce(std::io::Error) -> Error {
         let what = format!("{doing} {}", self.path(name).display());
         // A repository may go away and come back, and journals in it go with it.
-        let is_in_repository = self
-            .stanza
-            .store()
-            .directory()
-            .is_some_and(|d| self.folder.starts_with(d));
+        let stanza = self.stanza();
+        let is_in_repository = stanza.store().directory().is_some_and(|d| self.folder.starts_with(d));
         move |e| match e.kind() == std::io::ErrorKind::NotFound && is_in_repository {
             true => Error::new(Kind::Temporary, what).caused_by(e),
             false => Error::io(what, e),

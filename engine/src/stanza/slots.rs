@@ -1,0 +1,197 @@
+//! Key slots: which secret opens which key epochs.
+//!
+//! What always holds: a slot that is added opens every epoch that the log names, or adding it again goes on; what is
+//! removed is never the last slot of an epoch that the configured secret opens.
+
+use fairvault_format::keys::{self, EpochKeys, Secret};
+use fairvault_format::proto::{self, log_entry::Kind as Entry};
+use fairvault_format::{limits, names};
+
+use super::{Access, Stanza, keys_in, read_slot};
+use crate::commit::{Log, state};
+use crate::env;
+use crate::error::{Error, Kind, Result};
+use crate::store::Created;
+
+/// A slot object.
+pub struct SlotObject {
+    /// Its name in the stanza's folder.
+    pub object: String,
+    /// The epoch in its name.
+    pub epoch: u32,
+    /// The slot's name.
+    pub name: String,
+    /// What it says; `None` if it cannot be read, or is of another stanza.
+    pub slot: Option<proto::Slot>,
+}
+
+impl SlotObject {
+    /// The keys in it, if `secret` opens it. A passphrase is stretched for the answer.
+    pub fn keys(&self, secret: Option<&Secret>, stanza: &Stanza) -> Option<EpochKeys> {
+        keys_in(self.slot.as_ref()?, secret, stanza.scope())
+    }
+}
+
+/// Every slot object of a stanza, from the repository, by epoch and name.
+pub async fn all(stanza: &Stanza) -> Result<Vec<SlotObject>> {
+    let mut all = Vec::new();
+    for (object, _) in stanza.store().list(names::KEYS).await? {
+        let mut parts = object.rsplit('/');
+        let (Some(name), Some(Ok(epoch))) = (parts.next(), parts.next().map(str::parse)) else {
+            continue;
+        };
+        let slot = match read_slot(stanza.store(), &object, &stanza.scope().repository).await {
+            Err(error) if error.kind() == Kind::Temporary => return Err(error),
+            read => read.ok(),
+        };
+        let is_own =
+            |slot: &proto::Slot| keys::slot_scope(slot) == *stanza.scope() && slot.epoch == epoch && slot.name == name;
+        all.push(SlotObject {
+            name: name.to_owned(),
+            epoch,
+            slot: slot.filter(is_own),
+            object,
+        });
+    }
+    all.sort_by(|a, b| (a.epoch, &a.name).cmp(&(b.epoch, &b.name)));
+    Ok(all)
+}
+
+/// What became of a slot that was to be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Put {
+    /// It is new.
+    New,
+    /// It was there, and this secret opens these keys in it.
+    Same,
+    /// Another one was there.
+    Other,
+}
+
+/// Wraps `keys` for `secret`.
+pub async fn put(stanza: &Stanza, keys: &EpochKeys, name: &str, secret: Option<&Secret>) -> Result<Put> {
+    let (store, env) = (stanza.store(), stanza.env());
+    let object = names::slot(keys.epoch, name);
+    let compare = |there: &[u8]| {
+        let slot = keys::decode_slot(there, &object).ok();
+        let opened = slot.and_then(|slot| keys_in(&slot, secret, stanza.scope()));
+        match opened.is_some_and(|opened| opened.encode() == keys.encode()) {
+            true => Put::Same,
+            false => Put::Other,
+        }
+    };
+    if let Some(there) = store.get_opt(&object, limits::SLOT_BYTES).await? {
+        return Ok(compare(&there));
+    }
+    let (salt, now) = (env::salt(env)?, env.now_us());
+    let sealed = keys::seal_slot(stanza.scope(), keys, name, secret, keys::default_argon2(), salt, now)?;
+    match store.create(&object, sealed.into(), limits::SLOT_BYTES).await? {
+        Created::Won => Ok(Put::New),
+        Created::Lost(there) => Ok(compare(&there)),
+    }
+}
+
+fn taken(stanza: &Stanza, name: &str) -> Error {
+    Error::refused(format!(
+        "stanza {} already has another slot {name:?}, which this secret does not open",
+        stanza.name()
+    ))
+    .remedy("choose another name")
+}
+
+pub(super) fn check_encrypted(stanza: &Stanza) -> Result<()> {
+    match stanza.has_secret() {
+        true => Ok(()),
+        false => Err(Error::refused(format!(
+            "stanza {} is not encrypted: its keys lie open in the repository, and no slot protects them",
+            stanza.name()
+        ))),
+    }
+}
+
+/// Wraps every epoch that the log names for `secret`, as far as that is not done yet; returns how many it were.
+pub(super) async fn open_all(log: &Log, name: &str, secret: &Secret) -> Result<usize> {
+    let stanza = log.stanza();
+    let mut new = 0;
+    for named in &log.state().key_epochs {
+        match put(stanza, stanza.keys_of(named.epoch)?, name, Some(secret)).await? {
+            Put::New => new += 1,
+            Put::Same => {}
+            Put::Other => return Err(taken(stanza, name)),
+        }
+    }
+    Ok(new)
+}
+
+/// Lets another secret open a stanza, all epochs of it; returns for how many that is new.
+pub async fn add(log: &mut Log, access: &Access, name: &str, secret: &Secret) -> Result<usize> {
+    names::check_name("slot name", name)?;
+    check_encrypted(log.stanza())?;
+    log.refresh().await?;
+    let mut new = 0;
+    loop {
+        let before = state::newest_epoch(log.state());
+        new += open_all(log, name, secret).await?;
+        // Keys may be rotated just now, by somebody who did not see this slot yet.
+        log.refresh().await?;
+        if state::newest_epoch(log.state()) == before {
+            break;
+        }
+    }
+    forget(access);
+    if new > 0 {
+        log.note(operation(log.stanza(), format!("key slot {name} added")))
+            .await;
+    }
+    Ok(new)
+}
+
+/// Removes the slots of a name; returns how many there were.
+pub async fn remove(log: &mut Log, access: &Access, name: &str) -> Result<usize> {
+    check_encrypted(log.stanza())?;
+    log.refresh().await?;
+    let stanza = log.stanza().clone();
+    let (gone, rest): (Vec<_>, Vec<_>) = all(&stanza).await?.into_iter().partition(|slot| slot.name == name);
+    if gone.is_empty() {
+        return Err(Error::not_found(format!(
+            "stanza {} has no slot {name:?}",
+            stanza.name()
+        )));
+    }
+    for named in &log.state().key_epochs {
+        let mut others = rest.iter().filter(|slot| slot.epoch == named.epoch);
+        if !others.any(|slot| slot.keys(access.secret.as_ref(), &stanza).is_some()) {
+            return Err(Error::refused(format!(
+                "without slot {name}, the configured secret does not open key epoch {} of stanza {}",
+                named.epoch,
+                stanza.name()
+            ))
+            .remedy(
+                "configure the secret that is to stay, one that opens everything (`fairvault key check`); another one is \
+                 added with `fairvault key add-slot`",
+            ));
+        }
+    }
+    let said = operation(&stanza, format!("key slot {name} removed"));
+    log.append(Entry::Operation(said), |_| Ok(())).await?;
+    let objects: Vec<String> = gone.into_iter().map(|slot| slot.object).collect();
+    stanza.store().delete(&objects).await?;
+    forget(access);
+    Ok(objects.len())
+}
+
+/// What this host remembers of slots is no longer true.
+pub(super) fn forget(access: &Access) {
+    if let Some(memory) = &access.memory {
+        memory.forget_slots(access);
+    }
+}
+
+fn operation(stanza: &Stanza, what: String) -> proto::Operation {
+    proto::Operation {
+        what,
+        result: "done".to_owned(),
+        began_us: stanza.env().now_us(),
+        ..Default::default()
+    }
+}
