@@ -125,7 +125,7 @@ impl Fixture {
             "cache = \"{dir}/cache\"\n[repo.main]\nurl = \"{url}\"\nendpoint = \"{endpoint}\"\nregion = \"us-east-1\"\naccess_key = \"test\"\nsecret_key_file = \"{dir}/s3.secret\"\nretry_timeout = \"5s\"\n\
              [stanza.acme]\nconninfo = \"host={dir} port=5432 user=postgres\"\nkey = {{ file = \"{dir}/key\" }}\n{more}\n"
         );
-        self.scratch.write("s3.secret", b"testsecret")?;
+        self.scratch.write("s3.secret", b"test")?;
         self.scratch.write("s3.toml", text.as_bytes())?;
         self.options = vec!["--config".to_owned(), format!("{dir}/s3.toml")];
         Ok(())

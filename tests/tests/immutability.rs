@@ -12,10 +12,26 @@ use fairvault_engine::store::Store;
 use fairvault_engine::store::url::RepositoryUrl;
 use fairvault_engine::store::versions::{DAY_US, Deleted, Mode, Object};
 use fairvault_tests::fixture::{Fixture, SMALL, Shape, field, refused};
-use fairvault_tests::rgw::{ACCESS_KEY, Rgw, SECRET_KEY};
+use fairvault_tests::rgw::{self, ACCESS_KEY, Rgw};
 use fairvault_tests::s3::S3;
 use fairvault_tests::{Scratch, run, tools};
 use serde_json::Value;
+
+/// Where buckets are made.
+struct Server {
+    endpoint: String,
+    secret: &'static str,
+}
+
+impl Server {
+    /// It compares the signatures of URLs with this secret.
+    fn of(server: &S3) -> Self {
+        Self {
+            endpoint: server.endpoint(),
+            secret: "test",
+        }
+    }
+}
 
 /// A fixture that archives into a bucket, and the repository as an attacker with the writer's credentials sees it.
 struct World {
@@ -25,18 +41,20 @@ struct World {
 
 impl World {
     /// Makes a bucket with versions, and locks for a day if that is asked for.
-    fn new(name: &str, endpoint: &str, is_locked: bool, retention: &'static str) -> Result<Self> {
+    fn new(name: &str, server: &Server, is_locked: bool, retention: &'static str) -> Result<Self> {
         let shape = Shape {
             archiving: true,
             stanza: false,
             ..SMALL
         };
         let mut s = Fixture::new(name, shape)?;
+        let (endpoint, secret) = (&server.endpoint, server.secret);
         let bucket = format!("{endpoint}/{name}");
         match is_locked {
             true => {
-                curl(&bucket, &["-H", "x-amz-bucket-object-lock-enabled: true"])?;
+                curl(secret, &bucket, &["-H", "x-amz-bucket-object-lock-enabled: true"])?;
                 curl(
+                    secret,
                     &format!("{bucket}?object-lock="),
                     &[
                         "--data",
@@ -45,8 +63,9 @@ impl World {
                 )?;
             }
             false => {
-                curl(&bucket, &[])?;
+                curl(secret, &bucket, &[])?;
                 curl(
+                    secret,
                     &format!("{bucket}?versioning="),
                     &[
                         "--data",
@@ -57,16 +76,17 @@ impl World {
         }
         let url = format!("s3://{name}/some/prefix");
         s.use_s3(endpoint, &url, retention)?;
+        s.scratch.write("s3.secret", secret.as_bytes())?;
         // What archive_command reads.
         let config = std::fs::read(s.scratch.join("s3.toml"))?;
         s.scratch.write("fairvault.toml", &config)?;
         s.ok(&["stanza", "create", "acme"])?;
         let store = RepositoryUrl {
             url,
-            endpoint: Some(endpoint.to_owned()),
+            endpoint: Some(endpoint.clone()),
             region: Some("us-east-1".into()),
             access_key: Some(ACCESS_KEY.into()),
-            secret_key: Some(SECRET_KEY.into()),
+            secret_key: Some(secret.into()),
             ..Default::default()
         };
         let store = store.open(false)?;
@@ -126,7 +146,7 @@ impl World {
 }
 
 /// A signed PUT about a bucket.
-fn curl(url: &str, more: &[&str]) -> Result<String> {
+fn curl(secret: &str, url: &str, more: &[&str]) -> Result<String> {
     run(Command::new("curl")
         .args([
             "-sS",
@@ -137,7 +157,7 @@ fn curl(url: &str, more: &[&str]) -> Result<String> {
             "x-amz-content-sha256: UNSIGNED-PAYLOAD",
         ])
         .args(["--aws-sigv4", "aws:amz:us-east-1:s3", "--user"])
-        .arg(format!("{ACCESS_KEY}:{SECRET_KEY}"))
+        .arg(format!("{ACCESS_KEY}:{secret}"))
         .args(more)
         .arg(url))
 }
@@ -169,8 +189,8 @@ fn names_of(list: &Value, member: &str) -> BTreeSet<String> {
         .collect()
 }
 
-async fn nothing_locked_is_lost(endpoint: &str) -> Result<()> {
-    let w = World::new("locked", endpoint, true, "retention = { full = \"1d\" }")?;
+async fn nothing_locked_is_lost(server: &Server) -> Result<()> {
+    let w = World::new("locked", server, true, "retention = { full = \"1d\" }")?;
     let (_, first) = w.backup()?;
     w.backup()?;
     let said = w.s.ok(&["check", "acme"])?;
@@ -248,8 +268,8 @@ async fn nothing_locked_is_lost(endpoint: &str) -> Result<()> {
     Ok(())
 }
 
-async fn versions_are_collected(endpoint: &str) -> Result<()> {
-    let w = World::new("versions", endpoint, false, "retention = { full = 1 }")?;
+async fn versions_are_collected(server: &Server) -> Result<()> {
+    let w = World::new("versions", server, false, "retention = { full = 1 }")?;
     for _ in 0..3 {
         w.backup()?;
     }
@@ -304,9 +324,11 @@ async fn versions_are_collected(endpoint: &str) -> Result<()> {
     Ok(())
 }
 
-async fn locks_are_left_and_extended(endpoint: &str) -> Result<()> {
-    let w = World::new("extended", endpoint, true, "retention = { full = 1 }")?;
+async fn locks_are_left_and_extended(server: &Server) -> Result<()> {
+    let w = World::new("extended", server, true, "retention = { full = 1 }")?;
     let (first, _) = w.backup()?;
+    // It has a pack that no other backup uses.
+    w.backup()?;
     w.backup()?;
     w.s.ok(&["expire", "acme"])?;
     ensure!(!w.s.ok(&["info", "acme"])?.contains(&first));
@@ -377,21 +399,21 @@ fn now_us() -> i64 {
 async fn nothing_locked_is_lost_on_ministack() -> Result<()> {
     let scratch = Scratch::new("lockstore")?;
     let server = S3::start(&scratch, "other")?;
-    nothing_locked_is_lost(&server.endpoint()).await
+    nothing_locked_is_lost(&Server::of(&server)).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn versions_are_collected_on_ministack() -> Result<()> {
     let scratch = Scratch::new("versionstore")?;
     let server = S3::start(&scratch, "other")?;
-    versions_are_collected(&server.endpoint()).await
+    versions_are_collected(&Server::of(&server)).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn locks_are_left_and_extended_on_ministack() -> Result<()> {
     let scratch = Scratch::new("extendstore")?;
     let server = S3::start(&scratch, "other")?;
-    locks_are_left_and_extended(&server.endpoint()).await
+    locks_are_left_and_extended(&Server::of(&server)).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -401,10 +423,14 @@ async fn all_of_it_on_radosgw() -> Result<()> {
         return Ok(());
     }
     let scratch = Scratch::new("lockrgw")?;
-    let server = Rgw::start(&scratch)?;
-    nothing_locked_is_lost(&server.endpoint()).await?;
-    versions_are_collected(&server.endpoint()).await?;
-    locks_are_left_and_extended(&server.endpoint()).await
+    let gateway = Rgw::start(&scratch)?;
+    let server = Server {
+        endpoint: gateway.endpoint(),
+        secret: rgw::SECRET_KEY,
+    };
+    nothing_locked_is_lost(&server).await?;
+    versions_are_collected(&server).await?;
+    locks_are_left_and_extended(&server).await
 }
 
 #[test]
