@@ -141,12 +141,14 @@ pub enum Command {
     },
     /// Bring other repositories of a stanza up to date: backups and WAL that they do not have
     Copy(CopyArgs),
-    /// Make lost or damaged parts of the index anew, and say what content is lost
+    /// Bring back what is hidden, make lost or damaged parts of the index anew, and say what content is lost
     Repair(RepairArgs),
     /// Decide which backups are needed no more, as `retention` says
     Expire(ExpireArgs),
     /// Delete what no backup and no reader needs
     Gc(GcArgs),
+    /// In a bucket with object lock: lock what backups need for as long as they are kept
+    Lock(LockArgs),
     /// Keep a backup until `unhold`, whatever the retention says
     Hold {
         /// Stanza
@@ -265,6 +267,22 @@ pub struct GcArgs {
     /// How long a sign of life of a backup or restore is waited for, at least 60s, before it counts as dead
     #[arg(long, value_name = "TIME", default_value = "90s")]
     pub patience: String,
+    /// How progress looks
+    #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
+    pub progress: ProgressMode,
+}
+
+/// `lock`
+#[derive(Debug, Args)]
+pub struct LockArgs {
+    /// Stanza
+    pub stanza: String,
+    /// Lock everything that is needed for so many days from now on [default: as long as `retention` keeps it]
+    #[arg(long, value_name = "N")]
+    pub days: Option<u32>,
+    /// Only say what would be locked
+    #[arg(long)]
+    pub dry_run: bool,
     /// How progress looks
     #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
     pub progress: ProgressMode,

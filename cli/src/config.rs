@@ -53,15 +53,16 @@ pub struct Repo {
     pub server_side_encryption: Option<String>,
     /// KMS key id.
     pub kms_key: Option<String>,
-    /// Send a SHA-256 checksum header.
-    #[serde(default)]
-    pub checksum: bool,
+    /// How the store checks what arrives: a SHA-256 or MD5 header, or neither.
+    pub checksum: Option<Checksum>,
     /// Access key id.
     pub access_key: Option<String>,
     /// File with the secret access key.
     pub secret_key_file: Option<PathBuf>,
     /// Credentials that may delete: used by `gc` alone, which others leave deleting to.
-    pub deleter: Option<Deleter>,
+    pub deleter: Option<Credentials>,
+    /// Credentials that may lock objects: used by `lock` alone.
+    pub keeper: Option<Credentials>,
     /// What is kept, if the stanza does not say otherwise.
     pub retention: Option<Retention>,
     /// The store has no conditional create, and one writer is promised.
@@ -73,10 +74,20 @@ pub struct Repo {
     pub retry_timeout: Option<String>,
 }
 
-/// `deleter`
+/// `checksum`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub enum Checksum {
+    /// SHA-256, or none.
+    On(bool),
+    /// Which one.
+    Named(String),
+}
+
+/// `deleter` and `keeper`
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Deleter {
+pub struct Credentials {
     /// Access key id.
     pub access_key: String,
     /// File with the secret access key.

@@ -18,7 +18,10 @@ use fairvault_format::wal;
 use zeroize::Zeroizing;
 
 use crate::args::Global;
-use crate::config::{self, Codec, Compression, Config, KeySource, Repo, StanzaConfig, WalCodec, WalConfig};
+use crate::config::{
+    self, Codec, Compression, Config, Credentials, KeySource, Repo, StanzaConfig, WalCodec, WalConfig,
+};
+use crate::repository::{from_environment, read_trimmed, repository_url};
 use crate::schedule::Schedule;
 
 /// Name of the repository that --repo-url makes.
@@ -218,11 +221,26 @@ impl Context {
 
     /// The same, and how it was opened.
     pub async fn open_to_delete(&self, repository: &str, stanza: &str) -> Result<(Log, Access)> {
+        self.open_log_as(repository, stanza, |repo| repo.deleter.as_ref()).await
+    }
+
+    /// Opens a stanza's log with the credentials that may lock objects, where there are such; and its repository.
+    pub async fn open_log_to_lock(&self, repository: &str, stanza: &str) -> Result<(Log, Store)> {
+        let (log, access) = self.open_log_as(repository, stanza, |repo| repo.keeper.as_ref()).await?;
+        Ok((log, access.repository))
+    }
+
+    async fn open_log_as(
+        &self,
+        repository: &str,
+        stanza: &str,
+        role: impl Fn(&Repo) -> Option<&Credentials>,
+    ) -> Result<(Log, Access)> {
         let mut access = self.access(repository, stanza, false, true)?;
-        if let Some(deleter) = self.config.repo.get(repository).and_then(|repo| repo.deleter.as_ref()) {
+        if let Some(credentials) = self.config.repo.get(repository).and_then(role) {
             let url = RepositoryUrl {
-                access_key: Some(deleter.access_key.clone()),
-                secret_key: Some(read_trimmed(&deleter.secret_key_file)?),
+                access_key: Some(credentials.access_key.clone()),
+                secret_key: Some(read_trimmed(&credentials.secret_key_file)?),
                 has_deleter: false,
                 lock_file: self.lock_file(),
                 ..repository_url(self.repository(repository)?)?
@@ -378,47 +396,6 @@ impl Context {
             .collect::<Vec<_>>()
             .join(" "))
     }
-}
-
-/// Settings of a store that is given by URL alone.
-fn from_environment() -> RepositoryUrl {
-    let variable = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
-    RepositoryUrl {
-        endpoint: variable("AWS_ENDPOINT_URL"),
-        region: variable("AWS_REGION"),
-        ..RepositoryUrl::default()
-    }
-}
-
-fn read_trimmed(path: &Path) -> Result<String> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
-    Ok(text.trim_end().to_owned())
-}
-
-fn repository_url(repo: &Repo) -> Result<RepositoryUrl> {
-    let time = |key: &str, text: &Option<String>| text.as_deref().map(|t| config::duration(key, t)).transpose();
-    let secret_key = match &repo.secret_key_file {
-        None => None,
-        Some(path) => Some(read_trimmed(path)?),
-    };
-    Ok(RepositoryUrl {
-        url: repo.url.clone(),
-        endpoint: repo.endpoint.clone(),
-        region: repo.region.clone(),
-        virtual_host: repo.virtual_host,
-        ca_file: repo.ca_file.clone(),
-        storage_class: repo.storage_class.clone(),
-        server_side_encryption: repo.server_side_encryption.clone(),
-        kms_key: repo.kms_key.clone(),
-        checksum: repo.checksum,
-        access_key: repo.access_key.clone(),
-        secret_key,
-        single_writer: repo.single_writer,
-        has_deleter: repo.deleter.is_some(),
-        lock_file: None,
-        request_timeout: time("request_timeout", &repo.request_timeout)?,
-        retry_timeout: time("retry_timeout", &repo.retry_timeout)?,
-    })
 }
 
 /// A secret from a file; it must not be readable for everybody.

@@ -10,6 +10,7 @@ mod config;
 mod context;
 mod memory;
 mod output;
+mod repository;
 mod schedule;
 mod time;
 
@@ -229,6 +230,7 @@ async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
         Command::Repair(args) => commands::repair::run(&context, args).await,
         Command::Expire(args) => commands::expire::run(&context, args).await,
         Command::Gc(args) => commands::gc::run(&context, args).await,
+        Command::Lock(args) => commands::lock::run(&context, args).await,
         Command::Hold { stanza, backup, reason } => {
             commands::expire::hold(&context, &stanza, &backup, &reason, false).await
         }

@@ -36,6 +36,12 @@ pub fn seconds(duration: Duration) -> String {
     }
 }
 
+/// A time, from seconds since 1970.
+pub fn time(seconds: i64) -> String {
+    let time = jiff::Timestamp::from_second(seconds).unwrap_or_default();
+    time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
 /// Prints a line on standard output. A closed pipe is no error of ours.
 pub fn line(text: impl std::fmt::Display) {
     let _ = writeln!(std::io::stdout(), "{text}");

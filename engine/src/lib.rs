@@ -15,6 +15,7 @@ pub mod env;
 pub mod error;
 pub mod expire;
 pub mod gc;
+pub mod immutable;
 pub mod inspect;
 pub mod pack;
 pub mod postgres;

@@ -7,11 +7,13 @@ use fairvault_engine::commit::Log;
 use fairvault_engine::copy::{self as engine, Options};
 use fairvault_engine::env::SystemEnv;
 use fairvault_engine::error::{Error, Result};
+use fairvault_engine::immutable;
 use fairvault_engine::inspect::info_of;
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::postgres::segment::Segment;
 use fairvault_engine::replication::connection::{Connection, Mode};
 use fairvault_engine::stanza::create::{Cluster, check_cluster};
+use fairvault_engine::store::Store;
 use fairvault_engine::store::probe::probe;
 use fairvault_engine::wal::archive::Archive;
 use fairvault_engine::wal::coverage::Coverage;
@@ -121,11 +123,57 @@ async fn look(context: Arc<Context>, repository: String, stanza: String, server:
             .await
             .map(|()| "creates objects conditionally".to_owned()),
     };
+    let mut lines = vec![line(&format!("repository {repository}"), probed)];
+    lines.extend(immutability(&context, &repository, &stanza, &store).await);
     let opened = stanza_in(&context, &repository, &stanza, server.as_ref()).await;
-    vec![
-        line(&format!("repository {repository}"), probed),
-        line(&format!("stanza {stanza} in {repository}"), opened),
-    ]
+    lines.push(line(&format!("stanza {stanza} in {repository}"), opened));
+    lines
+}
+
+/// What the store does with what is overwritten and deleted, and what is hidden of what a stanza is opened with.
+async fn immutability(context: &Context, repository: &str, stanza: &str, store: &Store) -> Vec<Line> {
+    let what = format!("immutability of {repository}");
+    let look = async {
+        let log = context.open_log_in(repository, stanza, true).await;
+        let policy = log.ok().and_then(|log| log.state().policy.clone()).unwrap_or_default();
+        let retention = context.retention(repository, stanza)?;
+        immutable::advice(store, &retention, policy.minimum_retention_s).await
+    };
+    let advice = match look.await {
+        Ok(advice) => advice,
+        // Not everybody may ask.
+        Err(error) => {
+            return vec![Line {
+                optional: true,
+                ..line(&what, Err(error))
+            }];
+        }
+    };
+    let mut lines = vec![line(&what, Ok(advice.is))];
+    let warnings = advice.warnings.into_iter().map(|(detail, remedy)| Line {
+        optional: true,
+        ..line(&what, Err(Error::failed(detail).remedy(remedy)))
+    });
+    lines.extend(warnings);
+    let hidden = async {
+        let access = context.access(repository, stanza, false, true)?;
+        let mut hidden = immutable::hidden::of_opening(&access).await?;
+        hidden.extend(immutable::hidden::deleted_entries(&store.folder(stanza)).await?);
+        match hidden.first() {
+            None => Ok(()),
+            Some(first) => Err(Error::damaged(format!(
+                "{} objects that everything relies on are hidden; {}: {}",
+                hidden.len(),
+                first.object,
+                first.problem
+            ))
+            .remedy("somebody deleted or replaced them: find out who, then run `fairvault repair`")),
+        }
+    };
+    if let Err(error) = hidden.await {
+        lines.push(line(&what, Err(error)));
+    }
+    lines
 }
 
 /// What `copy` would bring from one repository to another. That one is behind is no fault.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use fairvault_engine::commit::lease;
 use fairvault_engine::error::{Context as _, Error, Result};
-use fairvault_engine::gc::{self, Count, Options};
+use fairvault_engine::gc::{self, Count, Options, Versions};
 use fairvault_engine::progress::Progress;
 
 use super::{Outcome, or_left_out};
@@ -80,6 +80,9 @@ pub async fn run(context: &Arc<Context>, args: GcArgs) -> Result<Outcome> {
                 output::bytes(report.thin_packs.bytes)
             ));
         }
+        if let Some(versions) = &report.versions {
+            print_versions(versions, word);
+        }
         report
             .kept
             .iter()
@@ -91,4 +94,23 @@ pub async fn run(context: &Arc<Context>, args: GcArgs) -> Result<Outcome> {
         }
     }
     Ok(outcome)
+}
+
+/// What became of versions of what was deleted.
+fn print_versions(versions: &Versions, word: &str) {
+    if versions.deleted.objects > 0 {
+        output::line(format_args!(
+            "  {} old versions {word} for good, {}",
+            versions.deleted.objects,
+            output::bytes(versions.deleted.bytes)
+        ));
+    }
+    if let Some(until) = versions.locked_until_s {
+        output::line(format_args!(
+            "  {} old versions are locked, {}, the last until {}: a later run deletes them",
+            versions.locked.objects,
+            output::bytes(versions.locked.bytes),
+            output::time(until)
+        ));
+    }
 }

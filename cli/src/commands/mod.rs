@@ -8,6 +8,7 @@ pub mod expire;
 pub mod gc;
 pub mod info;
 pub mod key;
+pub mod lock;
 pub mod repair;
 pub mod restore;
 pub mod stanza;

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use fairvault_engine::error::{Context as _, Error, Result};
 use fairvault_engine::progress::Progress;
 use fairvault_engine::repair::{self, Options, Report};
-use fairvault_engine::stanza::Stanza;
 use fairvault_engine::verify::Level;
 
 use super::Outcome;
@@ -26,11 +25,10 @@ pub async fn run(context: &Context, args: RepairArgs) -> Result<Outcome> {
     let (mut outcome, mut unread) = (Outcome::Done, 0);
     for repository in context.repositories(Some(&args.stanza))? {
         let access = context.access(&repository, &args.stanza, false, true)?;
-        let stanza = Stanza::open(&access).await?;
-        let shown = stanza.shown().to_owned();
+        let shown = access.repository.folder(&args.stanza).shown().to_owned();
         let progress = Arc::new(Progress::default());
         let display = output::Display::start(args.progress, progress.clone(), "");
-        let result = repair::run(stanza, &access, options, &progress).await;
+        let result = repair::run(&access, options, &progress).await;
         drop(display);
         let report = result.context(|| format!("repository {repository}"))?;
         unread += report.found.unread.len();
@@ -57,6 +55,18 @@ pub async fn run(context: &Context, args: RepairArgs) -> Result<Outcome> {
 
 fn print(shown: &str, report: &Report, dry_run: bool) {
     output::line(shown);
+    for hidden in &report.hidden {
+        output::line(format_args!(
+            "  {}: {}; it {}",
+            hidden.object,
+            hidden.problem,
+            if hidden.brought_back {
+                "can be seen again"
+            } else {
+                "would be brought back"
+            }
+        ));
+    }
     let index = &report.index;
     for run in &index.damaged_runs {
         output::line(format_args!("  {}: {}", run.object, run.problem));

@@ -53,10 +53,25 @@ impl Log {
         }
     }
 
+    /// The same, for reading all of it and keeping its entries.
+    pub(crate) fn unread(stanza: Arc<Stanza>) -> Self {
+        Self {
+            entries: Some(Vec::new()),
+            ..Self::empty(stanza)
+        }
+    }
+
+    /// Takes an entry that the store does not show, if it follows on what was read so far.
+    pub(crate) fn follow(&mut self, bytes: &[u8]) -> Result<()> {
+        let mut next = self.clone();
+        next.apply(bytes)?;
+        *self = next;
+        Ok(())
+    }
+
     /// Reads all of the log, believing neither snapshots nor what this host remembers, and keeps its entries.
     pub async fn replay(stanza: Arc<Stanza>) -> Result<Self> {
-        let mut this = Self::empty(stanza);
-        this.entries = Some(Vec::new());
+        let mut this = Self::unread(stanza);
         this.refresh_proven().await?;
         this.check_pins()?;
         let seen = this.stanza.memory().and_then(|m| m.head(&this.stanza));

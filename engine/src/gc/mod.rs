@@ -7,12 +7,13 @@
 //! What always holds: the state is computed from all entries of the log, not from a snapshot; what the signed
 //! policy protects stays, whatever the log says has expired; what a backup uses is known from its usage list, or
 //! nothing is deleted; whoever comes after an interrupted collector goes on where that stopped. No data key is
-//! needed.
+//! needed. In a bucket that keeps versions, what was deleted is deleted for good once its lock has ended (`versions`).
 
-mod history;
+pub(crate) mod history;
 pub(crate) mod runs;
 mod sweep;
 pub(crate) mod usage;
+mod versions;
 mod wal;
 
 use std::time::Duration;
@@ -26,11 +27,12 @@ use crate::commit::lease;
 use crate::error::Result;
 use crate::progress::Progress;
 use usage::Usage;
+pub use versions::Versions;
 
 /// Packs that one mark names at most.
 const MARK_PACKS: usize = 16_384;
 /// Snapshots of the log that are kept.
-const SNAPSHOTS: usize = 4;
+pub(crate) const SNAPSHOTS: usize = 4;
 
 /// How to go about it.
 #[derive(Debug, Clone)]
@@ -51,7 +53,7 @@ pub struct Count {
 }
 
 impl Count {
-    fn add(&mut self, bytes: u64) {
+    pub(crate) fn add(&mut self, bytes: u64) {
         self.objects += 1;
         self.bytes += bytes;
     }
@@ -72,6 +74,9 @@ pub struct Report {
     pub snapshots: Count,
     /// Packs that later backups do not use any more, since little of them is used.
     pub thin_packs: Count,
+    /// Versions of what was deleted, now or by an earlier run; `None` in a store that keeps none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub versions: Option<Versions>,
     /// Why something was kept although it has expired.
     pub kept: Vec<String>,
     /// Whose end is waited for; then this is not all.
@@ -153,6 +158,7 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
         lease::bury(&stanza, &dead).await?;
     }
     collect_snapshots(&log, options, &mut report).await?;
+    versions::purge(&mut log, options, &mut report, progress).await?;
     report.kept.sort();
     report.kept.dedup();
     Ok(report)

@@ -101,16 +101,21 @@ async fn read(stanza: &Stanza, root: &[u8]) -> Result<proto::Usage> {
     let hash = root
         .try_into()
         .map_err(|_| Error::damaged("the log names a root without a hash"))?;
-    let name = names::root(&hash);
-    let bytes = stanza.store().get(&name, limits::OBJECT_BYTES).await?;
-    if sha256(&bytes) != hash {
+    let bytes = stanza.store().get(&names::root(&hash), limits::OBJECT_BYTES).await?;
+    open(stanza, &hash, &bytes)
+}
+
+/// The usage list in the bytes of a root.
+pub fn open(stanza: &Stanza, hash: &[u8; 32], bytes: &[u8]) -> Result<proto::Usage> {
+    let name = names::root(hash);
+    if sha256(bytes) != *hash {
         return Err(Error::damaged(format!(
             "{}/{name} does not match its name",
             stanza.shown()
         )));
     }
-    let keys = stanza.keys_for(&bytes, &name)?;
-    let mut reader = ObjectReader::new(keys, stanza.scope(), ObjectKind::Root, &bytes, "", &name)?;
+    let keys = stanza.keys_for(bytes, &name)?;
+    let mut reader = ObjectReader::new(keys, stanza.scope(), ObjectKind::Root, bytes, "", &name)?;
     Ok(reader.message(KeyRole::Meta)?)
 }
 

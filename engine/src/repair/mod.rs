@@ -1,4 +1,5 @@
-//! Repair: what of the index is lost or damaged is made anew from packs; what content is lost is named.
+//! Repair: what is hidden is brought back; what of the index is lost or damaged is made anew from packs; what content
+//! is lost is named.
 //!
 //! What always holds: nothing is believed that does not prove itself. The index is made from packs whose bytes match
 //! their names and whose directories open. Nothing is deleted. What a newer version wrote is left alone, and so is the
@@ -21,6 +22,7 @@ use crate::commit::{Log, state};
 use crate::dedup::{self, read_run};
 use crate::error::{Error, Kind, Result};
 use crate::gc::{runs, usage::Usage};
+use crate::immutable::hidden::{self, Hidden};
 use crate::progress::Progress;
 use crate::stanza::{Access, Stanza, read_repository};
 use crate::verify::packs::Checking;
@@ -52,6 +54,8 @@ pub struct IndexReport {
 /// What was found and done.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
+    /// Objects that were deleted or replaced in a bucket that still has them.
+    pub hidden: Vec<Hidden>,
     /// The index.
     pub index: IndexReport,
     /// Packs that are lost or damaged: nothing relies on them from now on.
@@ -64,12 +68,41 @@ pub struct Report {
 impl Report {
     /// Nothing is wrong, and nothing was to be done.
     pub fn is_good(&self) -> bool {
-        self.found.is_good() && self.index.damaged_runs.is_empty() && self.gone_packs.is_empty()
+        self.found.is_good()
+            && self.hidden.is_empty()
+            && self.index.damaged_runs.is_empty()
+            && self.gone_packs.is_empty()
     }
 }
 
-/// Repairs a stanza that `access` has opened.
-pub async fn run(stanza: Arc<Stanza>, access: &Access, options: Options, progress: &Progress) -> Result<Report> {
+/// Brings back what is hidden, in the order in which a stanza is opened: what the repository is opened with, the log,
+/// and what the log names.
+async fn find(access: &Access, dry_run: bool, progress: &Progress) -> Result<(Arc<Stanza>, Vec<Hidden>)> {
+    progress.phase("looking for what is hidden");
+    let back = async |found: Vec<Hidden>| match dry_run {
+        true => Ok(found),
+        false => hidden::bring_back(found).await,
+    };
+    let mut all = back(hidden::of_opening(access).await?).await?;
+    let lacks = all.iter().filter(|hidden| !hidden.brought_back);
+    let names: Vec<&str> = lacks.map(|hidden| hidden.object.as_str()).collect();
+    let opened = Stanza::open(access).await;
+    let stanza = opened.map_err(|error| match names.is_empty() {
+        true => error,
+        false => error.remedy(format!(
+            "`fairvault repair` without --dry-run brings back {}",
+            names.join(", ")
+        )),
+    })?;
+    let mut log = Log::unread(stanza.clone());
+    all.extend(back(hidden::of_log(&mut log).await?).await?);
+    all.extend(back(hidden::of_content(&log).await?).await?);
+    Ok((stanza, all))
+}
+
+/// Repairs the stanza that `access` opens.
+pub async fn run(access: &Access, options: Options, progress: &Progress) -> Result<Report> {
+    let (stanza, hidden) = find(access, options.dry_run, progress).await?;
     progress.phase("reading the log");
     // Not what this host remembers of it: a newer version may have taken over meanwhile.
     read_repository(&access.repository).await?;
@@ -83,7 +116,8 @@ pub async fn run(stanza: Arc<Stanza>, access: &Access, options: Options, progres
     if let Some(lease) = lease {
         lease.release().await;
     }
-    let report = repaired?;
+    let mut report = repaired?;
+    report.hidden = hidden;
     if !options.dry_run {
         let operation = proto::Operation {
             what: "repair".to_owned(),
@@ -91,7 +125,8 @@ pub async fn run(stanza: Arc<Stanza>, access: &Access, options: Options, progres
             result: match report.is_good() {
                 true => "nothing to do".to_owned(),
                 false => format!(
-                    "{} packs are in the index again, {} are gone",
+                    "{} objects can be seen again, {} packs are in the index again, {} are gone",
+                    report.hidden.len(),
                     report.index.rebuilt_packs,
                     report.gone_packs.len()
                 ),

@@ -3,8 +3,12 @@
 //! What always holds (see SPEC.md, section 1): nothing is overwritten; the outcome of a conditional create
 //! is known before it is reported; LIST is never a proof of absence.
 
+mod lazy;
+mod listing;
 pub mod probe;
+mod s3;
 pub mod url;
+pub mod versions;
 
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -22,6 +26,7 @@ use fairvault_format::names;
 
 use crate::env::has_fault;
 use crate::error::{Error, Kind, Result};
+use lazy::Lazy;
 
 /// How a conditional create ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +52,8 @@ pub struct StoreSettings {
     pub ordered_lists: bool,
     /// The folder of a directory repository, as it was when it was opened.
     pub root: Option<Root>,
+    /// Every upload carries the MD5 of its body.
+    pub content_md5: bool,
     /// File that processes of this host lock around creates where `single_writer` is promised.
     pub lock_file: Option<PathBuf>,
 }
@@ -60,6 +67,7 @@ impl Default for StoreSettings {
             may_delete: true,
             ordered_lists: false,
             root: None,
+            content_md5: false,
             lock_file: None,
         }
     }
@@ -92,40 +100,14 @@ impl Root {
 
 type Client = Arc<dyn ObjectStore>;
 
-/// The client for uploads, made when it is first needed: reading the system's certificates takes longer than a
-/// request.
-#[derive(Clone)]
-struct Uploads(Arc<dyn Fn() -> Result<Client> + Send + Sync>);
-
-impl Uploads {
-    fn new(make: impl Fn() -> Result<Client> + Send + Sync + 'static) -> Self {
-        let made = std::sync::OnceLock::new();
-        Self(Arc::new(move || match made.get() {
-            Some(client) => Ok(Client::clone(client)),
-            None => {
-                let client = make()?;
-                Ok(made.get_or_init(|| client).clone())
-            }
-        }))
-    }
-
-    fn client(&self) -> Result<Client> {
-        (self.0)()
-    }
-}
-
-impl std::fmt::Debug for Uploads {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Uploads")
-    }
-}
-
 /// A folder of an object store: a repository, or a stanza in it.
 #[derive(Debug, Clone)]
 pub struct Store {
     inner: Arc<dyn ObjectStore>,
     /// For uploads: over HTTP, a limit for silence would also limit how long a body may take.
-    uploads: Uploads,
+    uploads: Lazy<Client>,
+    /// For what S3 knows and the client does not: versions and locks.
+    s3: Option<Lazy<Arc<s3::S3>>>,
     prefix: String,
     shown: String,
     settings: StoreSettings,
@@ -135,10 +117,11 @@ impl Store {
     /// A store below `prefix`; `shown` is how it is called in messages.
     pub fn new(inner: Arc<dyn ObjectStore>, prefix: &str, shown: &str, settings: StoreSettings) -> Self {
         Self {
-            uploads: Uploads::new({
+            uploads: Lazy::new({
                 let inner = inner.clone();
                 move || Ok(inner.clone())
             }),
+            s3: None,
             inner,
             prefix: prefix.trim_matches('/').to_owned(),
             shown: shown.trim_end_matches('/').to_owned(),
@@ -150,7 +133,15 @@ impl Store {
     #[must_use]
     pub fn with_uploads(self, make: impl Fn() -> Result<Arc<dyn ObjectStore>> + Send + Sync + 'static) -> Self {
         Self {
-            uploads: Uploads::new(make),
+            uploads: Lazy::new(make),
+            ..self
+        }
+    }
+
+    /// The same store, which can be asked about versions and locks.
+    fn with_s3(self, make: impl Fn() -> Result<Arc<s3::S3>> + Send + Sync + 'static) -> Self {
+        Self {
+            s3: Some(Lazy::new(make)),
             ..self
         }
     }
@@ -203,6 +194,9 @@ impl Store {
                     .remedy("check access key, secret, region and the bucket's policy; where only a collector may delete, `deleter` of the repository has its credentials")
                     .caused_by(error)
             }
+            E::Generic { .. } if lacks_checksum(&error) => Error::failed(what)
+                .remedy("buckets with object lock want a checksum: set checksum = true, or \"md5\" if the store refuses that")
+                .caused_by(error),
             E::Generic { .. } if is_permission_io(&error) => Error::new(Kind::Failed, what)
                 .remedy("check who owns the repository folder and its permissions")
                 .caused_by(error),
@@ -273,13 +267,22 @@ impl Store {
         }
         let options = PutOptions {
             attributes,
-            ..Default::default()
+            ..self.put_options(&payload)
         };
         let uploads = self.uploads.client()?;
         self.throttled(|| uploads.put_opts(&path, payload.clone(), options.clone()))
             .await
             .map_err(|e| self.error("writing", name, e))?;
         self.check_written(&path)
+    }
+
+    /// What goes with every upload.
+    fn put_options(&self, payload: &PutPayload) -> PutOptions {
+        let mut options = PutOptions::default();
+        if self.settings.content_md5 {
+            options.extensions.insert(s3::ContentMd5::of(payload));
+        }
+        options
     }
 
     /// Stores an object in the place of the one before: only leases are stored like that.
@@ -303,12 +306,13 @@ impl Store {
         let (path, uploads) = (self.path(name)?, self.uploads.client()?);
         let deadline = tokio::time::Instant::now() + self.settings.retry_timeout;
         let mut wait = Duration::from_millis(100);
+        let payload = PutPayload::from(bytes.clone());
+        let options = PutOptions {
+            mode: PutMode::Create,
+            ..self.put_options(&payload)
+        };
         loop {
-            let options = PutOptions {
-                mode: PutMode::Create,
-                ..Default::default()
-            };
-            let unclear = match uploads.put_opts(&path, bytes.clone().into(), options).await {
+            let unclear = match uploads.put_opts(&path, payload.clone(), options.clone()).await {
                 Ok(_) => return Ok(Created::Won),
                 Err(object_store::Error::AlreadyExists { .. }) if has_fault("exists") => return Ok(Created::Won),
                 Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
@@ -542,6 +546,12 @@ fn is_throttle(error: &object_store::Error) -> bool {
         let text = error.to_string();
         text.contains("RequestRateLimitExceeded") || text.contains("<Code>SlowDown</Code>")
     }
+}
+
+/// What a bucket with object lock says to an upload that it cannot check.
+fn lacks_checksum(error: &object_store::Error) -> bool {
+    let text = error.to_string();
+    text.contains("400 Bad Request") && text.contains("Content-MD5")
 }
 
 /// The first I/O error among the causes.

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use object_store::PutMode;
+use object_store::{PutMode, PutOptions, PutPayload};
 
 use super::Store;
 use crate::env::{self, Env};
@@ -57,13 +57,12 @@ async fn race(store: &Store, name: &str) -> Result<()> {
 
 /// One create without the certainty that [`Store::create`] adds.
 async fn raw_create(store: &Store, name: &str, bytes: Bytes) -> Result<bool> {
-    let path = store.path(name)?;
-    match store
-        .uploads
-        .client()?
-        .put_opts(&path, bytes.into(), PutMode::Create.into())
-        .await
-    {
+    let (path, payload) = (store.path(name)?, PutPayload::from(bytes));
+    let options = PutOptions {
+        mode: PutMode::Create,
+        ..store.put_options(&payload)
+    };
+    match store.uploads.client()?.put_opts(&path, payload, options).await {
         Ok(_) => Ok(true),
         Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(false),
         Err(error @ (object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. })) => {

@@ -4,12 +4,13 @@ use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, Checksum};
+use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey, Checksum};
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::{BackoffConfig, Certificate, ClientOptions, ObjectStore, RetryConfig};
 
+use super::s3::{AddMd5, S3};
 use super::{Root, Store, StoreSettings};
 use crate::error::{Error, Result};
 
@@ -32,8 +33,8 @@ pub struct RepositoryUrl {
     pub server_side_encryption: Option<String>,
     /// S3: KMS key id.
     pub kms_key: Option<String>,
-    /// S3: send a SHA-256 checksum header (needed by buckets with object lock).
-    pub checksum: bool,
+    /// S3: how the store checks what arrives.
+    pub checksum: Check,
     /// Access key id.
     pub access_key: Option<String>,
     /// Secret access key.
@@ -48,6 +49,18 @@ pub struct RepositoryUrl {
     pub request_timeout: Option<Duration>,
     /// How long the store may stay away.
     pub retry_timeout: Option<Duration>,
+}
+
+/// How an S3 store checks what arrives. A bucket with object lock takes nothing without.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Check {
+    /// A SHA-256 checksum header; it costs nothing, since requests are signed with the same hash.
+    #[default]
+    Sha256,
+    /// The Content-MD5 header, for stores that do not know the other.
+    Md5,
+    /// Nothing but the signature.
+    None,
 }
 
 /// How long one upload may take: a WAL segment of 1 GiB at 5 Mbit/s.
@@ -71,6 +84,7 @@ impl RepositoryUrl {
             may_delete: !self.has_deleter,
             ordered_lists: matches!(self.url.split("://").next(), Some("s3" | "gs" | "az")),
             root: None,
+            content_md5: self.checksum == Check::Md5,
             lock_file: self.lock_file.clone(),
         };
         if let Some(class) = self.storage_class.as_deref().filter(|class| is_archival(class)) {
@@ -92,6 +106,13 @@ impl RepositoryUrl {
                 let _ = rustls::crypto::ring::default_provider().install_default();
                 let store = Store::new(self.client(scheme, bucket, false)?, prefix, &self.url, settings);
                 let (this, scheme, bucket) = (self.clone(), scheme.to_owned(), bucket.to_owned());
+                let store = match scheme == "s3" {
+                    false => store,
+                    true => {
+                        let (this, bucket) = (self.clone(), bucket.clone());
+                        store.with_s3(move || this.requests(&bucket))
+                    }
+                };
                 return Ok(store.with_uploads(move || this.client(&scheme, &bucket, true)));
             }
             _ => return Err(self.bad("its scheme is not known")),
@@ -183,8 +204,18 @@ impl RepositoryUrl {
         }
     }
 
-    fn s3(&self, bucket: &str, uploads: bool) -> Result<impl ObjectStore> {
-        let plain = self.endpoint.as_deref().is_some_and(|e| e.starts_with("http://"));
+    /// What speaks about versions and locks.
+    fn requests(&self, bucket: &str) -> Result<Arc<S3>> {
+        let options = self.client_options(self.is_plain(), false)?;
+        Ok(Arc::new(S3::new(self.s3(bucket, false)?, &options)?))
+    }
+
+    fn is_plain(&self) -> bool {
+        self.endpoint.as_deref().is_some_and(|e| e.starts_with("http://"))
+    }
+
+    fn s3(&self, bucket: &str, uploads: bool) -> Result<AmazonS3> {
+        let plain = self.is_plain();
         let mut builder = AmazonS3Builder::from_env()
             .with_client_options(self.client_options(plain, uploads)?)
             .with_retry(self.retry())
@@ -205,9 +236,11 @@ impl RepositoryUrl {
         if let (Some(key), Some(secret)) = (&self.access_key, &self.secret_key) {
             builder = builder.with_access_key_id(key).with_secret_access_key(secret);
         }
-        if self.checksum {
-            builder = builder.with_checksum_algorithm(Checksum::SHA256);
-        }
+        builder = match self.checksum {
+            Check::Sha256 => builder.with_checksum_algorithm(Checksum::SHA256),
+            Check::Md5 => builder.with_http_connector(<AddMd5>::default()),
+            Check::None => builder,
+        };
         match self.server_side_encryption.as_deref() {
             None => {}
             Some("aws:kms") => match &self.kms_key {
@@ -244,7 +277,7 @@ impl RepositoryUrl {
     }
 
     fn gcs(&self, bucket: &str, uploads: bool) -> Result<impl ObjectStore> {
-        let plain = self.endpoint.as_deref().is_some_and(|e| e.starts_with("http://"));
+        let plain = self.is_plain();
         let mut builder = GoogleCloudStorageBuilder::from_env()
             .with_client_options(self.client_options(plain, uploads)?)
             .with_retry(self.retry())

@@ -1,13 +1,15 @@
 //! Keys, log, snapshots and index runs: what everything else is found and opened with.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use fairvault_format::{limits, names, sha256};
 
 use super::Report;
 use crate::commit::Log;
-use crate::error::Error;
-use crate::stanza::{Access, keys_in, read_repository, read_slot};
+use crate::error::{Error, Kind};
+use crate::immutable::hidden;
+use crate::stanza::{Access, Stanza, keys_in, read_repository, read_slot};
 
 /// Checks `fairvault.json` and the key slots: each can be read, and the configured secret opens one of every key epoch.
 pub async fn check_keys(access: &Access, log: &Log, report: &mut Report) {
@@ -74,6 +76,28 @@ pub async fn check_log(log: &Log, report: &mut Report) {
             ),
             Err(error) => report.note(&name, &error),
         }
+    }
+}
+
+/// Names what is needed and hidden, in a bucket that keeps versions.
+pub async fn check_hidden(access: &Access, stanza: &Arc<Stanza>, report: &mut Report) {
+    let find = async {
+        let mut log = Log::unread(stanza.clone());
+        let mut all = hidden::of_opening(access).await?;
+        all.extend(hidden::of_log(&mut log).await?);
+        all.extend(hidden::of_content(&log).await?);
+        Ok::<_, Error>(all)
+    };
+    match find.await {
+        Ok(all) => all.iter().for_each(|hidden| {
+            report.add(
+                &hidden.object,
+                format_args!("{}: `fairvault repair` brings it back", hidden.problem),
+            )
+        }),
+        // What is wrong with the log was said.
+        Err(error) if error.kind() == Kind::Damaged => {}
+        Err(error) => report.note(names::LOG, &error.context("looking for what is hidden")),
     }
 }
 

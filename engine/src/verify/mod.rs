@@ -247,6 +247,8 @@ pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progres
     metadata::check_keys(access, log, &mut report).await;
     metadata::check_log(log, &mut report).await;
     let indexed = metadata::check_runs(log, &mut report).await;
+    progress.phase("looking for what is hidden");
+    metadata::check_hidden(access, &stanza, &mut report).await;
 
     progress.phase("reading manifests");
     let Needed { mut wanted, manifests } = Needed::read(log, |_| ()).await;

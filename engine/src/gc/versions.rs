@@ -1,0 +1,226 @@
+//! Deleting for good, in a bucket that keeps versions.
+//!
+//! What collection deletes stays there as older versions below a delete marker. Here these versions go, as far as they
+//! are not locked. What always holds: a version goes only if its object cannot be seen, and if it is known that
+//! collection has deleted it: a sweep in the log named it, it is of a kind that nothing relies on, or something whole
+//! has taken its place. That something is hidden says nothing: whoever wants to harm puts a delete marker above what is
+//! needed. The marker goes last: the version below it would be seen again.
+
+use std::collections::HashSet;
+
+use fairvault_format::names;
+use fairvault_format::proto::log_entry::Kind as Entry;
+use futures::{StreamExt, TryStreamExt};
+use serde::Serialize;
+
+use super::usage::Usage;
+use super::{Count, Options, Report, SNAPSHOTS};
+use crate::commit::Log;
+use crate::error::{Error, Result};
+use crate::immutable::pieces::{Pieces, Settled};
+use crate::progress::Progress;
+use crate::store::Store;
+use crate::store::versions::{Bucket, Deleted, Object, Version};
+
+/// Objects at once.
+const CONCURRENT: usize = 16;
+
+/// What became of versions.
+#[derive(Debug, Clone, Default, Serialize, PartialEq, Eq)]
+pub struct Versions {
+    /// Deleted for good.
+    pub deleted: Count,
+    /// Still locked: a later run deletes them.
+    pub locked: Count,
+    /// When the last of these locks ends, seconds since 1970.
+    pub locked_until_s: Option<i64>,
+}
+
+impl Versions {
+    fn lock(&mut self, size: u64, until_us: i64) {
+        self.locked.add(size);
+        self.locked_until_s = self.locked_until_s.max(Some(until_us / 1_000_000));
+    }
+
+    fn add(&mut self, other: &Self) {
+        for (mine, theirs) in [(&mut self.deleted, other.deleted), (&mut self.locked, other.locked)] {
+            mine.objects += theirs.objects;
+            mine.bytes += theirs.bytes;
+        }
+        self.locked_until_s = self.locked_until_s.max(other.locked_until_s);
+    }
+}
+
+/// What sweeps have deleted, by the log.
+#[derive(Debug, Default)]
+struct Swept {
+    packs: HashSet<Vec<u8>>,
+    roots: HashSet<Vec<u8>>,
+    runs: HashSet<Vec<u8>>,
+}
+
+impl Swept {
+    fn of(log: &Log) -> Self {
+        let mut this = Self::default();
+        let mut marks = std::collections::HashMap::new();
+        for entry in log.entries() {
+            match &entry.kind {
+                Some(Entry::GcMark(mark)) => _ = marks.insert(entry.seq, mark),
+                Some(Entry::GcSwept(swept)) => {
+                    if let Some(mark) = marks.remove(&swept.mark) {
+                        let kept: HashSet<&Vec<u8>> = swept.kept.iter().collect();
+                        let gone = mark.packs.iter().filter(|pack| !kept.contains(pack));
+                        this.packs.extend(gone.cloned());
+                        this.roots.extend(mark.roots.iter().cloned());
+                        this.runs.extend(mark.index_runs.iter().cloned());
+                    }
+                    this.runs.extend(swept.index_runs.iter().cloned());
+                }
+                _ => {}
+            }
+        }
+        // What is marked again is somebody else's.
+        for open in &log.state().open_marks {
+            open.packs.iter().for_each(|pack| _ = this.packs.remove(pack));
+            open.roots.iter().for_each(|root| _ = this.roots.remove(root));
+            open.index_runs.iter().for_each(|run| _ = this.runs.remove(run));
+        }
+        this
+    }
+}
+
+/// Deletes versions of what was deleted, and counts those that are locked.
+pub async fn purge(log: &mut Log, options: &Options, report: &mut Report, progress: &Progress) -> Result<()> {
+    let stanza = log.stanza().clone();
+    let store = stanza.store();
+    let bucket = store.bucket_or_plain().await?;
+    if !bucket.versioning {
+        return Ok(());
+    }
+    progress.phase("deleting old versions");
+    let (past, usage) = Usage::of_needed(log).await?;
+    let mut swept = Swept::of(log);
+    swept.packs.retain(|pack| !usage.uses(pack));
+    past.needed().for_each(|backup| _ = swept.roots.remove(&backup.root));
+    log.state().index_runs.iter().for_each(|run| _ = swept.runs.remove(run));
+    let snapshots = store.list(names::SNAPSHOTS).await?;
+    let oldest_kept = snapshots.iter().rev().nth(SNAPSHOTS - 1).map(|(name, _)| name.clone());
+
+    let purge = Purge {
+        store,
+        bucket,
+        now_us: stanza.env().now_us(),
+        dry_run: options.dry_run,
+    };
+    let mut out = Versions::default();
+    for folder in [
+        names::PACKS,
+        names::ROOTS,
+        names::INDEX,
+        names::SNAPSHOTS,
+        names::LEASES,
+    ] {
+        let mut listing = store.versions(&format!("{folder}/"));
+        while let Some(page) = listing.next().await? {
+            let is_swept = |swept: &HashSet<Vec<u8>>, name: &str| {
+                names::parse_hash(name).is_some_and(|hash| swept.contains(&hash[..]))
+            };
+            let is_old = |object: &Object| match folder {
+                names::PACKS => is_swept(&swept.packs, &object.name),
+                names::ROOTS => is_swept(&swept.roots, &object.name),
+                names::INDEX => is_swept(&swept.runs, &object.name),
+                names::SNAPSHOTS => oldest_kept.as_ref().is_some_and(|kept| object.name < *kept),
+                _ => true,
+            };
+            let is_lease = folder == names::LEASES;
+            let mut old: Vec<Object> = page.into_iter().filter(is_old).collect();
+            // Of a lease that somebody holds, the heartbeats before the last one.
+            if is_lease {
+                old.iter_mut()
+                    .filter(|object| object.is_visible())
+                    .for_each(|lease| _ = lease.versions.remove(0));
+            } else {
+                old.retain(|object| !object.is_visible());
+            }
+            out.add(&purge.all(old).await?);
+        }
+    }
+    let (mut pieces, mut settled) = (Pieces::new(&stanza), Settled::default());
+    let mut listing = store.versions(&format!("{}/", names::WAL));
+    while let Some(page) = listing.next().await? {
+        for object in page {
+            pieces.next(object, &mut settled).await?;
+        }
+        settled.needed.clear();
+        out.add(&purge.all(std::mem::take(&mut settled.replaced)).await?);
+    }
+    pieces.settle(&mut settled).await?;
+    out.add(&purge.all(settled.replaced).await?);
+    report.versions = Some(out);
+    Ok(())
+}
+
+struct Purge<'a> {
+    store: &'a Store,
+    bucket: Bucket,
+    now_us: i64,
+    dry_run: bool,
+}
+
+impl Purge<'_> {
+    async fn all(&self, objects: Vec<Object>) -> Result<Versions> {
+        let each = objects.into_iter().map(|object| self.one(object));
+        futures::stream::iter(each)
+            .buffer_unordered(CONCURRENT)
+            .try_fold(Versions::default(), async |mut sum, one| {
+                sum.add(&one);
+                Ok(sum)
+            })
+            .await
+    }
+
+    async fn one(&self, object: Object) -> Result<Versions> {
+        let mut out = Versions::default();
+        for version in object.contents() {
+            let until = self.bucket.locks_until(version.modified_us);
+            if until > self.now_us {
+                out.lock(version.size, until);
+                continue;
+            }
+            match self.delete(&object, version).await? {
+                None => out.deleted.add(version.size),
+                Some(until) => out.lock(version.size, until),
+            }
+        }
+        if out.locked.objects == 0 {
+            for marker in object.versions.iter().filter(|version| version.is_marker) {
+                self.delete(&object, marker).await?;
+            }
+        }
+        Ok(out)
+    }
+
+    /// `Some`: until when it is locked.
+    async fn delete(&self, object: &Object, version: &Version) -> Result<Option<i64>> {
+        if self.dry_run {
+            return Ok(None);
+        }
+        let why = match self.store.delete_version(&object.name, &version.id).await? {
+            Deleted::Gone => return Ok(None),
+            Deleted::Refused(why) => why,
+        };
+        let lock = match version.is_marker {
+            true => None,
+            false => self.store.lock_of(&object.name, &version.id).await?,
+        };
+        match lock.filter(|lock| lock.until_us > self.now_us) {
+            Some(lock) => Ok(Some(lock.until_us)),
+            None => Err(Error::failed(format!(
+                "a version of {}/{} is not locked, and the store refuses to delete it: {why}",
+                self.store.shown(),
+                object.name
+            ))
+            .remedy("the credentials need the right s3:DeleteObjectVersion, or the version is under a legal hold")),
+        }
+    }
+}

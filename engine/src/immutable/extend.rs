@@ -1,0 +1,215 @@
+//! Locks that last as long as what they protect is needed.
+//!
+//! A bucket's default retention counts from the upload. Backups share packs, so a new backup may rely on packs whose
+//! locks end long before it expires; and keys and log are needed for as long as there is a backup. Here their locks are
+//! extended. Locks are never shortened.
+
+use fairvault_format::names;
+use fairvault_format::proto::CommittedBackup;
+use futures::{StreamExt, TryStreamExt};
+use serde::Serialize;
+
+use super::kept_for;
+use super::needs::Needs;
+use crate::commit::Log;
+use crate::error::{Error, Result};
+use crate::expire::rules::Retention;
+use crate::gc::{Count, SNAPSHOTS};
+use crate::progress::Progress;
+use crate::restore::target::info;
+use crate::store::Store;
+use crate::store::versions::{Bucket, DAY_US, Lock, Mode, Object};
+
+/// What is needed is locked for so many days at least, whatever the retention says: as long as it is not run again.
+const LEAST_DAYS: i64 = 7;
+/// A lock is extended by so many days more than needed, so that not every run has to do it again.
+const MORE_DAYS: i64 = 7;
+/// Objects at once.
+const CONCURRENT: usize = 16;
+
+/// How to go about it.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// What is kept.
+    pub retention: Retention,
+    /// Lock everything that is needed for so many days from now on, whatever the retention says.
+    pub days: Option<u32>,
+    /// Only say what would be done.
+    pub dry_run: bool,
+}
+
+/// What was done, or would be.
+#[derive(Debug, Default, Serialize)]
+pub struct Report {
+    /// Objects that are needed.
+    pub needed: Count,
+    /// Of these, those whose locks were extended.
+    pub extended: Count,
+    /// When the first of the needed locks ends now that is known, seconds since 1970.
+    pub locked_until_s: Option<i64>,
+    /// Requests about single objects.
+    pub requests: u64,
+    /// Needed objects that cannot be seen: the right version is locked, and `repair` brings it back.
+    pub hidden: Vec<String>,
+    /// Manifests that are lost: what else they need is not locked.
+    pub lost: Vec<String>,
+}
+
+/// One object, and what its lock is to be.
+struct Job {
+    store: Store,
+    object: Object,
+    until_us: i64,
+}
+
+/// Extends the locks of what the stanza of `log` and its backups need. `repository` is where the stanza lies.
+pub async fn run(log: &Log, repository: &Store, options: &Options, progress: &Progress) -> Result<Report> {
+    let bucket = locking(repository).await?;
+    progress.phase("reading the log");
+    let log = Log::replay(log.stanza().clone()).await?;
+    let minimum_s = log
+        .state()
+        .policy
+        .as_ref()
+        .map_or(0, |policy| policy.minimum_retention_s);
+    let now = log.stanza().env().now_us();
+    let least = now + LEAST_DAYS * DAY_US;
+    let kept_us = match (options.days, kept_for(&options.retention, minimum_s)) {
+        (Some(_), _) => None,
+        (None, Some(kept_s)) => Some(i64::try_from(kept_s.saturating_mul(1_000_000)).unwrap_or(i64::MAX)),
+        (None, None) => {
+            return Err(Error::usage(
+                "the retention of this stanza gives no age, so it is not known how long locks must last",
+            )
+            .remedy("say it with --days N: everything that is needed is locked for N days from now on"));
+        }
+    };
+    let until = |backup: &CommittedBackup| match (options.days, kept_us) {
+        (Some(days), _) => now.saturating_add(DAY_US.saturating_mul(days.into())),
+        (None, kept) => info(backup)
+            .stopped_us
+            .saturating_add(kept.unwrap_or_default())
+            .max(least),
+    };
+    let least = options
+        .days
+        .map_or(least, |days| now.saturating_add(DAY_US.saturating_mul(days.into())));
+    let needs = Needs::of(&log, least, until).await?;
+
+    progress.phase("extending locks");
+    let stanza = log.stanza().store();
+    let snapshots = stanza.list(names::SNAPSHOTS).await?;
+    let newest: Vec<&String> = snapshots.iter().rev().take(SNAPSHOTS).map(|(name, _)| name).collect();
+    let mut report = Report {
+        lost: needs.lost_roots.clone(),
+        ..Default::default()
+    };
+    let folders = [
+        (repository, names::REPOSITORY.to_owned()),
+        (stanza, format!("{}/", names::KEYS)),
+        (stanza, format!("{}/", names::LOG)),
+        (stanza, format!("{}/", names::SNAPSHOTS)),
+        (stanza, format!("{}/", names::ROOTS)),
+        (stanza, format!("{}/", names::INDEX)),
+        (stanza, format!("{}/", names::PACKS)),
+        (stanza, format!("{}/", names::WAL)),
+    ];
+    for (store, prefix) in folders {
+        let mut listing = store.versions(&prefix);
+        while let Some(page) = listing.next().await? {
+            let jobs = page.into_iter().filter_map(|object| {
+                let name = object.name.as_str();
+                let until_us = match name == names::REPOSITORY || newest.iter().any(|snapshot| *snapshot == name) {
+                    true => Some(needs.last()),
+                    // What is hidden of pieces is what a segment has replaced, as a rule.
+                    false if name.contains(".d/") && !object.is_visible() => None,
+                    false => needs.until(name),
+                };
+                Some(Job {
+                    store: store.clone(),
+                    until_us: until_us?,
+                    object,
+                })
+            });
+            extend(bucket, jobs.collect(), options.dry_run, &mut report).await?;
+        }
+    }
+    Ok(report)
+}
+
+/// The bucket, if it can lock objects.
+async fn locking(repository: &Store) -> Result<Bucket> {
+    match repository.bucket().await? {
+        Some(bucket) if bucket.lock => Ok(bucket),
+        Some(_) => Err(
+            Error::refused(format!("the bucket of {} locks no objects", repository.shown()))
+                .remedy("object lock is switched on when a bucket is made: see immutability in the documentation"),
+        ),
+        None => Err(Error::refused(format!("{} locks no objects", repository.shown()))
+            .remedy("that is known of S3 buckets only: see immutability in the documentation")),
+    }
+}
+
+/// What came out of one job: bytes, whether its lock was extended, requests, and when it ends.
+struct Done {
+    bytes: u64,
+    extended: bool,
+    requests: u64,
+    until_us: i64,
+    hidden: Option<String>,
+}
+
+async fn extend(bucket: Bucket, jobs: Vec<Job>, dry_run: bool, report: &mut Report) -> Result<()> {
+    let each = jobs.into_iter().map(|job| one(bucket, job, dry_run));
+    let mut all = futures::stream::iter(each).buffer_unordered(CONCURRENT);
+    while let Some(done) = all.try_next().await? {
+        let Some(done) = done else { continue };
+        report.needed.add(done.bytes);
+        if done.extended {
+            report.extended.add(done.bytes);
+        }
+        report.requests += done.requests;
+        report.hidden.extend(done.hidden);
+        let until_s = done.until_us / 1_000_000;
+        report.locked_until_s = Some(report.locked_until_s.map_or(until_s, |first| first.min(until_s)));
+    }
+    Ok(())
+}
+
+/// Looks at one object, and extends its lock: that of the oldest version, since nothing was ever overwritten.
+async fn one(bucket: Bucket, job: Job, dry_run: bool) -> Result<Option<Done>> {
+    let Some(version) = job.object.contents().next() else {
+        return Ok(None);
+    };
+    let name = &job.object.name;
+    let mut done = Done {
+        bytes: version.size,
+        extended: false,
+        requests: 0,
+        until_us: bucket.locks_until(version.modified_us),
+        hidden: (!job.object.is_visible()).then(|| name.clone()),
+    };
+    if done.until_us >= job.until_us {
+        return Ok(Some(done));
+    }
+    done.requests += 1;
+    let is = job.store.lock_of(name, &version.id).await?;
+    done.until_us = is.map_or(0, |lock| lock.until_us);
+    if done.until_us >= job.until_us {
+        return Ok(Some(done));
+    }
+    let lock = Lock {
+        mode: is
+            .map(|lock| lock.mode)
+            .or(bucket.default.map(|(mode, _)| mode))
+            .unwrap_or(Mode::Compliance),
+        until_us: job.until_us.saturating_add(MORE_DAYS * DAY_US),
+    };
+    if !dry_run {
+        done.requests += 1;
+        job.store.set_lock(name, &version.id, lock).await?;
+    }
+    done.extended = true;
+    done.until_us = lock.until_us;
+    Ok(Some(done))
+}

@@ -1,0 +1,311 @@
+//! Objects that are needed and cannot be seen: below a delete marker, or below a version with other content.
+//!
+//! A marker is taken away where the credentials may do that; above anything else, the right version is stored once
+//! more. No content is ever deleted.
+
+use bytes::Bytes;
+use fairvault_format::{limits, names, sha256};
+use futures::{StreamExt, TryStreamExt};
+use serde::Serialize;
+use tokio::sync::Semaphore;
+
+use super::needs::Needs;
+use super::pieces::{Pieces, Settled};
+use crate::commit::Log;
+use crate::error::{Error, Kind, Result};
+use crate::stanza::Access;
+use crate::store::Store;
+use crate::store::versions::{Deleted, Object, Version};
+
+/// Objects that are brought back at once.
+const CONCURRENT: usize = 16;
+/// Of these, objects that are held in memory.
+const HELD: usize = 2;
+/// Versions of one object that are read to find the right one.
+const TRIES: usize = 16;
+
+/// A hidden object.
+#[derive(Debug, Clone, Serialize)]
+pub struct Hidden {
+    /// Name.
+    pub object: String,
+    /// What hides it.
+    pub problem: String,
+    /// It can be seen again.
+    pub brought_back: bool,
+    #[serde(skip)]
+    store: Store,
+    #[serde(skip)]
+    right: Version,
+    /// Above the right version there are these markers, and nothing else.
+    #[serde(skip)]
+    markers: Option<Vec<Version>>,
+}
+
+impl Hidden {
+    fn new(store: &Store, object: &Object, right: &Version) -> Self {
+        let above: Vec<Version> = object
+            .versions
+            .iter()
+            .take_while(|v| v.id != right.id)
+            .cloned()
+            .collect();
+        let by = above.first().unwrap_or(right);
+        let when = jiff::Timestamp::from_microsecond(by.modified_us).unwrap_or_default();
+        let when = when.strftime("%Y-%m-%dT%H:%M:%SZ");
+        Self {
+            object: object.name.clone(),
+            problem: match by.is_marker {
+                true => format!("it was deleted at {when}, and the bucket still has it"),
+                false => format!("it was replaced at {when}, and the bucket still has what was there before"),
+            },
+            brought_back: false,
+            store: store.clone(),
+            right: right.clone(),
+            markers: above.iter().all(|version| version.is_marker).then_some(above),
+        }
+    }
+
+    /// Makes the right version the newest one.
+    async fn bring_back(&mut self, memory: &Semaphore) -> Result<()> {
+        if !self.take_markers().await? {
+            let _held = memory.acquire().await;
+            let bytes = self.read().await?.ok_or_else(|| {
+                Error::temporary(format!(
+                    "{}/{} changes while it is repaired",
+                    self.store.shown(),
+                    self.object
+                ))
+                .remedy("run this again")
+            })?;
+            self.store.put_hashed(&self.object, bytes.into()).await?;
+        }
+        self.brought_back = true;
+        Ok(())
+    }
+
+    /// `false` if that is not all there is to do, or not allowed.
+    async fn take_markers(&self) -> Result<bool> {
+        let Some(markers) = self.markers.as_ref().filter(|_| self.store.settings().may_delete) else {
+            return Ok(false);
+        };
+        for marker in markers {
+            if let Deleted::Refused(why) = self.store.delete_version(&self.object, &marker.id).await? {
+                tracing::debug!("the marker above {} stays: {why}", self.object);
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    async fn read(&self) -> Result<Option<Bytes>> {
+        let limit = limit(&self.object);
+        self.store.get_version(&self.object, &self.right.id, limit).await
+    }
+}
+
+/// Brings all of them back.
+pub async fn bring_back(hidden: Vec<Hidden>) -> Result<Vec<Hidden>> {
+    let memory = &Semaphore::new(HELD);
+    let all = hidden.into_iter().map(|mut hidden| async move {
+        hidden.bring_back(memory).await?;
+        tracing::info!("{} is there again", hidden.object);
+        Ok(hidden)
+    });
+    futures::stream::iter(all).buffered(CONCURRENT).try_collect().await
+}
+
+fn limit(name: &str) -> u64 {
+    match name.split('/').next().unwrap_or_default() {
+        names::REPOSITORY => limits::REPOSITORY_JSON_BYTES,
+        names::KEYS => limits::SLOT_BYTES,
+        names::LOG => limits::LOG_ENTRY_BYTES,
+        names::PACKS => limits::PACK_BYTES,
+        names::WAL => limits::WAL_OBJECT_BYTES,
+        _ => limits::OBJECT_BYTES,
+    }
+}
+
+/// The hash that an object's content must have, if its name says so.
+fn hash_of(name: &str) -> Option<[u8; 32]> {
+    let folder = name.split('/').next()?;
+    let is_hashed = [names::PACKS, names::INDEX, names::ROOTS].contains(&folder);
+    is_hashed.then(|| names::parse_hash(name)).flatten()
+}
+
+fn is_suspicious(object: &Object) -> bool {
+    !object.is_visible() || object.versions.len() > 1
+}
+
+/// Finds the right version of an object, and says whether anything hides it. `None` also if there is no right version:
+/// then the object is damaged, and that is found elsewhere.
+async fn judge(store: &Store, object: &Object) -> Result<Option<Hidden>> {
+    let Some(oldest) = object.contents().next() else {
+        return Ok(None);
+    };
+    let is_same =
+        |version: &Version| !version.etag.is_empty() && version.etag == oldest.etag && version.size == oldest.size;
+    let newest = object.versions.first().filter(|newest| !newest.is_marker);
+    if object.contents().count() == 1 || object.contents().all(is_same) {
+        return Ok(match newest {
+            Some(_) => None,
+            None => Some(Hidden::new(store, object, oldest)),
+        });
+    }
+    let (name, limit) = (&object.name, limit(&object.name));
+    let Some(hash) = hash_of(name) else {
+        // Other names of the same content are possible where the store encrypts.
+        let is_right = match newest {
+            Some(newest) if newest.size == oldest.size => {
+                let (is, was) = (
+                    store.get_version(name, &newest.id, limit).await?,
+                    store.get_version(name, &oldest.id, limit).await?,
+                );
+                is == was
+            }
+            _ => false,
+        };
+        return Ok((!is_right).then(|| Hidden::new(store, object, oldest)));
+    };
+    for version in newest.into_iter().chain(object.contents()).take(TRIES) {
+        // One that is longer than an object can be is not the right one.
+        let bytes = match store.get_version(name, &version.id, limit).await {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == Kind::Temporary => return Err(error),
+            Err(_) => None,
+        };
+        if bytes.is_some_and(|bytes| sha256(&bytes) == hash) {
+            let is_seen = newest.is_some_and(|newest| newest.id == version.id);
+            return Ok((!is_seen).then(|| Hidden::new(store, object, version)));
+        }
+    }
+    Ok(None)
+}
+
+/// The content of a hidden object that is named by its hash; `None` if no version has it.
+pub async fn right_content(store: &Store, name: &str) -> Result<Option<Bytes>> {
+    if !store.bucket_or_plain().await?.versioning {
+        return Ok(None);
+    }
+    for object in store
+        .all_versions(name)
+        .await?
+        .iter()
+        .filter(|object| object.name == name)
+    {
+        if let Some(hidden) = judge(store, object).await? {
+            return hidden.read().await;
+        }
+    }
+    Ok(None)
+}
+
+/// Hidden objects that a stanza is opened with: the repository's description and key slots. No key is needed.
+pub async fn of_opening(access: &Access) -> Result<Vec<Hidden>> {
+    let repository = &access.repository;
+    let mut found = Vec::new();
+    if !repository.bucket_or_plain().await?.versioning {
+        return Ok(found);
+    }
+    let stanza = repository.folder(&access.stanza);
+    let description = repository.all_versions(names::REPOSITORY).await?;
+    let slots = stanza.all_versions(&format!("{}/", names::KEYS)).await?;
+    for object in description
+        .iter()
+        .filter(|object| object.name == names::REPOSITORY && is_suspicious(object))
+    {
+        found.extend(judge(repository, object).await?);
+    }
+    for object in slots.iter().filter(|object| is_suspicious(object)) {
+        found.extend(judge(&stanza, object).await?);
+    }
+    Ok(found)
+}
+
+/// Entries of the log below a delete marker: entries are never deleted. No key is needed.
+pub async fn deleted_entries(stanza: &Store) -> Result<Vec<Hidden>> {
+    let mut found = Vec::new();
+    if !stanza.bucket_or_plain().await?.versioning {
+        return Ok(found);
+    }
+    for object in stanza.all_versions(&format!("{}/", names::LOG)).await? {
+        if let Some(oldest) = object.contents().next().filter(|_| !object.is_visible()) {
+            found.push(Hidden::new(stanza, &object, oldest));
+        }
+    }
+    Ok(found)
+}
+
+/// Reads the log with the entries that are hidden: those that follow on the entry before. Returns the whole log.
+pub async fn of_log(log: &mut Log) -> Result<Vec<Hidden>> {
+    let store = log.stanza().store().clone();
+    let mut found = Vec::new();
+    let listed = match store.bucket_or_plain().await?.versioning {
+        true => store.all_versions(&format!("{}/", names::LOG)).await?,
+        false => Vec::new(),
+    };
+    let mut suspicious = listed.into_iter().filter(is_suspicious).peekable();
+    loop {
+        let stopped = log.refresh().await;
+        if stopped.as_ref().is_err_and(|error| error.kind() == Kind::Temporary) {
+            return stopped.map(|()| found);
+        }
+        let next = names::log_context(log.state().seq + 1);
+        while suspicious.next_if(|object| object.name < next).is_some() {}
+        let mut is_found = false;
+        if let Some(object) = suspicious.next_if(|object| object.name == next) {
+            for version in object.contents().take(TRIES) {
+                let Ok(Some(bytes)) = store.get_version(&next, &version.id, limits::LOG_ENTRY_BYTES).await else {
+                    continue;
+                };
+                if log.follow(&bytes).is_ok() {
+                    found.push(Hidden::new(&store, &object, version));
+                    is_found = true;
+                    break;
+                }
+            }
+        }
+        if !is_found {
+            stopped?;
+            return Ok(found);
+        }
+    }
+}
+
+/// Hidden objects among what a log that was read to its end, and its backups, need.
+pub async fn of_content(log: &Log) -> Result<Vec<Hidden>> {
+    let stanza = log.stanza();
+    let store = stanza.store();
+    let mut found = Vec::new();
+    if !store.bucket_or_plain().await?.versioning {
+        return Ok(found);
+    }
+    let needs = Needs::of(log, 0, |_| 0).await?;
+    for folder in [names::ROOTS, names::PACKS, names::INDEX] {
+        let mut listing = store.versions(&format!("{folder}/"));
+        while let Some(page) = listing.next().await? {
+            let is_wanted = |object: &&Object| is_suspicious(object) && needs.until(&object.name).is_some();
+            for object in page.iter().filter(is_wanted) {
+                found.extend(judge(store, object).await?);
+            }
+        }
+    }
+    let (mut pieces, mut settled) = (Pieces::new(stanza), Settled::default());
+    let mut listing = store.versions(&format!("{}/", names::WAL));
+    while let Some(page) = listing.next().await? {
+        for object in page {
+            let is_needed = needs.until(&object.name).is_some();
+            if let Some(object) = pieces.next(object, &mut settled).await?
+                && is_needed
+                && is_suspicious(&object)
+            {
+                found.extend(judge(store, &object).await?);
+            }
+        }
+    }
+    pieces.settle(&mut settled).await?;
+    for object in settled.needed.iter().filter(|piece| needs.until(&piece.name).is_some()) {
+        found.extend(judge(store, object).await?);
+    }
+    Ok(found)
+}

@@ -1,0 +1,154 @@
+//! Buckets that keep versions and lock them: what is needed, what of it is hidden, and how long it is locked.
+//!
+//! In such a bucket a DELETE puts a marker above an object, and a PUT puts another version above it; nothing that is
+//! locked is lost by either. Since fairvault never overwrites, it is always known which version is the right one: of an
+//! object that is named by its hash, the one that matches it; of a log entry, the one that follows on the entry before;
+//! of anything else, the oldest one.
+
+pub mod extend;
+pub mod hidden;
+pub mod needs;
+pub(crate) mod pieces;
+
+use crate::error::Result;
+use crate::expire::rules::{Keep, Retention, days};
+use crate::store::Store;
+use crate::store::versions::{Bucket, DAY_US};
+
+/// How long what is stored today is kept, seconds, as far as ages say so; `None` where numbers of backups or a calendar
+/// decide, or nothing does.
+pub fn kept_for(retention: &Retention, minimum_s: u64) -> Option<u64> {
+    let age = |keep: &Option<Keep>| match keep {
+        Some(Keep::Age(age)) => Some(*age),
+        _ => None,
+    };
+    let ages = [
+        age(&retention.full),
+        age(&retention.diff),
+        age(&retention.incr),
+        retention.wal,
+    ];
+    let longest = ages.into_iter().flatten().max()?;
+    Some(longest.max(minimum_s))
+}
+
+/// What `check` says of a bucket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Advice {
+    /// What it does.
+    pub is: String,
+    /// What does not fit together, and what to do.
+    pub warnings: Vec<(String, String)>,
+}
+
+/// What a repository's bucket does, compared with what is to be kept.
+pub async fn advice(repository: &Store, retention: &Retention, minimum_s: u64) -> Result<Advice> {
+    Ok(match repository.bucket().await? {
+        Some(bucket) => advice_on(bucket, retention, minimum_s),
+        None => Advice {
+            is: "not known: only S3 buckets can be asked for versions and locks".to_owned(),
+            warnings: Vec::new(),
+        },
+    })
+}
+
+fn advice_on(bucket: Bucket, retention: &Retention, minimum_s: u64) -> Advice {
+    let mut advice = Advice {
+        is: String::new(),
+        warnings: Vec::new(),
+    };
+    if !bucket.versioning {
+        "none: the bucket keeps no versions, and whoever may delete or overwrite can destroy backups"
+            .clone_into(&mut advice.is);
+        return advice;
+    }
+    let shrinks = "only `gc` with the right to delete versions makes it smaller";
+    let Some((mode, locked_days)) = bucket.default.filter(|_| bucket.lock) else {
+        advice.is = match bucket.lock {
+            true => {
+                format!("versions, which can be locked, and new ones are not: there is no default retention; {shrinks}")
+            }
+            false => format!("versions without locks: whoever may delete versions can destroy backups; {shrinks}"),
+        };
+        return advice;
+    };
+    advice.is = format!("versions, locked for {locked_days} days ({mode}); {shrinks}");
+    let locked_s = u64::from(locked_days) * (DAY_US / 1_000_000) as u64;
+    let Some(kept_s) = kept_for(retention, minimum_s) else {
+        advice.is += "; how long backups are kept is not known by age, so `fairvault lock` needs --days";
+        return advice;
+    };
+    if locked_s < kept_s {
+        advice.warnings.push((
+            format!(
+                "backups and WAL are kept for {}, and locked for {locked_days} days: after that they are not protected",
+                days(kept_s)
+            ),
+            "run `fairvault lock` after each backup, or raise the bucket's default retention".to_owned(),
+        ));
+    } else if locked_s > kept_s.saturating_mul(2) && locked_s > kept_s + 7 * (DAY_US / 1_000_000) as u64 {
+        advice.warnings.push((
+            format!(
+                "backups and WAL are kept for {}, and locked for {locked_days} days: what has expired is paid for all that time",
+                days(kept_s)
+            ),
+            "lower the bucket's default retention, for objects that are still to come".to_owned(),
+        ));
+    }
+    advice
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::versions::Mode;
+
+    const DAY_S: u64 = 86_400;
+
+    fn of(locked: u32, full: Option<Keep>, minimum_s: u64) -> Advice {
+        let bucket = Bucket {
+            versioning: true,
+            lock: true,
+            default: Some((Mode::Compliance, locked)),
+        };
+        let retention = Retention {
+            full,
+            ..Default::default()
+        };
+        advice_on(bucket, &retention, minimum_s)
+    }
+
+    #[test]
+    fn locks_are_compared_with_what_is_kept() {
+        let kept = |days| Some(Keep::Age(days * DAY_S));
+        assert_eq!(of(30, kept(30), 0).warnings, []);
+        assert_eq!(of(45, kept(30), 0).warnings, []);
+        assert!(of(29, kept(30), 0).warnings[0].0.contains("not protected"));
+        assert!(of(30, kept(7), 31 * DAY_S).warnings[0].0.contains("not protected"));
+        assert!(of(90, kept(30), 0).warnings[0].0.contains("paid for"));
+        // Days are not much to pay for.
+        assert_eq!(of(7, kept(1), 0).warnings, []);
+        let counted = of(7, Some(Keep::Count(3)), 0);
+        assert!(
+            counted.warnings.is_empty() && counted.is.contains("--days"),
+            "{counted:?}"
+        );
+    }
+
+    #[test]
+    fn buckets_without_locks_are_said_to_be() {
+        let plain = advice_on(Bucket::default(), &Retention::default(), 0);
+        assert!(plain.is.contains("no versions"), "{plain:?}");
+        let mut bucket = Bucket {
+            versioning: true,
+            ..Default::default()
+        };
+        assert!(advice_on(bucket, &Retention::default(), 0).is.contains("without locks"));
+        bucket.lock = true;
+        assert!(
+            advice_on(bucket, &Retention::default(), 0)
+                .is
+                .contains("no default retention")
+        );
+    }
+}

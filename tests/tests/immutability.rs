@@ -1,0 +1,462 @@
+//! Buckets that keep versions and lock them: whoever has the writer's credentials can hide objects and lose none;
+//! what is hidden is named and brought back; collection deletes versions once they are not locked; locks are extended.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use fairvault_engine::postgres::lsn::Lsn;
+use fairvault_engine::postgres::segment::Segment;
+use fairvault_engine::store::Store;
+use fairvault_engine::store::url::RepositoryUrl;
+use fairvault_engine::store::versions::{DAY_US, Deleted, Mode, Object};
+use fairvault_tests::fixture::{Fixture, SMALL, Shape, field, refused};
+use fairvault_tests::rgw::{self, ACCESS_KEY, Rgw};
+use fairvault_tests::s3::S3;
+use fairvault_tests::{Scratch, run, tools};
+use serde_json::Value;
+
+/// Where buckets are made.
+struct Server {
+    endpoint: String,
+    secret: &'static str,
+    /// It takes every conditional create where a bucket keeps versions.
+    single_writer: bool,
+}
+
+impl Server {
+    /// It compares the signatures of URLs with this secret.
+    fn of(server: &S3) -> Self {
+        Self {
+            endpoint: server.endpoint(),
+            secret: "test",
+            single_writer: false,
+        }
+    }
+}
+
+/// A fixture that archives into a bucket, and the repository as an attacker with the writer's credentials sees it.
+struct World {
+    s: Fixture,
+    store: Store,
+}
+
+impl World {
+    /// Makes a bucket with versions, and locks for a day if that is asked for.
+    fn new(name: &str, server: &Server, is_locked: bool, retention: &'static str) -> Result<Self> {
+        let shape = Shape {
+            archiving: true,
+            stanza: false,
+            ..SMALL
+        };
+        let mut s = Fixture::new(name, shape)?;
+        let (endpoint, secret) = (&server.endpoint, server.secret);
+        let bucket = format!("{endpoint}/{name}");
+        match is_locked {
+            true => {
+                curl(secret, &bucket, &["-H", "x-amz-bucket-object-lock-enabled: true"])?;
+                curl(
+                    secret,
+                    &format!("{bucket}?object-lock="),
+                    &[
+                        "--data",
+                        "<ObjectLockConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><ObjectLockEnabled>Enabled</ObjectLockEnabled><Rule><DefaultRetention><Mode>COMPLIANCE</Mode><Days>1</Days></DefaultRetention></Rule></ObjectLockConfiguration>",
+                    ],
+                )?;
+            }
+            false => {
+                curl(secret, &bucket, &[])?;
+                curl(
+                    secret,
+                    &format!("{bucket}?versioning="),
+                    &[
+                        "--data",
+                        "<VersioningConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Status>Enabled</Status></VersioningConfiguration>",
+                    ],
+                )?;
+            }
+        }
+        let url = format!("s3://{name}/some/prefix");
+        s.use_s3(endpoint, &url, retention)?;
+        s.scratch.write("s3.secret", secret.as_bytes())?;
+        // What archive_command reads.
+        let mut config = std::fs::read_to_string(s.scratch.join("s3.toml"))?;
+        if server.single_writer {
+            config = config.replace("[stanza.acme]", "single_writer = true\n[stanza.acme]");
+        }
+        s.scratch.write("s3.toml", config.as_bytes())?;
+        s.scratch.write("fairvault.toml", config.as_bytes())?;
+        s.ok(&["stanza", "create", "acme"])?;
+        let store = RepositoryUrl {
+            url,
+            endpoint: Some(endpoint.clone()),
+            region: Some("us-east-1".into()),
+            access_key: Some(ACCESS_KEY.into()),
+            secret_key: Some(secret.into()),
+            ..Default::default()
+        };
+        let store = store.open(false)?;
+        Ok(Self { s, store })
+    }
+
+    /// A backup with one more row in `t`, and packs of its own. Returns its id, and the first segment that it needs.
+    fn backup(&self) -> Result<(String, String)> {
+        self.s.sql("create table if not exists t (x int); insert into t values (1); create table if not exists bulk (x text); truncate bulk; insert into bulk select md5(random()::text) from generate_series(1, 20000)")?;
+        let full = [
+            "backup",
+            "acme",
+            "--type",
+            "full",
+            "--fast",
+            "--progress",
+            "none",
+            "--output",
+            "json",
+        ];
+        let said = self.s.ok(&full)?;
+        let start: Lsn = field(&said, "start_lsn")?.parse().map_err(anyhow::Error::msg)?;
+        self.s.flush_archive(&self.s.server)?;
+        Ok((field(&said, "id")?, Segment::of(1, start, 1 << 20).name(1 << 20)))
+    }
+
+    async fn objects(&self) -> Result<Vec<Object>> {
+        Ok(self.store.all_versions("").await?)
+    }
+
+    /// Every version with content, of objects that are not leases.
+    async fn contents(&self) -> Result<BTreeSet<(String, String)>> {
+        let objects = self.objects().await?;
+        let lasting = objects.iter().filter(|object| !object.name.contains("/leases/"));
+        let all = lasting.flat_map(|object| object.contents().map(|v| (object.name.clone(), v.id.clone())));
+        Ok(all.collect())
+    }
+
+    fn report(&self, words: &[&str]) -> Result<(i32, Value)> {
+        let all = [words, &["acme", "--progress", "none", "--output", "json"]].concat();
+        let (exit, text) = self.s.fairvault(&all);
+        let line = text
+            .lines()
+            .find(|line| line.starts_with("{\""))
+            .context(text.clone())?;
+        Ok((exit, serde_json::from_str::<Value>(line)?["report"].clone()))
+    }
+
+    /// As a host that sees the repository for the first time.
+    fn forget(&self) -> Result<()> {
+        Ok(std::fs::remove_dir_all(self.s.scratch.join("cache"))?)
+    }
+
+    /// Takes backups until an earlier one leaves a pack that nothing uses; packs of which little is used run dry.
+    fn until_packs_are_unused(&self) -> Result<()> {
+        for _ in 0..6 {
+            self.backup()?;
+            self.s.ok(&["expire", "acme"])?;
+            let (exit, plan) = self.report(&["gc", "--dry-run"])?;
+            ensure!(exit == 0, "{plan}");
+            if plan["packs"]["objects"].as_u64() > Some(0) {
+                return Ok(());
+            }
+            self.gc()?;
+        }
+        anyhow::bail!("every pack is still used")
+    }
+
+    fn gc(&self) -> Result<(i32, Value)> {
+        self.report(&["gc", "--patience", "1s"])
+    }
+}
+
+/// A signed PUT about a bucket.
+fn curl(secret: &str, url: &str, more: &[&str]) -> Result<String> {
+    run(Command::new("curl")
+        .args([
+            "-sS",
+            "--fail-with-body",
+            "-X",
+            "PUT",
+            "-H",
+            "x-amz-content-sha256: UNSIGNED-PAYLOAD",
+        ])
+        .args(["--aws-sigv4", "aws:amz:us-east-1:s3", "--user"])
+        .arg(format!("{ACCESS_KEY}:{secret}"))
+        .args(more)
+        .arg(url))
+}
+
+/// Does everything to an object that a writer may: it is deleted, replaced, or both, by turns.
+async fn hide(store: &Store, number: usize, object: &Object) -> Result<()> {
+    let (delete, garbage) = (
+        std::slice::from_ref(&object.name),
+        Bytes::from(format!("garbage {number}")),
+    );
+    match number % 4 {
+        0 => store.delete(delete).await?,
+        1 => store.put_hashed(&object.name, garbage.into()).await?,
+        2 => {
+            store.put_hashed(&object.name, garbage.into()).await?;
+            store.delete(delete).await?;
+        }
+        _ => {
+            store.delete(delete).await?;
+            store.put_hashed(&object.name, garbage.into()).await?;
+        }
+    }
+    Ok(())
+}
+
+fn names_of(list: &Value, member: &str) -> BTreeSet<String> {
+    let all = list.as_array().into_iter().flatten();
+    all.filter_map(|entry| entry[member].as_str().map(str::to_owned))
+        .collect()
+}
+
+async fn nothing_locked_is_lost(server: &Server) -> Result<()> {
+    let w = World::new("locked", server, true, "retention = { full = \"1d\" }")?;
+    let (_, first) = w.backup()?;
+    w.backup()?;
+    let said = w.s.ok(&["check", "acme"])?;
+    ensure!(said.contains("locked for 1 days (COMPLIANCE)"), "{said}");
+    let before = w.contents().await?;
+    let objects = w.objects().await?;
+
+    // Nobody deletes what is locked.
+    for object in objects.iter().filter(|object| !object.name.contains("/leases/")) {
+        for version in object.contents() {
+            let deleted = w.store.delete_version(&object.name, &version.id).await?;
+            ensure!(matches!(deleted, Deleted::Refused(_)), "{} was deleted", object.name);
+        }
+    }
+
+    // What backups are made of is hidden: all of it is named, and nothing else.
+    let of = |folder: &str| format!("acme/{folder}/");
+    let is_content = |name: &str| {
+        let is_needed_wal = name.starts_with(&of("wal")) && name.rsplit('/').next() >= Some(&first);
+        is_needed_wal || ["packs", "roots", "index"].iter().any(|f| name.starts_with(&of(f)))
+    };
+    let mut hidden = BTreeSet::new();
+    for (number, object) in objects.iter().filter(|object| is_content(&object.name)).enumerate() {
+        hide(&w.store, number, object).await?;
+        hidden.insert(object.name.trim_start_matches("acme/").to_owned());
+    }
+    ensure!(hidden.len() > 8, "{hidden:?}");
+    refused(w.s.restore("lost", &[]), 4, "").or_else(|_| refused(w.s.restore("lost2", &[]), 3, ""))?;
+    let (exit, verified) = w.report(&["verify"])?;
+    ensure!(exit == 4, "{exit} {verified}");
+    let findings = verified["findings"].as_array().context("findings")?.iter();
+    let repairable = findings.filter(|f| f["problem"].as_str().is_some_and(|p| p.contains("fairvault repair")));
+    let named: BTreeSet<String> = repairable
+        .filter_map(|f| f["object"].as_str().map(str::to_owned))
+        .collect();
+    ensure!(
+        named == hidden,
+        "{:?}",
+        named.symmetric_difference(&hidden).collect::<Vec<_>>()
+    );
+
+    // So is what a stanza is opened with.
+    let is_opening =
+        |name: &str| name == "fairvault.json" || [of("keys"), of("log")].iter().any(|f| name.starts_with(f));
+    let now = w.objects().await?;
+    for (number, object) in now.iter().filter(|object| is_opening(&object.name)).enumerate() {
+        hide(&w.store, number, object).await?;
+        hidden.insert(object.name.trim_start_matches("acme/").to_owned());
+    }
+    w.forget()?;
+    let (exit, said) = w.s.fairvault(&["check", "acme"]);
+    ensure!(
+        exit == 1 && said.contains("everything relies on are hidden"),
+        "{exit} {said}"
+    );
+
+    let (_, said) = w.s.fairvault(&["repair", "acme", "--dry-run", "--progress", "none"]);
+    ensure!(
+        said.contains("without --dry-run brings back") && said.contains("fairvault.json"),
+        "{said}"
+    );
+    let (exit, repaired) = w.report(&["repair"])?;
+    ensure!(exit == 0, "{exit} {repaired}");
+    ensure!(names_of(&repaired["hidden"], "object") == hidden, "{repaired}");
+    ensure!(w.contents().await?.is_superset(&before), "a version is lost");
+
+    let (exit, again) = w.report(&["repair"])?;
+    ensure!(exit == 0 && again["hidden"] == Value::Array(Vec::new()), "{again}");
+    w.s.ok(&["check", "acme"])?;
+    w.s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    let (exit, said) = w.s.restore("copy", &[]);
+    ensure!(exit == 0, "{said}");
+    let copy = w.s.start("copy", 5433)?;
+    ensure!(w.s.rows(&copy)?.trim() == "2");
+    Ok(())
+}
+
+async fn versions_are_collected(server: &Server) -> Result<()> {
+    let w = World::new("versions", server, false, "retention = { full = 1 }")?;
+    w.backup()?;
+    w.until_packs_are_unused()?;
+    let before = w.objects().await?;
+    let (exit, done) = w.gc()?;
+    ensure!(exit == 0, "{done}");
+    let gone = &done["versions"]["deleted"];
+    ensure!(done["versions"]["locked"]["objects"] == 0, "{done}");
+    ensure!(gone["bytes"].as_u64() >= done["packs"]["bytes"].as_u64(), "{done}");
+    let after = w.objects().await?;
+    let is_collected = |name: &str| {
+        ["packs", "roots", "index", "wal"]
+            .iter()
+            .any(|f| name.starts_with(&format!("acme/{f}/")))
+    };
+    let versions = |objects: &[Object]| -> usize {
+        let all = objects.iter().filter(|object| is_collected(&object.name));
+        all.map(|object| object.versions.len()).sum()
+    };
+    ensure!(versions(&after) < versions(&before), "{before:?} {after:?}");
+    for object in after.iter().filter(|object| is_collected(&object.name)) {
+        ensure!(object.is_visible() && object.versions.len() == 1, "{object:?}");
+    }
+    let leases = after.iter().filter(|object| object.name.starts_with("acme/leases/"));
+    ensure!(leases.count() == 0, "{after:?}");
+
+    // Whoever hides what is needed does not have it deleted.
+    let needed: Vec<_> = after.iter().filter(|object| is_collected(&object.name)).collect();
+    for object in &needed {
+        w.store.delete(std::slice::from_ref(&object.name)).await?;
+    }
+    let (exit, said) = w.s.fairvault(&["gc", "acme", "--patience", "1s", "--progress", "none"]);
+    ensure!(exit != 0, "a backup's manifest cannot be seen: {said}");
+    for object in needed.iter().filter(|object| object.name.starts_with("acme/roots/")) {
+        let hidden = w.store.all_versions(&object.name).await?;
+        ensure!(w.store.delete_version(&object.name, &hidden[0].versions[0].id).await? == Deleted::Gone);
+    }
+    let (exit, done) = w.gc()?;
+    ensure!(exit == 0, "{done}");
+    let contents: BTreeMap<_, _> = w
+        .objects()
+        .await?
+        .into_iter()
+        .map(|object| (object.name.clone(), object))
+        .collect();
+    for object in needed {
+        let now = contents.get(&object.name).context(object.name.clone())?;
+        ensure!(now.contents().count() == 1, "{now:?}");
+    }
+    w.report(&["repair"])?;
+    w.s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    Ok(())
+}
+
+async fn locks_are_left_and_extended(server: &Server) -> Result<()> {
+    let w = World::new("extended", server, true, "retention = { full = 1 }")?;
+    let (first, _) = w.backup()?;
+    w.until_packs_are_unused()?;
+    ensure!(!w.s.ok(&["info", "acme"])?.contains(&first));
+
+    // What has expired is locked: it is left, and that is no error.
+    let before = w.contents().await?;
+    let (exit, done) = w.gc()?;
+    ensure!(exit == 0, "{exit} {done}");
+    let versions = &done["versions"];
+    ensure!(done["packs"]["objects"].as_u64() > Some(0), "{done}");
+    ensure!(
+        versions["deleted"]["objects"] == 0 && versions["locked"]["objects"].as_u64() > Some(0),
+        "{done}"
+    );
+    ensure!(
+        versions["locked_until_s"].as_i64().context("until")? * 1_000_000 > now_us(),
+        "{done}"
+    );
+    ensure!(w.contents().await?.is_superset(&before), "a locked version is gone");
+
+    // It is not known for how long one backup is kept.
+    refused(w.s.fairvault(&["lock", "acme"]), 2, "--days")?;
+    let (exit, plan) = w.report(&["lock", "--days", "30", "--dry-run"])?;
+    ensure!(exit == 0 && plan["extended"] == plan["needed"], "{plan}");
+    let end = now_us() + 30 * DAY_US;
+    let ends = async || -> Result<(usize, usize)> {
+        let (mut early, mut late) = (0, 0);
+        for object in w.objects().await? {
+            let Some(version) = object.contents().next().filter(|_| !object.name.contains("/leases/")) else {
+                continue;
+            };
+            let lock = w
+                .store
+                .lock_of(&object.name, &version.id)
+                .await?
+                .context(object.name.clone())?;
+            ensure!(lock.mode == Mode::Compliance, "{lock:?}");
+            let is_needed = object.is_visible() && !object.name.starts_with("probe/");
+            match lock.until_us > end {
+                true if is_needed => late += 1,
+                true => anyhow::bail!("{} was locked although nothing needs it", object.name),
+                false => early += 1,
+            }
+        }
+        Ok((early, late))
+    };
+    ensure!(ends().await?.1 == 0, "the dry run has extended locks");
+    let (exit, done) = w.report(&["lock", "--days", "30"])?;
+    ensure!(exit == 0, "{done}");
+    let (early, late) = ends().await?;
+    ensure!(
+        Some(late as u64) == done["extended"]["objects"].as_u64() && late > 8,
+        "{late} {done}"
+    );
+    // Packs and a manifest of the backup that has expired, WAL from before the other one, probes.
+    ensure!(early > 2, "{early}");
+    let (exit, again) = w.report(&["lock", "--days", "30"])?;
+    ensure!(exit == 0 && again["extended"]["objects"] == 0, "{again}");
+    Ok(())
+}
+
+fn now_us() -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |now| now.as_micros() as i64)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_locked_is_lost_on_ministack() -> Result<()> {
+    let scratch = Scratch::new("lockstore")?;
+    let server = S3::start(&scratch, "other")?;
+    nothing_locked_is_lost(&Server::of(&server)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn versions_are_collected_on_ministack() -> Result<()> {
+    let scratch = Scratch::new("versionstore")?;
+    let server = S3::start(&scratch, "other")?;
+    versions_are_collected(&Server::of(&server)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locks_are_left_and_extended_on_ministack() -> Result<()> {
+    let scratch = Scratch::new("extendstore")?;
+    let server = S3::start(&scratch, "other")?;
+    locks_are_left_and_extended(&Server::of(&server)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_of_it_on_radosgw() -> Result<()> {
+    if !tools::is_full() {
+        eprintln!("Ceph's radosgw is part of `cargo xtask test --full`");
+        return Ok(());
+    }
+    let scratch = Scratch::new("lockrgw")?;
+    let gateway = Rgw::start(&scratch)?;
+    let server = Server {
+        endpoint: gateway.endpoint(),
+        secret: rgw::SECRET_KEY,
+        single_writer: true,
+    };
+    nothing_locked_is_lost(&server).await?;
+    versions_are_collected(&server).await?;
+    locks_are_left_and_extended(&server).await
+}
+
+#[test]
+fn other_stores_say_that_they_lock_nothing() -> Result<()> {
+    let s = Fixture::new("nolocks", SMALL)?;
+    refused(s.fairvault(&["lock", "acme", "--days", "1"]), 1, "locks no objects")?;
+    let said = s.ok(&["check", "acme"])?;
+    ensure!(said.contains("only S3 buckets"), "{said}");
+    Ok(())
+}
