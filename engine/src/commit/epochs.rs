@@ -14,8 +14,10 @@ use crate::stanza::Stanza;
 impl Log {
     /// Goes over to the newest keys that the log names. Costs nothing unless they are new to this host.
     pub(super) async fn follow_keys(&mut self) -> Result<()> {
-        let newest = state::newest_epoch(&self.state);
-        if self.state.key_epochs.is_empty() || newest == self.stanza.keys().epoch {
+        let Some(newest) = self.state.key_epochs.last() else {
+            return Ok(());
+        };
+        if newest.epoch == self.stanza.keys().epoch {
             return Ok(());
         }
         let stanza = self.stanza.in_epoch(newest).await?;

@@ -122,33 +122,53 @@ impl Stanza {
         }
     }
 
-    /// The same, writing with the keys of `epoch`. If those are not known, the slots are read again: they may be newer
-    /// than what this host remembers, or than this process.
-    pub async fn in_epoch(&self, epoch: u32) -> Result<Self> {
-        if let Some(known) = self.with(epoch) {
+    /// The same, writing with the keys of an epoch that the log names. If those are not known, the slots are read again:
+    /// they may be newer than what this host remembers, or than this process.
+    pub async fn in_epoch(&self, named: &proto::KeyEpoch) -> Result<Self> {
+        if let Some(known) = self.with(named.epoch) {
             return Ok(known);
         }
-        let (scope, epochs) = Self::open_from_store(&self.access, &self.store).await?;
+        let (scope, mut epochs) = Self::open_from_store(&self.access, &self.store).await?;
         if scope != self.scope {
             return Err(Error::damaged(format!(
                 "the key slots of {} are of another stanza now",
                 self.shown()
             )));
         }
+        if epochs.iter().all(|keys| keys.epoch != named.epoch) {
+            epochs.extend(self.named_slot(named).await?);
+        }
         if let Some(memory) = self.memory() {
             memory.remember_keys(&self.access, &scope, &epochs);
         }
         let anew = Self { epochs, ..self.clone() };
-        anew.with(epoch).ok_or_else(|| {
+        anew.with(named.epoch).ok_or_else(|| {
             Error::refused(format!(
-                "the keys of {} were rotated: key epoch {epoch} rules, which the given key does not open",
-                self.shown()
+                "the keys of {} were rotated: key epoch {} rules, which the given key does not open",
+                self.shown(),
+                named.epoch
             ))
             .remedy(
                 "configure the new key, or have it opened for this one with `fairvault key add-slot`; if its slots were \
                  lost, bring them back with `fairvault key import`",
             )
         })
+    }
+
+    /// The keys of an epoch by the names of its slots: what is new may not be listed yet.
+    async fn named_slot(&self, named: &proto::KeyEpoch) -> Result<Option<EpochKeys>> {
+        for name in &named.slots {
+            match read_slot(&self.store, &names::slot(named.epoch, name), &self.scope.repository).await {
+                Ok(slot) if slot.kind() == proto::SlotKind::SlotPassphrase && !self.access.may_stretch => {}
+                Ok(slot) => match keys_in(&slot, self.access.secret.as_ref(), &self.scope) {
+                    None => {}
+                    keys => return Ok(keys),
+                },
+                Err(error) if error.kind() == Kind::Temporary => return Err(error),
+                Err(error) => tracing::debug!("a key slot is passed over: {error}"),
+            }
+        }
+        Ok(None)
     }
 
     fn with(&self, epoch: u32) -> Option<Self> {
@@ -251,6 +271,8 @@ async fn read_slots(store: &Store, stanza: &str, repository: &Repository) -> Res
     for (name, _) in store.list(names::KEYS).await? {
         match read_slot(store, &name, &repository.id()?).await {
             Ok(slot) => slots.push(slot),
+            // It may be the only one of its epoch.
+            Err(error) if error.kind() == Kind::Temporary => return Err(error),
             Err(error) => unusable.push(error),
         }
     }

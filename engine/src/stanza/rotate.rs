@@ -10,7 +10,7 @@ use fairvault_format::proto::{self, log_entry::Kind as Entry};
 
 use super::create::new_keys;
 use super::slots::{self, Put, SlotObject};
-use super::{Access, Stanza};
+use super::{Access, Stanza, keys_in, read_slot};
 use crate::commit::{Log, state};
 use crate::env::has_fault;
 use crate::error::{Error, Kind, Result};
@@ -192,14 +192,14 @@ pub async fn rotate(log: &Log, access: &Access, options: &Options, plan: Plan) -
         ..access.clone()
     };
     let mut log = Log::replay(Stanza::open(&proof).await?).await?;
-    let opened = log.stanza().clone();
-    if opened.keys_of(keys.epoch)?.encode() != keys.encode() {
-        return Err(held());
+    for name in &slots {
+        let object = names::slot(keys.epoch, name);
+        let slot = read_slot(stanza.store(), &object, &stanza.scope().repository).await?;
+        let opened = keys_in(&slot, secret, stanza.scope());
+        if opened.is_none_or(|opened| opened.encode() != keys.encode()) {
+            return Err(held());
+        }
     }
-    let named = log.state().key_epochs.iter();
-    named
-        .map(|named| opened.keys_of(named.epoch))
-        .collect::<Result<Vec<_>>>()?;
     let bundle = keys.to_bundle();
     let entry = proto::KeyEpoch {
         epoch: keys.epoch,

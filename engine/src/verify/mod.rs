@@ -242,6 +242,8 @@ pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progres
     let mut noted = log.clone();
     noted.refresh().await?;
     let log = &noted;
+    // Keys may have been rotated since it was opened.
+    let stanza = log.stanza().clone();
     let mut report = Report::default();
     progress.phase("verifying keys, log and index");
     metadata::check_keys(access, log, &mut report).await;
