@@ -226,7 +226,9 @@ impl Context {
 
     /// Opens a stanza's log with the credentials that may lock objects, where there are such; and its repository.
     pub async fn open_log_to_lock(&self, repository: &str, stanza: &str) -> Result<(Log, Store)> {
-        let (log, access) = self.open_log_as(repository, stanza, |repo| repo.keeper.as_ref()).await?;
+        let (log, access) = self
+            .open_log_as(repository, stanza, |repo| repo.keeper.as_ref())
+            .await?;
         Ok((log, access.repository))
     }
 

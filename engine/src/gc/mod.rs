@@ -14,7 +14,7 @@ pub(crate) mod runs;
 mod sweep;
 pub(crate) mod usage;
 mod versions;
-mod wal;
+pub(crate) mod wal;
 
 use std::time::Duration;
 
@@ -148,17 +148,19 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
     // Whoever takes a lease later reads a log that says what has expired.
     log.refresh().await?;
     let leases = lease::all(&stanza).await?;
-    if options.dry_run {
-        wal::collect(&log, &leases, options, &mut report).await?;
-    } else {
-        let living = lease::living(&stanza, leases.clone(), options.patience).await?;
-        wal::collect(&log, &living, options, &mut report).await?;
+    let living = match options.dry_run {
+        true => leases.clone(),
+        false => lease::living(&stanza, leases.clone(), options.patience).await?,
+    };
+    let expired = wal::Expired::of(&log, &living, &mut report.kept).await?;
+    wal::collect(&log, &expired, options, &mut report).await?;
+    if !options.dry_run {
         let is_dead = |found: &lease::Found| living.iter().all(|other| other.name != found.name);
         let dead: Vec<_> = leases.into_iter().filter(is_dead).collect();
         lease::bury(&stanza, &dead).await?;
     }
     collect_snapshots(&log, options, &mut report).await?;
-    versions::purge(&mut log, options, &mut report, progress).await?;
+    versions::purge(&mut log, &expired, options, &mut report, progress).await?;
     report.kept.sort();
     report.kept.dedup();
     Ok(report)

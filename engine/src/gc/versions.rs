@@ -14,6 +14,7 @@ use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
 use super::usage::Usage;
+use super::wal::Expired;
 use super::{Count, Options, Report, SNAPSHOTS};
 use crate::commit::Log;
 use crate::error::{Error, Result};
@@ -90,7 +91,13 @@ impl Swept {
 }
 
 /// Deletes versions of what was deleted, and counts those that are locked.
-pub async fn purge(log: &mut Log, options: &Options, report: &mut Report, progress: &Progress) -> Result<()> {
+pub async fn purge(
+    log: &mut Log,
+    expired: &Expired,
+    options: &Options,
+    report: &mut Report,
+    progress: &Progress,
+) -> Result<()> {
     let stanza = log.stanza().clone();
     let store = stanza.store();
     let bucket = store.bucket_or_plain().await?;
@@ -149,7 +156,11 @@ pub async fn purge(log: &mut Log, options: &Options, report: &mut Report, progre
     let mut listing = store.versions(&format!("{}/", names::WAL));
     while let Some(page) = listing.next().await? {
         for object in page {
-            pieces.next(object, &mut settled).await?;
+            match expired.has(&object.name) {
+                true if object.is_visible() => {}
+                true => settled.replaced.push(object),
+                false => _ = pieces.next(object, &mut settled).await?,
+            }
         }
         settled.needed.clear();
         out.add(&purge.all(std::mem::take(&mut settled.replaced)).await?);

@@ -15,7 +15,7 @@ use crate::commit::Log;
 use crate::commit::lease::Found;
 use crate::error::Result;
 use crate::expire::wal::{Kept, Needed};
-use crate::postgres::segment::WalFile;
+use crate::postgres::segment::{Segment, WalFile};
 use crate::restore::target::info;
 use crate::wal::archive::Archive;
 use crate::wal::coverage::Coverage;
@@ -23,44 +23,88 @@ use crate::wal::coverage::Coverage;
 /// Objects deleted in one go.
 const BATCH: usize = 256;
 
-/// Collects the WAL of every incarnation. `readers` are the leases that live, read after the log.
-pub async fn collect(log: &Log, readers: &[Found], options: &Options, report: &mut Report) -> Result<()> {
-    let past = Past::of(log);
-    let policy = log.state().policy.clone().unwrap_or_default();
-    let now_us = log.stanza().env().now_us();
-    let youngest = now_us.saturating_sub_unsigned(policy.minimum_retention_s.saturating_mul(1_000_000));
-    let of = |backup: &CommittedBackup, goes_on: bool| Kept {
-        info: info(backup),
-        goes_on,
-    };
-    let live = past.live().iter().map(|b| of(b, info(b).stopped_us > youngest));
-    let protected = past.protected().iter().map(|b| of(b, true));
-    let held = readers.iter().flat_map(|lease| past.named(lease.backup()));
-    let kept: Vec<Kept> = live.chain(protected).chain(held.map(|b| of(b, true))).collect();
-    for incarnation in log.state().incarnations.clone() {
-        let id = incarnation.system_identifier;
-        let archive = Archive::open(log, Some(id), 0)?;
-        let needed = match archive.expired.is_empty() {
-            true => Needed::default(),
-            false => {
-                let coverage = Coverage::read(&archive).await?;
-                match Needed::of(&coverage, kept.iter().filter(|kept| kept.info.system_identifier == id)) {
-                    Ok(needed) => needed,
-                    Err(why) => {
-                        report.kept.push(format!("all WAL of cluster {id}: {why}"));
-                        collect_of(&archive, None, options, report).await?;
-                        continue;
-                    }
-                }
-            }
+/// WAL that the log says has expired, and what of it must stay all the same.
+#[derive(Default)]
+pub struct Expired {
+    /// By incarnation: what is needed; nothing, if that is not known.
+    lives: BTreeMap<u64, (Archive, Option<Needed>)>,
+}
+
+impl std::fmt::Debug for Expired {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.lives.keys()).finish()
+    }
+}
+
+impl Expired {
+    /// Of a log that was replayed. `readers` are the leases that live, read after the log. Adds to `kept` why some stays.
+    pub async fn of(log: &Log, readers: &[Found], kept: &mut Vec<String>) -> Result<Self> {
+        let past = Past::of(log);
+        let policy = log.state().policy.clone().unwrap_or_default();
+        let now_us = log.stanza().env().now_us();
+        let youngest = now_us.saturating_sub_unsigned(policy.minimum_retention_s.saturating_mul(1_000_000));
+        let of = |backup: &CommittedBackup, goes_on: bool| Kept {
+            info: info(backup),
+            goes_on,
         };
-        collect_of(&archive, Some(&needed), options, report).await?;
+        let live = past.live().iter().map(|b| of(b, info(b).stopped_us > youngest));
+        let protected = past.protected().iter().map(|b| of(b, true));
+        let held = readers.iter().flat_map(|lease| past.named(lease.backup()));
+        let backups: Vec<Kept> = live.chain(protected).chain(held.map(|b| of(b, true))).collect();
+        let mut this = Self::default();
+        for incarnation in &log.state().incarnations {
+            let id = incarnation.system_identifier;
+            let archive = Archive::open(log, Some(id), 0)?;
+            let needed = match archive.expired.is_empty() {
+                true => Some(Needed::default()),
+                false => {
+                    let coverage = Coverage::read(&archive).await?;
+                    let of_life = backups.iter().filter(|kept| kept.info.system_identifier == id);
+                    Needed::of(&coverage, of_life)
+                        .map_err(|why| kept.push(format!("all WAL of cluster {id}: {why}")))
+                        .ok()
+                }
+            };
+            this.lives.insert(id, (archive, needed));
+        }
+        Ok(this)
+    }
+
+    /// Whether an object has expired and may go.
+    pub fn has(&self, object: &str) -> bool {
+        let Some(name) = names::parse_wal(object) else {
+            return false;
+        };
+        let Some((archive, Some(needed))) = self.lives.get(&name.system_identifier) else {
+            return false;
+        };
+        match segment(&name, archive.segment_size) {
+            Some(segment) => archive.is_expired(segment) && !needed.has(segment),
+            None => false,
+        }
+    }
+}
+
+/// The segment that an object belongs to; histories belong to none.
+fn segment(name: &names::WalName<'_>, segment_size: u64) -> Option<Segment> {
+    // Another partial file of the same segment carries a part of its content's id behind its name.
+    let plain = name.file.split_once('-').map_or(name.file, |(plain, _)| plain);
+    match WalFile::parse(plain, segment_size) {
+        Ok(WalFile::Segment(s) | WalFile::Partial(s) | WalFile::BackupHistory(s)) => Some(s),
+        _ => None,
+    }
+}
+
+/// Collects the WAL of every incarnation.
+pub async fn collect(log: &Log, expired: &Expired, options: &Options, report: &mut Report) -> Result<()> {
+    for incarnation in &log.state().incarnations {
+        let archive = Archive::open(log, Some(incarnation.system_identifier), 0)?;
+        collect_of(&archive, expired, options, report).await?;
     }
     Ok(())
 }
 
-/// `needed` is what must stay of what has expired; all of it, if it is not known.
-async fn collect_of(archive: &Archive, needed: Option<&Needed>, options: &Options, report: &mut Report) -> Result<()> {
+async fn collect_of(archive: &Archive, expired: &Expired, options: &Options, report: &mut Report) -> Result<()> {
     let store = archive.stanza.store();
     let folder = format!("{}/{:016x}", names::WAL, archive.system_identifier);
     let mut gone = Vec::new();
@@ -70,14 +114,10 @@ async fn collect_of(archive: &Archive, needed: Option<&Needed>, options: &Option
         let Some(name) = names::parse_wal(&object) else {
             continue;
         };
-        let file = WalFile::parse(name.file, archive.segment_size);
-        let Ok(WalFile::Segment(s) | WalFile::Partial(s) | WalFile::BackupHistory(s)) = file else {
-            continue;
-        };
-        if archive.is_expired(s) && needed.is_some_and(|needed| !needed.has(s)) {
+        if expired.has(&object) {
             gone.push((object, len));
         } else if name.is_piece {
-            let segment = names::wal_file(archive.system_identifier, s.timeline, name.file, name.epoch);
+            let segment = names::wal_file(archive.system_identifier, name.timeline, name.file, name.epoch);
             pieces.entry(segment).or_default().push((object, len));
         } else {
             whole.insert(object);

@@ -10,6 +10,7 @@ use crate::commit::Log;
 use crate::error::{Kind, Result};
 use crate::gc::history::Past;
 use crate::gc::usage;
+use crate::gc::wal::Expired;
 use crate::postgres::segment::WalFile;
 use crate::restore::target::info;
 use crate::stanza::Stanza;
@@ -21,6 +22,7 @@ pub struct Needs {
     packs: HashMap<[u8; 32], i64>,
     runs: HashSet<[u8; 32]>,
     wal: HashMap<u64, WalNeeds>,
+    expired: Expired,
     /// What everything relies on is needed until then.
     last: i64,
     /// Manifests that are lost: which packs they need is not known.
@@ -41,6 +43,7 @@ impl Needs {
         let past = Past::of(log);
         let mut this = Self {
             last: least,
+            expired: Expired::of(log, &[], &mut Vec::new()).await?,
             ..Default::default()
         };
         let runs = log.state().index_runs.iter();
@@ -104,6 +107,7 @@ impl Needs {
             names::PACKS => self.packs.get(&names::parse_hash(name)?).copied(),
             names::ROOTS => self.roots.get(&names::parse_hash(name)?).copied(),
             names::INDEX => self.runs.contains(&names::parse_hash(name)?).then_some(self.last),
+            names::WAL if self.expired.has(name) => None,
             names::WAL => self.wal_until(name),
             _ => None,
         }
