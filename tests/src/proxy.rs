@@ -292,6 +292,15 @@ fn translate(mut from: Box<dyn Half>, mut to: Box<dyn Half>) -> Result<()> {
     }
 }
 
+/// A path without the signature in its query: the server behind knows other keys.
+fn unsigned(path: &str) -> String {
+    let Some((name, query)) = path.split_once('?') else {
+        return path.to_owned();
+    };
+    let rest: Vec<&str> = query.split('&').filter(|part| !part.starts_with("X-Amz-")).collect();
+    format!("{name}?{}", rest.join("&"))
+}
+
 /// Passes on what is allowed, and answers the rest as S3 does.
 fn guard(
     mut from: Box<dyn Half>,
@@ -312,18 +321,21 @@ fn guard(
             found.map_or("", |(_, value)| value)
         };
         let mut words = head.split(' ');
+        let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+        // A request is signed in a header, or in its query, where slashes are written otherwise.
+        let signed = [value("authorization"), path].into_iter();
+        let key = signed
+            .filter_map(|text| Some(text.split_once("Credential=")?.1))
+            .find_map(|rest| rest.split(['/', '%']).next());
         let request = S3Request {
-            method: words.next().unwrap_or_default(),
-            path: words.next().unwrap_or_default(),
-            key: value("authorization")
-                .split_once("Credential=")
-                .and_then(|(_, rest)| rest.split('/').next())
-                .unwrap_or_default(),
+            method,
+            path,
+            key: key.unwrap_or_default(),
         };
         let length = value("content-length").parse().unwrap_or(0);
         let mut body = Read::take(&mut *from, length);
         if allows(&request) {
-            to.write_all(head.as_bytes())?;
+            to.write_all(head.replacen(path, &unsigned(path), 1).as_bytes())?;
             std::io::copy(&mut body, &mut *to)?;
             continue;
         }

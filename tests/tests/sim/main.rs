@@ -232,7 +232,7 @@ fn simulate(seed: u64) -> Result<BTreeMap<&'static str, u64>> {
 
 #[test]
 fn whatever_happens_nothing_is_lost() -> Result<()> {
-    let (seeds, first) = (number("FAIRVAULT_SIM_SEEDS", 2000), number("FAIRVAULT_SIM_FIRST", 1));
+    let (seeds, first) = (number("FAIRVAULT_SIM_SEEDS", 1000), number("FAIRVAULT_SIM_FIRST", 1));
     let next = AtomicU64::new(first);
     let total = Mutex::new(BTreeMap::<&str, u64>::new());
     let run = || -> Result<()> {
