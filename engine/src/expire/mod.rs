@@ -132,8 +132,8 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
     }
     // A backup that was committed meanwhile may need what nobody seemed to need.
     let is_same = |now: &proto::Snapshot| {
-        let roots = |all: &mut dyn Iterator<Item = &CommittedBackup>| all.map(|b| b.root.clone()).collect::<Vec<_>>();
-        match roots(&mut now.backups.iter()) == roots(&mut kept.iter().map(|(backup, _)| backup))
+        let left = now.backups.iter().map(|backup| &backup.root);
+        match left.eq(kept.iter().map(|(backup, _)| &backup.root))
             && now.policy == judged.policy
             && now.incarnations == judged.incarnations
         {

@@ -26,7 +26,7 @@ const BATCH: usize = 256;
 /// WAL that the log says has expired, and what of it must stay all the same.
 #[derive(Default)]
 pub struct Expired {
-    /// By incarnation: what is needed; nothing, if that is not known.
+    /// By incarnation: what of it is needed; `None` if that is not known, and all of it stays.
     lives: BTreeMap<u64, (Archive, Option<Needed>)>,
 }
 

@@ -114,13 +114,12 @@ impl Needs {
     }
 
     fn wal_until(&self, name: &str) -> Option<i64> {
-        let parts: Vec<&str> = name.split('/').collect();
-        let (incarnation, file) = match parts.as_slice() {
-            [_, incarnation, _, file] => (incarnation, names::parse_wal_file(file)?.0),
-            [_, incarnation, _, folder, _] => (incarnation, folder.strip_suffix(".d")?),
-            _ => return None,
-        };
-        let wal = self.wal.get(&u64::from_str_radix(incarnation, 16).ok()?)?;
+        let names::WalName {
+            system_identifier,
+            file,
+            ..
+        } = names::parse_wal(name)?;
+        let wal = self.wal.get(&system_identifier)?;
         if file.ends_with(".history") {
             return wal.from.iter().map(|(_, until)| *until).max();
         }
