@@ -13,7 +13,7 @@ use fairvault_format::frame::{FRAME_HEADER_LEN, FrameKey, FrameReader};
 use fairvault_format::header::{Kind, ObjectHeader};
 use fairvault_format::keys::{EpochKeys, Scope};
 use fairvault_format::pack::{DirectoryEntry, seal_tail};
-use fairvault_format::pages::{Decoder, Encoder};
+use fairvault_format::pages::{Decoder, Encoder, PAGE};
 use fairvault_format::records::{self, Checked};
 use fairvault_format::{proto, sha256, wal};
 
@@ -61,6 +61,11 @@ fn transform(c: &mut Criterion) {
     for (name, plain) in chunks().into_iter().take(2) {
         let (mut encoder, mut out) = (Encoder::default(), Vec::new());
         let plan = encoder.propose(&plain, 4, 4);
+        assert_eq!(
+            encoder.encode(&plain, &plan, &mut out),
+            CHUNK / PAGE,
+            "pages are left over"
+        );
         group.bench_function(BenchmarkId::new("take apart", name), |b| {
             b.iter(|| {
                 out.clear();
@@ -70,11 +75,15 @@ fn transform(c: &mut Criterion) {
         let (mut decoder, mut back) = (Decoder::default(), vec![0; plain.len()]);
         group.bench_function(BenchmarkId::new("put together", name), |b| {
             b.iter(|| {
-                decoder
-                    .decode(black_box(&out), &mut back, "a chunk")
-                    .map_err(|e| e.to_string())
+                let decoded = decoder.decode(black_box(&out), &mut back, "a chunk");
+                decoded.expect("what was taken apart can be put together");
             });
         });
+        assert_eq!(
+            back.iter().any(|&byte| byte != 0),
+            back == plain,
+            "something else came back"
+        );
     }
     group.finish();
 }

@@ -78,6 +78,11 @@ fn transpose(mut x: [u64; 8]) -> [u64; 8] {
     x
 }
 
+/// Whether one word differs; without branches, and without calling `memcmp`.
+fn differ(a: &[u64; 8], b: &[u64; 8]) -> bool {
+    a.iter().zip(b).fold(0, |all, (a, b)| all | (a ^ b)) != 0
+}
+
 /// Appends the planes of a column: `planes` lowest bytes of each word, those in `mask` as differences.
 pub fn write(words: &[u64], planes: usize, mask: u8, out: &mut Vec<u8>) {
     let (base, count, mask) = (out.len(), words.len(), spread(mask));
@@ -90,8 +95,18 @@ pub fn write(words: &[u64], planes: usize, mask: u8, out: &mut Vec<u8>) {
         word & !mask | difference & mask
     };
     let (eights, rest) = words.as_chunks::<8>();
+    // What repeats, and most of what headers hold does, is transposed once.
+    let (mut last, mut rows) = ([0; 8], [0; 8]);
     for (number, eight) in eights.iter().enumerate() {
-        let rows = transpose(eight.map(&mut change));
+        let mut changed = *eight;
+        if mask != 0 {
+            for word in &mut changed {
+                *word = change(*word);
+            }
+        }
+        if differ(&changed, &last) {
+            (last, rows) = (changed, transpose(changed));
+        }
         for (plane, row) in rows.iter().enumerate().take(planes) {
             let at = plane * count + number * 8;
             out[at..at + 8].copy_from_slice(&row.to_le_bytes());
@@ -113,16 +128,27 @@ pub fn read(stored: &[u8], planes: usize, mask: u8, words: &mut Vec<u64>) {
     words.reserve(count);
     let mut before = 0;
     let mut change = |word: u64| {
-        before = word & !mask | add(word, before) & mask;
-        before
+        before = add(before, word & mask);
+        before | word & !mask
     };
+    // As in `write`.
+    let (mut last, mut eight) = ([0; 8], [0; 8]);
+    let mut of_planes: [&[[u8; 8]]; 8] = Default::default();
+    for (plane, eights) in of_planes.iter_mut().enumerate().take(planes) {
+        *eights = stored[plane * count..][..count].as_chunks().0;
+    }
     for number in 0..count / 8 {
-        let mut rows = [0; 8];
-        for (plane, row) in rows.iter_mut().enumerate().take(planes) {
-            let at = plane * count + number * 8;
-            *row = stored[at..].first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        let rows = of_planes.map(|eights| eights.get(number).map_or(0, |eight| u64::from_le_bytes(*eight)));
+        if differ(&rows, &last) {
+            (last, eight) = (rows, transpose(rows));
         }
-        words.extend(transpose(rows).map(&mut change));
+        let mut changed = eight;
+        if mask != 0 {
+            for word in &mut changed {
+                *word = change(*word);
+            }
+        }
+        words.extend_from_slice(&changed);
     }
     for number in count / 8 * 8..count {
         let mut bytes = [0; 8];

@@ -1,8 +1,8 @@
 //! Columns back into pages.
 
 use super::{
-    FIXED, HEADER, Item, LAYOUT, LEAD_WORDS, MASKS, Occupied, PAGE, SPECIAL, Shape, TUPLE, body_offset, is_tuple, kind,
-    own_position,
+    Bodies, FIXED, HEADER, Item, LAYOUT, LEAD_WORDS, MASKS, Occupied, PAGE, SPECIAL, Shape, Stored, TUPLE, WORDS,
+    body_offset, is_tuple, kind, own_position,
 };
 use crate::columns::{self, Input};
 use crate::error::{FormatError, Result};
@@ -23,9 +23,14 @@ impl Column {
     }
 
     fn next(&mut self) -> u64 {
-        let word = self.words.get(self.used).copied().unwrap_or_default();
-        self.used += 1;
-        word
+        self.next_of(1).first().copied().unwrap_or_default()
+    }
+
+    /// The next words; fewer if there are fewer.
+    fn next_of(&mut self, count: usize) -> &[u64] {
+        let words = &self.words[self.used.min(self.words.len())..];
+        self.used += count;
+        &words[..count.min(words.len())]
     }
 }
 
@@ -33,20 +38,46 @@ impl Column {
 #[derive(Debug)]
 struct Page {
     shape: Shape,
-    head: [u64; 3],
     kind: u8,
     block: u32,
-    /// Where its line pointers begin among those of all pages.
-    first: usize,
+    /// Where it comes to lie among all pages of the chunk.
+    slot: usize,
+    /// Its items among those of all pages.
+    stored: std::ops::Range<usize>,
+    /// Words that it has behind its items, among those of all pages.
+    gaps: std::ops::Range<usize>,
+    bodies: Bodies,
 }
 
 impl Page {
     fn is_heap(&self) -> bool {
         self.kind & !kind::HOLE == kind::HEAP
     }
+}
 
-    fn items<'a>(&self, all: &'a [Item]) -> &'a [Item] {
-        &all[self.first..self.first + self.shape.items()]
+/// The words of a page that is being put together.
+struct Words<'a>(&'a mut [u8; PAGE]);
+
+impl Words<'_> {
+    /// Behind the end is the beginning: whoever is not sure of `at` checks it before he succeeds.
+    fn set(&mut self, at: usize, word: u64) {
+        self.0.as_chunks_mut::<8>().0[at % WORDS] = word.to_le_bytes();
+    }
+
+    /// Takes those from `from` on and before `to`, mostly few, from the input.
+    fn take(&mut self, from: usize, to: usize, input: &mut Input<'_>) -> Result<()> {
+        const FEW: usize = 8;
+        let words = &mut self.0.as_chunks_mut::<8>().0[from..to];
+        let taken = input.take(8 * words.len())?;
+        match words.len() {
+            ..=FEW => {
+                for (word, taken) in words.iter_mut().zip(taken.as_chunks::<8>().0) {
+                    *word = *taken;
+                }
+            }
+            _ => words.as_flattened_mut().copy_from_slice(taken),
+        }
+        Ok(())
     }
 }
 
@@ -54,10 +85,10 @@ impl Page {
 #[derive(Debug, Default)]
 pub struct Decoder {
     pages: Vec<Page>,
-    items: Vec<Item>,
+    stored: Vec<Stored>,
+    gaps: Vec<(usize, usize)>,
+    column: Column,
     head: [Column; 3],
-    special: [Column; SPECIAL / 8],
-    pointers: Column,
     tuples: [Column; TUPLE],
     bits: Column,
     heap: [Column; LEAD_WORDS],
@@ -83,14 +114,11 @@ impl Decoder {
         let (heap_masks, item_masks) = (input.take(heap_words)?, input.take(item_words)?);
         let (slots, tail) = out.as_chunks_mut::<PAGE>();
         let kinds = input.take(slots.len())?;
-        self.read_heads(&mut input, kinds, masks)?;
-        for (at, column) in self.special.iter_mut().enumerate() {
-            let count = self.pages.iter().filter(|page| page.shape.special_words() > at).count();
-            column.read(&mut input, count, 8, masks[3 + at])?;
-        }
-        self.read_items(&mut input, masks[3 + SPECIAL / 8])?;
+        self.read_heads(&mut input, kinds, masks, slots)?;
+        self.read_special(&mut input, &masks[3..], slots)?;
+        self.read_items(&mut input, masks[3 + SPECIAL / 8], slots)?;
         let tuple_masks = &masks[3 + SPECIAL / 8 + 1..];
-        self.read_tuples(&mut input, tuple_masks)?;
+        self.read_tuples(&mut input, tuple_masks, slots)?;
         self.read_words(&mut input, tuple_masks[TUPLE], heap_masks, item_masks)?;
         let mut apart = 0;
         for (slot, &kind) in slots.iter_mut().zip(kinds) {
@@ -108,7 +136,13 @@ impl Decoder {
     }
 
     /// Pages and their headers.
-    fn read_heads(&mut self, input: &mut Input<'_>, kinds: &[u8], masks: &[u8]) -> Result<()> {
+    fn read_heads(
+        &mut self,
+        input: &mut Input<'_>,
+        kinds: &[u8],
+        masks: &[u8],
+        slots: &mut [[u8; PAGE]],
+    ) -> Result<()> {
         let (mut apart, mut heaps) = (0, 0);
         for &kind in kinds {
             match kind & !kind::HOLE {
@@ -123,18 +157,27 @@ impl Decoder {
             column.read(input, apart + heaps, 8, mask)?;
         }
         self.pages.clear();
-        let (mut next_block, mut first) = (0u32, 0);
-        for &kind in kinds.iter().filter(|&&kind| kind & !kind::HOLE != kind::PLAIN) {
+        let mut next_block = 0u32;
+        for (slot, &kind) in kinds
+            .iter()
+            .enumerate()
+            .filter(|(_, kind)| **kind & !kind::HOLE != kind::PLAIN)
+        {
             let head = [self.head[0].next(), self.head[1].next(), self.head[2].next()];
             let shape = Shape::of(head).ok_or_else(|| input.damaged("a page header"))?;
+            let mut words = Words(&mut slots[slot]);
+            for (at, word) in head.into_iter().enumerate() {
+                words.set(at, word);
+            }
             let mut page = Page {
                 shape,
-                head,
                 kind,
                 block: 0,
-                first,
+                slot,
+                stored: 0..0,
+                gaps: 0..0,
+                bodies: Bodies { least: 0, most: 0 },
             };
-            first += shape.items();
             if page.is_heap() {
                 if shape.special != PAGE {
                     return Err(input.damaged("a heap page with a special area"));
@@ -148,47 +191,76 @@ impl Decoder {
         Ok(())
     }
 
-    /// Line pointers, with their offsets.
-    fn read_items(&mut self, input: &mut Input<'_>, mask: u8) -> Result<()> {
-        let count = self.pages.iter().map(|page| page.shape.items()).sum();
-        self.pointers.read(input, count, 4, mask)?;
-        self.items.clear();
-        for page in &self.pages {
-            let mut expected = page.shape.special;
-            for &shown in &self.pointers.words[page.first..page.first + page.shape.items()] {
-                let shown = Item(shown as u32);
-                self.items.push(match shown.len() {
-                    0 => shown,
-                    len => {
-                        let item = shown.with_offset(expected.wrapping_sub(len).wrapping_sub(shown.offset()));
-                        expected = item.offset();
-                        item
-                    }
-                });
+    /// Special areas.
+    fn read_special(&mut self, input: &mut Input<'_>, masks: &[u8], slots: &mut [[u8; PAGE]]) -> Result<()> {
+        for (at, &mask) in masks.iter().enumerate().take(SPECIAL / 8) {
+            let with_word = || self.pages.iter().filter(|page| page.shape.special_words() > at);
+            self.column.read(input, with_word().count(), 8, mask)?;
+            for (page, &word) in with_word().zip(&self.column.words) {
+                Words(&mut slots[page.slot]).set(page.shape.special / 8 + at, word);
             }
         }
         Ok(())
     }
 
+    /// Line pointers, with their offsets: where items lie is known from here on, and that they do not overlap.
+    fn read_items(&mut self, input: &mut Input<'_>, mask: u8, slots: &mut [[u8; PAGE]]) -> Result<()> {
+        let count = self.pages.iter().map(|page| page.shape.items()).sum();
+        self.column.read(input, count, 4, mask)?;
+        self.stored.clear();
+        self.gaps.clear();
+        for page in &mut self.pages {
+            let shape = &page.shape;
+            let (first, mut expected, mut offsets) = (self.stored.len(), shape.special, 0);
+            let pointers = slots[page.slot][HEADER..shape.lower].as_chunks_mut::<4>().0;
+            let shown = self.column.next_of(pointers.len());
+            for (index, (slot, &shown)) in pointers.iter_mut().zip(shown).enumerate() {
+                let mut item = Item(shown as u32);
+                let len = item.len();
+                if len > 0 {
+                    item = item.with_offset(expected.wrapping_sub(len).wrapping_sub(item.offset()));
+                    expected = item.offset();
+                    offsets |= expected;
+                    self.stored.push(Stored::of(index, item));
+                }
+                *slot = item.0.to_le_bytes();
+            }
+            page.stored = first..self.stored.len();
+            let stored = &self.stored[page.stored.clone()];
+            let occupied = Occupied::of(shape, stored).filter(|_| offsets % 8 == 0);
+            let occupied = occupied.ok_or_else(|| input.damaged("a line pointer"))?;
+            let first = self.gaps.len();
+            self.gaps.extend(occupied.gaps(shape));
+            page.gaps = first..self.gaps.len();
+        }
+        Ok(())
+    }
+
     /// Headers of heap tuples, in their own words.
-    fn read_tuples(&mut self, input: &mut Input<'_>, masks: &[u8]) -> Result<()> {
+    fn read_tuples(&mut self, input: &mut Input<'_>, masks: &[u8], slots: &mut [[u8; PAGE]]) -> Result<()> {
         let heaps = || self.pages.iter().filter(|page| page.is_heap());
-        let stored = |page: &Page| page.items(&self.items).iter().filter(|item| item.len() > 0).count();
-        let count = heaps().map(stored).sum();
+        let count = heaps().map(|page| page.stored.len()).sum();
         for (column, &mask) in self.tuples.iter_mut().zip(masks) {
             column.read(input, count, 8, mask)?;
         }
-        let mut at = 0;
+        let [first, second, third] = &mut self.tuples;
         for page in heaps() {
-            let items = page.items(&self.items).iter().enumerate();
-            for (number, item) in items.filter(|(_, item)| item.len() > 0) {
-                let (high, low) = own_position(page.block, number + 1);
-                self.tuples[1].words[at] ^= high;
-                self.tuples[2].words[at] ^= low;
-                if !is_tuple(self.tuples[2].words[at], item.len()) {
-                    return Err(input.damaged("a tuple header"));
-                }
-                at += 1;
+            let stored = &mut self.stored[page.stored.clone()];
+            let mut words = Words(&mut slots[page.slot]);
+            let headers = first.next_of(stored.len()).iter().zip(second.next_of(stored.len()));
+            let headers = headers.zip(third.next_of(stored.len()));
+            let mut are_tuples = true;
+            for (item, ((&first, &second), &third)) in stored.iter_mut().zip(headers) {
+                let (high, low) = own_position(page.block, item.number);
+                let last = third ^ low;
+                are_tuples &= is_tuple(last, item.len);
+                item.body = body_offset(last);
+                words.set(item.at(), first);
+                words.set(item.at() + 1, second ^ high);
+                words.set(item.at() + 2, last);
+            }
+            if !are_tuples {
+                return Err(input.damaged("a tuple header"));
             }
         }
         Ok(())
@@ -197,18 +269,22 @@ impl Decoder {
     /// Null bitmaps and the leading words of bodies and of other items.
     fn read_words(&mut self, input: &mut Input<'_>, bits_mask: u8, heap: &[u8], other: &[u8]) -> Result<()> {
         let (mut bits, mut heap_counts, mut other_counts) = (0, [0; LEAD_WORDS + 1], [0; LEAD_WORDS + 1]);
-        let mut tuples = self.tuples[2].words.iter();
-        for page in &self.pages {
-            let is_heap = page.is_heap();
-            for item in page.items(&self.items).iter().filter(|item| item.len() > 0) {
-                let words = item.len() / 8;
-                if is_heap {
-                    let body = tuples.next().map_or(0, |&last| body_offset(last));
-                    bits += usize::from(body > TUPLE);
-                    heap_counts[(words - body).min(heap.len())] += 1;
-                } else {
-                    other_counts[words.min(other.len())] += 1;
+        for page in &mut self.pages {
+            let stored = &self.stored[page.stored.clone()];
+            page.bodies = Bodies::of(stored);
+            let (counts, columns) = match page.is_heap() {
+                true => {
+                    bits += stored.iter().filter(|item| usize::from(item.body) > TUPLE).count();
+                    (&mut heap_counts, heap.len())
                 }
+                false => (&mut other_counts, other.len()),
+            };
+            if page.bodies.least >= columns || page.bodies.least == page.bodies.most {
+                counts[page.bodies.least.min(columns)] += stored.len();
+                continue;
+            }
+            for item in stored {
+                counts[item.body_len().min(columns)] += 1;
             }
         }
         self.bits.read(input, bits, 8, bits_mask)?;
@@ -225,6 +301,7 @@ impl Decoder {
         Ok(())
     }
 
+    /// What is left of a page: bodies, gaps and the hole.
     fn put_together(
         &mut self,
         input: &mut Input<'_>,
@@ -234,60 +311,45 @@ impl Decoder {
         out: &mut [u8; PAGE],
     ) -> Result<()> {
         let page = &self.pages[number];
-        let shape = &page.shape;
-        for (slot, word) in out.as_chunks_mut::<8>().0.iter_mut().zip(page.head) {
-            *slot = word.to_le_bytes();
-        }
-        let special = out[shape.special..].as_chunks_mut::<8>().0;
-        for (slot, column) in special.iter_mut().zip(&mut self.special) {
-            *slot = column.next().to_le_bytes();
-        }
-        let items = page.items(&self.items);
-        for (slot, item) in out[HEADER..].as_chunks_mut::<4>().0.iter_mut().zip(items) {
-            *slot = item.0.to_le_bytes();
-        }
-        let is_heap = page.is_heap();
-        let mut occupied = Occupied::new();
-        for &item in items.iter().filter(|item| item.len() > 0) {
-            occupied
-                .take(shape, item)
-                .ok_or_else(|| input.damaged("a line pointer"))?;
-            let bytes = &mut out[item.offset()..item.offset() + item.len()];
-            if !is_heap {
-                fill(bytes, &mut self.other[..item_words], input)?;
+        let stored = &self.stored[page.stored.clone()];
+        let mut words = Words(out);
+        let columns = match page.is_heap() {
+            true => {
+                for item in stored.iter().filter(|item| usize::from(item.body) > TUPLE) {
+                    words.set(item.at() + TUPLE, self.bits.next());
+                }
+                &mut self.heap[..heap_words]
+            }
+            false => &mut self.other[..item_words],
+        };
+        let lead = columns.len();
+        for (number, column) in columns.iter_mut().enumerate().take(page.bodies.most) {
+            if number < page.bodies.least {
+                for (item, &word) in stored.iter().zip(column.next_of(stored.len())) {
+                    words.set(item.body_at() + number, word);
+                }
                 continue;
             }
-            let header = [self.tuples[0].next(), self.tuples[1].next(), self.tuples[2].next()];
-            // `is_tuple` has been asked: there is a header, and a body behind it.
-            let (head, body) = bytes.split_at_mut(8 * body_offset(header[2]));
-            let (head, bits) = head.split_at_mut(8 * TUPLE);
-            for (slot, word) in head.as_chunks_mut::<8>().0.iter_mut().zip(header) {
-                *slot = word.to_le_bytes();
+            for item in stored.iter().filter(|item| item.body_len() > number) {
+                words.set(item.body_at() + number, column.next());
             }
-            fill(bits, std::slice::from_mut(&mut self.bits), input)?;
-            fill(body, &mut self.heap[..heap_words], input)?;
         }
-        for (from, to) in occupied.gaps(shape) {
-            out[from * 8..to * 8].copy_from_slice(input.take((to - from) * 8)?);
+        for item in stored {
+            if usize::from(item.body) > TUPLE + 1 {
+                words.take(item.at() + TUPLE + 1, item.body_at(), input)?;
+            }
+            if item.body_len() > lead {
+                words.take(item.body_at() + lead, item.end(), input)?;
+            }
         }
-        let hole = &mut out[shape.lower..shape.upper];
+        for &(from, to) in &self.gaps[page.gaps.clone()] {
+            words.take(from, to, input)?;
+        }
+        let hole = &mut out[page.shape.lower..page.shape.upper];
         match page.kind & kind::HOLE {
             0 => hole.fill(0),
             _ => hole.copy_from_slice(input.take(hole.len())?),
         }
         Ok(())
     }
-}
-
-/// Fills `bytes` from columns, a word from each, and what is left from the input.
-fn fill(bytes: &mut [u8], columns: &mut [Column], input: &mut Input<'_>) -> Result<()> {
-    let lead = (bytes.len() / 8).min(columns.len());
-    let (words, rest) = bytes.split_at_mut(8 * lead);
-    for (slot, column) in words.as_chunks_mut::<8>().0.iter_mut().zip(columns) {
-        *slot = column.next().to_le_bytes();
-    }
-    if !rest.is_empty() {
-        rest.copy_from_slice(input.take(rest.len())?);
-    }
-    Ok(())
 }

@@ -1,8 +1,8 @@
 //! Pages into columns.
 
 use super::{
-    FIXED, HEADER, Item, LAYOUT, LEAD_WORDS, MASKS, Occupied, PAGE, SPECIAL, Shape, TUPLE, WORDS, body_offset,
-    is_tuple, kind, own_position,
+    Bodies, FIXED, HEADER, Item, LAYOUT, LEAD_WORDS, MASKS, Occupied, PAGE, SPECIAL, Shape, Stored, TUPLE, WORDS,
+    body_offset, is_tuple, kind, own_position,
 };
 use crate::columns;
 
@@ -38,13 +38,13 @@ pub struct Encoder {
     heap: [Vec<u64>; LEAD_WORDS],
     items: [Vec<u64>; LEAD_WORDS],
     rest: Vec<u8>,
+    /// Of one page.
+    stored: Vec<Stored>,
 }
 
 /// Positions of the fixed columns.
 const SPECIAL_AT: usize = 3;
 const POINTERS_AT: usize = SPECIAL_AT + SPECIAL / 8;
-const TUPLE_AT: usize = POINTERS_AT + 1;
-const BITS_AT: usize = TUPLE_AT + TUPLE;
 
 impl Encoder {
     /// Takes `plain` apart by `plan`; the result is appended to `out`. Returns how many of its pages were.
@@ -120,45 +120,49 @@ impl Encoder {
 
     /// Takes a page apart; `None`, and nothing has happened, if it is none.
     fn page(&mut self, page: &[u8; PAGE], heap_words: usize, item_words: usize) -> Option<()> {
-        let word = |at: usize| u64::from_le_bytes(page.as_chunks::<8>().0[at % WORDS]);
-        let shape = Shape::of([word(0), word(1), word(2)])?;
-        let mut occupied = Occupied::new();
+        let words = Words(page);
+        let shape = Shape::of([words.get(0), words.get(1), words.get(2)])?;
         let pointers = page[HEADER..shape.lower].as_chunks::<4>().0;
         let pointers = pointers.iter().map(|bytes| Item(u32::from_le_bytes(*bytes)));
-        let mut is_heap = shape.special == PAGE;
-        for item in pointers.clone().filter(|item| item.len() > 0) {
-            occupied.take(&shape, item)?;
-            is_heap &= item.len() >= 8 * TUPLE && is_tuple(word(item.offset() / 8 + 2), item.len());
+        self.stored.clear();
+        let mut offsets = 0;
+        for (index, item) in pointers.clone().enumerate().filter(|(_, item)| item.len() > 0) {
+            offsets |= item.offset();
+            self.stored.push(Stored::of(index, item));
         }
+        if offsets % 8 != 0 {
+            return None;
+        }
+        let occupied = Occupied::of(&shape, &self.stored)?;
+        let is_heap = shape.special == PAGE && self.are_tuples(&words);
         let hole = &page[shape.lower..shape.upper];
         let has_hole = hole.iter().any(|&byte| byte != 0);
         self.kinds
             .push(if is_heap { kind::HEAP } else { kind::ITEMS } + if has_hole { kind::HOLE } else { 0 });
         for at in 0..3 {
-            self.fixed[at].push(word(at));
+            self.fixed[at].push(words.get(at));
         }
         for at in 0..shape.special_words() {
-            self.fixed[SPECIAL_AT + at].push(word(shape.special / 8 + at));
+            self.fixed[SPECIAL_AT + at].push(words.get(shape.special / 8 + at));
         }
         let mut expected = shape.special;
-        for item in pointers.clone() {
-            let shown = match item.len() {
-                0 => item,
-                len => {
-                    let shown = item.with_offset(expected.wrapping_sub(len).wrapping_sub(item.offset()));
-                    expected = item.offset();
-                    shown
-                }
-            };
-            self.fixed[POINTERS_AT].push(u64::from(shown.0));
-        }
-        let stored = pointers.enumerate().filter(|(_, item)| item.len() > 0);
+        self.fixed[POINTERS_AT].extend(pointers.map(|item| match item.len() {
+            0 => u64::from(item.0),
+            len => {
+                let shown = item.with_offset(expected.wrapping_sub(len).wrapping_sub(item.offset()));
+                expected = item.offset();
+                u64::from(shown.0)
+            }
+        }));
         match is_heap {
-            true => self.tuples(page, stored, heap_words),
+            true => {
+                self.tuples(&words);
+                put_columns(&mut self.heap[..heap_words], &words, &self.stored);
+                self.put_rest(&words, heap_words);
+            }
             false => {
-                for (_, item) in stored {
-                    self.item(page, item, item_words);
-                }
+                put_columns(&mut self.items[..item_words], &words, &self.stored);
+                self.put_rest(&words, item_words);
             }
         }
         for (from, to) in occupied.gaps(&shape) {
@@ -170,54 +174,98 @@ impl Encoder {
         Some(())
     }
 
-    fn item(&mut self, page: &[u8; PAGE], item: Item, lead: usize) {
-        let bytes = &page[item.offset()..item.offset() + item.len()];
-        let words = bytes.as_chunks::<8>().0;
-        for (column, word) in self.items.iter_mut().zip(words).take(lead) {
-            column.push(u64::from_le_bytes(*word));
+    /// Whether all items can be heap tuples; if so, notes where their bodies begin.
+    fn are_tuples(&mut self, words: &Words<'_>) -> bool {
+        let is_tuple = |item: &Stored| item.len >= TUPLE as u16 && is_tuple(words.get(item.at() + 2), item.len);
+        if !self.stored.iter().all(is_tuple) {
+            return false;
         }
-        self.rest.extend_from_slice(bytes.get(lead * 8..).unwrap_or_default());
+        for item in &mut self.stored {
+            item.body = body_offset(words.get(item.at() + 2));
+        }
+        true
     }
 
-    fn tuples(&mut self, page: &[u8; PAGE], stored: impl Iterator<Item = (usize, Item)> + Clone, lead: usize) {
-        let block = own_block(page, stored.clone());
+    /// Block number and tuple headers.
+    fn tuples(&mut self, words: &Words<'_>) {
+        let block = own_block(words, &self.stored);
         self.blocks
             .extend_from_slice(&block.wrapping_sub(self.next_block).to_le_bytes());
         self.next_block = block.wrapping_add(1);
-        for (number, item) in stored {
-            let bytes = &page[item.offset()..item.offset() + item.len()];
-            let words = bytes.as_chunks::<8>().0;
-            let word = |at: usize| words.get(at).map_or(0, |bytes| u64::from_le_bytes(*bytes));
-            let (high, low) = own_position(block, number + 1);
-            self.fixed[TUPLE_AT].push(word(0));
-            self.fixed[TUPLE_AT + 1].push(word(1) ^ high);
-            self.fixed[TUPLE_AT + 2].push(word(2) ^ low);
-            let body = body_offset(word(2));
-            if body > TUPLE {
-                self.fixed[BITS_AT].push(word(TUPLE));
-                self.rest
-                    .extend_from_slice(bytes.get(8 * (TUPLE + 1)..8 * body).unwrap_or_default());
+        let position = |item: &Stored| own_position(block, item.number);
+        let [.., first, second, third, bits] = &mut self.fixed;
+        first.extend(self.stored.iter().map(|item| words.get(item.at())));
+        second.extend(
+            self.stored
+                .iter()
+                .map(|item| words.get(item.at() + 1) ^ position(item).0),
+        );
+        third.extend(
+            self.stored
+                .iter()
+                .map(|item| words.get(item.at() + 2) ^ position(item).1),
+        );
+        let with_bits = self.stored.iter().filter(|item| usize::from(item.body) > TUPLE);
+        bits.extend(with_bits.map(|item| words.get(item.at() + TUPLE)));
+    }
+
+    /// What columns leave of items.
+    fn put_rest(&mut self, words: &Words<'_>, lead: usize) {
+        for item in &self.stored {
+            if usize::from(item.body) > TUPLE + 1 {
+                words.append(item.at() + TUPLE + 1, item.body_at(), &mut self.rest);
             }
-            let columns = words.get(body..).unwrap_or_default();
-            for (column, word) in self.heap.iter_mut().zip(columns).take(lead) {
-                column.push(u64::from_le_bytes(*word));
+            if item.body_len() > lead {
+                words.append(item.body_at() + lead, item.end(), &mut self.rest);
             }
-            self.rest
-                .extend_from_slice(bytes.get(8 * (body + lead)..).unwrap_or_default());
+        }
+    }
+}
+
+/// Appends to each column a word of the bodies that have so many.
+fn put_columns(columns: &mut [Vec<u64>], words: &Words<'_>, stored: &[Stored]) {
+    let bodies = Bodies::of(stored);
+    for (number, column) in columns.iter_mut().enumerate().take(bodies.most) {
+        if number < bodies.least {
+            column.extend(stored.iter().map(|item| words.get(item.body_at() + number)));
+            continue;
+        }
+        // Whatever a shorter one leaves is written over by the next.
+        let mut used = column.len();
+        column.resize(used + stored.len(), 0);
+        for item in stored {
+            column[used] = words.get(item.body_at() + number);
+            used += usize::from(item.body_len() > number);
+        }
+        column.truncate(used);
+    }
+}
+
+/// The words of a page.
+struct Words<'a>(&'a [u8; PAGE]);
+
+impl Words<'_> {
+    /// Behind the end is the beginning.
+    fn get(&self, at: usize) -> u64 {
+        u64::from_le_bytes(self.0.as_chunks::<8>().0[at % WORDS])
+    }
+
+    /// Appends those from `from` on and before `to`, mostly few.
+    fn append(&self, from: usize, to: usize, out: &mut Vec<u8>) {
+        const FEW: usize = 8;
+        let words = &self.0.as_chunks::<8>().0[from..to];
+        match words.len() {
+            ..=FEW => words.iter().for_each(|word| out.extend_from_slice(word)),
+            _ => out.extend_from_slice(words.as_flattened()),
         }
     }
 }
 
 /// The block that the first tuple that points to itself says it is in; 0 if there is none.
-fn own_block(page: &[u8; PAGE], stored: impl Iterator<Item = (usize, Item)>) -> u32 {
-    for (number, item) in stored {
-        let Some(ctid) = page[item.offset()..].get(12..18) else {
-            break;
-        };
-        if u16::from_le_bytes([ctid[4], ctid[5]]) as usize == number + 1 {
-            return u32::from(u16::from_le_bytes([ctid[0], ctid[1]])) << 16
-                | u32::from(u16::from_le_bytes([ctid[2], ctid[3]]));
-        }
-    }
-    0
+fn own_block(words: &Words<'_>, stored: &[Stored]) -> u32 {
+    let own = |item: &&Stored| words.get(item.at() + 2) as u16 == item.number;
+    stored.iter().find(own).map_or(0, |item| {
+        let second = words.get(item.at() + 1);
+        ((second >> 32) as u32 & 0xffff) << 16 | (second >> 48) as u32
+    })
 }

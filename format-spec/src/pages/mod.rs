@@ -106,26 +106,112 @@ impl Item {
     }
 }
 
-/// Which words of a page items occupy.
-struct Occupied([u64; WORDS / 64]);
+/// An item that something is stored for; all in words.
+#[derive(Debug, Clone, Copy)]
+struct Stored {
+    /// Its line pointer's number, from 1.
+    number: u16,
+    /// Where it begins.
+    at: u16,
+    len: u16,
+    /// Where in it the words begin that are made columns of: a heap tuple's body.
+    body: u16,
+}
 
-impl Occupied {
-    fn new() -> Self {
-        Self([0; WORDS / 64])
+impl Stored {
+    /// Of a line pointer, counted from 0. It may lie anywhere.
+    fn of(index: usize, item: Item) -> Self {
+        Self {
+            number: index as u16 + 1,
+            at: (item.offset() / 8) as u16,
+            len: (item.len() / 8) as u16,
+            body: 0,
+        }
     }
 
-    /// Notes an item; fails if it does not lie between `upper` and `special`, is not aligned, or overlaps another.
-    fn take(&mut self, shape: &Shape, item: Item) -> Option<()> {
-        let (from, to) = (item.offset(), item.offset() + item.len());
-        if from % 8 != 0 || from < shape.upper || to > shape.special {
-            return None;
+    fn at(&self) -> usize {
+        self.at.into()
+    }
+
+    /// Where it ends.
+    fn end(&self) -> usize {
+        usize::from(self.at) + usize::from(self.len)
+    }
+
+    /// Where its body begins.
+    fn body_at(&self) -> usize {
+        usize::from(self.at) + usize::from(self.body)
+    }
+
+    /// Words of its body; it has been asked that there is one.
+    fn body_len(&self) -> usize {
+        usize::from(self.len.saturating_sub(self.body))
+    }
+}
+
+/// Fewest and most words of bodies.
+#[derive(Debug, Clone, Copy)]
+struct Bodies {
+    least: usize,
+    most: usize,
+}
+
+impl Bodies {
+    fn of(stored: &[Stored]) -> Self {
+        let (mut least, mut most) = (u16::MAX, 0);
+        for item in stored {
+            let len = item.len.saturating_sub(item.body);
+            (least, most) = (least.min(len), most.max(len));
         }
-        let (mut at, to) = (from / 8, to / 8);
+        Self {
+            least: least.min(most).into(),
+            most: most.into(),
+        }
+    }
+}
+
+/// Which words of a page items occupy.
+struct Occupied {
+    bits: [u64; WORDS / 64],
+    /// Everything from here to the special area is occupied, without bits.
+    full_from: usize,
+}
+
+impl Occupied {
+    /// By these items; `None` if one does not lie between `upper` and `special`, or overlaps another.
+    fn of(shape: &Shape, stored: &[Stored]) -> Option<Self> {
+        let (upper, special) = (shape.upper / 8, shape.special / 8);
+        let mut occupied = Self {
+            bits: [0; WORDS / 64],
+            full_from: special,
+        };
+        // Mostly each lies right before the one before it.
+        let mut full_from = special;
+        let mut apart = 0;
+        for item in stored {
+            apart |= item.end() ^ full_from;
+            full_from = item.at();
+        }
+        if apart == 0 {
+            occupied.full_from = full_from;
+            return (full_from >= upper).then_some(occupied);
+        }
+        for item in stored {
+            if item.at() < upper || item.end() > special {
+                return None;
+            }
+            occupied.take(item.at(), item.end())?;
+        }
+        Some(occupied)
+    }
+
+    /// Notes an item's words, which are words of the page; fails if one of them is occupied.
+    fn take(&mut self, mut at: usize, to: usize) -> Option<()> {
         while at < to {
             let bit = at % 64;
             let count = (64 - bit).min(to - at);
             let mask = (u64::MAX >> (64 - count)) << bit;
-            let word = &mut self.0[at / 64];
+            let word = &mut self.bits[at / 64];
             if *word & mask != 0 {
                 return None;
             }
@@ -137,12 +223,12 @@ impl Occupied {
 
     /// Runs of words between `upper` and `special` that nothing occupies: first, and behind the last.
     fn gaps(&self, shape: &Shape) -> impl Iterator<Item = (usize, usize)> {
-        let (mut at, end) = (shape.upper / 8, shape.special / 8);
-        let is_free = |at: usize| self.0[at / 64] >> (at % 64) & 1 == 0;
+        let (mut at, end) = (shape.upper / 8, self.full_from);
+        let is_free = |at: usize| self.bits[at / 64] >> (at % 64) & 1 == 0;
         std::iter::from_fn(move || {
             while at < end && !is_free(at) {
                 // Whole words of items are passed at once.
-                at += match at % 64 == 0 && self.0[at / 64] == u64::MAX {
+                at += match at % 64 == 0 && self.bits[at / 64] == u64::MAX {
                     true => 64,
                     false => 1,
                 };
@@ -157,20 +243,20 @@ impl Occupied {
 }
 
 /// Offset of a heap tuple's body, in words, from the last word of its header.
-fn body_offset(last: u64) -> usize {
-    (last >> 48) as u8 as usize / 8
+fn body_offset(last: u64) -> u16 {
+    u16::from((last >> 48) as u8 / 8)
 }
 
-/// Whether a heap tuple of `len` bytes can have this last word in its header.
-fn is_tuple(last: u64, len: usize) -> bool {
-    let offset = (last >> 48) as u8 as usize;
-    offset.is_multiple_of(8) && (8 * TUPLE..=len).contains(&offset)
+/// Whether a heap tuple of `len` words can have this last word in its header.
+fn is_tuple(last: u64, len: u16) -> bool {
+    let offset = (last >> 48) as u8;
+    offset.is_multiple_of(8) && (TUPLE as u16..=len).contains(&u16::from(offset / 8))
 }
 
 /// What the second and third word of a tuple header are compared with: the tuple's own position.
-fn own_position(block: u32, number: usize) -> (u64, u64) {
+fn own_position(block: u32, number: u16) -> (u64, u64) {
     let block = u64::from(block);
-    (block >> 16 << 32 | (block & 0xffff) << 48, number as u64 & 0xffff)
+    (block >> 16 << 32 | (block & 0xffff) << 48, u64::from(number))
 }
 
 #[cfg(test)]

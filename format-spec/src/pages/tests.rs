@@ -89,6 +89,28 @@ fn page(numbers: &mut Numbers, block: u32, is_heap: bool) -> Vec<u8> {
     page
 }
 
+/// A page full of items of one size, as indexes have them; `mixed` puts them in any order.
+fn page_of_one_size(numbers: &mut Numbers, len: usize, mixed: bool) -> Vec<u8> {
+    let mut page = vec![0u8; PAGE];
+    let special = PAGE - 16;
+    let count = (special - HEADER) / (len + 4);
+    let mut places: Vec<usize> = (1..=count).map(|place| special - place * len).collect();
+    if mixed {
+        for at in (1..count).rev() {
+            places.swap(at, numbers.below(at as u64 + 1) as usize);
+        }
+    }
+    for (pointer, &place) in page[HEADER..].as_chunks_mut::<4>().0.iter_mut().zip(&places) {
+        *pointer = (place as u32 | 1 << 15 | (len as u32) << 17).to_le_bytes();
+    }
+    let upper = special - count * len;
+    page[upper..].fill_with(|| numbers.below(256) as u8);
+    for (at, value) in [(12, HEADER + 4 * count), (14, upper), (16, special), (18, PAGE | 4)] {
+        page[at..at + 2].copy_from_slice(&(value as u16).to_le_bytes());
+    }
+    page
+}
+
 fn comes_back(plain: &[u8], plan: &Plan) -> usize {
     let mut out = Vec::new();
     let taken = Encoder::default().encode(plain, plan, &mut out);
@@ -123,6 +145,18 @@ fn real_shapes_are_taken_apart() {
         .flat_map(|block| page(&mut numbers, block, block % 2 == 0))
         .collect();
     assert_eq!(comes_back(&plain, &plan(4, 4)), 32);
+}
+
+#[test]
+fn items_of_one_size_come_back_in_any_order() {
+    let mut numbers = Numbers(5);
+    for len in [8, 16, 24, 40, 104, 256] {
+        let pages = (0..6).flat_map(|number| page_of_one_size(&mut numbers, len, number % 2 == 0));
+        let plain: Vec<u8> = pages.collect();
+        for words in 0..LEAD_WORDS {
+            assert_eq!(comes_back(&plain, &plan(words, words)), 6);
+        }
+    }
 }
 
 #[test]
