@@ -2,7 +2,6 @@
 //! synced at the end.
 
 use std::collections::HashMap;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,12 +10,13 @@ use bytes::Bytes;
 use fairvault_format::frame::{FrameKey, FrameReader};
 use fairvault_format::index::PackRef;
 use fairvault_format::names;
-use fairvault_format::proto::{FileEntry, FileKind};
+use fairvault_format::proto::FileKind;
 use futures::StreamExt;
 use tokio::sync::Semaphore;
 
 use super::crc::Parts;
-use super::direct::{DIRECT_BYTES, Output, make_room};
+use super::direct::{DIRECT_BYTES, Output};
+use super::files::{Prepared, create, prepare, sync_file};
 use super::layout::Layout;
 use super::plan::{FrameRef, Placement, Plan};
 use super::spans::spans;
@@ -161,6 +161,8 @@ struct Work {
     /// By frame: what is written in one piece, gaps included.
     spans: HashMap<u32, Placement>,
     paths: Arc<[PathBuf]>,
+    /// By file, whether it has been made.
+    made: Vec<Mutex<bool>>,
     parts: Parts,
     progress: Arc<Progress>,
     /// Twice as many pieces of work at once as there are cores: half of them may be waiting for the disk.
@@ -184,7 +186,8 @@ pub async fn write_all(
     let paths: Arc<[PathBuf]> = plan.files.iter().map(|f| layout.path(&f.path)).collect();
     let (of, at) = (plan.clone(), paths.clone());
     let preparing = tokio::task::spawn_blocking(move || prepare(&of, &at, delta, sparse));
-    let there: Arc<[bool]> = preparing.await.map_err(panicked)??.into();
+    let Prepared { there, made } = preparing.await.map_err(panicked)??;
+    let there: Arc<[bool]> = there.into();
     let mut placements = plan.placements.clone();
     let parts = Parts::default();
     if delta {
@@ -232,6 +235,7 @@ pub async fn write_all(
         placed_from,
         spans,
         paths,
+        made,
         parts,
         progress,
         cores: Semaphore::new(2 * std::thread::available_parallelism().map_or(2, usize::from)),
@@ -247,7 +251,7 @@ pub async fn write_all(
         }
     }
     let synced = work.clone();
-    let syncing = tokio::task::spawn_blocking(move || sync_files(&synced.plan.files, &synced.paths));
+    let syncing = tokio::task::spawn_blocking(move || synced.sync_files());
     syncing.await.map_err(panicked)??;
     written.crcs = work.parts.finish(plan);
     Ok(written)
@@ -255,25 +259,6 @@ pub async fn write_all(
 
 fn panicked(error: tokio::task::JoinError) -> Error {
     Error::failed("writing files panicked").caused_by(error)
-}
-
-/// Gives every file its length and mode; says of each whether its old content may be of use.
-fn prepare(plan: &Plan, paths: &[PathBuf], delta: bool, sparse: bool) -> Result<Vec<bool>> {
-    // What no extent covers is zero: only a file that is covered as a whole can be compared extent by extent.
-    let mut covered = vec![0; plan.files.len()];
-    for placement in &plan.placements {
-        covered[placement.file as usize] += u64::from(placement.len);
-    }
-    let mut there = vec![false; plan.files.len()];
-    for (number, file) in plan.files.iter().enumerate() {
-        if file.kind() == FileKind::FileRegular {
-            let path = &paths[number];
-            let is_file = || path.symlink_metadata().is_ok_and(|meta| meta.is_file());
-            there[number] = delta && covered[number] == file.size && is_file();
-            create(file, path, !there[number], !sparse)?;
-        }
-    }
-    Ok(there)
 }
 
 /// What is going to be written.
@@ -373,6 +358,17 @@ fn batches(frames: &[FrameRef], range: Range) -> impl Iterator<Item = Range> {
 }
 
 impl Work {
+    /// Makes a file, unless somebody has.
+    fn make(&self, number: usize) -> Result<()> {
+        let mut made = self.made[number].lock().unwrap_or_else(PoisonError::into_inner);
+        if !*made {
+            let with_room = self.holes.is_none();
+            create(&self.plan.files[number], &self.paths[number], true, with_room)?;
+            *made = true;
+        }
+        Ok(())
+    }
+
     fn place(&self, range: &Range, bytes: &Bytes) -> Result<Lost> {
         let idle = || self.readers.lock().unwrap_or_else(PoisonError::into_inner);
         let mut reader = idle().pop().unwrap_or_default();
@@ -424,6 +420,7 @@ impl Work {
             let file = match &mut *open {
                 Some((file_number, file)) if *file_number == p.file => file,
                 other => {
+                    self.make(p.file as usize)?;
                     let is_large = self.plan.files[p.file as usize].size >= self.direct_from.load(Ordering::Relaxed);
                     &mut other.insert((p.file, Output::open(path, is_large))).1
                 }
@@ -440,6 +437,33 @@ impl Work {
             }
         }
         Ok(())
+    }
+
+    /// Syncs every file, also those that were right already: a restore that died may have written them. Many at once:
+    /// the file system then writes its journal for many of them together.
+    fn sync_files(&self) -> Result<()> {
+        let next = AtomicUsize::new(0);
+        let worker = || -> Result<()> {
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                let Some(file) = self.plan.files.get(number) else {
+                    return Ok(());
+                };
+                if file.kind() == FileKind::FileRegular {
+                    // One that nothing was written to.
+                    self.make(number)?;
+                    sync_file(file, &self.paths[number])?;
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..SYNCS).map(|_| scope.spawn(worker)).collect();
+            workers.into_iter().try_for_each(|worker| {
+                worker
+                    .join()
+                    .unwrap_or_else(|_| Err(Error::failed("syncing files panicked")))
+            })
+        })
     }
 }
 
@@ -458,70 +482,4 @@ fn runs(content: &[u8], leaves_holes: bool) -> Vec<std::ops::Range<usize>> {
         }
     }
     runs
-}
-
-/// Permissions that a file has while it is written, and those that it has in the end.
-fn modes(file: &FileEntry) -> (u32, u32) {
-    let mode = if file.mode == 0 { 0o600 } else { file.mode & 0o7777 };
-    (mode | 0o600, mode)
-}
-
-/// A file of full length that can be written; empty, if `truncate` says so.
-fn create(file: &FileEntry, path: &std::path::Path, truncate: bool, with_room: bool) -> Result<()> {
-    let what = |e| Error::io(format_args!("creating {}", path.display()), e);
-    let permissions = std::fs::Permissions::from_mode(modes(file).0);
-    let open = || {
-        std::fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(truncate)
-            .mode(modes(file).0)
-            .open(path)
-    };
-    let out = match open() {
-        // One that is there may be for reading only.
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied && !truncate => {
-            std::fs::set_permissions(path, permissions.clone()).map_err(what)?;
-            open()
-        }
-        other => other,
-    };
-    let out = out.map_err(what)?;
-    make_room(&out, file.size, with_room).map_err(what)?;
-    out.set_permissions(permissions).map_err(what)
-}
-
-/// Syncs every file: those that were right already may have been written by a restore that died. Many at once: the
-/// file system then writes its journal for many of them together.
-fn sync_files(files: &[FileEntry], paths: &[PathBuf]) -> Result<()> {
-    let next = AtomicUsize::new(0);
-    let worker = || -> Result<()> {
-        loop {
-            let number = next.fetch_add(1, Ordering::Relaxed);
-            let Some((file, path)) = files.get(number).zip(paths.get(number)) else {
-                return Ok(());
-            };
-            if file.kind() != FileKind::FileRegular {
-                continue;
-            }
-            let (meanwhile, mode) = modes(file);
-            let finish = |out: std::fs::File| {
-                if mode != meanwhile {
-                    out.set_permissions(std::fs::Permissions::from_mode(mode))?;
-                }
-                out.sync_all()
-            };
-            std::fs::File::open(path)
-                .and_then(finish)
-                .map_err(|e| Error::io(format_args!("syncing {}", path.display()), e))?;
-        }
-    };
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..SYNCS).map(|_| scope.spawn(worker)).collect();
-        workers.into_iter().try_for_each(|worker| {
-            worker
-                .join()
-                .unwrap_or_else(|_| Err(Error::failed("syncing files panicked")))
-        })
-    })
 }

@@ -8,6 +8,7 @@ mod compare;
 mod crc;
 pub mod data;
 mod direct;
+mod files;
 pub mod layout;
 pub mod pgmanifest;
 pub mod plan;
