@@ -26,6 +26,7 @@ fn keys() -> EpochKeys {
     EpochKeys {
         epoch: 1,
         data_key: Some([1; 32]),
+        data_private_key: None,
         id_key: [2; 32],
         meta_key: [3; 32],
         writer_seed: None,

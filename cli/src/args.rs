@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub use key::{KeyCommand, RotateArgs};
+pub use key::{EraseArgs, KeyCommand, RotateArgs};
 pub use wal::{GetArgs, PushArgs, ReceiveArgs, WalCommand};
 
 /// PostgreSQL backup, WAL archive and point-in-time recovery into an encrypted, deduplicating repository.
@@ -354,6 +354,9 @@ pub struct StanzaCreateArgs {
     /// Store everything readable for whoever can read the repository
     #[arg(long)]
     pub no_encryption: bool,
+    /// Seal content to a public key, so that hosts can have a key that writes only (`key add-slot --write-only`)
+    #[arg(long, conflicts_with = "no_encryption")]
+    pub public_key: bool,
 }
 
 /// `backup`

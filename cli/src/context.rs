@@ -238,6 +238,22 @@ impl Context {
         stanza: &str,
         role: impl Fn(&Repo) -> Option<&Credentials>,
     ) -> Result<(Log, Access)> {
+        let access = self.access_as(repository, stanza, role)?;
+        let log = Log::open(Stanza::open(&access).await?).await?;
+        Ok((log, access))
+    }
+
+    /// How to open a stanza with the credentials that may delete, where there are such.
+    pub fn access_to_delete(&self, repository: &str, stanza: &str) -> Result<Access> {
+        self.access_as(repository, stanza, |repo| repo.deleter.as_ref())
+    }
+
+    fn access_as(
+        &self,
+        repository: &str,
+        stanza: &str,
+        role: impl Fn(&Repo) -> Option<&Credentials>,
+    ) -> Result<Access> {
         let mut access = self.access(repository, stanza, false, true)?;
         if let Some(credentials) = self.config.repo.get(repository).and_then(role) {
             let url = RepositoryUrl {
@@ -249,8 +265,7 @@ impl Context {
             };
             access.repository = url.open(false)?;
         }
-        let log = Log::open(Stanza::open(&access).await?).await?;
-        Ok((log, access))
+        Ok(access)
     }
 
     /// What is kept of a stanza in a repository: the most particular of what is configured.

@@ -43,7 +43,7 @@ pub struct Audit {
 
 /// Reads and verifies a stanza's log.
 pub async fn read(stanza: Arc<Stanza>) -> Result<Audit> {
-    let log = Log::replay(stanza).await?;
+    let log = Log::unread(stanza).also_erased().replayed().await?;
     let entries = log.entries().iter();
     let lines = entries.map(|entry| line(entry, log.is_void(entry.seq))).collect();
     Ok(Audit {
@@ -141,10 +141,20 @@ fn words(entry: &Entry) -> (&'static str, String) {
                 format!("what entry {} marked was collected, but {kept} packs", swept.mark),
             )
         }
-        Entry::KeyEpoch(epoch) => (
-            "key-epoch",
-            format!("key epoch {} began, opened by {}", epoch.epoch, epoch.slots.join(", ")),
-        ),
+        Entry::KeyEpoch(epoch) => {
+            let how = match epoch.data_public_key.is_empty() {
+                true => "",
+                false => ", with a public key for content",
+            };
+            (
+                "key-epoch",
+                format!(
+                    "key epoch {} began, opened by {}{how}",
+                    epoch.epoch,
+                    epoch.slots.join(", ")
+                ),
+            )
+        }
         Entry::Policy(policy) => {
             let (age, fulls) = (policy.minimum_retention_s, policy.minimum_full);
             (
@@ -193,7 +203,10 @@ fn words(entry: &Entry) -> (&'static str, String) {
         }
         Entry::Erasure(erasure) => (
             "erasure",
-            format!("key epoch {} was destroyed{}", erasure.epoch, because(&erasure.reason)),
+            format!(
+                "the stanza was erased: its key slots are destroyed{}",
+                because(&erasure.reason)
+            ),
         ),
     }
 }

@@ -54,6 +54,10 @@ impl Kind {
 
 type Source = Box<dyn std::error::Error + Send + Sync>;
 
+/// What to do where a key that only writes is asked to read.
+pub const WITH_THE_OTHER_KEY: &str = "run it where the operator's key is, or give that with --key-file: it opens what \
+     this one has written";
+
 /// An error of the engine.
 #[derive(Debug)]
 pub struct Error(Box<Inner>);
@@ -178,10 +182,15 @@ impl From<FormatError> for Error {
         let kind = match &error {
             FormatError::Unsupported { .. } => Kind::Unsupported,
             FormatError::Invalid { .. } => Kind::Usage,
-            FormatError::MissingSecret { .. } => Kind::Refused,
+            FormatError::MissingSecret { .. } | FormatError::WriteOnly { .. } => Kind::Refused,
             _ => Kind::Damaged,
         };
-        Self::new(kind, error.to_string())
+        let is_write_only = matches!(error, FormatError::WriteOnly { .. });
+        let error = Self::new(kind, error.to_string());
+        match is_write_only {
+            true => error.remedy(WITH_THE_OTHER_KEY),
+            false => error,
+        }
     }
 }
 

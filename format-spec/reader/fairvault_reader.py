@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+import hpke
 import pages
 import records
 from checks import Damaged, Failure, Unsupported, allowed, require, supported
@@ -196,11 +197,18 @@ class Keys:
 
     def _derive(self, header: bytes, role: int) -> bytes:
         """The key of an object and role."""
-        supported(role == METADATA or header[12] == 0, "data sealed in key mode 1 (public key)")
         epoch = int.from_bytes(header[8:12], "little")
         require(epoch in self.epochs or not self.epochs, f"key epoch {epoch} is in no log entry")
         bundle = self.bundle(epoch)
-        ikm = bundle.meta_key if role == METADATA else bundle.data_key
+        if role == METADATA:
+            ikm = bundle.meta_key
+        elif header[12] == 0:
+            require(not bundle.data_public_key, f"data of key epoch {epoch} is not sealed to its public key")
+            ikm = bundle.data_key
+        else:
+            allowed(bundle.data_private_key, f"the slot of key epoch {epoch} writes only: it carries no private key")
+            ikm = hpke.export(bundle.data_private_key, header[48:80], b"fairvault/1 object" + header[16:48],
+                              b"fairvault/1 ikm", f"data of key epoch {epoch}")
         allowed(ikm, f"the slot carries no {'metadata' if role == METADATA else 'data'} key")
         return hkdf(ikm, header[16:48], b"fairvault/1" + self.repository_id + self.stanza_id + bytes([header[5], role]))
 

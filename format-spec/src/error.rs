@@ -50,6 +50,12 @@ pub enum FormatError {
         /// The secret's name.
         secret: &'static str,
     },
+    /// Content is to be read with keys that can only write it.
+    #[error("the given key can write only: reading {what} needs the private key")]
+    WriteOnly {
+        /// What was to be read.
+        what: String,
+    },
     /// A name or a parameter is not valid.
     #[error("{what} {value:?} is not valid: {expected}")]
     Invalid {

@@ -1,11 +1,12 @@
 //! Frames: sealed chunks inside a pack (SPEC.md, section 4).
 
 use crate::error::{FormatError, Result, check_limit};
-use crate::header::{HEADER_LEN, ObjectHeader};
+use crate::header::{HEADER_LEN, Kind, ObjectHeader};
 use crate::keys::{EpochKeys, KeyRole, ObjectKey, Scope, TAG_LEN};
 use crate::limits;
 use crate::object::{codec, wrong_length};
 use crate::pages;
+use crate::public::Fresh;
 
 /// Length of the sealed frame header, bytes.
 pub const FRAME_HEADER_LEN: usize = 8;
@@ -25,6 +26,13 @@ impl FrameKey {
             key: keys.object_key(scope, header, KeyRole::Data)?,
             header: header.encode(),
         })
+    }
+
+    /// The header of a new pack, and its frame key.
+    pub fn of_new_pack(keys: &EpochKeys, scope: &Scope, fresh: impl Into<Fresh>) -> Result<(ObjectHeader, Self)> {
+        let (header, key) = keys.seal_data(scope, Kind::Pack, fresh)?;
+        let encoded = header.encode();
+        Ok((header, Self { key, header: encoded }))
     }
 
     fn aad(&self, ordinal: u32) -> [u8; HEADER_LEN + 4] {

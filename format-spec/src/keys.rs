@@ -9,9 +9,9 @@ use prost::Message;
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 use crate::error::{FormatError, Result, check_limit};
-use crate::header::{KeyMode, ObjectHeader};
-use crate::limits;
-use crate::proto;
+use crate::header::{KeyMode, Kind, ObjectHeader};
+use crate::public::{self, Fresh};
+use crate::{limits, proto};
 
 /// Length of an AES-GCM tag, bytes.
 pub const TAG_LEN: usize = 16;
@@ -43,6 +43,8 @@ pub struct EpochKeys {
     pub epoch: u32,
     /// Seals content in symmetric mode.
     pub data_key: Option<[u8; 32]>,
+    /// Opens content that was sealed to the epoch's public key.
+    pub data_private_key: Option<[u8; 32]>,
     /// Keys the ids of chunks.
     pub id_key: [u8; 32],
     /// Seals log, index, usage lists and WAL headers.
@@ -56,9 +58,11 @@ pub struct EpochKeys {
     pub public_keys: PublicKeys,
 }
 
-/// The public role keys of an epoch: who may sign.
+/// The public keys of an epoch: who may sign, and what content is sealed to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PublicKeys {
+    /// Content is sealed to it; in symmetric mode there is none.
+    pub data: Option<[u8; 32]>,
     /// Of the writer.
     pub writer: Option<[u8; 32]>,
     /// Of the operator.
@@ -76,9 +80,14 @@ impl std::fmt::Debug for EpochKeys {
 }
 
 impl EpochKeys {
-    /// The public role keys: computed from the seeds, or as the bundle named them.
+    /// The public keys: computed from the secrets, or as the bundle named them.
     pub fn public_keys(&self) -> PublicKeys {
         PublicKeys {
+            data: self
+                .data_private_key
+                .as_ref()
+                .map(public::public_half)
+                .or(self.public_keys.data),
             writer: self.writer_seed.as_ref().map(public_half).or(self.public_keys.writer),
             operator: self
                 .operator_seed
@@ -88,20 +97,48 @@ impl EpochKeys {
         }
     }
 
-    /// The bundle as a message, with the public halves of the role keys.
+    /// Whether content is sealed to a public key.
+    pub fn has_public_key(&self) -> bool {
+        self.public_keys.data.is_some() || self.data_private_key.is_some()
+    }
+
+    /// Whether content of this epoch can be read with them.
+    pub fn can_read(&self) -> bool {
+        match self.has_public_key() {
+            true => self.data_private_key.is_some(),
+            false => self.data_key.is_some(),
+        }
+    }
+
+    /// What a host gets that writes and never reads: no key that opens content, and not the operator's.
+    pub fn write_only(&self) -> Self {
+        Self {
+            epoch: self.epoch,
+            data_key: None,
+            data_private_key: None,
+            id_key: self.id_key,
+            meta_key: self.meta_key,
+            writer_seed: self.writer_seed,
+            operator_seed: None,
+            public_keys: self.public_keys(),
+        }
+    }
+
+    /// The bundle as a message, with the public halves.
     pub fn to_bundle(&self) -> proto::KeyBundle {
         let public = self.public_keys();
         let list = |key: &Option<[u8; 32]>| key.map(|k| k.to_vec()).unwrap_or_default();
         proto::KeyBundle {
             epoch: self.epoch,
             data_key: list(&self.data_key),
+            data_public_key: list(&public.data),
+            data_private_key: list(&self.data_private_key),
             id_key: self.id_key.to_vec(),
             meta_key: self.meta_key.to_vec(),
             writer_seed: list(&self.writer_seed),
             operator_seed: list(&self.operator_seed),
             writer_public_key: list(&public.writer),
             operator_public_key: list(&public.operator),
-            ..Default::default()
         }
     }
 
@@ -117,6 +154,7 @@ impl EpochKeys {
         let keys = Self::from_bundle(&bundle, what);
         for secret in [
             &mut bundle.data_key,
+            &mut bundle.data_private_key,
             &mut bundle.id_key,
             &mut bundle.meta_key,
             &mut bundle.writer_seed,
@@ -142,12 +180,14 @@ impl EpochKeys {
             optional(bytes, name)?.ok_or_else(|| FormatError::damaged(what, format!("{name} is missing")))
         };
         let public_keys = PublicKeys {
+            data: optional(&bundle.data_public_key, "public data key")?,
             writer: optional(&bundle.writer_public_key, "writer's public key")?,
             operator: optional(&bundle.operator_public_key, "operator's public key")?,
         };
         let keys = Self {
             epoch: bundle.epoch,
             data_key: optional(&bundle.data_key, "data key")?,
+            data_private_key: optional(&bundle.data_private_key, "private data key")?,
             id_key: required(&bundle.id_key, "id key")?,
             meta_key: required(&bundle.meta_key, "metadata key")?,
             writer_seed: optional(&bundle.writer_seed, "writer seed")?,
@@ -156,8 +196,17 @@ impl EpochKeys {
         };
         let computed = keys.public_keys();
         let agree = |named: Option<[u8; 32]>, computed: Option<[u8; 32]>| named.is_none() || named == computed;
-        if !agree(public_keys.writer, computed.writer) || !agree(public_keys.operator, computed.operator) {
-            return Err(FormatError::damaged(what, "its public keys are not those of its seeds"));
+        if !agree(public_keys.writer, computed.writer)
+            || !agree(public_keys.operator, computed.operator)
+            || !agree(public_keys.data, computed.data)
+        {
+            return Err(FormatError::damaged(
+                what,
+                "its public keys are not those of its secrets",
+            ));
+        }
+        if computed.data.is_some() && keys.data_key.is_some() {
+            return Err(FormatError::damaged(what, "it has data keys of both modes"));
         }
         Ok(keys)
     }
@@ -175,30 +224,73 @@ impl EpochKeys {
                 secret: "the keys of that epoch",
             });
         }
+        let content = || format!("content of key epoch {}", self.epoch);
         let ikm = match (role, header.key_mode) {
-            (KeyRole::Meta, _) => self.meta_key,
-            (KeyRole::Data, KeyMode::Symmetric) => self.data_key.ok_or(FormatError::MissingSecret {
-                what: "content of this stanza".to_owned(),
-                secret: "the data key",
-            })?,
-            (KeyRole::Data, KeyMode::PublicKey(_)) => {
-                return Err(FormatError::unsupported(
-                    "an object sealed to a public key",
-                    "key mode 1",
+            (KeyRole::Meta, _) => Zeroizing::new(self.meta_key),
+            // Where there is a public key, nothing is sealed with a symmetric one.
+            (KeyRole::Data, KeyMode::Symmetric) if self.has_public_key() => {
+                return Err(FormatError::damaged(
+                    content(),
+                    "an object is not sealed to its public key",
                 ));
             }
+            (KeyRole::Data, KeyMode::Symmetric) => Zeroizing::new(
+                self.data_key
+                    .ok_or_else(|| FormatError::WriteOnly { what: content() })?,
+            ),
+            (KeyRole::Data, KeyMode::PublicKey(encapsulated)) => {
+                let private = self.data_private_key.as_ref();
+                let private = private.ok_or_else(|| FormatError::WriteOnly { what: content() })?;
+                public::decapsulate(
+                    private,
+                    &encapsulated,
+                    &data_info(&header.salt),
+                    DATA_EXPORT,
+                    &content(),
+                )?
+            }
         };
-        let ikm = Zeroizing::new(ikm);
+        Ok(self.role_key(scope, header, role, &ikm))
+    }
+
+    /// The header of a new object with content, and the key that its content is sealed with: to the epoch's public key,
+    /// where there is one.
+    pub fn seal_data(&self, scope: &Scope, kind: Kind, fresh: impl Into<Fresh>) -> Result<(ObjectHeader, ObjectKey)> {
+        let mut fresh = fresh.into();
+        let header = ObjectHeader::new(kind, self.epoch, fresh.salt);
+        let named = self.public_keys.data;
+        let Some(public) = named.or_else(|| self.data_private_key.as_ref().map(public::public_half)) else {
+            return Ok((header, self.object_key(scope, &header, KeyRole::Data)?));
+        };
+        let ephemeral = fresh.take_ephemeral("an object for a public key")?;
+        let (encapsulated, ikm) = public::encapsulate(&public, &ephemeral, &data_info(&fresh.salt), DATA_EXPORT)?;
+        let header = ObjectHeader {
+            key_mode: KeyMode::PublicKey(encapsulated),
+            ..header
+        };
+        let key = self.role_key(scope, &header, KeyRole::Data, &ikm);
+        Ok((header, key))
+    }
+
+    fn role_key(&self, scope: &Scope, header: &ObjectHeader, role: KeyRole, ikm: &[u8; 32]) -> ObjectKey {
         let mut info = [0u8; 11 + 16 + 16 + 2];
         info[..11].copy_from_slice(b"fairvault/1");
         info[11..27].copy_from_slice(&scope.repository);
         info[27..43].copy_from_slice(&scope.stanza);
         info[43] = header.kind as u8;
         info[44] = role as u8;
-        Ok(ObjectKey {
-            cipher: Aes256Gcm::new(&derive(&ikm, &header.salt, &info).into()),
-        })
+        ObjectKey {
+            cipher: Aes256Gcm::new(&derive(ikm, &header.salt, &info).into()),
+        }
     }
+}
+
+/// HPKE's exporter context of an object's data key.
+const DATA_EXPORT: &[u8] = b"fairvault/1 ikm";
+
+/// HPKE's info of an object's data key.
+fn data_info(salt: &[u8; 32]) -> Vec<u8> {
+    [b"fairvault/1 object", &salt[..]].concat()
 }
 
 fn derive(ikm: &[u8; 32], salt: &[u8; 32], info: &[u8]) -> [u8; 32] {
@@ -367,6 +459,7 @@ pub fn seal_slot(
         argon2: (kind == proto::SlotKind::SlotPassphrase).then_some(argon2),
         salt: salt.to_vec(),
         created_us,
+        write_only: !keys.can_read(),
         ..Default::default()
     };
     let mut bundle = keys.encode().to_vec();

@@ -11,6 +11,7 @@
 //! - nothing panics on any input.
 
 mod columns;
+pub mod erased;
 pub mod error;
 pub mod frame;
 pub mod header;
@@ -23,6 +24,7 @@ pub mod names;
 pub mod object;
 pub mod pack;
 pub mod pages;
+pub mod public;
 pub mod records;
 pub mod repository;
 pub mod wal;

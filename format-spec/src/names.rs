@@ -19,6 +19,8 @@ pub fn check_name(what: &'static str, name: &str) -> Result<()> {
     })
 }
 
+/// Name of the note in a stanza's folder that says that it was erased.
+pub const ERASED: &str = "erased";
 /// Folder of all slots.
 pub const KEYS: &str = "keys";
 /// Folder of the log.

@@ -8,6 +8,7 @@ use prost::Message;
 use crate::error::{FormatError, Result, check_limit};
 use crate::header::{HEADER_LEN, Kind, ObjectHeader};
 use crate::keys::{EpochKeys, KeyRole, ObjectKey, Scope, TAG_LEN};
+use crate::public::Fresh;
 use crate::{limits, records};
 
 /// Length of a section header, bytes.
@@ -208,7 +209,7 @@ pub struct ObjectWriter<'a> {
 }
 
 impl<'a> ObjectWriter<'a> {
-    /// Begins an object. `context` is its name below the stanza, empty if it is named by its hash; `salt`
+    /// Begins an object, of metadata in an epoch with a public key. `context` is its name below the stanza, empty if it is named by its hash; `salt`
     /// must be fresh and random.
     pub fn new(keys: &'a EpochKeys, scope: &'a Scope, kind: Kind, salt: [u8; 32], context: &str) -> Self {
         let header = ObjectHeader::new(kind, keys.epoch, salt);
@@ -221,6 +222,28 @@ impl<'a> ObjectWriter<'a> {
             sections: 0,
             packer: Packer::default(),
         }
+    }
+
+    /// Begins an object with content, which is sealed to the epoch's public key where there is one.
+    pub fn with_data(
+        keys: &'a EpochKeys,
+        scope: &'a Scope,
+        kind: Kind,
+        fresh: impl Into<Fresh>,
+        context: &str,
+    ) -> Result<Self> {
+        let (header, key) = keys.seal_data(scope, kind, fresh)?;
+        let bytes = header.encode();
+        let mut keys = ObjectKeys::new(keys, scope, header);
+        keys.data = Some(key);
+        Ok(Self {
+            keys,
+            header: bytes,
+            context: context.to_owned(),
+            out: bytes.to_vec(),
+            sections: 0,
+            packer: Packer::default(),
+        })
     }
 
     /// Adds a section; `level` is the zstd level to try.

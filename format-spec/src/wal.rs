@@ -10,6 +10,7 @@ use crate::keys::{EpochKeys, KeyRole, Scope};
 use crate::limits;
 use crate::object::{ObjectReader, ObjectWriter};
 use crate::proto::WalHeader;
+use crate::public::Fresh;
 
 const NOT_ITS_ID: &str = "its content does not match its id";
 
@@ -38,25 +39,25 @@ pub struct WalSealer<'a> {
 }
 
 impl<'a> WalSealer<'a> {
-    /// Begins one. `context` is its name below the stanza; `salt` must be fresh and random; `start` is the LSN of its
+    /// Begins one. `context` is its name below the stanza; `fresh` must be fresh and random; `start` is the LSN of its
     /// first byte, if it is WAL.
     pub fn new(
         keys: &'a EpochKeys,
         scope: &'a Scope,
         kind: Kind,
-        salt: [u8; 32],
+        fresh: impl Into<Fresh>,
         context: &str,
         start: u64,
         compression: impl Into<Compression>,
-    ) -> Self {
-        let mut writer = ObjectWriter::new(keys, scope, kind, salt, context);
+    ) -> Result<Self> {
+        let mut writer = ObjectWriter::with_data(keys, scope, kind, fresh, context)?;
         writer.leave_first();
-        Self {
+        Ok(Self {
             writer,
             start,
             len: 0,
             compression: compression.into(),
-        }
+        })
     }
 
     /// Adds what comes next; runs have [`limits::WAL_SECTION_BYTES`], but the last.
@@ -82,14 +83,14 @@ pub fn seal_wal(
     keys: &EpochKeys,
     scope: &Scope,
     kind: Kind,
-    salt: [u8; 32],
+    fresh: impl Into<Fresh>,
     context: &str,
     mut header: WalHeader,
     content: &[u8],
     compression: impl Into<Compression>,
 ) -> Result<Vec<u8>> {
     header.content_id = keys.chunk_id(content).to_vec();
-    let mut sealer = WalSealer::new(keys, scope, kind, salt, context, header.start_lsn, compression);
+    let mut sealer = WalSealer::new(keys, scope, kind, fresh, context, header.start_lsn, compression)?;
     for run in content.chunks(limits::WAL_SECTION_BYTES) {
         sealer.run(run)?;
     }

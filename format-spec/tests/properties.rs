@@ -19,6 +19,7 @@ fn epoch_keys() -> EpochKeys {
     EpochKeys {
         epoch: 3,
         data_key: Some([1; 32]),
+        data_private_key: None,
         id_key: [2; 32],
         meta_key: [3; 32],
         writer_seed: None,

@@ -19,6 +19,7 @@ fn keys() -> EpochKeys {
     EpochKeys {
         epoch: 1,
         data_key: Some([1; 32]),
+        data_private_key: None,
         id_key: [2; 32],
         meta_key: [3; 32],
         writer_seed: None,
@@ -91,7 +92,7 @@ fn runs_that_only_begin_alike_are_read_in_order() {
     let content = content(4 * RUN);
     let keys = keys();
     for lengths in [&[RUN, 3 * RUN][..], &[RUN, RUN, RUN, RUN, 0], &[4 * RUN, 0]] {
-        let mut sealer = WalSealer::new(&keys, &SCOPE, Kind::WalSegment, [9; 32], NAME, 0, 1);
+        let mut sealer = WalSealer::new(&keys, &SCOPE, Kind::WalSegment, [9; 32], NAME, 0, 1).unwrap();
         let mut rest = &content[..];
         for &len in lengths {
             let (run, behind) = rest.split_at(len);
@@ -114,7 +115,7 @@ fn runs_that_only_begin_alike_are_read_in_order() {
 fn runs_of_another_length_are_read_in_order() {
     let content = content(3 * RUN);
     let keys = keys();
-    let mut sealer = WalSealer::new(&keys, &SCOPE, Kind::WalSegment, [9; 32], NAME, 0, 1);
+    let mut sealer = WalSealer::new(&keys, &SCOPE, Kind::WalSegment, [9; 32], NAME, 0, 1).unwrap();
     content.chunks(RUN / 3).for_each(|run| sealer.run(run).unwrap());
     let header = WalHeader {
         content_id: keys.chunk_id(&content).to_vec(),
@@ -129,7 +130,7 @@ fn what_does_not_match_its_header_is_refused() {
     let content = content(5 * RUN);
     let (keys, id) = (keys(), keys().chunk_id(&content).to_vec());
     let sealed = |id: Vec<u8>, runs: &[&[u8]]| {
-        let mut sealer = WalSealer::new(&keys, &SCOPE, Kind::WalSegment, [9; 32], NAME, 0, 1);
+        let mut sealer = WalSealer::new(&keys, &SCOPE, Kind::WalSegment, [9; 32], NAME, 0, 1).unwrap();
         runs.iter().for_each(|run| sealer.run(run).unwrap());
         let header = WalHeader {
             content_id: id,

@@ -8,10 +8,11 @@ use bytes::Bytes;
 use fairvault_engine::commit::Log;
 use fairvault_engine::commit::session::Session;
 use fairvault_engine::error::{Error, Kind};
-use fairvault_engine::stanza::create::{create, new_keys};
+use fairvault_engine::stanza::create::{DataKeys, create, new_keys};
 use fairvault_engine::stanza::memory::Memory;
 use fairvault_engine::stanza::rotate::{self, Options, Rotated};
-use fairvault_engine::stanza::{Access, Stanza, slots};
+use fairvault_engine::stanza::slots::{self, Opens};
+use fairvault_engine::stanza::{Access, Stanza};
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::keys::{EpochKeys, Secret};
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
@@ -69,7 +70,7 @@ async fn old_keys_say_nothing_any_more() -> Result<()> {
     // The operator's old key holds nothing, and makes no keys of its own the newest ones.
     forge(&store, &log, &old, hold("forged"), Vec::new()).await?;
     log.refresh().await?;
-    let own = new_keys(stanza.env(), 9)?;
+    let own = new_keys(stanza.env(), 9, DataKeys::Symmetric)?;
     let bundle = own.to_bundle();
     let epoch = proto::KeyEpoch {
         epoch: 9,
@@ -94,7 +95,7 @@ async fn old_keys_say_nothing_any_more() -> Result<()> {
     };
     forge(&store, &log, &mixed, hold("mixed"), Vec::new()).await?;
     expect(open(&access).await, Kind::Damaged, "its signature is not")?;
-    let unnamed = new_keys(stanza.env(), 3)?;
+    let unnamed = new_keys(stanza.env(), 3, DataKeys::Symmetric)?;
     slots::put(&stanza, &unnamed, "main", access.secret.as_ref()).await?;
     forge(&store, &log, &unnamed, hold("unnamed"), Vec::new()).await?;
     expect(open(&access).await, Kind::Damaged, "its signature is not")
@@ -187,7 +188,7 @@ async fn of_two_rotations_one_wins_and_one_that_died_is_gone_on_with() -> Result
 
     // Slots without an entry: nobody writes with their keys, until the rotation is run again.
     let log = open(&access).await?;
-    let left = new_keys(log.stanza().env(), 3)?;
+    let left = new_keys(log.stanza().env(), 3, DataKeys::Symmetric)?;
     slots::put(log.stanza(), &left, "main", access.secret.as_ref()).await?;
     let mut log = open(&access).await?;
     ensure!(log.stanza().newest_slot() == 3 && log.stanza().keys().epoch == 2);
@@ -197,7 +198,7 @@ async fn of_two_rotations_one_wins_and_one_that_died_is_gone_on_with() -> Result
     ensure!(log.stanza().keys().encode() == left.encode());
 
     // But not if somebody else may know them.
-    let left = new_keys(log.stanza().env(), 4)?;
+    let left = new_keys(log.stanza().env(), 4, DataKeys::Symmetric)?;
     slots::put(log.stanza(), &left, "main", key(8).as_ref()).await?;
     ensure!(rotated(&access, &options).await?.to == 5);
     // A garbage slot is nobody's, and in nobody's way once it is left out.
@@ -264,15 +265,15 @@ async fn slots_open_all_epochs_or_are_refused() -> Result<()> {
     // As if it had died after the first of two epochs.
     slots::put(log.stanza(), log.stanza().keys_of(1)?, "spare", Some(&second)).await?;
     expect(open(&with(2)).await, Kind::Refused, "were rotated")?;
-    ensure!(slots::add(&mut log, &access, "spare", &second).await? == 1);
+    ensure!(slots::add(&mut log, &access, "spare", &second, Opens::All).await? == 1);
     ensure!(
-        slots::add(&mut log, &access, "spare", &second).await? == 0,
+        slots::add(&mut log, &access, "spare", &second, Opens::All).await? == 0,
         "nothing to do"
     );
     ensure!(open(&with(2)).await?.stanza().keys().epoch == 2);
     let third = key(3).context("a key")?;
     expect(
-        slots::add(&mut log, &access, "spare", &third).await,
+        slots::add(&mut log, &access, "spare", &third, Opens::All).await,
         Kind::Refused,
         "already has another slot",
     )?;

@@ -308,11 +308,44 @@ fn now_us() -> i64 {
     now.map_or(0, |now| now.as_micros() as i64)
 }
 
+/// A stanza is erased as far as its bucket lets it, and what is left is said.
+async fn slots_go_as_far_as_they_are_not_locked(server: &Server) -> Result<()> {
+    let erase = ["key", "erase", "acme", "--confirm", "acme"];
+    for (name, is_locked) in [("erased", false), ("erasedlocked", true)] {
+        let w = World::new(name, server, is_locked, "")?;
+        w.backup()?;
+        let slots = async || -> Result<Vec<Object>> { Ok(w.store.all_versions("acme/keys/").await?) };
+        ensure!(slots().await?.len() == 1);
+        let (exit, text) = w.s.fairvault(&erase);
+        let left: usize = slots().await?.iter().map(|slot| slot.contents().count()).sum();
+        match is_locked {
+            false => ensure!(exit == 0 && text.contains("1 older versions") && left == 0, "{exit} {text}"),
+            true => ensure!(
+                exit == 6 && text.contains("NOT destroyed: a version of keys/00000001/main is locked until") && left == 1,
+                "{exit} {text}"
+            ),
+        }
+        // It can be run again, and what is below a marker is not brought back by accident.
+        ensure!(w.s.fairvault(&erase).0 == exit);
+        refused(w.s.fairvault(&["repair", "acme", "--progress", "none"]), 1, "was erased at")?;
+        refused(w.s.fairvault(&["info", "acme"]), 1, "was erased at")?;
+        ensure!(slots().await?.iter().all(|slot| !slot.is_visible()));
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_locked_is_lost_on_ministack() -> Result<()> {
     let scratch = Scratch::new("lockstore")?;
     let server = S3::start(&scratch, "other")?;
     nothing_locked_is_lost(&Server::of(&server)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slots_go_as_far_as_they_are_not_locked_on_ministack() -> Result<()> {
+    let scratch = Scratch::new("erasure")?;
+    let server = S3::start(&scratch, "other")?;
+    slots_go_as_far_as_they_are_not_locked(&Server::of(&server)).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -45,6 +45,9 @@ pub enum KeyCommand {
         /// File with the other key or passphrase
         #[arg(long, value_name = "FILE")]
         secret_file: PathBuf,
+        /// It backs up and archives, and reads nothing of what was stored: for a database host
+        #[arg(long)]
+        write_only: bool,
     },
     /// Remove a slot: what it opened so far, whoever has copied it can still open
     RemoveSlot {
@@ -55,6 +58,8 @@ pub enum KeyCommand {
     },
     /// Begin a new key epoch: what comes is sealed with new keys, and what is there stays readable
     Rotate(RotateArgs),
+    /// Destroy all key slots of a stanza: nothing in it can be read ever again
+    Erase(EraseArgs),
 }
 
 /// `key rotate`
@@ -71,4 +76,20 @@ pub struct RotateArgs {
     /// Go on although slots of other secrets do not open what comes
     #[arg(long)]
     pub drop_slots: bool,
+    /// Content is sealed to a public key from now on, so that hosts can have a key that writes only; later rotations keep that
+    #[arg(long)]
+    pub public_key: bool,
+}
+
+/// `key erase`
+#[derive(Debug, Args)]
+pub struct EraseArgs {
+    /// Stanza
+    pub stanza: String,
+    /// The stanza's name once more: this is not undone
+    #[arg(long, value_name = "STANZA")]
+    pub confirm: String,
+    /// Why, for the log
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub reason: String,
 }

@@ -9,6 +9,7 @@ use fairvault_engine::copy as engine;
 use fairvault_engine::error::{Error, Kind, Result};
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::progress::Progress;
+use fairvault_engine::stanza::create::DataKeys;
 
 use super::{Outcome, copy, stanza, stop_signal};
 use crate::args::{BackupArgs, BackupType, Output, Source, WalArg};
@@ -35,7 +36,15 @@ async fn open(context: &Context, args: &BackupArgs, repository: &str) -> Result<
     match opened {
         Err(error) if context.is_from_flags() && is_missing(&error) => {
             let cluster = stanza::cluster(context, &args.stanza).await?;
-            let log = stanza::create_in(context, repository, &args.stanza, cluster, args.no_encryption).await?;
+            let log = stanza::create_in(
+                context,
+                repository,
+                &args.stanza,
+                cluster,
+                args.no_encryption,
+                DataKeys::Symmetric,
+            )
+            .await?;
             tracing::info!("stanza {} was created in {}", args.stanza, log.stanza().shown());
             Ok(log)
         }

@@ -1,4 +1,4 @@
-//! `key generate`, `list`, `add-slot`, `remove-slot`, `rotate`, `check`, `export`, `import`.
+//! `key generate`, `list`, `add-slot`, `remove-slot`, `rotate`, `check`, `export`, `import`; `key erase` is beside it.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -9,6 +9,7 @@ use fairvault_engine::commit::Log;
 use fairvault_engine::env::{self, SystemEnv};
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::restore::plan::Manifest;
+use fairvault_engine::stanza::slots::Opens;
 use fairvault_engine::stanza::{Access, Stanza, rotate, slots};
 use fairvault_engine::store::Created;
 use fairvault_format::keys::{self, Secret};
@@ -31,9 +32,17 @@ pub async fn run(context: &Context, command: KeyCommand) -> Result<Outcome> {
             stanza,
             name,
             secret_file,
-        } => add_slot(context, &stanza, &name, &secret_file).await,
+            write_only,
+        } => {
+            let opens = match write_only {
+                true => Opens::Writing,
+                false => Opens::All,
+            };
+            add_slot(context, &stanza, &name, &secret_file, opens).await
+        }
         KeyCommand::RemoveSlot { stanza, name } => remove_slot(context, &stanza, &name).await,
         KeyCommand::Rotate(args) => rotate(context, &args).await,
+        KeyCommand::Erase(args) => super::erase::run(context, &args).await,
     }
 }
 
@@ -68,6 +77,7 @@ async fn list(context: &Context, stanza: &str) -> Result<Outcome> {
                 kind.to_lowercase().replace('_', "-")
             });
             let kind = kind.unwrap_or_else(|| "unreadable".to_owned());
+            let write_only = object.slot.as_ref().is_some_and(|slot| slot.write_only);
             let (epoch, name, in_use) = (object.epoch, &object.name, named.contains(&object.epoch));
             if context.global.output == Output::Text {
                 let unused = if in_use {
@@ -75,10 +85,14 @@ async fn list(context: &Context, stanza: &str) -> Result<Outcome> {
                 } else {
                     ", of a rotation that was not finished"
                 };
-                output::line(format_args!("{repository}: epoch {epoch} slot {name} ({kind}{unused})"));
+                let writes = if write_only { ", writes only" } else { "" };
+                output::line(format_args!(
+                    "{repository}: epoch {epoch} slot {name} ({kind}{writes}{unused})"
+                ));
             }
             all.push(
-                serde_json::json!({ "repository": repository, "epoch": epoch, "slot": name, "kind": kind, "in_use": in_use }),
+                serde_json::json!({ "repository": repository, "epoch": epoch, "slot": name, "kind": kind, "in_use": in_use,
+                    "write_only": write_only }),
             );
         }
         let names: BTreeSet<&str> = slots.iter().map(|object| object.name.as_str()).collect();
@@ -99,14 +113,17 @@ async fn list(context: &Context, stanza: &str) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-async fn add_slot(context: &Context, stanza: &str, name: &str, secret_file: &Path) -> Result<Outcome> {
+async fn add_slot(context: &Context, stanza: &str, name: &str, secret_file: &Path, opens: Opens) -> Result<Outcome> {
     let secret = secret_from_file(secret_file)?;
     for repository in context.repositories(Some(stanza))? {
         let access = context.access(&repository, stanza, false, true)?;
         let mut log = open(&access).await?;
-        match slots::add(&mut log, &access, name, &secret).await? {
+        match slots::add(&mut log, &access, name, &secret, opens).await? {
             0 => output::line(format_args!(
                 "{repository}: nothing to do, slot {name} opens all of stanza {stanza}"
+            )),
+            _ if opens == Opens::Writing => output::line(format_args!(
+                "{repository}: slot {name} writes to stanza {stanza} now, and reads nothing of what is stored"
             )),
             _ => output::line(format_args!("{repository}: slot {name} opens stanza {stanza} now")),
         }
@@ -146,6 +163,7 @@ async fn rotate(context: &Context, args: &RotateArgs) -> Result<Outcome> {
         new_secret: args.new_secret_file.as_deref().map(secret_from_file).transpose()?,
         slot: args.slot.clone(),
         drop_slots: args.drop_slots,
+        public_key: args.public_key,
     };
     let mut planned = Vec::new();
     for repository in context.repositories(Some(stanza))? {
@@ -224,17 +242,21 @@ async fn check(context: &Context, stanza: &str) -> Result<Outcome> {
         for epoch in &log.state().key_epochs {
             let number = epoch.epoch;
             let keys = opened.keys_of(number)?;
-            let missing = |what: &str, can: &str| {
-                Error::refused(format!(
-                    "the key opens key epoch {number} of {} without {what}: it cannot {can}",
+            if keys.can_read() != keys.operator_seed.is_some() {
+                return Err(Error::refused(format!(
+                    "the key opens a part of key epoch {number} of {}, and it is neither an operator's nor one that writes only",
                     opened.shown()
-                ))
-            };
-            if keys.data_key.is_none() {
-                return Err(missing("the data key", "restore"));
+                )));
             }
-            if keys.operator_seed.is_none() {
-                return Err(missing("the operator's key", "expire, fence or collect"));
+            if !keys.can_read() {
+                all.push(serde_json::json!({ "repository": repository, "epoch": number, "write_only": true }));
+                if context.global.output == Output::Text {
+                    let (log, other) = ("the log was opened with it", "restoring needs the operator's key");
+                    output::line(format_args!(
+                        "{repository}: the key writes in key epoch {number}, and reads nothing of it ({log}; {other})"
+                    ));
+                }
+                continue;
             }
             // Nothing proves more than opening what is there.
             let newest = log
@@ -246,7 +268,7 @@ async fn check(context: &Context, stanza: &str) -> Result<Outcome> {
             if let Some(backup) = newest {
                 Manifest::read(opened, &backup.root).await?;
             }
-            all.push(serde_json::json!({ "repository": repository, "epoch": number }));
+            all.push(serde_json::json!({ "repository": repository, "epoch": number, "write_only": false }));
             if context.global.output == Output::Text {
                 let proof = newest.map_or(
                     "there is no backup of it yet",

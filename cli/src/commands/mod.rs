@@ -4,6 +4,7 @@ pub mod audit;
 pub mod backup;
 pub mod check;
 pub mod copy;
+pub mod erase;
 pub mod expire;
 pub mod gc;
 pub mod info;

@@ -150,7 +150,9 @@ async fn open_all(context: &Arc<Context>, stanza: &str) -> Result<(Vec<Log>, Vec
     let repositories = context.repositories(Some(stanza))?;
     let (mut logs, mut unusable, mut first) = (Vec::new(), Vec::new(), None);
     for repository in &repositories {
-        match copy::open(context, stanza, repository, context.is_optional(repository)).await {
+        let opened = copy::open(context, stanza, repository, context.is_optional(repository)).await;
+        let readable = opened.and_then(|log| log.stanza().check_reads("restoring").map(|()| log));
+        match readable {
             Ok(log) => logs.push(log),
             Err(error) if repositories.len() == 1 => return Err(error),
             Err(error) => {

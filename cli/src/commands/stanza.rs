@@ -6,7 +6,7 @@ use fairvault_engine::commit::{Log, fence};
 use fairvault_engine::error::{Context as _, Error, Result};
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::replication::connection::{Connection, Mode};
-use fairvault_engine::stanza::create::{Cluster, create as create_stanza};
+use fairvault_engine::stanza::create::{Cluster, DataKeys, create_with as create_stanza};
 use fairvault_engine::stanza::upgrade::{Claims, upgrade as upgrade_stanza};
 
 use super::{Outcome, or_left_out};
@@ -41,6 +41,7 @@ pub async fn create_in(
     stanza: &str,
     cluster: Cluster,
     no_encryption: bool,
+    data: DataKeys,
 ) -> Result<Log> {
     let access = context.access(repository, stanza, true, true)?;
     match (&access.secret, no_encryption) {
@@ -56,7 +57,7 @@ pub async fn create_in(
         }
         _ => {}
     }
-    create_stanza(&access, cluster, FIRST_SLOT)
+    create_stanza(&access, cluster, FIRST_SLOT, data)
         .await
         .context(|| format!("creating stanza {stanza}"))
 }
@@ -64,20 +65,29 @@ pub async fn create_in(
 /// `stanza create`
 pub async fn create(context: &Context, args: StanzaCreateArgs) -> Result<Outcome> {
     let cluster = cluster(context, &args.stanza).await?;
+    let data = match args.public_key {
+        true => DataKeys::Public,
+        false => DataKeys::Symmetric,
+    };
     for repository in context.repositories(Some(&args.stanza))? {
-        let log = create_in(context, &repository, &args.stanza, cluster, args.no_encryption).await?;
+        let log = create_in(context, &repository, &args.stanza, cluster, args.no_encryption, data).await?;
+        let has_public_key = log.stanza().keys().has_public_key();
         let encrypted = log.state().genesis.as_ref().is_some_and(|g| g.encrypted);
         match context.global.output {
             Output::Json => output::json(
                 "stanza",
                 &serde_json::json!({ "stanza": args.stanza, "repository": log.stanza().shown(), "encrypted": encrypted,
-                    "system_identifier": cluster.system_identifier.to_string() }),
+                    "public_key": has_public_key, "system_identifier": cluster.system_identifier.to_string() }),
             ),
             Output::Text => output::line(format_args!(
                 "stanza {} is ready in {} ({}, PostgreSQL {}, system identifier {})",
                 args.stanza,
                 log.stanza().shown(),
-                if encrypted { "encrypted" } else { "NOT encrypted" },
+                match (encrypted, has_public_key) {
+                    (true, false) => "encrypted",
+                    (true, true) => "encrypted to a public key",
+                    (false, _) => "NOT encrypted",
+                },
                 cluster.major,
                 cluster.system_identifier
             )),

@@ -1,7 +1,6 @@
 //! From the pipeline's results to manifest segments and a root.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::index::{PackRef, encode_pack_table};
@@ -12,6 +11,7 @@ use prost::Message;
 
 use super::cut::cuts;
 use super::pipeline::{Done, Shared};
+use super::remembered::Draft;
 use crate::codec::{Codec, Content};
 use crate::crc::combine;
 use crate::dedup::{Claim, Known};
@@ -89,9 +89,10 @@ pub fn extents(shared: &Shared, entries: &[Entry], done: Vec<Done>) -> Result<Ve
 }
 
 /// Stores the manifest segments as chunks. Returns for each its first path, its number of files and the
-/// handles of its chunks. Blocks.
+/// handles of its chunks. A `draft` takes them as they are. Blocks.
 pub fn store_segments(
     shared: &Shared,
+    mut draft: Option<&mut Draft>,
     entries: &[Entry],
     extents: &[Extent],
     known: &[Known],
@@ -122,6 +123,9 @@ pub fn store_segments(
         if full || position + 1 == order.len() || ends_segment(&entries[number].path) {
             let (segment, first) = std::mem::take(&mut builder).finish(&parents, known, packs)?;
             let files = segment.files.len() as u32;
+            if let Some(draft) = &mut draft {
+                draft.add(&segment);
+            }
             out.push((first, files, store_segment(shared, &mut codec, &segment)?));
         }
     }
@@ -299,15 +303,14 @@ pub fn push_frame(table: &mut proto::FrameTable, chunk: &Known, pack: u32) -> Re
     Ok(())
 }
 
-/// Seals the root object.
-pub fn seal_root(
-    stanza: &Arc<Stanza>,
+/// What the root object says.
+pub fn root_of(
     info: proto::BackupInfo,
     segments: &[(String, u32, Vec<u32>)],
     known: &[Known],
     packs: &[PackRef],
     page_failures: Vec<proto::PageFailure>,
-) -> Result<Vec<u8>> {
+) -> Result<(proto::Usage, proto::Root)> {
     let mut frames = proto::FrameTable::default();
     let mut refs = Vec::new();
     for (first_path, files, handles) in segments {
@@ -343,9 +346,14 @@ pub fn seal_root(
         segments: refs,
         page_failures,
     };
-    let salt = env::salt(stanza.env())?;
-    let mut writer = ObjectWriter::new(stanza.keys(), stanza.scope(), ObjectKind::Root, salt, "");
-    writer.message(KeyRole::Meta, &usage)?;
-    writer.message(KeyRole::Data, &root)?;
+    Ok((usage, root))
+}
+
+/// Seals the root object.
+pub fn seal_root(stanza: &Stanza, usage: &proto::Usage, root: &proto::Root) -> Result<Vec<u8>> {
+    let fresh = env::fresh(stanza.env())?;
+    let mut writer = ObjectWriter::with_data(stanza.keys(), stanza.scope(), ObjectKind::Root, fresh, "")?;
+    writer.message(KeyRole::Meta, usage)?;
+    writer.message(KeyRole::Data, root)?;
     Ok(writer.finish())
 }

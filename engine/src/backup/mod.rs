@@ -8,10 +8,12 @@ pub mod judge;
 pub mod manifest;
 pub mod parent;
 pub mod pipeline;
+pub mod remembered;
 pub mod source;
 pub mod upload;
 mod wal;
 
+use remembered::Draft;
 use source::Source;
 use wal::{WalTask, store_histories, wait_for_archive};
 
@@ -151,6 +153,9 @@ pub async fn run(
     progress: Arc<Progress>,
     cancelled: impl Future<Output = ()>,
 ) -> Result<Report> {
+    if options.audit {
+        log.stanza().check_reads("comparing with the parent")?;
+    }
     progress.phase("connecting");
     let server = inspect(options).await?;
     let compression = Compression {
@@ -191,7 +196,11 @@ pub async fn run(
     let ended = match outcome {
         Ok((root, report)) => {
             progress.phase("committing");
-            session.commit(log, root, report.info.clone()).await.map(|()| report)
+            let committed = session.commit(log, root, report.info.clone()).await;
+            if committed.is_ok() && !env.keys().can_read() {
+                remembered::forget_others(log.stanza(), log.state());
+            }
+            committed.map(|()| report)
         }
         Err(error) => {
             let reason = error.to_string();
@@ -391,7 +400,8 @@ async fn transfer(
         // Packs of content must have their names before a manifest can point to them.
         let extents = manifest::extents(&worker_shared, &entries, results.done)?;
         let (known, packs) = worker_shared.chunks.finish()?;
-        let segments = manifest::store_segments(&worker_shared, &entries, &extents, &known, &packs)?;
+        let mut draft = (!worker_shared.stanza.keys().can_read()).then(Draft::default);
+        let segments = manifest::store_segments(&worker_shared, draft.as_mut(), &entries, &extents, &known, &packs)?;
         worker_shared.packer.close()?;
         let mut bad_pages = results.bad_pages;
         bad_pages.retain(|page| !entries[page.entry as usize].is_gone);
@@ -399,6 +409,7 @@ async fn transfer(
             entries,
             segments,
             bad_pages,
+            draft,
         })
     });
     let name = source.name();
@@ -438,6 +449,7 @@ async fn transfer(
     store_histories(&mut server.connection, &archive, ended.timeline).await?;
     let page_failures = judge::judge(
         &archive,
+        &options.conninfo,
         timeline,
         start,
         ended.stop,
@@ -494,17 +506,16 @@ async fn transfer(
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),
         ..Default::default()
     };
-    let root = manifest::seal_root(
-        &stanza,
-        info.clone(),
-        &packed.segments,
-        &known,
-        &packs,
-        page_failures.clone(),
-    )?;
+    let (usage, root_message) =
+        manifest::root_of(info.clone(), &packed.segments, &known, &packs, page_failures.clone())?;
+    let root = manifest::seal_root(&stanza, &usage, &root_message)?;
     fairvault_format::error::check_limit("the manifest root", root.len() as u64, limits::SECTION_BYTES)?;
     let hash = sha256(&root);
     stanza.store().put_hashed(&names::root(&hash), root.into()).await?;
+    // It counts only if the log names this root.
+    if let Some(draft) = packed.draft {
+        draft.keep(&stanza, &hash, usage, root_message);
+    }
     Ok((
         hash,
         Report {
@@ -536,4 +547,6 @@ struct Packed {
     entries: Vec<Entry>,
     segments: Vec<(String, u32, Vec<u32>)>,
     bad_pages: Vec<pipeline::BadPage>,
+    /// Of a host that cannot read its manifest back.
+    draft: Option<Draft>,
 }

@@ -5,9 +5,10 @@
 
 use std::sync::Arc;
 
+use fairvault_format::keys::EpochKeys;
 use fairvault_format::proto;
 
-use super::{Kind, Options};
+use super::{Kind, Options, remembered};
 use crate::commit::Log;
 use crate::dedup::{self, Index};
 use crate::env::has_fault;
@@ -15,6 +16,7 @@ use crate::error::{Kind as ErrorKind, Result};
 use crate::postgres::BLOCK_BYTES;
 use crate::postgres::lsn::Lsn;
 use crate::restore::plan::Manifest;
+use crate::stanza::Stanza;
 use crate::track::range::{self, Range};
 use crate::track::selection::Basis;
 use crate::wal::archive::Archive;
@@ -70,18 +72,25 @@ pub async fn choose(log: &Log, archive: &Archive, options: &Options, index: &Ind
     if options.kind == Kind::Full {
         return Ok(Choice::None("a full backup was asked for".to_owned()));
     }
-    let mut why_not = "there is no earlier backup of this cluster".to_owned();
-    for (number, (backup, info)) in candidates(log.state(), options.kind, child.system_identifier).enumerate() {
-        if let Some(why) = obstacle(info, child, &log.state().distrusted) {
-            // The newest one says most.
-            if number == 0 {
-                why_not = format!("backup {} cannot be its parent: {why}", info.id);
-            }
-            continue;
-        }
-        return with_parent(log, archive, options, index, backup, info, child.start).await;
+    let mut why_not = None;
+    for (backup, info) in candidates(log.state(), options.kind, child.system_identifier) {
+        let why = match obstacle(info, child, &log.state().distrusted) {
+            Some(why) => format!("backup {} cannot be its parent: {why}", info.id),
+            None => match manifest(log.stanza(), backup).await? {
+                Ok(manifest) => return with_parent(log, archive, options, index, manifest, info, child.start).await,
+                Err(why) if log.stanza().keys().can_read() => {
+                    return Ok(Choice::None(format!("the manifest of backup {}: {why}", info.id)));
+                }
+                // This host may keep that of an older one.
+                Err(why) => format!("the manifest of backup {}: {why}", info.id),
+            },
+        };
+        // The newest one says most.
+        why_not.get_or_insert(why);
     }
-    Ok(Choice::None(why_not))
+    Ok(Choice::None(why_not.unwrap_or_else(|| {
+        "there is no earlier backup of this cluster".to_owned()
+    })))
 }
 
 /// Why a backup cannot be the parent.
@@ -123,22 +132,31 @@ fn obstacle(info: &proto::BackupInfo, child: &Child, distrusted: &[proto::Distru
     None
 }
 
+/// The manifest of a backup: from the repository, or what this host keeps of it where its key does not open that; or why
+/// there is none.
+async fn manifest(stanza: &Stanza, backup: &proto::CommittedBackup) -> Result<std::result::Result<Manifest, String>> {
+    let can_read = stanza.keys_of(backup.key_epoch).is_ok_and(EpochKeys::can_read);
+    if !can_read {
+        return Ok(remembered::manifest(stanza, &backup.root));
+    }
+    match Manifest::read(stanza, &backup.root).await {
+        Ok(manifest) => Ok(Ok(manifest)),
+        // The repository is away: so it is for all else.
+        Err(error) if error.kind() == ErrorKind::Temporary => Err(error),
+        Err(error) => Ok(Err(error.to_string())),
+    }
+}
+
 async fn with_parent(
     log: &Log,
     archive: &Archive,
     options: &Options,
     index: &Index,
-    backup: &proto::CommittedBackup,
+    manifest: Manifest,
     info: &proto::BackupInfo,
     start: Lsn,
 ) -> Result<Choice> {
     let stanza = log.stanza();
-    let manifest = match Manifest::read(stanza, &backup.root).await {
-        Ok(manifest) => manifest,
-        // The repository is away: so it is for all else.
-        Err(error) if error.kind() == ErrorKind::Temporary => return Err(error),
-        Err(error) => return Ok(Choice::None(format!("the manifest of backup {}: {error}", info.id))),
-    };
     let range = Range {
         timeline: info.start_timeline,
         from: Lsn(match has_fault("parent's stop") {

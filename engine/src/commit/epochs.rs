@@ -40,16 +40,20 @@ impl Log {
         }
     }
 
-    /// Role keys in the log must be those that the key slots name: what is signed by others is forged.
+    /// Public keys in the log must be those that the key slots name: what is signed by others is forged.
     pub(super) fn check_signers(&self, stanza: &Stanza, epoch: &KeyEpoch) -> Result<()> {
         let Ok(keys) = stanza.keys_of(epoch.epoch) else {
             return Ok(());
         };
         let known = keys.public_keys();
         let differs = |named: &[u8], known: Option<[u8; 32]>| known.is_some_and(|known| named != known);
-        if differs(&epoch.writer_public_key, known.writer) || differs(&epoch.operator_public_key, known.operator) {
+        let is_other = differs(&epoch.writer_public_key, known.writer)
+            || differs(&epoch.operator_public_key, known.operator)
+            // Content that is sealed to another key is read by somebody else.
+            || epoch.data_public_key != known.data.map(|key| key.to_vec()).unwrap_or_default();
+        if is_other {
             return Err(Error::damaged(format!(
-                "the log of {} names signing keys for key epoch {} that are not those of the key slots: it is forged",
+                "the log of {} names public keys for key epoch {} that are not those of the key slots: it is forged",
                 self.stanza.shown(),
                 epoch.epoch
             )));

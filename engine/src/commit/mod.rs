@@ -6,6 +6,7 @@
 //! than, or different from, what this host saw before is refused.
 
 mod epochs;
+pub mod erased;
 pub mod fence;
 pub mod lease;
 pub mod session;
@@ -39,6 +40,8 @@ pub struct Log {
     entries: Option<Vec<LogEntry>>,
     /// Numbers of entries that were read and have no effect: a fence or a rotation of keys came before.
     void: Vec<u64>,
+    /// The log of a stanza that was erased may be read.
+    reads_erased: bool,
 }
 
 impl Log {
@@ -50,6 +53,16 @@ impl Log {
             signers: Signers::default(),
             entries: None,
             void: Vec::new(),
+            reads_erased: false,
+        }
+    }
+
+    /// The same, for whoever has to do with an erasure.
+    #[must_use]
+    pub fn also_erased(self) -> Self {
+        Self {
+            reads_erased: true,
+            ..self
         }
     }
 
@@ -71,7 +84,12 @@ impl Log {
 
     /// Reads all of the log, believing neither snapshots nor what this host remembers, and keeps its entries.
     pub async fn replay(stanza: Arc<Stanza>) -> Result<Self> {
-        let mut this = Self::unread(stanza);
+        Self::unread(stanza).replayed().await
+    }
+
+    /// The same of a log of which nothing was read yet.
+    pub(crate) async fn replayed(mut self) -> Result<Self> {
+        let this = &mut self;
         this.refresh_proven().await?;
         this.check_pins()?;
         let seen = this.stanza.memory().and_then(|m| m.head(&this.stanza));
@@ -88,7 +106,7 @@ impl Log {
                 )));
             }
         }
-        Ok(this)
+        Ok(self)
     }
 
     /// Notes something that was done, for the audit. Where this host may not write, nothing is noted.
@@ -212,6 +230,11 @@ impl Log {
 
     /// Reads what was appended since.
     pub async fn refresh(&mut self) -> Result<()> {
+        self.read_on().await?;
+        self.check_not_erased()
+    }
+
+    async fn read_on(&mut self) -> Result<()> {
         let store = self.stanza.store().clone();
         self.follow_keys().await?;
         loop {

@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 
 use fairvault_format::proto::{
-    BackupInfo, CloseTimeline, CommittedBackup, CopiedFrom, ExpiredWal, GcMark, Incarnation, KeyEpoch, LogEntry,
-    OpenSession, Snapshot, log_entry::Kind as Entry,
+    BackupInfo, CloseTimeline, CommittedBackup, CopiedFrom, Erased, ExpiredWal, GcMark, Incarnation, KeyEpoch,
+    LogEntry, OpenSession, Snapshot, log_entry::Kind as Entry,
 };
 
 use crate::error::{Error, Kind, Result};
@@ -140,7 +140,17 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
                 state.closed_timelines.push(closed.clone());
             }
         }
-        Entry::KeyEpoch(_) | Entry::Erasure(_) | Entry::Operation(_) => {}
+        // The first one says who did it; another one repeats it.
+        Entry::Erasure(erasure) => {
+            state.erased.get_or_insert_with(|| Erased {
+                seq: entry.seq,
+                time_us: entry.time_us,
+                host: entry.host.clone(),
+                user: entry.user.clone(),
+                reason: erasure.reason.clone(),
+            });
+        }
+        Entry::KeyEpoch(_) | Entry::Operation(_) => {}
     }
     Ok(())
 }

@@ -169,7 +169,8 @@ async fn transfer(
         ..facts
     };
     let failures = outline.root.page_failures.clone();
-    let root = manifest::seal_root(&to, info.clone(), &segments, &known, &packs, failures)?;
+    let (usage, root) = manifest::root_of(info.clone(), &segments, &known, &packs, failures)?;
+    let root = manifest::seal_root(&to, &usage, &root)?;
     fairvault_format::error::check_limit("the manifest root", root.len() as u64, limits::SECTION_BYTES)?;
     let hash = sha256(&root);
     to.store().put_hashed(&names::root(&hash), root.into()).await?;

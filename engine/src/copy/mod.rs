@@ -22,7 +22,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::expire;
 use crate::expire::rules::{Candidate, Floor, Retention, decide};
 use crate::progress::Progress;
-use crate::restore::plan::Outline;
+use crate::restore::plan::usage;
 use crate::restore::target::info;
 use crate::wal::archive::Archive;
 use twins::Twins;
@@ -307,14 +307,14 @@ pub async fn plan(source: &Log, target: &Log, options: &Options) -> Result<Plan>
     };
     let mut packs: BTreeMap<Vec<u8>, u64> = BTreeMap::new();
     for backup in &wanted {
-        let usage = Outline::read(source.stanza(), &backup.root).await?.usage;
+        let usage = usage(source.stanza(), &backup.root).await?;
         for (name, live) in usage.packs.chunks(32).zip(&usage.live_bytes) {
             let most = packs.entry(name.to_vec()).or_default();
             *most = (*most).max(*live);
         }
     }
     if let Some((original, _)) = common(source, target, wanted.first()) {
-        let usage = Outline::read(source.stanza(), &original.root).await?.usage;
+        let usage = usage(source.stanza(), &original.root).await?;
         usage.packs.chunks(32).for_each(|name| _ = packs.remove(name));
     }
     plan.backup_bytes = packs.values().sum();
@@ -354,6 +354,10 @@ pub async fn run(
     cancelled: impl Future<Output = ()>,
 ) -> Result<Report> {
     check_pair(source, target)?;
+    // What both have already is found out from their manifests.
+    for log in [source, &*target] {
+        log.stanza().check_reads("copying")?;
+    }
     // The lease first, then the log: what that names is not collected from here on.
     let lease = Lease::for_reading(source.stanza(), state::COPY, "").await;
     let mut source = source.clone();

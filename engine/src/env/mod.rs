@@ -3,6 +3,9 @@
 
 use std::sync::Arc;
 
+use fairvault_format::public::Fresh;
+use zeroize::Zeroizing;
+
 use crate::error::{Error, Result};
 
 /// Where time and randomness come from.
@@ -35,6 +38,13 @@ pub fn salt(env: &dyn Env) -> Result<[u8; 32]> {
     let mut salt = [0u8; 32];
     env.random(&mut salt)?;
     Ok(salt)
+}
+
+/// What a new object with content is made with.
+pub fn fresh(env: &dyn Env) -> Result<Fresh> {
+    let mut ephemeral = Zeroizing::new([0u8; 32]);
+    env.random(&mut *ephemeral)?;
+    Ok(Fresh::new(salt(env)?, *ephemeral))
 }
 
 /// 16 fresh random bytes.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use fairvault_format::frame::{FRAME_HEADER_LEN, FrameKey};
-use fairvault_format::header::{Kind, ObjectHeader};
+use fairvault_format::header::ObjectHeader;
 use fairvault_format::index::{IndexEntry, IndexRun, PackRef};
 use fairvault_format::keys::TAG_LEN;
 use fairvault_format::pack::{DirectoryEntry, seal_tail};
@@ -131,11 +131,12 @@ impl Packer {
         let keys = self.stanza.keys();
         let memory = futures::executor::block_on(self.memory.clone().acquire_owned())
             .map_err(|_| Error::failed("the packer was closed"))?;
-        let header = ObjectHeader::new(Kind::Pack, keys.epoch, env::salt(self.stanza.env())?);
+        let fresh = env::fresh(self.stanza.env())?;
+        let (header, key) = FrameKey::of_new_pack(keys, self.stanza.scope(), fresh)?;
         Ok(OpenPack {
             number: self.chunks.new_pack(),
             header,
-            key: FrameKey::new(keys, self.stanza.scope(), &header)?,
+            key,
             contents: Mutex::new(Contents {
                 frames: Vec::new(),
                 entries: Vec::new(),

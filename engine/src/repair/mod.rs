@@ -24,7 +24,7 @@ use crate::error::{Error, Kind, Result};
 use crate::gc::{runs, usage::Usage};
 use crate::immutable::hidden::{self, Hidden};
 use crate::progress::Progress;
-use crate::stanza::{Access, Stanza, read_repository};
+use crate::stanza::{Access, Stanza, erase, read_repository};
 use crate::verify::packs::Checking;
 use crate::verify::{self, Finding, Level, Needed};
 use rebuild::Rebuild;
@@ -83,6 +83,8 @@ async fn find(access: &Access, dry_run: bool, progress: &Progress) -> Result<(Ar
         true => Ok(found),
         false => hidden::bring_back(found).await,
     };
+    // Slots that were destroyed are not hidden.
+    erase::check_note(&access.repository.folder(&access.stanza)).await?;
     let mut all = back(hidden::of_opening(access).await?).await?;
     let lacks = all.iter().filter(|hidden| !hidden.brought_back);
     let names: Vec<&str> = lacks.map(|hidden| hidden.object.as_str()).collect();
@@ -103,6 +105,7 @@ async fn find(access: &Access, dry_run: bool, progress: &Progress) -> Result<(Ar
 /// Repairs the stanza that `access` opens.
 pub async fn run(access: &Access, options: Options, progress: &Progress) -> Result<Report> {
     let (stanza, hidden) = find(access, options.dry_run, progress).await?;
+    stanza.check_reads("repairing")?;
     progress.phase("reading the log");
     // Not what this host remembers of it: a newer version may have taken over meanwhile.
     read_repository(&access.repository).await?;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use bytes::Bytes;
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::index::{PackRef, decode_pack_table};
 use fairvault_format::keys::KeyRole;
@@ -121,22 +122,35 @@ pub struct Outline {
     by_name: HashMap<[u8; 32], u32>,
 }
 
+/// The root object of a backup and what it is called.
+async fn root_object(stanza: &Stanza, root_hash: &[u8]) -> Result<(Bytes, String)> {
+    let hash: [u8; 32] = root_hash
+        .try_into()
+        .map_err(|_| Error::damaged("the log names a root without a hash"))?;
+    let name = names::root(&hash);
+    let what = format!("{}/{name}", stanza.shown());
+    let bytes = stanza
+        .store()
+        .get(&name, limits::OBJECT_BYTES)
+        .await
+        .context(|| "reading the manifest")?;
+    match sha256(&bytes) == hash {
+        true => Ok((bytes, what)),
+        false => Err(damaged(&what, "its content does not match its name")),
+    }
+}
+
+/// The usage list of a backup: no key that opens content is needed.
+pub async fn usage(stanza: &Stanza, root_hash: &[u8]) -> Result<Usage> {
+    let (bytes, what) = root_object(stanza, root_hash).await?;
+    let keys = stanza.keys_for(&bytes, &what)?;
+    Ok(ObjectReader::new(keys, stanza.scope(), ObjectKind::Root, &bytes, "", &what)?.message(KeyRole::Meta)?)
+}
+
 impl Outline {
     /// Reads and checks the root of a backup.
     pub async fn read(stanza: &Stanza, root_hash: &[u8]) -> Result<Self> {
-        let hash: [u8; 32] = root_hash
-            .try_into()
-            .map_err(|_| Error::damaged("the log names a root without a hash"))?;
-        let name = names::root(&hash);
-        let what = format!("{}/{name}", stanza.shown());
-        let bytes = stanza
-            .store()
-            .get(&name, limits::OBJECT_BYTES)
-            .await
-            .context(|| "reading the manifest")?;
-        if sha256(&bytes) != hash {
-            return Err(damaged(&what, "its content does not match its name"));
-        }
+        let (bytes, what) = root_object(stanza, root_hash).await?;
         let keys = stanza.keys_for(&bytes, &what)?;
         let mut reader = ObjectReader::new(keys, stanza.scope(), ObjectKind::Root, &bytes, "", &what)?;
         let usage: Usage = reader.message(KeyRole::Meta)?;

@@ -7,7 +7,7 @@ use fairvault_format::keys::{self, EpochKeys, Scope};
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use fairvault_format::{limits, names, repository::Repository};
 
-use super::{Access, Stanza, read_repository};
+use super::{Access, Stanza, erase, read_repository};
 use crate::commit::Log;
 use crate::env::{self, Env};
 use crate::error::{Error, Kind, Result};
@@ -26,6 +26,11 @@ pub struct Cluster {
 
 /// Creates the stanza, or, if it exists and is of the same cluster, opens it.
 pub async fn create(access: &Access, cluster: Cluster, slot: &str) -> Result<Log> {
+    create_with(access, cluster, slot, DataKeys::Symmetric).await
+}
+
+/// The same; what is created seals content with such keys.
+pub async fn create_with(access: &Access, cluster: Cluster, slot: &str, data: DataKeys) -> Result<Log> {
     names::check_name("stanza name", &access.stanza)?;
     names::check_name("slot name", slot)?;
     let env = &*access.env;
@@ -45,7 +50,7 @@ pub async fn create(access: &Access, cluster: Cluster, slot: &str) -> Result<Log
             repository: repository.id()?,
             stanza: env::id(env)?,
         };
-        let keys = new_keys(env, 1)?;
+        let keys = new_keys(env, 1, data)?;
         let sealed = keys::seal_slot(
             &scope,
             &keys,
@@ -77,12 +82,23 @@ pub async fn create(access: &Access, cluster: Cluster, slot: &str) -> Result<Log
         other => other?,
     };
     check_cluster(&log, &cluster)?;
+    if data == DataKeys::Public && !log.stanza().keys().has_public_key() {
+        return Err(Error::refused(format!(
+            "stanza {} is there, and its content is not sealed to a public key",
+            access.stanza
+        ))
+        .remedy(format!(
+            "change that with `fairvault key rotate {} --public-key`",
+            access.stanza
+        )));
+    }
     Ok(log)
 }
 
 /// New keys are made only where nothing is: a stanza whose key slots were lost, or a LIST that shows too
 /// little, must not be written over.
 async fn check_unused(access: &Access, store: &Store) -> Result<()> {
+    erase::check_note(store).await?;
     let first = names::log_context(1);
     let has_log = store.get_opt(&first, limits::LOG_ENTRY_BYTES).await?.is_some() || store.has_any(names::LOG).await?;
     let found = match has_log {
@@ -156,11 +172,33 @@ async fn ensure_repository(store: &Store, env: &dyn Env) -> Result<Repository> {
     read_repository(store).await
 }
 
+/// What content is sealed with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum DataKeys {
+    /// One key: whoever writes can read.
+    #[default]
+    Symmetric,
+    /// A public key: whoever has only that can write, and not read.
+    Public,
+}
+
+impl DataKeys {
+    /// What the content of an epoch is sealed with.
+    pub fn of(keys: &EpochKeys) -> Self {
+        match keys.has_public_key() {
+            true => Self::Public,
+            false => Self::Symmetric,
+        }
+    }
+}
+
 /// Fresh secrets.
-pub fn new_keys(env: &dyn Env, epoch: u32) -> Result<EpochKeys> {
+pub fn new_keys(env: &dyn Env, epoch: u32, data: DataKeys) -> Result<EpochKeys> {
+    let random = env::salt(env)?;
     Ok(EpochKeys {
         epoch,
-        data_key: Some(env::salt(env)?),
+        data_key: (data == DataKeys::Symmetric).then_some(random),
+        data_private_key: (data == DataKeys::Public).then_some(random),
         id_key: env::salt(env)?,
         meta_key: env::salt(env)?,
         writer_seed: Some(env::salt(env)?),
@@ -187,7 +225,7 @@ async fn begin_log(stanza: Arc<Stanza>, access: &Access, cluster: Cluster, slot:
             epoch: stanza.keys().epoch,
             writer_public_key: bundle.writer_public_key.clone(),
             operator_public_key: bundle.operator_public_key.clone(),
-            data_public_key: Vec::new(),
+            data_public_key: bundle.data_public_key.clone(),
             slots: vec![slot.to_owned()],
         }),
         incarnation: Some(proto::Incarnation {

@@ -2,6 +2,7 @@
 //!
 //! It makes archiving cheap (no key derivation, one request to see that the log did not grow) and lets a
 //! host notice that a repository was rolled back. Losing it costs time and that notice, nothing else.
+//! A host whose key writes only keeps manifests here, too (`backup::remembered`): without them it reads everything.
 //! Files have mode 0600 in a folder of mode 0700; keys are kept only for stanzas opened by a passphrase.
 
 use std::io::Write;
@@ -17,6 +18,7 @@ use zeroize::Zeroizing;
 
 use super::{Access, Stanza};
 use crate::env;
+use crate::error::{Error, Result};
 
 /// A folder of memories.
 #[derive(Debug, Clone)]
@@ -67,11 +69,15 @@ impl Memory {
     }
 
     fn read(folder: &Path, file: &str) -> Option<Zeroizing<Vec<u8>>> {
+        Self::read_at_most(folder, file, MAX_BYTES)
+    }
+
+    fn read_at_most(folder: &Path, file: &str, limit: u64) -> Option<Zeroizing<Vec<u8>>> {
         let path = folder.join(file);
         let meta = std::fs::metadata(&path).ok()?;
         // Only a file that is ours and that nobody else can touch is believed.
         let ours = std::fs::metadata("/proc/self").is_ok_and(|me| me.uid() == meta.uid());
-        (ours && meta.permissions().mode() & 0o077 == 0 && meta.len() <= MAX_BYTES).then_some(())?;
+        (ours && meta.permissions().mode() & 0o077 == 0 && meta.len() <= limit).then_some(())?;
         std::fs::read(path).ok().map(Zeroizing::new)
     }
 
@@ -172,6 +178,61 @@ impl Memory {
     /// Takes a note.
     pub fn take_note(&self, stanza: &Stanza, name: &str, bytes: &[u8]) {
         self.write(&self.folder(stanza.shown()), name, bytes);
+    }
+
+    /// Keeps a file of a stanza: it is synced before it has its name.
+    pub fn keep(&self, stanza: &Stanza, name: &str, bytes: &[u8]) -> Result<()> {
+        let folder = self.folder(stanza.shown());
+        let temporary = folder.join(format!("{name}.{}", std::process::id()));
+        let attempt = || -> std::io::Result<()> {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
+            let mut options = std::fs::OpenOptions::new();
+            let mut out = options
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&temporary)?;
+            out.write_all(bytes)?;
+            out.sync_all()?;
+            std::fs::rename(&temporary, folder.join(name))?;
+            std::fs::File::open(&folder)?.sync_all()
+        };
+        attempt().map_err(|error| {
+            let _ = std::fs::remove_file(&temporary);
+            Error::io(format_args!("writing {}", folder.join(name).display()), error)
+        })
+    }
+
+    /// A file that was kept, if it is no longer than that and nobody else can touch it.
+    pub fn kept(&self, stanza: &Stanza, name: &str, limit: u64) -> Option<Zeroizing<Vec<u8>>> {
+        Self::read_at_most(&self.folder(stanza.shown()), name, limit)
+    }
+
+    /// Names of files that begin like this.
+    pub fn list_kept(&self, stanza: &Stanza, prefix: &str) -> Vec<String> {
+        let entries = std::fs::read_dir(self.folder(stanza.shown()))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| name.starts_with(prefix)).collect()
+    }
+
+    /// Forgets a file.
+    pub fn forget(&self, stanza: &Stanza, name: &str) {
+        let _ = std::fs::remove_file(self.folder(stanza.shown()).join(name));
+    }
+
+    /// Forgets a stanza that was erased: its keys, and what they open. That its log was seen stays.
+    pub fn forget_stanza(&self, access: &Access) {
+        let entries = std::fs::read_dir(self.access_folder(access))
+            .into_iter()
+            .flatten()
+            .flatten();
+        for entry in entries.filter(|entry| entry.file_name() != "head") {
+            let _ = std::fs::remove_file(entry.path());
+        }
     }
 
     /// The log's state as it was last seen.

@@ -4,6 +4,7 @@
 //! the log pins; what is written is written with the keys of an epoch that the log names.
 
 pub mod create;
+pub mod erase;
 pub mod memory;
 pub mod rotate;
 pub mod slots;
@@ -16,7 +17,7 @@ use fairvault_format::keys::{self, EpochKeys, Scope, Secret};
 use fairvault_format::{FormatError, limits, names, proto, repository::Repository};
 
 use crate::env::{Env, SharedEnv};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, WITH_THE_OTHER_KEY};
 use crate::store::Store;
 use memory::Memory;
 
@@ -229,6 +230,13 @@ impl Stanza {
         self.access.secret.is_some()
     }
 
+    /// What this host remembers of the stanza's keys, and of what they open, goes.
+    pub(crate) fn forget_keys(&self) {
+        if let Some(memory) = &self.access.memory {
+            memory.forget_stanza(&self.access);
+        }
+    }
+
     /// What this host remembers.
     pub fn memory(&self) -> Option<&Memory> {
         self.access.memory.as_ref()
@@ -243,6 +251,18 @@ impl Stanza {
     /// The newest epoch for which a slot opens. The log does not name that of a rotation that was not finished.
     pub fn newest_slot(&self) -> u32 {
         self.epochs.iter().map(|keys| keys.epoch).max().unwrap_or_default()
+    }
+
+    /// Fails if there is content that the given key does not open, because it is one that writes only.
+    pub fn check_reads(&self, what: &str) -> Result<()> {
+        match self.epochs.iter().all(EpochKeys::can_read) {
+            true => Ok(()),
+            false => Err(Error::refused(format!(
+                "this host's key can write only: {what} needs the private key of {}",
+                self.shown()
+            ))
+            .remedy(WITH_THE_OTHER_KEY)),
+        }
     }
 
     /// Keys of an epoch: for reading.
@@ -280,6 +300,7 @@ async fn read_slots(store: &Store, stanza: &str, repository: &Repository) -> Res
         tracing::warn!("a key slot is passed over: {error}");
     }
     if slots.is_empty() {
+        erase::check_note(store).await?;
         return Err(match unusable.pop() {
             Some(error) => error,
             None => Error::not_found(format!("there is no stanza {stanza:?} in {}", store.shown())).remedy(format!(
@@ -317,7 +338,9 @@ fn open_slots(slots: &[proto::Slot], access: &Access) -> Result<(Scope, Vec<Epoc
     let mut scope = None;
     let mut failures: Vec<Error> = Vec::new();
     let mut wrong = 0;
-    for slot in slots {
+    // Of slots that one secret opens, those come first that open more.
+    let (less, more): (Vec<_>, Vec<_>) = slots.iter().partition(|slot| slot.write_only);
+    for slot in more.into_iter().chain(less) {
         let usable = match &access.secret {
             Some(secret) => keys::slot_takes(slot, secret),
             None => unsealed(slot),

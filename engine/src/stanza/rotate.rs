@@ -8,8 +8,8 @@ use fairvault_format::keys::{EpochKeys, Secret};
 use fairvault_format::names;
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
 
-use super::create::new_keys;
-use super::slots::{self, Put, SlotObject};
+use super::create::{DataKeys, new_keys};
+use super::slots::{self, Opens, Put, SlotObject};
 use super::{Access, Stanza, keys_in, read_slot};
 use crate::commit::{Log, state};
 use crate::env::has_fault;
@@ -24,6 +24,8 @@ pub struct Options {
     pub slot: Option<String>,
     /// Slots of other secrets are left out.
     pub drop_slots: bool,
+    /// Content is sealed to a public key from now on; without it, as before.
+    pub public_key: bool,
 }
 
 /// What was done.
@@ -54,12 +56,11 @@ pub async fn plan(log: &mut Log, access: &Access, options: &Options) -> Result<P
     log.refresh().await?;
     let stanza = log.stanza();
     slots::check_encrypted(stanza)?;
-    if stanza.keys().operator_seed.is_none() {
-        return Err(Error::refused(format!(
-            "the key opens {} without the operator's key: it cannot rotate",
-            stanza.shown()
-        )));
-    }
+    slots::check_operator(stanza, "keys are rotated")?;
+    let data = match options.public_key {
+        true => DataKeys::Public,
+        false => DataKeys::of(stanza.keys()),
+    };
     let from = state::newest_epoch(log.state());
     let there = slots::all(stanza).await?;
     let newest = there.iter().map(|slot| slot.epoch).fold(from, u32::max);
@@ -103,12 +104,12 @@ pub async fn plan(log: &mut Log, access: &Access, options: &Options) -> Result<P
         ))
         .remedy(
             "leave them out with --drop-slots: they still open what there is, and nothing that comes after. A secret that is to \
-             open that too is added again with `fairvault key add-slot`, under the same name",
+             open that too is added again with `fairvault key add-slot`, under the same name (one that writes only: with --write-only)",
         ));
     }
     let replaced = configured.iter().map(|slot| slot.name.clone());
     let dropped = replaced.filter(|name| !slots.contains(name)).chain(of_others).collect();
-    let keys = match unfinished(stanza, &there, from, &slots, secret) {
+    let keys = match unfinished(stanza, &there, from, &slots, secret).filter(|keys| DataKeys::of(keys) == data) {
         Some(keys) => keys,
         None => {
             let number = newest.checked_add(1).ok_or_else(|| {
@@ -118,7 +119,7 @@ pub async fn plan(log: &mut Log, access: &Access, options: &Options) -> Result<P
                 ))
                 .remedy("see `fairvault key list`, and delete what no rotation has made")
             })?;
-            new_keys(stanza.env(), number)?
+            new_keys(stanza.env(), number, data)?
         }
     };
     Ok(Plan {
@@ -173,7 +174,7 @@ pub async fn rotate(log: &Log, access: &Access, options: &Options, plan: Plan) -
     // What there is comes first: a secret that opens only what is to come would be worth nothing.
     if let Some(secret) = &options.new_secret {
         for name in &slots {
-            slots::open_all(log, name, secret).await?;
+            slots::open_all(log, name, secret, Opens::All).await?;
         }
     }
     let secret = options.new_secret.as_ref().or(access.secret.as_ref());
@@ -205,7 +206,7 @@ pub async fn rotate(log: &Log, access: &Access, options: &Options, plan: Plan) -
         epoch: keys.epoch,
         writer_public_key: bundle.writer_public_key.clone(),
         operator_public_key: bundle.operator_public_key.clone(),
-        data_public_key: Vec::new(),
+        data_public_key: bundle.data_public_key.clone(),
         slots: slots.clone(),
     };
     let unchanged = |now: &proto::Snapshot| match state::newest_epoch(now) == from {

@@ -99,6 +99,18 @@ fn taken(stanza: &Stanza, name: &str) -> Error {
     .remedy("choose another name")
 }
 
+/// Fails unless the given key has what an operator signs with; `what` is what needs that.
+pub(super) fn check_operator(stanza: &Stanza, what: &str) -> Result<()> {
+    match stanza.keys().operator_seed.is_some() {
+        true => Ok(()),
+        false => Err(Error::refused(format!(
+            "{what} with the operator's key, and the given one opens {} without it",
+            stanza.shown()
+        ))
+        .remedy("run it where the operator's key is, or give that with --key-file")),
+    }
+}
+
 pub(super) fn check_encrypted(stanza: &Stanza) -> Result<()> {
     match stanza.has_secret() {
         true => Ok(()),
@@ -109,12 +121,26 @@ pub(super) fn check_encrypted(stanza: &Stanza) -> Result<()> {
     }
 }
 
+/// What a slot is to open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Opens {
+    /// Everything that the configured secret opens.
+    All,
+    /// What a host needs that writes, and never reads what was written.
+    Writing,
+}
+
 /// Wraps every epoch that the log names for `secret`, as far as that is not done yet; returns how many it were.
-pub(super) async fn open_all(log: &Log, name: &str, secret: &Secret) -> Result<usize> {
+pub(super) async fn open_all(log: &Log, name: &str, secret: &Secret, opens: Opens) -> Result<usize> {
     let stanza = log.stanza();
     let mut new = 0;
     for named in &log.state().key_epochs {
-        match put(stanza, stanza.keys_of(named.epoch)?, name, Some(secret)).await? {
+        let keys = stanza.keys_of(named.epoch)?;
+        let wrapped = match opens {
+            Opens::All => put(stanza, keys, name, Some(secret)).await?,
+            Opens::Writing => put(stanza, &keys.write_only(), name, Some(secret)).await?,
+        };
+        match wrapped {
             Put::New => new += 1,
             Put::Same => {}
             Put::Other => return Err(taken(stanza, name)),
@@ -123,15 +149,46 @@ pub(super) async fn open_all(log: &Log, name: &str, secret: &Secret) -> Result<u
     Ok(new)
 }
 
-/// Lets another secret open a stanza, all epochs of it; returns for how many that is new.
-pub async fn add(log: &mut Log, access: &Access, name: &str, secret: &Secret) -> Result<usize> {
+/// Fails unless a slot can be made that opens only what it is to open.
+async fn check_can_be_added(log: &Log, name: &str, secret: &Secret, opens: Opens) -> Result<()> {
+    let stanza = log.stanza();
     names::check_name("slot name", name)?;
-    check_encrypted(log.stanza())?;
+    check_encrypted(stanza)?;
+    check_operator(stanza, "slots are added")?;
+    if opens == Opens::All {
+        return Ok(());
+    }
+    if !stanza.keys().has_public_key() {
+        return Err(Error::refused(format!(
+            "the content of {} is sealed with one key, which opens it as well: a host without it could not write",
+            stanza.shown()
+        ))
+        .remedy(format!(
+            "begin a key epoch with a public key first: fairvault key rotate {} --public-key",
+            stanza.name()
+        )));
+    }
+    let others = all(stanza).await?.into_iter().filter(|slot| slot.name != name);
+    for slot in others.filter(|slot| slot.slot.as_ref().is_some_and(|slot| !slot.write_only)) {
+        if slot.keys(Some(secret), stanza).is_some_and(|keys| keys.can_read()) {
+            return Err(Error::refused(format!(
+                "this secret opens slot {} already, which reads: a slot that writes only would take nothing from it",
+                slot.name
+            ))
+            .remedy("make a key of its own for the host: fairvault key generate FILE"));
+        }
+    }
+    Ok(())
+}
+
+/// Lets another secret open a stanza, all epochs of it; returns for how many that is new.
+pub async fn add(log: &mut Log, access: &Access, name: &str, secret: &Secret, opens: Opens) -> Result<usize> {
     log.refresh().await?;
+    check_can_be_added(log, name, secret, opens).await?;
     let mut new = 0;
     loop {
         let before = state::newest_epoch(log.state());
-        new += open_all(log, name, secret).await?;
+        new += open_all(log, name, secret, opens).await?;
         // Keys may be rotated just now, by somebody who did not see this slot yet.
         log.refresh().await?;
         if state::newest_epoch(log.state()) == before {
@@ -140,8 +197,11 @@ pub async fn add(log: &mut Log, access: &Access, name: &str, secret: &Secret) ->
     }
     forget(access);
     if new > 0 {
-        log.note(operation(log.stanza(), format!("key slot {name} added")))
-            .await;
+        let what = match opens {
+            Opens::All => format!("key slot {name} added"),
+            Opens::Writing => format!("key slot {name} added, which writes only"),
+        };
+        log.note(operation(log.stanza(), what)).await;
     }
     Ok(new)
 }
@@ -151,6 +211,7 @@ pub async fn remove(log: &mut Log, access: &Access, name: &str) -> Result<usize>
     check_encrypted(log.stanza())?;
     log.refresh().await?;
     let stanza = log.stanza().clone();
+    check_operator(&stanza, "slots are removed")?;
     let (gone, rest): (Vec<_>, Vec<_>) = all(&stanza).await?.into_iter().partition(|slot| slot.name == name);
     if gone.is_empty() {
         return Err(Error::not_found(format!(
@@ -160,7 +221,11 @@ pub async fn remove(log: &mut Log, access: &Access, name: &str) -> Result<usize>
     }
     for named in &log.state().key_epochs {
         let mut others = rest.iter().filter(|slot| slot.epoch == named.epoch);
-        if !others.any(|slot| slot.keys(access.secret.as_ref(), &stanza).is_some()) {
+        let reads = |slot: &SlotObject| {
+            slot.keys(access.secret.as_ref(), &stanza)
+                .is_some_and(|keys| keys.can_read())
+        };
+        if !others.any(reads) {
             return Err(Error::refused(format!(
                 "without slot {name}, the configured secret does not open key epoch {} of stanza {}",
                 named.epoch,

@@ -237,6 +237,7 @@ const CONCURRENT: usize = 2;
 /// store their content again.
 pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progress>) -> Result<Report> {
     let stanza = log.stanza().clone();
+    stanza.check_reads("verifying")?;
     let lease = Lease::for_reading(&stanza, "verify", "").await;
     let began_us = stanza.env().now_us();
     let mut noted = log.clone();

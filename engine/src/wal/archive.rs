@@ -1,5 +1,6 @@
 //! Storing WAL: create-only, the same again is success, anything else under a taken name is an error.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -9,6 +10,7 @@ use fairvault_format::{limits, names, object, proto, wal};
 
 use super::fetch::Piece;
 use super::summary;
+use super::whole::{blocking, ids_of_file};
 use crate::commit::{Log, state};
 use crate::env;
 use crate::error::{Context, Error, Kind, Result};
@@ -19,6 +21,8 @@ use crate::store::Created;
 
 /// Content up to this size is sealed where we stand: a hop to another thread takes longer.
 const INLINE_BYTES: usize = 64 << 10;
+/// Histories up to this size are in their object's header too, where whoever only writes can read them.
+const HISTORY_BYTES: usize = 256 << 10;
 
 /// What happened to a file that was to be stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +33,32 @@ pub enum Stored {
     Same,
     /// Another partial file of this segment was there; both are kept.
     Beside,
+}
+
+/// What was sealed, for whoever has to compare it.
+pub(super) enum Ours<'a> {
+    /// It is at hand.
+    Bytes(&'a [u8]),
+    /// It was read from here.
+    File(PathBuf),
+    /// It is no longer at hand.
+    Gone,
+}
+
+impl Ours<'_> {
+    /// Its id under another key; `own` is the one under which it has `id`.
+    async fn id_under(self, key: &[u8; 32], own: &[u8; 32], id: [u8; 32]) -> Result<Option<[u8; 32]>> {
+        match self {
+            Ours::Bytes(content) => Ok(Some(*blake3::keyed_hash(key, content).as_bytes())),
+            Ours::Gone => Ok(None),
+            Ours::File(path) => {
+                let (key, own) = (*key, *own);
+                let ids = blocking("hashing WAL", move || ids_of_file(&path, &own, &key)).await?;
+                // It must still be what was sealed.
+                Ok((ids.0 == id).then_some(ids.1))
+            }
+        }
+    }
 }
 
 /// The archive of one incarnation.
@@ -178,6 +208,9 @@ impl Archive {
             segment_size: self.segment_size,
             ..Default::default()
         };
+        if matches!(file, WalFile::History(_)) && content.len() <= HISTORY_BYTES {
+            header.history = content.to_vec();
+        }
         if let WalFile::Segment(segment) | WalFile::Partial(segment) = file {
             let start = segment.start(self.segment_size);
             header.start_lsn = start.0;
@@ -244,7 +277,9 @@ impl Archive {
             .await?
         {
             Created::Won => return Ok(Stored::New),
-            Created::Lost(there) if self.content_id(kind, &there, &object).await? == id => return Ok(Stored::Same),
+            Created::Lost(there) if self.has_same(kind, &there, &object, id, Ours::Bytes(&sealed.1)).await? => {
+                return Ok(Stored::Same);
+            }
             Created::Lost(_) if matches!(file, WalFile::Partial(_)) => {}
             Created::Lost(_) => return Err(other_content(&self.stanza, &object)),
         }
@@ -260,7 +295,9 @@ impl Archive {
             .await?
         {
             Created::Won => Ok(Stored::Beside),
-            Created::Lost(there) if self.content_id(kind, &there, &object).await? == id => Ok(Stored::Same),
+            Created::Lost(there) if self.has_same(kind, &there, &object, id, Ours::Bytes(&sealed.1)).await? => {
+                Ok(Stored::Same)
+            }
             Created::Lost(_) => Err(Error::refused(format!(
                 "{object} exists with other content; nothing was overwritten"
             ))),
@@ -281,7 +318,13 @@ impl Archive {
             .seal(ObjectKind::WalPiece, piece.object.clone(), header, content)
             .await?;
         let stored = self
-            .create_same(ObjectKind::WalPiece, &piece.object, sealed.0, id)
+            .create_same(
+                ObjectKind::WalPiece,
+                &piece.object,
+                sealed.0,
+                id,
+                Ours::Bytes(&sealed.1),
+            )
             .await?;
         Ok((stored, piece))
     }
@@ -311,7 +354,9 @@ impl Archive {
         let (sealed, content) = self
             .seal(ObjectKind::WalSegment, object.clone(), header, content)
             .await?;
-        let stored = self.create_same(ObjectKind::WalSegment, &object, sealed, id).await?;
+        let stored = self
+            .create_same(ObjectKind::WalSegment, &object, sealed, id, Ours::Bytes(&content))
+            .await?;
         Ok((stored, content))
     }
 
@@ -375,7 +420,7 @@ impl Archive {
             &object,
             &seal,
         )?;
-        self.create_same(ObjectKind::WalSegment, &object, sealed, content_id)
+        self.create_same(ObjectKind::WalSegment, &object, sealed, content_id, Ours::Gone)
             .await
     }
 
@@ -390,18 +435,20 @@ impl Archive {
         }
     }
 
-    /// Creates an object; the same content under the name is success, other content is an error.
+    /// Creates an object; the same content under the name is success, other content is an error. `ours` is what
+    /// was sealed.
     pub(super) async fn create_same(
         &self,
         kind: ObjectKind,
         object: &str,
         sealed: Vec<u8>,
         id: [u8; 32],
+        ours: Ours<'_>,
     ) -> Result<Stored> {
         let store = self.stanza.store();
         match store.create(object, sealed.into(), limits::WAL_OBJECT_BYTES).await? {
             Created::Won => Ok(Stored::New),
-            Created::Lost(there) if self.content_id(kind, &there, object).await? == id => Ok(Stored::Same),
+            Created::Lost(there) if self.has_same(kind, &there, object, id, ours).await? => Ok(Stored::Same),
             Created::Lost(_) => Err(other_content(&self.stanza, object)),
         }
     }
@@ -415,14 +462,14 @@ impl Archive {
         content: Vec<u8>,
     ) -> Result<(Vec<u8>, Vec<u8>)> {
         let (stanza, compression) = (self.stanza.clone(), self.compression);
-        let salt = env::salt(stanza.env())?;
+        let fresh = env::fresh(stanza.env())?;
         let small = content.len() <= INLINE_BYTES;
         let work = move || {
             wal::seal_wal(
                 stanza.keys(),
                 stanza.scope(),
                 kind,
-                salt,
+                fresh,
                 &object,
                 header,
                 &content,
@@ -439,31 +486,41 @@ impl Archive {
         }
     }
 
-    /// The content id of what is stored, comparable with ours only within one key epoch.
-    async fn content_id(&self, kind: ObjectKind, bytes: &[u8], object: &str) -> Result<[u8; 32]> {
-        let result = async {
-            if self.stanza.keys_for(bytes, object)?.epoch != self.stanza.keys().epoch {
-                let (_, content) = self.content_in(kind, bytes, object).await?;
-                return Ok(self.stanza.keys().chunk_id(&content));
+    /// Whether what is stored has our content, whose id is `id`. Ids compare only within one key epoch: what is
+    /// ours is hashed again under another one's `id_key`, so that nothing that is stored has to be opened.
+    async fn has_same(
+        &self,
+        kind: ObjectKind,
+        bytes: &[u8],
+        object: &str,
+        id: [u8; 32],
+        ours: Ours<'_>,
+    ) -> Result<bool> {
+        let compared = async {
+            let there = self.header_in(kind, bytes, object)?.content_id;
+            if there.len() != id.len() {
+                return Err(Error::damaged(format!("{object} has no content id")));
             }
-            let id = self.header_in(kind, bytes, object)?.content_id;
-            id.try_into()
-                .map_err(|_| Error::damaged(format!("{object} has no content id")))
+            let keys = self.stanza.keys_for(bytes, object)?;
+            if keys.epoch == self.stanza.keys().epoch {
+                return Ok(there == id);
+            }
+            if let Some(id) = ours.id_under(&keys.id_key, &self.stanza.keys().id_key, id).await? {
+                return Ok(there == id);
+            }
+            let (_, content) = self.content_in(kind, bytes, object).await?;
+            Ok(self.stanza.keys().chunk_id(&content) == id)
         };
-        let id: Result<[u8; 32]> = result.await;
-        id.context(|| format!("comparing with {}/{object}", self.stanza.shown()))
+        let compared: Result<bool> = compared.await;
+        compared.context(|| format!("comparing with {}/{object}", self.stanza.shown()))
     }
 
     /// Whether a segment that is there as a whole has this content; `None` if it is not there.
     pub async fn has_content(&self, segment: Segment, content: &[u8]) -> Result<Option<bool>> {
-        let Some((epoch, header)) = self.segment_stored(segment).await? else {
+        let Some((stanza, epoch, header)) = self.segment_kept(segment).await? else {
             return Ok(None);
         };
-        if epoch == self.stanza.keys().epoch {
-            return Ok(Some(header.content_id == self.stanza.keys().chunk_id(content)));
-        }
-        let there = self.whole_segment(segment).await?;
-        Ok(there.map(|there| there == content))
+        Ok(Some(header.content_id == stanza.keys_of(epoch)?.chunk_id(content)))
     }
 
     /// The error of two contents for one segment.

@@ -8,6 +8,7 @@ use super::archive::Archive;
 use crate::error::{Error, Kind, Result};
 use crate::postgres::segment::{History, Segment, WalFile};
 use crate::postgres::walker::Walker;
+use crate::stanza::Stanza;
 
 /// How often pieces are listed anew because one was replaced meanwhile.
 const LISTINGS: usize = 10;
@@ -135,12 +136,20 @@ impl Archive {
 
     /// The header of an archived segment and the key epoch of its content's id.
     pub async fn segment_stored(&self, segment: Segment) -> Result<Option<(u32, proto::WalHeader)>> {
+        Ok(self
+            .segment_kept(segment)
+            .await?
+            .map(|(_, epoch, header)| (epoch, header)))
+    }
+
+    /// The same, and whose keys these are.
+    pub(super) async fn segment_kept(&self, segment: Segment) -> Result<Option<(&Stanza, u32, proto::WalHeader)>> {
         let name = segment.name(self.segment_size);
         let mut failure = None;
         for archive in self.all() {
             let object = archive.object_name(&WalFile::Segment(segment), &name);
             match archive.header_of(ObjectKind::WalSegment, &object).await {
-                Ok(found) => return Ok(Some(found)),
+                Ok((epoch, header)) => return Ok(Some((&archive.stanza, epoch, header))),
                 Err(error) if error.kind() == Kind::NotFound => {}
                 Err(error) => _ = failure.get_or_insert(error),
             }
@@ -343,9 +352,30 @@ impl Archive {
                 ancestors: Vec::new(),
             }));
         }
-        let content = self
-            .file(&WalFile::History(timeline), &format!("{timeline:08X}.history"))
-            .await?;
+        let (file, name) = (WalFile::History(timeline), format!("{timeline:08X}.history"));
+        let content = match self.history_in_header(&file, &name).await? {
+            Some(content) => Some(content),
+            None => self.file(&file, &name).await?,
+        };
         content.map(|c| History::parse(timeline, &c)).transpose()
+    }
+
+    /// A history from its object's header: no key that opens content is needed. `None` where it is in none.
+    async fn history_in_header(&self, file: &WalFile, name: &str) -> Result<Option<Vec<u8>>> {
+        for archive in self.all() {
+            let object = archive.object_name(file, name);
+            let found = match archive.header_of(ObjectKind::WalSide, &object).await {
+                Ok(found) => found,
+                Err(error) if error.kind() == Kind::Temporary => return Err(error),
+                // Whoever reads its content meets the reason.
+                Err(_) => continue,
+            };
+            let (epoch, header) = found;
+            let id = archive.stanza.keys_of(epoch)?.chunk_id(&header.history);
+            if header.name == name && !header.history.is_empty() && header.content_id == id {
+                return Ok(Some(header.history));
+            }
+        }
+        Ok(None)
     }
 }

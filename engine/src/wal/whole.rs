@@ -13,7 +13,7 @@ use fairvault_format::header::ObjectHeader;
 use fairvault_format::wal::{WalSealer, open_wal_runs};
 use fairvault_format::{limits, proto};
 
-use super::archive::{Archive, Stored};
+use super::archive::{Archive, Ours, Stored};
 use super::summary::Summarizer;
 use crate::env;
 use crate::error::{Error, Result};
@@ -26,6 +26,7 @@ const THREADS: usize = 4;
 pub struct Sealed {
     segment: Segment,
     object: String,
+    path: PathBuf,
     bytes: Vec<u8>,
     id: [u8; 32],
     /// What its records say.
@@ -45,7 +46,28 @@ fn buffer(len: usize) -> Result<memmap2::MmapMut> {
     Ok(memory)
 }
 
-async fn blocking<T: Send + 'static>(what: &str, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+/// BLAKE3 of a file's content under two keys.
+pub(super) fn ids_of_file(path: &Path, one: &[u8; 32], other: &[u8; 32]) -> Result<([u8; 32], [u8; 32])> {
+    let failed = |e| Error::io(format_args!("reading {}", path.display()), e);
+    let (mut first, mut second) = (blake3::Hasher::new_keyed(one), blake3::Hasher::new_keyed(other));
+    let mut file = File::open(path).map_err(failed)?;
+    let mut run = vec![0u8; 256 << 10];
+    loop {
+        match file.read(&mut run).map_err(failed)? {
+            0 => return Ok((*first.finalize().as_bytes(), *second.finalize().as_bytes())),
+            len => {
+                first.update(&run[..len]);
+                second.update(&run[..len]);
+            }
+        }
+    }
+}
+
+/// Work for another thread; `what` it was, if that dies.
+pub(super) async fn blocking<T: Send + 'static>(
+    what: &str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => Err(Error::failed(what).caused_by(error)),
@@ -64,16 +86,16 @@ impl Archive {
         let (stanza, size) = (&self.stanza, self.segment_size);
         let name = segment.name(size);
         let object = self.object_name(&WalFile::Segment(segment), &name);
-        let salt = env::salt(stanza.env())?;
+        let fresh = env::fresh(stanza.env())?;
         let mut sealer = WalSealer::new(
             stanza.keys(),
             stanza.scope(),
             ObjectKind::WalSegment,
-            salt,
+            fresh,
             &object,
             segment.start(size).0,
             self.compression,
-        );
+        )?;
         let mut summarizer = Summarizer::new(segment.start(size), size);
         let mut id = blake3::Hasher::new_keyed(&stanza.keys().id_key);
         let mut hash = wants_hash.then(blake3::Hasher::new);
@@ -105,6 +127,7 @@ impl Archive {
         Ok(Sealed {
             segment,
             object,
+            path: path.to_owned(),
             bytes,
             id,
             summary,
@@ -116,7 +139,8 @@ impl Archive {
     pub async fn put_sealed(&self, sealed: Sealed) -> Result<Stored> {
         let segment = sealed.segment;
         self.check_open(segment.timeline, segment.end(self.segment_size))?;
-        self.create_same(ObjectKind::WalSegment, &sealed.object, sealed.bytes, sealed.id)
+        let ours = Ours::File(sealed.path);
+        self.create_same(ObjectKind::WalSegment, &sealed.object, sealed.bytes, sealed.id, ours)
             .await
     }
 

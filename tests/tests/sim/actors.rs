@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use fairvault_engine::backup::manifest::seal_root;
+use fairvault_engine::backup::manifest::{root_of, seal_root};
 use fairvault_engine::commit::lease::{Lease, NO_BACKUP};
 use fairvault_engine::commit::session::Session;
 use fairvault_engine::commit::{Log, fence};
@@ -287,7 +287,8 @@ async fn transfer(
         ..Default::default()
     };
     let segments = [(String::new(), files.len() as u32, vec![handle])];
-    let root = seal_root(&stanza, info.clone(), &segments, &known, &packs, Vec::new())?;
+    let (usage, root) = root_of(info.clone(), &segments, &known, &packs, Vec::new())?;
+    let root = seal_root(&stanza, &usage, &root)?;
     let hash = sha256(&root);
     stanza.store().put_hashed(&names::root(&hash), root.into()).await?;
     Ok((hash, info))

@@ -100,6 +100,7 @@ async fn open_archive(
     let open = move || async move {
         let access = at.access(&of, &stanza, false, false)?;
         let stanza = Stanza::open(&access).await?;
+        stanza.check_reads("fetching WAL")?;
         Archive::open_for(stanza, system_identifier, &name).await
     };
     let limit = match away.is_recent(repository) {
