@@ -319,15 +319,24 @@ async fn slots_go_as_far_as_they_are_not_locked(server: &Server) -> Result<()> {
         let (exit, text) = w.s.fairvault(&erase);
         let left: usize = slots().await?.iter().map(|slot| slot.contents().count()).sum();
         match is_locked {
-            false => ensure!(exit == 0 && text.contains("1 older versions") && left == 0, "{exit} {text}"),
+            false => ensure!(
+                exit == 0 && text.contains("1 older versions") && left == 0,
+                "{exit} {text}"
+            ),
             true => ensure!(
-                exit == 6 && text.contains("NOT destroyed: a version of keys/00000001/main is locked until") && left == 1,
+                exit == 6
+                    && text.contains("NOT destroyed: a version of keys/00000001/main is locked until")
+                    && left == 1,
                 "{exit} {text}"
             ),
         }
         // It can be run again, and what is below a marker is not brought back by accident.
         ensure!(w.s.fairvault(&erase).0 == exit);
-        refused(w.s.fairvault(&["repair", "acme", "--progress", "none"]), 1, "was erased at")?;
+        refused(
+            w.s.fairvault(&["repair", "acme", "--progress", "none"]),
+            1,
+            "was erased at",
+        )?;
         refused(w.s.fairvault(&["info", "acme"]), 1, "was erased at")?;
         ensure!(slots().await?.iter().all(|slot| !slot.is_visible()));
     }

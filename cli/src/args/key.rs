@@ -90,6 +90,6 @@ pub struct EraseArgs {
     #[arg(long, value_name = "STANZA")]
     pub confirm: String,
     /// Why, for the log
-    #[arg(long, value_name = "TEXT", default_value = "")]
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub reason: String,
 }

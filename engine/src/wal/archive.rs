@@ -486,8 +486,8 @@ impl Archive {
         }
     }
 
-    /// Whether what is stored has our content, whose id is `id`. Ids compare only within one key epoch: what is
-    /// ours is hashed again under another one's `id_key`, so that nothing that is stored has to be opened.
+    /// Whether what is stored has our content, whose id is `id`. Ids compare only within one key epoch: of another
+    /// one, what is stored is opened; where the key does not do that, what is ours is hashed again under its `id_key`.
     async fn has_same(
         &self,
         kind: ObjectKind,
@@ -505,7 +505,10 @@ impl Archive {
             if keys.epoch == self.stanza.keys().epoch {
                 return Ok(there == id);
             }
-            if let Some(id) = ours.id_under(&keys.id_key, &self.stanza.keys().id_key, id).await? {
+            // What old keys have stored may say of itself what it is not.
+            if !keys.can_read()
+                && let Some(id) = ours.id_under(&keys.id_key, &self.stanza.keys().id_key, id).await?
+            {
                 return Ok(there == id);
             }
             let (_, content) = self.content_in(kind, bytes, object).await?;
@@ -520,7 +523,12 @@ impl Archive {
         let Some((stanza, epoch, header)) = self.segment_kept(segment).await? else {
             return Ok(None);
         };
-        Ok(Some(header.content_id == stanza.keys_of(epoch)?.chunk_id(content)))
+        let keys = stanza.keys_of(epoch)?;
+        if epoch == self.stanza.keys().epoch || !keys.can_read() {
+            return Ok(Some(header.content_id == keys.chunk_id(content)));
+        }
+        let there = self.whole_segment(segment).await?;
+        Ok(there.map(|there| there == content))
     }
 
     /// The error of two contents for one segment.
