@@ -1,7 +1,7 @@
 //! The note that a stanza was erased: what is left to read where nothing opens any more (SPEC.md, section 9).
 //!
 //! It is not sealed and not signed, since nobody has the keys: it says what to make of a stanza without slots, and proves
-//! nothing.
+//! nothing. Why it was erased is in the log alone: the note is readable for whoever reads the store.
 
 use serde::{Deserialize, Serialize};
 
@@ -24,8 +24,6 @@ pub struct ErasedNote {
     pub host: String,
     /// By whom.
     pub user: String,
-    /// Why.
-    pub reason: String,
 }
 
 impl ErasedNote {
@@ -38,7 +36,6 @@ impl ErasedNote {
             time_us: erased.time_us,
             host: erased.host.clone(),
             user: erased.user.clone(),
-            reason: erased.reason.clone(),
         }
     }
 
@@ -49,7 +46,7 @@ impl ErasedNote {
             time_us: self.time_us,
             host: self.host.clone(),
             user: self.user.clone(),
-            reason: self.reason.clone(),
+            reason: String::new(),
         }
     }
 

@@ -238,6 +238,12 @@ impl EpochKeys {
                 self.data_key
                     .ok_or_else(|| FormatError::WriteOnly { what: content() })?,
             ),
+            (KeyRole::Data, KeyMode::PublicKey(_)) if !self.has_public_key() => {
+                return Err(FormatError::damaged(
+                    content(),
+                    "an object is sealed to a public key, and the epoch has none",
+                ));
+            }
             (KeyRole::Data, KeyMode::PublicKey(encapsulated)) => {
                 let private = self.data_private_key.as_ref();
                 let private = private.ok_or_else(|| FormatError::WriteOnly { what: content() })?;
@@ -263,7 +269,7 @@ impl EpochKeys {
             return Ok((header, self.object_key(scope, &header, KeyRole::Data)?));
         };
         let ephemeral = fresh.take_ephemeral("an object for a public key")?;
-        let (encapsulated, ikm) = public::encapsulate(&public, &ephemeral, &data_info(&fresh.salt), DATA_EXPORT)?;
+        let (encapsulated, ikm) = public::encapsulate(&public, ephemeral, &data_info(&fresh.salt), DATA_EXPORT)?;
         let header = ObjectHeader {
             key_mode: KeyMode::PublicKey(encapsulated),
             ..header

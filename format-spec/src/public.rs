@@ -47,9 +47,9 @@ impl From<[u8; 32]> for Fresh {
 }
 
 /// Hands out the bytes that it was given, once.
-struct Once<'a>(&'a [u8; 32]);
+struct Once(Option<Zeroizing<[u8; 32]>>);
 
-impl TryRng for Once<'_> {
+impl TryRng for Once {
     type Error = core::convert::Infallible;
 
     fn try_next_u32(&mut self) -> core::result::Result<u32, Self::Error> {
@@ -66,13 +66,18 @@ impl TryRng for Once<'_> {
 
     fn try_fill_bytes(&mut self, to: &mut [u8]) -> core::result::Result<(), Self::Error> {
         // The key pair of DHKEM(X25519) is made of 32 bytes, and nothing else is asked for.
-        assert_eq!(to.len(), self.0.len(), "HPKE asks for the randomness of one key pair");
-        to.copy_from_slice(self.0);
+        let ephemeral = self.0.take().expect("HPKE asks for randomness once");
+        assert_eq!(
+            to.len(),
+            ephemeral.len(),
+            "HPKE asks for the randomness of one key pair"
+        );
+        to.copy_from_slice(&*ephemeral);
         Ok(())
     }
 }
 
-impl TryCryptoRng for Once<'_> {}
+impl TryCryptoRng for Once {}
 
 /// The public key of a private one, which is any 32 bytes.
 pub fn public_half(private: &[u8; 32]) -> [u8; 32] {
@@ -84,15 +89,19 @@ pub fn public_half(private: &[u8; 32]) -> [u8; 32] {
 /// A secret for the holder of the private key: the encapsulated key, which is stored, and the secret itself.
 pub fn encapsulate(
     public: &[u8; 32],
-    ephemeral: &[u8; 32],
+    ephemeral: Zeroizing<[u8; 32]>,
     info: &[u8],
     exporter_context: &[u8],
 ) -> Result<([u8; 32], Zeroizing<[u8; 32]>)> {
     let bad = || FormatError::damaged("a public key", "nothing can be sealed to it");
     let public = <Suite as Kem>::PublicKey::from_bytes(public).map_err(|_| bad())?;
-    let (encapsulated, context) =
-        setup_sender_with_rng::<AesGcm256, HkdfSha256, Suite>(&OpModeS::Base, &public, info, &mut Once(ephemeral))
-            .map_err(|_| bad())?;
+    let (encapsulated, context) = setup_sender_with_rng::<AesGcm256, HkdfSha256, Suite>(
+        &OpModeS::Base,
+        &public,
+        info,
+        &mut Once(Some(ephemeral)),
+    )
+    .map_err(|_| bad())?;
     let mut secret = Zeroizing::new([0u8; 32]);
     context.export(exporter_context, &mut *secret).map_err(|_| bad())?;
     Ok((encapsulated.to_bytes().0, secret))
@@ -137,7 +146,7 @@ mod tests {
             hex::encode(public),
             "3948cfe0ad1ddb695d780e59077195da6c56506b027329794ab02bca80815c4d"
         );
-        let (encapsulated, secret) = encapsulate(&public, &ephemeral, b"info", b"context").unwrap();
+        let (encapsulated, secret) = encapsulate(&public, Zeroizing::new(ephemeral), b"info", b"context").unwrap();
         assert_eq!(
             hex::encode(encapsulated),
             "37fda3567bdbd628e88668c3c8d7e97d1d1253b6d4ea6d44c150f741f1bf4431"

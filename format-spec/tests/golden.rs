@@ -621,10 +621,42 @@ fn erased_note() {
         reason: "why".into(),
     };
     let stored = vector("erased", &ErasedNote::new(&erased).encode());
-    assert_eq!(ErasedNote::decode(&stored, "vector").unwrap().erased(), erased);
+    // The reason is the log's alone.
+    let noted = proto::Erased {
+        reason: String::new(),
+        ..erased
+    };
+    assert_eq!(ErasedNote::decode(&stored, "vector").unwrap().erased(), noted);
     let newer = String::from_utf8(stored)
         .unwrap()
         .replace("\"version\": 1", "\"version\": 2");
     let refused = ErasedNote::decode(newer.as_bytes(), "vector").unwrap_err();
     assert!(matches!(refused, FormatError::Unsupported { .. }), "{refused}");
+}
+
+#[test]
+fn an_object_of_a_mode_that_its_epoch_does_not_have_is_damaged() {
+    let symmetric = EpochKeys {
+        data_private_key: None,
+        data_key: Some([5; 32]),
+        public_keys: Default::default(),
+        ..epoch_keys()
+    };
+    let with_public_key = EpochKeys {
+        data_key: None,
+        data_private_key: Some([6; 32]),
+        ..symmetric.clone()
+    };
+    let fresh = || Fresh::new([1; 32], [2; 32]);
+    let (header, _) = with_public_key.seal_data(&SCOPE, Kind::Pack, fresh()).unwrap();
+    for keys in [symmetric.clone(), symmetric.write_only()] {
+        let refused = keys.object_key(&SCOPE, &header, KeyRole::Data).err().unwrap();
+        assert!(matches!(refused, FormatError::Damaged { .. }), "{refused}");
+    }
+    let refused = with_public_key
+        .write_only()
+        .object_key(&SCOPE, &header, KeyRole::Data)
+        .err()
+        .unwrap();
+    assert!(matches!(refused, FormatError::WriteOnly { .. }), "{refused}");
 }

@@ -311,9 +311,14 @@ fn now_us() -> i64 {
 /// A stanza is erased as far as its bucket lets it, and what is left is said.
 async fn slots_go_as_far_as_they_are_not_locked(server: &Server) -> Result<()> {
     let erase = ["key", "erase", "acme", "--confirm", "acme"];
-    for (name, is_locked) in [("erased", false), ("erasedlocked", true)] {
+    for (name, is_locked) in [("erased", false), ("erasedsuspended", false), ("erasedlocked", true)] {
         let w = World::new(name, server, is_locked, "")?;
         w.backup()?;
+        let is_suspended = name == "erasedsuspended";
+        if is_suspended {
+            // What it has kept so far is still there.
+            bucket::set_versioning(server, name, "Suspended")?;
+        }
         let slots = async || -> Result<Vec<Object>> { Ok(w.store.all_versions("acme/keys/").await?) };
         ensure!(slots().await?.len() == 1);
         let (exit, text) = w.s.fairvault(&erase);
@@ -339,6 +344,13 @@ async fn slots_go_as_far_as_they_are_not_locked(server: &Server) -> Result<()> {
         )?;
         refused(w.s.fairvault(&["info", "acme"]), 1, "was erased at")?;
         ensure!(slots().await?.iter().all(|slot| !slot.is_visible()));
+        // Without its note, what the bucket hides stays hidden for as long as it hides the note, too.
+        if !is_suspended {
+            w.store.delete(&["acme/erased".to_owned()]).await?;
+            let repair = w.s.fairvault(&["repair", "acme", "--progress", "none"]);
+            refused(repair, 1, "which is hidden by a deletion")?;
+            ensure!(slots().await?.iter().all(|slot| !slot.is_visible()));
+        }
     }
     Ok(())
 }

@@ -76,7 +76,8 @@ pub struct RotateArgs {
     /// Go on although slots of other secrets do not open what comes
     #[arg(long)]
     pub drop_slots: bool,
-    /// Content is sealed to a public key from now on, so that hosts can have a key that writes only; later rotations keep that
+    /// Content is sealed to a public key from now on, so that hosts can have a key that writes only; later rotations keep that.
+    /// Where it was not so before, this needs --new-secret-file: the database host has had the old secret
     #[arg(long)]
     pub public_key: bool,
 }

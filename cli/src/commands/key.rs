@@ -10,7 +10,7 @@ use fairvault_engine::env::{self, SystemEnv};
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::restore::plan::Manifest;
 use fairvault_engine::stanza::slots::Opens;
-use fairvault_engine::stanza::{Access, Stanza, rotate, slots};
+use fairvault_engine::stanza::{Access, Stanza, erase, rotate, slots};
 use fairvault_engine::store::Created;
 use fairvault_format::keys::{self, Secret};
 use fairvault_format::{limits, names};
@@ -297,7 +297,9 @@ async fn export(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
     );
     for repository in context.repositories(Some(stanza))? {
         let access = context.access(&repository, stanza, false, true)?;
-        let opened = Stanza::open(&access).await?;
+        // Not of a stanza that was erased, as its log says.
+        let log = open(&access).await?;
+        let opened = log.stanza();
         text += &format!(
             "repository {} {}\n",
             hex::encode(opened.scope().repository),
@@ -342,7 +344,10 @@ async fn import(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
         let store = context.open_repository(&repository, false)?;
         let id = fairvault_engine::stanza::read_repository(&store).await?.id()?;
         let store = store.folder(stanza);
-        for (slot, bytes) in slots.iter().filter(|(slot, _)| slot.repository_id == id) {
+        let own: Vec<_> = slots.iter().filter(|(slot, _)| slot.repository_id == id).collect();
+        let decoded: Vec<_> = own.iter().map(|(slot, _)| slot.clone()).collect();
+        erase::check_import(&context.access(&repository, stanza, false, true)?, &decoded).await?;
+        for (slot, bytes) in own {
             let name = names::slot(slot.epoch, &slot.name);
             match store.create(&name, bytes.clone().into(), limits::SLOT_BYTES).await? {
                 Created::Won => output::line(format_args!("{repository}: {name} is there")),

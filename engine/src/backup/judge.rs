@@ -19,7 +19,7 @@ use crate::replication::conninfo::ConnInfo;
 use crate::replication::wal_stream::{WalItem, WalStream};
 use crate::wal::archive::Archive;
 
-/// How long the server may send nothing.
+/// How long the server may send no WAL.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Key of a block: tablespace, database, relation, block.
@@ -129,12 +129,15 @@ async fn from_server(
     let mut position = Segment::of(timeline, start, archive.segment_size).start(archive.segment_size);
     let mut stream = WalStream::start(connection, None, position, timeline).await?;
     let mut held: Vec<u8> = Vec::new();
+    // Keepalives alone bring it nowhere: without WAL for that long, it ends.
+    let mut deadline = tokio::time::Instant::now() + PATIENCE;
     while position < stop {
-        let item = tokio::time::timeout(PATIENCE, stream.next()).await;
+        let item = tokio::time::timeout_at(deadline, stream.next()).await;
         let item = item.map_err(|_| Error::failed(format!("the server sends nothing behind {position}")))??;
         match item {
             WalItem::Data { start, bytes } if start == position => {
                 position.0 += bytes.len() as u64;
+                deadline = tokio::time::Instant::now() + PATIENCE;
                 held.extend_from_slice(&bytes);
                 let whole = held.len() / WAL_PAGE * WAL_PAGE;
                 feed(&held[..whole]);
@@ -144,7 +147,11 @@ async fn from_server(
                 return Err(Error::failed(format!("the server sent {start}, expected {position}")));
             }
             WalItem::Idle { .. } => stream.report(position, Lsn(0), false).await?,
-            WalItem::TimelineEnd => break,
+            WalItem::TimelineEnd => {
+                return Err(Error::failed(format!(
+                    "timeline {timeline} ends at {position}, before the backup does"
+                )));
+            }
         }
     }
     stream.stop().await;

@@ -6,7 +6,9 @@
 //! not there: it is synced before it has its name.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
+use fairvault_format::error::check_limit;
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::keys::KeyRole;
 use fairvault_format::object::{ObjectReader, ObjectWriter, compress};
@@ -27,6 +29,9 @@ const PREFIX: &str = "manifest-";
 const CONTEXT: &str = "remembered manifest";
 /// The longest file that is read back.
 const MAX_BYTES: u64 = limits::OBJECT_BYTES;
+
+/// How long a copy is kept whose backup the log does not name.
+const MAY_COME: Duration = Duration::from_secs(3600);
 
 /// The first section: which manifest it is.
 #[derive(Clone, PartialEq, Message)]
@@ -64,9 +69,10 @@ impl Draft {
             );
             return;
         };
-        let kept = self
-            .seal(stanza, root_hash, usage, root)
-            .and_then(|bytes| memory.keep(stanza, &file(root_hash), &bytes));
+        let kept = self.seal(stanza, root_hash, usage, root).and_then(|bytes| {
+            check_limit("the copy", bytes.len() as u64, MAX_BYTES)?;
+            memory.keep(stanza, &file(root_hash), &bytes)
+        });
         if let Err(error) = kept {
             tracing::warn!(
                 "the manifest of this backup is not kept on this host, and the next backup cannot build on it: {error}"
@@ -146,8 +152,12 @@ pub fn forget_others(stanza: &Stanza, state: &proto::Snapshot) {
             needed.insert(name);
         }
     }
+    let known: HashSet<String> = state.backups.iter().map(|backup| file(&backup.root)).collect();
     for name in there.difference(&needed) {
-        memory.forget(stanza, name);
+        // A backup that is committed just now is not in the log that was read.
+        if known.contains(name) || !memory.is_younger(stanza, name, MAY_COME) {
+            memory.forget(stanza, name);
+        }
     }
 }
 
@@ -259,6 +269,13 @@ mod tests {
         forget_others(&stanza, &state);
         let mut left = stanza.memory().unwrap().list_kept(&stanza, PREFIX);
         left.sort();
-        assert_eq!(left, [file(&[2; 32]), file(&[4; 32])]);
+        assert_eq!(left, [file(&[2; 32]), file(&[4; 32]), file(&[6; 32])]);
+        // What the log does not name after an hour, it never will.
+        let place = stanza.memory().unwrap().place(&stanza);
+        let old = std::time::SystemTime::now() - MAY_COME - Duration::from_secs(60);
+        let copy = std::fs::File::options().write(true).open(place.join(file(&[6; 32])));
+        copy.unwrap().set_modified(old).unwrap();
+        forget_others(&stanza, &state);
+        assert!(!place.join(file(&[6; 32])).exists() && place.join(file(&[4; 32])).exists());
     }
 }

@@ -204,7 +204,7 @@ pub async fn right_content(store: &Store, name: &str) -> Result<Option<Bytes>> {
 pub async fn of_opening(access: &Access) -> Result<Vec<Hidden>> {
     let repository = &access.repository;
     let mut found = Vec::new();
-    if !repository.bucket_or_plain().await?.versioning {
+    if !repository.bucket_or_plain().await?.has_versions {
         return Ok(found);
     }
     let stanza = repository.folder(&access.stanza);

@@ -108,6 +108,7 @@ mod tests {
     fn of(locked: u32, full: Option<Keep>, minimum_s: u64) -> Advice {
         let bucket = Bucket {
             versioning: true,
+            has_versions: true,
             lock: true,
             default: Some((Mode::Compliance, locked)),
         };
@@ -141,6 +142,7 @@ mod tests {
         assert!(plain.is.contains("no versions"), "{plain:?}");
         let mut bucket = Bucket {
             versioning: true,
+            has_versions: true,
             ..Default::default()
         };
         assert!(advice_on(bucket, &Retention::default(), 0).is.contains("without locks"));

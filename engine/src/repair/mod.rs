@@ -84,7 +84,9 @@ async fn find(access: &Access, dry_run: bool, progress: &Progress) -> Result<(Ar
         false => hidden::bring_back(found).await,
     };
     // Slots that were destroyed are not hidden.
-    erase::check_note(&access.repository.folder(&access.stanza)).await?;
+    let store = access.repository.folder(&access.stanza);
+    erase::check_note(&store).await?;
+    erase::check_hidden_note(&store).await?;
     let mut all = back(hidden::of_opening(access).await?).await?;
     let lacks = all.iter().filter(|hidden| !hidden.brought_back);
     let names: Vec<&str> = lacks.map(|hidden| hidden.object.as_str()).collect();

@@ -6,14 +6,14 @@
 
 use fairvault_format::erased::ErasedNote;
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
-use fairvault_format::{limits, names};
+use fairvault_format::{keys, limits, names};
 
-use super::{Access, Stanza, slots};
+use super::{Access, Stanza, keys_in, read_repository, read_slot, slots};
 use crate::commit::{Log, erased};
 use crate::env::has_fault;
 use crate::error::{Error, Kind, Result};
-use crate::store::Store;
 use crate::store::versions::Deleted;
+use crate::store::{Created, Store};
 
 /// Longest reason that is kept, characters.
 const REASON: usize = 500;
@@ -62,6 +62,55 @@ pub async fn check_note(stanza: &Store) -> Result<()> {
     }
 }
 
+/// Fails if versions of the note are left that the bucket hides: slots are not brought back beside it either.
+pub async fn check_hidden_note(stanza: &Store) -> Result<()> {
+    if !stanza.bucket_or_plain().await?.has_versions {
+        return Ok(());
+    }
+    for object in stanza.all_versions(names::ERASED).await? {
+        for version in object.contents().filter(|_| object.name == names::ERASED) {
+            let bytes = stanza
+                .get_version(names::ERASED, &version.id, limits::REPOSITORY_JSON_BYTES)
+                .await?;
+            let what = format!("a version of {}/{}", stanza.shown(), names::ERASED);
+            if let Some(bytes) = bytes {
+                let found = ErasedNote::decode(&bytes, &what)?.erased();
+                return Err(erased::error(stanza.shown(), &found).remedy(format!(
+                    "that is what {what} says, which is hidden by a deletion. If it is not so, delete all versions of it for good, \
+                     and run this again"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Fails if these slots must not be brought back: the stanza was erased, as a note says, or the log that they open. Where the
+/// configured secret opens none of them, the log is for those to read who can.
+pub async fn check_import(access: &Access, slots: &[proto::Slot]) -> Result<()> {
+    let store = access.repository.folder(&access.stanza);
+    check_note(&store).await?;
+    let access = Access {
+        memory: None,
+        ..access.clone()
+    };
+    let Ok(stanza) = Stanza::open_with(&access, slots) else {
+        return Ok(());
+    };
+    match Log::unread(stanza).also_erased().replayed().await {
+        Ok(log) => match &log.state().erased {
+            Some(found) => Err(erased::error(store.shown(), found)
+                .remedy("there is no way back into it here: what is stored is read from an exported file by the independent reader")),
+            None => Ok(()),
+        },
+        Err(error) if error.kind() == Kind::Temporary => Err(error),
+        Err(error) => {
+            tracing::debug!("the log does not say whether the stanza was erased: {error}");
+            Ok(())
+        }
+    }
+}
+
 /// Finds out what an erasure would do; changes nothing.
 pub async fn plan(access: &Access) -> Result<Plan> {
     let store = access.repository.folder(&access.stanza);
@@ -82,8 +131,42 @@ pub async fn plan(access: &Access) -> Result<Plan> {
         }
         Err(error) if error.kind() == Kind::Temporary => Err(error),
         // What opened it may be gone already.
-        Err(error) => note(&store).await?.map(Plan::Noted).ok_or(error),
+        Err(error) => {
+            let noted = note(&store).await?.ok_or(error)?;
+            check_left(access, &store).await?;
+            Ok(Plan::Noted(noted))
+        }
     }
+}
+
+/// A note is not signed, and goes for nothing where the log does not open: what is left of slots must be the given secret's,
+/// and the operator's.
+async fn check_left(access: &Access, store: &Store) -> Result<()> {
+    let listed = store.list(names::KEYS).await?;
+    if listed.is_empty() {
+        return Ok(());
+    }
+    let repository = read_repository(&access.repository).await?.id()?;
+    for (name, _) in listed {
+        let slot = match read_slot(store, &name, &repository).await {
+            Err(error) if error.kind() == Kind::Temporary => return Err(error),
+            read => read.ok(),
+        };
+        let keys = slot.and_then(|slot| keys_in(&slot, access.secret.as_ref(), &keys::slot_scope(&slot)));
+        if keys.is_none_or(|keys| keys.operator_seed.is_none()) {
+            return Err(Error::refused(format!(
+                "{}/{} says that the stanza was erased, which anybody with access to the store can have written; the log does \
+                 not open with the given key, and neither does {name}, which is still there: nothing was deleted",
+                store.shown(),
+                names::ERASED
+            ))
+            .remedy(
+                "give the operator's key with --key-file. If the note is a lie, remove it; if the stanza was erased, delete what \
+                 is left below keys/ with the tools of the store",
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Carries out what [`plan`] has found.
@@ -111,9 +194,19 @@ pub async fn erase(access: &Access, reason: &str, plan: Plan) -> Result<Report> 
         return Err(Error::failed("the erasure dies before its note, as was asked for"));
     }
     let bytes = ErasedNote::new(&erased).encode();
-    store
-        .create(names::ERASED, bytes.into(), limits::REPOSITORY_JSON_BYTES)
+    let created = store
+        .create(names::ERASED, bytes.clone().into(), limits::REPOSITORY_JSON_BYTES)
         .await?;
+    if let Created::Lost(there) = created
+        && there[..] != bytes[..]
+    {
+        tracing::warn!(
+            "{}/{} was there and says something else than the log; it stays, since nothing is written over: the log counts, and \
+             whoever reads the note without it is told what is not so",
+            store.shown(),
+            names::ERASED
+        );
+    }
     let deleted = delete_slots(&store, &own).await?;
     let (versions, left) = delete_versions(&store).await?;
     if let Some(memory) = &access.memory {
@@ -155,7 +248,19 @@ async fn delete_slots(store: &Store, own: &[String]) -> Result<usize> {
 async fn delete_versions(store: &Store) -> Result<(usize, Vec<String>)> {
     let (mut gone, mut left) = (0, Vec::new());
     let bucket = match store.bucket().await {
-        Ok(bucket) => bucket.unwrap_or_default(),
+        Ok(Some(bucket)) => bucket,
+        // A folder has none; of other stores it cannot be asked.
+        Ok(None) => {
+            left.extend(store.directory().is_none().then(|| {
+                format!(
+                    "whether {} keeps older versions of deleted objects is not known: delete those below {} with the tools of the \
+                     store",
+                    store.shown(),
+                    names::KEYS
+                )
+            }));
+            return Ok((0, left));
+        }
         Err(error) if error.kind() == Kind::Temporary => return Err(error),
         Err(error) => {
             left.push(format!(
@@ -164,7 +269,7 @@ async fn delete_versions(store: &Store) -> Result<(usize, Vec<String>)> {
             return Ok((0, left));
         }
     };
-    if !bucket.versioning {
+    if !bucket.has_versions {
         return Ok((0, left));
     }
     for object in store.all_versions(&format!("{}/", names::KEYS)).await? {

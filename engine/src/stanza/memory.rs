@@ -148,9 +148,10 @@ impl Memory {
         (newest.chunk_id(passphrase)[..] == stored.head).then_some((scope, epochs))
     }
 
-    /// Remembers unwrapped keys, if a passphrase opened them.
+    /// Remembers unwrapped keys, if a passphrase opened them. What another secret left here, which may open more, goes.
     pub fn remember_keys(&self, access: &Access, scope: &Scope, epochs: &[EpochKeys]) {
         let (Some(Secret::Passphrase(passphrase)), Some(newest)) = (&access.secret, epochs.last()) else {
+            let _ = std::fs::remove_file(self.access_folder(access).join("keys"));
             return;
         };
         let stored = proto::Snapshot {
@@ -207,6 +208,13 @@ impl Memory {
     /// A file that was kept, if it is no longer than that and nobody else can touch it.
     pub fn kept(&self, stanza: &Stanza, name: &str, limit: u64) -> Option<Zeroizing<Vec<u8>>> {
         Self::read_at_most(&self.folder(stanza.shown()), name, limit)
+    }
+
+    /// Whether a file was written less than that ago.
+    pub fn is_younger(&self, stanza: &Stanza, name: &str, age: Duration) -> bool {
+        let path = self.folder(stanza.shown()).join(name);
+        let written = std::fs::metadata(path).and_then(|meta| meta.modified());
+        written.is_ok_and(|at| at.elapsed().is_ok_and(|now| now < age))
     }
 
     /// Names of files that begin like this.

@@ -95,6 +95,13 @@ impl Stanza {
         Ok(Arc::new(Self::new(store, access, scope, epochs)))
     }
 
+    /// Opens a stanza by these slots, whatever the repository has.
+    fn open_with(access: &Access, slots: &[proto::Slot]) -> Result<Arc<Self>> {
+        let store = access.repository.folder(&access.stanza);
+        let (scope, epochs) = open_slots(slots, access)?;
+        Ok(Arc::new(Self::new(store, access, scope, epochs)))
+    }
+
     async fn open_from_store(access: &Access, store: &Store) -> Result<(Scope, Vec<EpochKeys>)> {
         let repository = read_repository(&access.repository).await?;
         let (slots, unusable) = read_slots(store, &access.stanza, &repository).await?;

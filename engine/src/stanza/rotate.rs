@@ -91,6 +91,20 @@ pub async fn plan(log: &mut Log, access: &Access, options: &Options) -> Result<P
         ))
         .remedy("bring its slots back with `fairvault key import`, or configure a secret that has some"));
     }
+    // The database host has had the old secret: a private key that is wrapped for it would be no secret.
+    if data == DataKeys::Public && !stanza.keys().has_public_key() {
+        let same = |new: &Secret| configured.iter().any(|slot| slot.keys(Some(new), stanza).is_some());
+        if options.new_secret.as_ref().is_none_or(same) {
+            return Err(Error::usage(format!(
+                "{} goes over to a public key, and its private key must not be wrapped for the configured secret: that has been \
+                 on the database host, which would go on reading everything",
+                stanza.shown()
+            ))
+            .remedy(
+                "make a key that no database host has (`fairvault key generate FILE`), and give it with --new-secret-file FILE",
+            ));
+        }
+    }
     let of_others: Vec<String> = there
         .iter()
         .filter(|slot| slot.epoch == from && !is_configured(slot) && !slots.contains(&slot.name))
@@ -157,6 +171,24 @@ fn unfinished(
 
 /// Carries out what [`plan`] has found.
 pub async fn rotate(log: &Log, access: &Access, options: &Options, plan: Plan) -> Result<Rotated> {
+    let mut made = Vec::new();
+    match carry_out(log, access, options, plan, &mut made).await {
+        Ok(done) => Ok(done),
+        Err(error) => {
+            slots::withdraw_if_erased(log.stanza(), &made).await;
+            Err(error)
+        }
+    }
+}
+
+/// The same; slots that it makes are in `made`.
+async fn carry_out(
+    log: &Log,
+    access: &Access,
+    options: &Options,
+    plan: Plan,
+    made: &mut Vec<String>,
+) -> Result<Rotated> {
     let stanza = log.stanza();
     let Plan {
         from,
@@ -174,13 +206,15 @@ pub async fn rotate(log: &Log, access: &Access, options: &Options, plan: Plan) -
     // What there is comes first: a secret that opens only what is to come would be worth nothing.
     if let Some(secret) = &options.new_secret {
         for name in &slots {
-            slots::open_all(log, name, secret, Opens::All).await?;
+            slots::open_all(log, name, secret, Opens::All, made).await?;
         }
     }
     let secret = options.new_secret.as_ref().or(access.secret.as_ref());
     for name in &slots {
-        if slots::put(stanza, &keys, name, secret).await? == Put::Other {
-            return Err(held());
+        match slots::put(stanza, &keys, name, secret).await? {
+            Put::New => made.push(names::slot(keys.epoch, name)),
+            Put::Same => {}
+            Put::Other => return Err(held()),
         }
     }
     if has_fault("rotate") {

@@ -3,13 +3,15 @@
 //! What always holds: a slot that is added opens every epoch that the log names, or adding it again goes on; what is
 //! removed is never the last slot of an epoch that the configured secret opens.
 
+use std::sync::Arc;
+
 use fairvault_format::keys::{self, EpochKeys, Secret};
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use fairvault_format::{limits, names};
 
 use super::{Access, Stanza, keys_in, read_slot};
 use crate::commit::{Log, state};
-use crate::env;
+use crate::env::{self, has_fault};
 use crate::error::{Error, Kind, Result};
 use crate::store::Created;
 
@@ -130,10 +132,15 @@ pub enum Opens {
     Writing,
 }
 
-/// Wraps every epoch that the log names for `secret`, as far as that is not done yet; returns how many it were.
-pub(super) async fn open_all(log: &Log, name: &str, secret: &Secret, opens: Opens) -> Result<usize> {
+/// Wraps every epoch that the log names for `secret`, as far as that is not done yet; adds the new objects to `made`.
+pub(super) async fn open_all(
+    log: &Log,
+    name: &str,
+    secret: &Secret,
+    opens: Opens,
+    made: &mut Vec<String>,
+) -> Result<()> {
     let stanza = log.stanza();
-    let mut new = 0;
     for named in &log.state().key_epochs {
         let keys = stanza.keys_of(named.epoch)?;
         let wrapped = match opens {
@@ -141,12 +148,34 @@ pub(super) async fn open_all(log: &Log, name: &str, secret: &Secret, opens: Open
             Opens::Writing => put(stanza, &keys.write_only(), name, Some(secret)).await?,
         };
         match wrapped {
-            Put::New => new += 1,
+            Put::New => made.push(names::slot(keys.epoch, name)),
             Put::Same => {}
             Put::Other => return Err(taken(stanza, name)),
         }
     }
-    Ok(new)
+    Ok(())
+}
+
+/// Deletes slots that were made while somebody erased the stanza, and may not have seen them.
+pub(super) async fn withdraw_if_erased(stanza: &Arc<Stanza>, made: &[String]) {
+    if made.is_empty() {
+        return;
+    }
+    let replayed = Log::unread(stanza.clone()).also_erased().replayed().await;
+    if !replayed.is_ok_and(|log| log.state().erased.is_some()) {
+        return;
+    }
+    match stanza.store().delete(made).await {
+        Ok(()) => tracing::warn!(
+            "{} was erased: slots that were made meanwhile are deleted",
+            stanza.shown()
+        ),
+        Err(error) => tracing::error!(
+            "{} was erased, and slots that were made meanwhile are still there: {}. Run `fairvault key erase` again: {error}",
+            stanza.shown(),
+            made.join(", ")
+        ),
+    }
 }
 
 /// Fails unless a slot can be made that opens only what it is to open.
@@ -181,20 +210,32 @@ async fn check_can_be_added(log: &Log, name: &str, secret: &Secret, opens: Opens
     Ok(())
 }
 
+/// Wraps all epochs, also those that begin meanwhile.
+async fn wrap(log: &mut Log, name: &str, secret: &Secret, opens: Opens, made: &mut Vec<String>) -> Result<()> {
+    loop {
+        let before = state::newest_epoch(log.state());
+        if has_fault("add-slot is slow") {
+            tokio::time::sleep(std::time::Duration::from_secs(10)).await;
+        }
+        open_all(log, name, secret, opens, made).await?;
+        // Keys may be rotated or destroyed just now, by somebody who did not see this slot yet.
+        log.refresh().await?;
+        if state::newest_epoch(log.state()) == before {
+            return Ok(());
+        }
+    }
+}
+
 /// Lets another secret open a stanza, all epochs of it; returns for how many that is new.
 pub async fn add(log: &mut Log, access: &Access, name: &str, secret: &Secret, opens: Opens) -> Result<usize> {
     log.refresh().await?;
     check_can_be_added(log, name, secret, opens).await?;
-    let mut new = 0;
-    loop {
-        let before = state::newest_epoch(log.state());
-        new += open_all(log, name, secret, opens).await?;
-        // Keys may be rotated just now, by somebody who did not see this slot yet.
-        log.refresh().await?;
-        if state::newest_epoch(log.state()) == before {
-            break;
-        }
+    let mut made = Vec::new();
+    if let Err(error) = wrap(log, name, secret, opens, &mut made).await {
+        withdraw_if_erased(log.stanza(), &made).await;
+        return Err(error);
     }
+    let new = made.len();
     forget(access);
     if new > 0 {
         let what = match opens {

@@ -39,6 +39,9 @@ impl std::fmt::Display for Mode {
 pub struct Bucket {
     /// It keeps versions.
     pub versioning: bool,
+    /// It keeps versions, or has kept them until that was suspended: older ones may be there.
+    #[serde(skip)]
+    pub has_versions: bool,
     /// Versions can be locked.
     pub lock: bool,
     /// How new versions are locked, and for how many days.
@@ -164,6 +167,8 @@ impl Store {
         let default = lock.rule.and_then(|rule| rule.default_retention);
         Ok(Some(Bucket {
             versioning: versioning.status == "Enabled",
+            // "Suspended" ends new versions; those that are there stay.
+            has_versions: !versioning.status.is_empty(),
             lock: lock.object_lock_enabled == "Enabled",
             default: default.map(|rule| {
                 let days = rule.days.unwrap_or(0) + rule.years.unwrap_or(0) * 365;

@@ -47,15 +47,23 @@ pub(super) enum Ours<'a> {
 
 impl Ours<'_> {
     /// Its id under another key; `own` is the one under which it has `id`.
-    async fn id_under(self, key: &[u8; 32], own: &[u8; 32], id: [u8; 32]) -> Result<Option<[u8; 32]>> {
+    async fn id_under(self, key: &[u8; 32], own: &[u8; 32], id: [u8; 32]) -> Result<[u8; 32]> {
         match self {
-            Ours::Bytes(content) => Ok(Some(*blake3::keyed_hash(key, content).as_bytes())),
-            Ours::Gone => Ok(None),
+            Ours::Bytes(content) => Ok(*blake3::keyed_hash(key, content).as_bytes()),
+            Ours::Gone => Err(Error::new(
+                Kind::Temporary,
+                "its content is no longer at hand, and this host's key does not read what is stored",
+            )
+            .remedy("it is received or pushed again, and then compared as a whole")),
             Ours::File(path) => {
                 let (key, own) = (*key, *own);
                 let ids = blocking("hashing WAL", move || ids_of_file(&path, &own, &key)).await?;
                 // It must still be what was sealed.
-                Ok((ids.0 == id).then_some(ids.1))
+                match ids.0 == id {
+                    true => Ok(ids.1),
+                    false => Err(Error::new(Kind::Temporary, "the file has changed since it was read")
+                        .remedy("it is read and compared anew when it is pushed again")),
+                }
             }
         }
     }
@@ -506,9 +514,8 @@ impl Archive {
                 return Ok(there == id);
             }
             // What old keys have stored may say of itself what it is not.
-            if !keys.can_read()
-                && let Some(id) = ours.id_under(&keys.id_key, &self.stanza.keys().id_key, id).await?
-            {
+            if !keys.can_read() {
+                let id = ours.id_under(&keys.id_key, &self.stanza.keys().id_key, id).await?;
                 return Ok(there == id);
             }
             let (_, content) = self.content_in(kind, bytes, object).await?;

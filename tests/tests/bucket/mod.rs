@@ -69,14 +69,7 @@ impl World {
             }
             false => {
                 curl(secret, &bucket, &[])?;
-                curl(
-                    secret,
-                    &format!("{bucket}?versioning="),
-                    &[
-                        "--data",
-                        "<VersioningConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Status>Enabled</Status></VersioningConfiguration>",
-                    ],
-                )?;
+                set_versioning(server, name, "Enabled")?;
             }
         }
         let url = format!("s3://{name}/some/prefix");
@@ -190,4 +183,14 @@ fn curl(secret: &str, url: &str, more: &[&str]) -> Result<String> {
         .arg(format!("{ACCESS_KEY}:{secret}"))
         .args(more)
         .arg(url))
+}
+
+/// Has a bucket keep versions ("Enabled"), or those only that it has ("Suspended").
+pub fn set_versioning(server: &Server, bucket: &str, status: &str) -> Result<()> {
+    let configuration = format!(
+        "<VersioningConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Status>{status}</Status></VersioningConfiguration>"
+    );
+    let url = format!("{}/{bucket}?versioning=", server.endpoint);
+    curl(server.secret, &url, &["--data", &configuration])?;
+    Ok(())
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use fairvault_format::keys::{self, Secret};
 use fairvault_tests::fixture::{Fixture, SMALL, Shape, field, refused};
 use fairvault_tests::receiver::{Receiver, wait_until_durable};
 use fairvault_tests::tools::reader;
@@ -208,6 +209,15 @@ fn a_receiver_writes_only() -> Result<()> {
         let mut more = vec!["--flush-interval", "100ms", "--piece-size", "64KiB"];
         if spool {
             more.extend(["--spool", &dir]);
+        } else {
+            // Its journals in the repository would be WAL that every host's key opens.
+            let synchronous = ["wal", "receive", "acme", "--synchronous", "--no-slot"];
+            refused(
+                s.fairvault(&synchronous),
+                1,
+                "give --synchronous a spool on this host's own disk",
+            )?;
+            ensure!(!s.scratch.join("vault/acme/journals").exists());
         }
         let receiver = Receiver::start(&s, &more)?;
         s.sql("create table t (x text)")?;
@@ -254,7 +264,7 @@ fn a_receiver_writes_only() -> Result<()> {
 
 #[test]
 fn a_stanza_goes_over_to_a_public_key() -> Result<()> {
-    let s = WriteOnly::of(Fixture::new(
+    let mut s = WriteOnly::of(Fixture::new(
         "goesover",
         Shape {
             stanza: true,
@@ -272,7 +282,16 @@ fn a_stanza_goes_over_to_a_public_key() -> Result<()> {
         1,
         "rotate acme --public-key",
     )?;
-    s.by_operator(&["key", "rotate", "acme", "--public-key"])?;
+    // The host has had the key so far: the private key is for another one.
+    let over = ["key", "rotate", "acme", "--public-key"];
+    let (former, operator) = (s.path("key"), s.path("operator.key"));
+    refused(s.as_operator(&over), 2, "has been on the database host")?;
+    let again = [&over[..], &["--new-secret-file", &former]].concat();
+    refused(s.as_operator(&again), 2, "--new-secret-file FILE")?;
+    ensure!(s.objects("keys").len() == 1);
+    s.ok(&["key", "generate", &operator])?;
+    s.by_operator(&[&over[..], &["--new-secret-file", &operator]].concat())?;
+    s.operator[1] = operator;
     s.add_host()?;
     s.fill(1)?;
     s.flush_archive(&s.server)?;
@@ -280,6 +299,24 @@ fn a_stanza_goes_over_to_a_public_key() -> Result<()> {
     ensure!(said.contains("everything is read"), "{said}");
     let first = field(&said, "id")?;
     let second = s.backup_id(&[])?;
+    // Whoever has the former key opens nothing that was sealed since, by any slot or with any reader.
+    let secret = Secret::from_text(&std::fs::read(&former)?)?;
+    let mut opened = Vec::new();
+    for object in s.objects("keys") {
+        let slot = keys::decode_slot(&std::fs::read(&object)?, "slot")?;
+        if keys::open_slot(&slot, Some(&secret), "slot").is_ok() {
+            opened.push(slot.epoch);
+        }
+    }
+    ensure!(opened == [1], "the former key opens epochs {opened:?}");
+    let (thief, vault, to) = (s.path("thief"), s.path("vault"), s.path("stolen"));
+    let with_former = ["--key-file", &former, "--cache", &thief];
+    for id in [&first, &second] {
+        let restore = [&["restore", "acme", "--to", &to, "--backup", id], &with_former[..]].concat();
+        refused(s.fairvault(&restore), 1, "were rotated")?;
+        let read = reader(&[&vault, "restore", "acme", id, &to, "--key-file", &former]);
+        ensure!(read.is_err(), "{id} is read with the former key");
+    }
     // What was stored under the old keys, the host does not read either.
     refused(s.restore("r", &["--backup", &before]), 1, "can write only")?;
 

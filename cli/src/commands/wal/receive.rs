@@ -206,7 +206,12 @@ impl Receiver {
         stored?;
         let stopped = async { _ = stop.wait_for(|stop| *stop).await };
         let log = Log::open(opened.clone()).await?;
-        match receive::journals_folder(&opened).filter(|_| self.options.synchronous) {
+        // The log knows which keys it is written with.
+        let folder = match self.options.synchronous {
+            true => receive::journals_folder(log.stanza())?,
+            false => None,
+        };
+        match folder {
             // The repository is a folder, and there: the log was read from it.
             Some(folder) => receive::run_with_spool(opened, folder, limit, &self.options, stopped).await,
             None => receive::run(log, &self.options, stopped).await,

@@ -27,10 +27,21 @@ const FOLDER: &str = "journals";
 /// How long a receiver at work is given to store what it has acknowledged: its flush_interval may be long.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// Where a receiver on this host keeps its journals, if the repository is a folder.
-pub fn folder(stanza: &Stanza) -> Option<PathBuf> {
+/// Where a receiver on this host keeps its journals, if the repository is a folder. Journals are sealed with the metadata
+/// key, which every host has: one that must not read what others store leaves none in the repository.
+pub fn folder(stanza: &Stanza) -> Result<Option<PathBuf>> {
+    let Some(directory) = stanza.store().directory() else {
+        return Ok(None);
+    };
+    if !stanza.keys().can_read() {
+        return Err(Error::refused(format!(
+            "this host's key can write only, and journals in the repository {} would be WAL that every such key opens",
+            stanza.shown()
+        ))
+        .remedy("give --synchronous a spool on this host's own disk (--spool, or receive_spool), or receive where the operator's key is"));
+    }
     let host = stanza.host().replace('/', "_");
-    Some(stanza.store().directory()?.join(FOLDER).join(host))
+    Ok(Some(directory.join(FOLDER).join(host)))
 }
 
 /// What to do about a receiver that is at work: it stores its journals by itself.
