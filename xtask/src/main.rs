@@ -15,6 +15,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   lint           formatting, clippy, licences and sources of dependencies
   fuzz [SECONDS] every fuzz target for some seconds each
   sim [SEEDS] [FIRST]   many hosts on one bad store, in simulated time: seeds (20000)
+  memory [N]     what collection holds in memory, with N (50) million chunks; needs 6 GB of disk and of memory
   soak [ROUNDS] [SEED] push and receive while everything around them dies: rounds (15) on each of four set-ups
   torture [ROUNDS] [SEED] incremental backups under random changes, each compared page by page with what replay makes:
                  rounds (50) on each version
@@ -47,6 +48,8 @@ fn main() -> ExitCode {
         ["sim"] => steps::sim("20000", "1"),
         ["sim", seeds] => steps::sim(seeds, "1"),
         ["sim", seeds, first] => steps::sim(seeds, first),
+        ["memory"] => steps::memory("50"),
+        ["memory", millions] => steps::memory(millions),
         ["soak"] => steps::soak("15", "1"),
         ["soak", rounds] => steps::soak(rounds, "1"),
         ["soak", rounds, seed] => steps::soak(rounds, seed),

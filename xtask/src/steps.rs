@@ -143,6 +143,11 @@ pub fn sim(seeds: &str, first: &str) -> Result<()> {
     )
 }
 
+/// What collection holds in memory, with so many million chunks.
+pub fn memory(millions: &str) -> Result<()> {
+    alone("memory", "1", &[("FAIRVAULT_MEMORY_MILLIONS", millions)])
+}
+
 /// Random changes and backups of every version, compared page by page.
 pub fn torture(rounds: &str, seed: &str) -> Result<()> {
     tools::install_npm_servers()?;

@@ -19,6 +19,8 @@ use crate::stanza::Stanza;
 pub const CONCURRENT: usize = 2;
 /// Packs after which an index run is announced.
 const ANNOUNCE_PACKS: usize = 8;
+/// Chunks after which one is announced, 12 MiB: who reads runs holds one of them at a time.
+const ANNOUNCE_CHUNKS: usize = 1 << 18;
 
 /// Stores packs until the channel closes.
 pub async fn run(
@@ -45,7 +47,8 @@ pub async fn run(
                 let (pack, len) = uploaded?;
                 progress.stored_bytes.add(len);
                 waiting.push(pack);
-                if waiting.len() >= ANNOUNCE_PACKS {
+                let chunks: usize = waiting.iter().map(UploadedPack::frames).sum();
+                if waiting.len() >= ANNOUNCE_PACKS || chunks >= ANNOUNCE_CHUNKS {
                     announce(&stanza, &std::mem::take(&mut waiting), log, session).await?;
                 }
             }

@@ -38,6 +38,8 @@ pub struct Log {
     signers: Signers,
     /// All entries, where they are kept.
     entries: Option<Vec<LogEntry>>,
+    /// Of these, what only says what was announced, marked and swept is left out.
+    backups_only: bool,
     /// Numbers of entries that were read and have no effect: a fence or a rotation of keys came before.
     void: Vec<u64>,
     /// The log of a stanza that was erased may be read.
@@ -52,6 +54,7 @@ impl Log {
             state: Snapshot::default(),
             signers: Signers::default(),
             entries: None,
+            backups_only: false,
             void: Vec::new(),
             reads_erased: false,
         }
@@ -85,6 +88,16 @@ impl Log {
     /// Reads all of the log, believing neither snapshots nor what this host remembers, and keeps its entries.
     pub async fn replay(stanza: Arc<Stanza>) -> Result<Self> {
         Self::unread(stanza).replayed().await
+    }
+
+    /// The same for somebody who wants to know of backups only: what the other entries hold is not kept, which for the
+    /// collections of years would be much.
+    pub async fn replay_backups(stanza: Arc<Stanza>) -> Result<Self> {
+        let unread = Self {
+            backups_only: true,
+            ..Self::unread(stanza)
+        };
+        unread.replayed().await
     }
 
     /// The same of a log of which nothing was read yet.
@@ -285,7 +298,11 @@ impl Log {
         self.state.seq = seq;
         self.state.head = sha256(bytes).to_vec();
         if let Some(entries) = &mut self.entries {
-            entries.push(entry);
+            let is_kept = !self.backups_only || matches!(entry.kind, Some(Entry::Commit(_) | Entry::Expired(_)));
+            entries.push(match is_kept {
+                true => entry,
+                false => LogEntry { kind: None, ..entry },
+            });
         }
         Ok(())
     }

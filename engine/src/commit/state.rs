@@ -209,6 +209,14 @@ fn find<'a>(state: &'a mut Snapshot, session: &[u8]) -> Option<&'a mut OpenSessi
 }
 
 fn add_runs(state: &mut Snapshot, runs: &[Vec<u8>]) {
+    // A set pays for those of a large backup or collection.
+    if runs.len() > 16 {
+        let mut known: HashSet<&[u8]> = state.index_runs.iter().map(Vec::as_slice).collect();
+        let new = runs.iter().filter(|run| known.insert(run.as_slice()));
+        let new: Vec<Vec<u8>> = new.cloned().collect();
+        state.index_runs.extend(new);
+        return;
+    }
     for run in runs {
         if !state.index_runs.contains(run) {
             state.index_runs.push(run.clone());
@@ -383,6 +391,17 @@ mod tests {
         let mut state = Snapshot::default();
         apply(&mut state, &first, 1).unwrap();
         assert_eq!(newest_epoch(&state), 1);
+    }
+
+    #[test]
+    fn a_run_is_live_once_however_many_are_named() {
+        let runs = |of: std::ops::Range<u8>| -> Vec<Vec<u8>> { of.map(|n| vec![n; 32]).collect() };
+        let mut state = Snapshot::default();
+        add_runs(&mut state, &runs(0..3));
+        add_runs(&mut state, &runs(2..5));
+        // Many at once, two of them the same.
+        add_runs(&mut state, &[runs(1..40), runs(39..40)].concat());
+        assert_eq!(state.index_runs, runs(0..40));
     }
 
     fn range(timeline: u32, from_lsn: u64, to_lsn: u64) -> ExpiredWal {

@@ -135,17 +135,14 @@ pub async fn read_run(stanza: &Stanza, hash: &[u8]) -> Result<index::IndexRun> {
 
 /// The packs that the store lists, with their lengths.
 pub async fn list_packs(stanza: &Stanza) -> Result<HashMap<[u8; 32], u64>> {
-    let listed = stanza.store().list(names::PACKS).await?;
-    Ok(listed
-        .into_iter()
-        .filter_map(|(name, len)| Some((names::parse_hash(&name)?, len)))
-        .collect())
+    let listed = stanza.store().list_hashes(names::PACKS).await?;
+    Ok(listed.into_iter().collect())
 }
 
 /// The packs that were found damaged.
 pub async fn distrusted(stanza: &Stanza) -> Result<HashSet<[u8; 32]>> {
-    let listed = stanza.store().list(names::DISTRUSTED).await?;
-    Ok(listed.iter().filter_map(|(name, _)| names::parse_hash(name)).collect())
+    let listed = stanza.store().list_hashes(names::DISTRUSTED).await?;
+    Ok(listed.into_iter().map(|(pack, _)| pack).collect())
 }
 
 /// The packs that open marks name.

@@ -8,14 +8,18 @@
 //! policy protects stays, whatever the log says has expired; what a backup uses is known from its usage list, or
 //! nothing is deleted; whoever comes after an interrupted collector goes on where that stopped. No data key is
 //! needed. In a bucket that keeps versions, what was deleted is deleted for good once its lock has ended (`versions`).
+//!
+//! Memory: something for each pack that is listed or used, for each backup, run and entry of the log; one usage list and
+//! one index run at a time; nothing for each chunk.
 
 pub(crate) mod history;
 pub(crate) mod runs;
-mod sweep;
+pub(crate) mod sweep;
 pub(crate) mod usage;
 mod versions;
 pub(crate) mod wal;
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use fairvault_format::proto::log_entry::Kind as Entry;
@@ -87,7 +91,7 @@ pub struct Report {
 pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Report> {
     progress.phase("reading the log");
     let stanza = log.stanza().clone();
-    let mut log = Log::replay(stanza.clone()).await?;
+    let mut log = Log::replay_backups(stanza.clone()).await?;
     let mut report = Report::default();
     if !options.dry_run {
         progress.phase("finishing what an earlier collection began");
@@ -101,21 +105,23 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
         progress.phase("finding what is not used");
         let (past, usage) = Usage::of_needed(&mut log).await?;
         report.kept = past.kept_by_policy();
-        let listed = sizes(&stanza, names::PACKS).await?;
-        let mut unused: Vec<_> = listed.iter().filter(|(hash, _)| !usage.uses(hash)).collect();
+        let mut unused = stanza.store().list_hashes(names::PACKS).await?;
+        let thin = usage.thin(&unused);
+        unused.retain(|(hash, _)| !usage.uses(hash));
         let is_all = unused.len() <= MARK_PACKS;
         unused.truncate(MARK_PACKS);
-        let roots = sizes(&stanza, names::ROOTS).await?;
-        let known: Vec<&[u8]> = past.needed().map(|backup| backup.root.as_slice()).collect();
-        let runs = sizes(&stanza, names::INDEX).await?;
-        let live = &log.state().index_runs;
+        unused.shrink_to_fit();
+        drop(usage);
+        let roots = stanza.store().list_hashes(names::ROOTS).await?;
+        let known: HashSet<&[u8]> = past.needed().map(|backup| backup.root.as_slice()).collect();
+        let runs = stanza.store().list_hashes(names::INDEX).await?;
+        let live: HashSet<&[u8]> = log.state().index_runs.iter().map(Vec::as_slice).collect();
         let mark = proto::GcMark {
             packs: unused.iter().map(|(hash, _)| hash.to_vec()).collect(),
-            roots: unknown(&roots, |hash| known.contains(&hash)),
-            index_runs: unknown(&runs, |hash| live.iter().any(|run| run == hash)),
+            roots: unknown(&roots, &known),
+            index_runs: unknown(&runs, &live),
             seq: 0,
         };
-        let thin = usage.thin(&listed);
         let is_empty = mark.packs.is_empty() && mark.roots.is_empty() && mark.index_runs.is_empty();
         if options.dry_run {
             unused.iter().for_each(|(_, len)| report.packs.add(*len));
@@ -166,25 +172,22 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
     Ok(report)
 }
 
+/// Objects that are named by their hash, with their lengths, sorted.
 type Sizes = Vec<([u8; 32], u64)>;
 
-/// Objects that are named by their hash.
-async fn sizes(stanza: &crate::stanza::Stanza, folder: &str) -> Result<Sizes> {
-    let listed = stanza.store().list(folder).await?;
-    let hashes = listed
-        .into_iter()
-        .filter_map(|(name, len)| Some((names::parse_hash(&name)?, len)));
-    Ok(hashes.collect())
-}
-
-fn unknown(sizes: &Sizes, is_known: impl Fn(&[u8]) -> bool) -> Vec<Vec<u8>> {
-    let hashes = sizes.iter().map(|(hash, _)| hash.to_vec());
-    hashes.filter(|hash| !is_known(hash)).collect()
+fn unknown(sizes: &Sizes, known: &HashSet<&[u8]>) -> Vec<Vec<u8>> {
+    let hashes = sizes.iter().map(|(hash, _)| hash);
+    hashes
+        .filter(|hash| !known.contains(&hash[..]))
+        .map(|hash| hash.to_vec())
+        .collect()
 }
 
 fn count(sizes: &Sizes, hashes: &[Vec<u8>], into: &mut Count) {
-    for (_, len) in sizes.iter().filter(|(hash, _)| hashes.iter().any(|h| h == hash)) {
-        into.add(*len);
+    for hash in hashes {
+        if let Ok(at) = sizes.binary_search_by(|(name, _)| name[..].cmp(hash)) {
+            into.add(sizes[at].1);
+        }
     }
 }
 

@@ -1,14 +1,19 @@
-//! Index runs without the packs that are gone. One run is in memory at a time.
+//! Index runs without the packs that are gone. What is left of several runs becomes one, so that their number does not
+//! grow for ever. In memory are one run at a time, and what is left of those before it as long as that is little.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
-use fairvault_format::index::IndexRun;
+use fairvault_format::index::{IndexEntry, IndexRun};
 
 use super::Sizes;
 use crate::commit::Log;
 use crate::dedup::{read_run, store_run};
 use crate::error::{Kind, Result};
 use crate::stanza::Stanza;
+
+/// Entries of runs that are joined, 768 KiB: few runs are few requests for a backup that reads the index, and small ones
+/// are little to write again when some of their packs go.
+const RUN_ENTRIES: usize = 1 << 14;
 
 /// What a sweep does to the index.
 #[derive(Debug, Default)]
@@ -50,6 +55,7 @@ pub async fn name_any(log: &Log, packs: &Sizes) -> Result<bool> {
 pub async fn without(log: &Log, packs: &HashSet<[u8; 32]>) -> Result<Changes> {
     let stanza = log.stanza();
     let mut changes = Changes::default();
+    let mut joined = IndexRun::default();
     for hash in &log.state().index_runs {
         let Some(run) = readable(stanza, hash).await? else {
             changes.withdrawn.push(hash.clone());
@@ -60,12 +66,36 @@ pub async fn without(log: &Log, packs: &HashSet<[u8; 32]>) -> Result<Changes> {
         }
         changes.withdrawn.push(hash.clone());
         let rest = filtered(run, packs);
-        if rest.packs.is_empty() {
-            continue;
+        if joined.entries.len() + rest.entries.len() > RUN_ENTRIES && !joined.packs.is_empty() {
+            let full = std::mem::take(&mut joined);
+            changes.new.push(store_run(stanza, full).await?.to_vec());
         }
-        changes.new.push(store_run(stanza, rest).await?.to_vec());
+        join(&mut joined, rest);
+    }
+    if !joined.packs.is_empty() {
+        changes.new.push(store_run(stanza, joined).await?.to_vec());
     }
     Ok(changes)
+}
+
+/// Adds a run to another: its packs come behind those that are there. What both name is named once.
+fn join(all: &mut IndexRun, more: IndexRun) {
+    let mut known: HashMap<[u8; 32], u32> = HashMap::with_capacity(all.packs.len());
+    for (number, pack) in all.packs.iter().enumerate() {
+        known.insert(pack.name, number as u32);
+    }
+    let mut numbers = Vec::with_capacity(more.packs.len());
+    for pack in more.packs {
+        numbers.push(*known.entry(pack.name).or_insert_with(|| {
+            all.packs.push(pack);
+            all.packs.len() as u32 - 1
+        }));
+    }
+    let entries = more.entries.into_iter().map(|entry| IndexEntry {
+        pack: numbers[entry.pack as usize],
+        ..entry
+    });
+    all.entries.extend(entries);
 }
 
 fn filtered(run: IndexRun, without: &HashSet<[u8; 32]>) -> IndexRun {
@@ -92,23 +122,50 @@ fn filtered(run: IndexRun, without: &HashSet<[u8; 32]>) -> IndexRun {
 #[cfg(test)]
 mod tests {
     use fairvault_format::header::{Kind, ObjectHeader};
-    use fairvault_format::index::{IndexEntry, PackRef};
+    use fairvault_format::index::PackRef;
 
     use super::*;
 
-    #[test]
-    fn entries_follow_their_packs() {
-        let pack = |n: u8| PackRef {
+    fn pack(n: u8) -> PackRef {
+        PackRef {
             name: [n; 32],
             header: ObjectHeader::new(Kind::Pack, 1, [n; 32]),
-        };
-        let entry = |id: u8, pack| IndexEntry {
+        }
+    }
+
+    fn entry(id: u8, pack: u32) -> IndexEntry {
+        IndexEntry {
             id: [id; 32],
             pack,
             ordinal: 0,
             offset: 80,
             stored_len: 9,
-        };
+        }
+    }
+
+    #[test]
+    fn joined_runs_name_each_pack_once() {
+        let mut all = IndexRun::default();
+        join(
+            &mut all,
+            IndexRun {
+                packs: vec![pack(1), pack(2)],
+                entries: vec![entry(1, 0), entry(2, 1)],
+            },
+        );
+        join(
+            &mut all,
+            IndexRun {
+                packs: vec![pack(3), pack(1)],
+                entries: vec![entry(3, 0), entry(4, 1)],
+            },
+        );
+        assert_eq!(all.packs, [pack(1), pack(2), pack(3)]);
+        assert_eq!(all.entries, [entry(1, 0), entry(2, 1), entry(3, 2), entry(4, 0)]);
+    }
+
+    #[test]
+    fn entries_follow_their_packs() {
         let run = IndexRun {
             packs: vec![pack(1), pack(2), pack(3)],
             entries: vec![entry(1, 2), entry(2, 0), entry(3, 1)],

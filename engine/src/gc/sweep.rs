@@ -40,8 +40,8 @@ pub async fn run(log: &mut Log, mark: &proto::GcMark, options: &Options, report:
         let held = Held::by_readers(log, &past, options, report).await?;
         let unused: BTreeSet<[u8; 32]> = hashes(&mark.packs).filter(|pack| !usage.uses(pack)).collect();
         let packs: Vec<_> = unused.iter().filter(|pack| !held.usage.uses(*pack)).copied().collect();
-        let listed = super::sizes(&stanza, names::PACKS).await?;
-        let thin = usage.thin(&listed);
+        let thin = usage.thin(&stanza.store().list_hashes(names::PACKS).await?);
+        drop(usage);
         let mut leave: HashSet<[u8; 32]> = unused.iter().copied().collect();
         leave.extend(thin.iter().map(|(pack, _)| *pack));
         let changes = runs::without(log, &leave).await?;
@@ -57,7 +57,8 @@ pub async fn run(log: &mut Log, mark: &proto::GcMark, options: &Options, report:
         delete(log, &roots, names::root, names::ROOTS, &mut report.roots).await?;
         delete(log, &orphans, names::index_run, names::INDEX, &mut report.index_runs).await?;
 
-        let kept = hashes(&mark.packs).filter(|pack| !packs.contains(pack));
+        // In order, as they come out of the set.
+        let kept = hashes(&mark.packs).filter(|pack| packs.binary_search(pack).is_err());
         let swept = proto::GcSwept {
             mark: mark.seq,
             kept: kept.map(|pack| pack.to_vec()).collect(),
@@ -69,7 +70,7 @@ pub async fn run(log: &mut Log, mark: &proto::GcMark, options: &Options, report:
         let number = mark.seq;
         let unchanged = |now: &proto::Snapshot| match live_roots(now) == before
             && now.policy == policy
-            && runs.iter().all(|run| now.index_runs.contains(run))
+            && are_live(&runs, now)
             && now.open_marks.iter().any(|open| open.seq == number)
         {
             true => Ok(()),
@@ -91,6 +92,12 @@ pub async fn run(log: &mut Log, mark: &proto::GcMark, options: &Options, report:
     }
 }
 
+/// Whether a state names all of these index runs.
+pub fn are_live(runs: &[Vec<u8>], now: &proto::Snapshot) -> bool {
+    let live: HashSet<&Vec<u8>> = now.index_runs.iter().collect();
+    runs.iter().all(|run| live.contains(run))
+}
+
 fn is_open(log: &Log, mark: &proto::GcMark) -> bool {
     log.state().open_marks.iter().any(|open| open.seq == mark.seq)
 }
@@ -99,8 +106,9 @@ fn live_roots(state: &proto::Snapshot) -> Vec<Vec<u8>> {
     state.backups.iter().map(|backup| backup.root.clone()).collect()
 }
 
-fn hashes(list: &[Vec<u8>]) -> impl Iterator<Item = [u8; 32]> {
-    list.iter().filter_map(|hash| hash.as_slice().try_into().ok())
+/// The hashes in a list of the log.
+pub fn hashes<'a>(list: impl IntoIterator<Item = &'a Vec<u8>>) -> impl Iterator<Item = [u8; 32]> {
+    list.into_iter().filter_map(|hash| hash.as_slice().try_into().ok())
 }
 
 /// Who it is that is waited for.
@@ -214,12 +222,14 @@ async fn delete(
         return Ok(());
     }
     let store = log.stanza().store();
-    let listed: std::collections::HashMap<_, _> = super::sizes(log.stanza(), folder).await?.into_iter().collect();
+    let listed = store.list_hashes(folder).await?;
     for batch in hashes.chunks(BATCH) {
         let names: Vec<String> = batch.iter().map(&name).collect();
         store.delete(&names).await?;
-        for len in batch.iter().filter_map(|hash| listed.get(hash)) {
-            count.add(*len);
+        for hash in batch {
+            if let Ok(at) = listed.binary_search_by_key(hash, |(name, _)| *name) {
+                count.add(listed[at].1);
+            }
         }
     }
     Ok(())

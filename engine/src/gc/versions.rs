@@ -13,6 +13,7 @@ use fairvault_format::proto::log_entry::Kind as Entry;
 use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
+use super::sweep::hashes;
 use super::usage::Usage;
 use super::wal::Expired;
 use super::{Count, Options, Report, SNAPSHOTS};
@@ -52,15 +53,16 @@ impl Versions {
     }
 }
 
-/// What sweeps have deleted, by the log.
+/// What sweeps have deleted, by the log: about as much memory as for packs that are there.
 #[derive(Debug, Default)]
 struct Swept {
-    packs: HashSet<Vec<u8>>,
-    roots: HashSet<Vec<u8>>,
-    runs: HashSet<Vec<u8>>,
+    packs: HashSet<[u8; 32]>,
+    roots: HashSet<[u8; 32]>,
+    runs: HashSet<[u8; 32]>,
 }
 
 impl Swept {
+    /// From a log that was replayed with all of its entries.
     fn of(log: &Log) -> Self {
         let mut this = Self::default();
         let mut marks = std::collections::HashMap::new();
@@ -69,22 +71,22 @@ impl Swept {
                 Some(Entry::GcMark(mark)) => _ = marks.insert(entry.seq, mark),
                 Some(Entry::GcSwept(swept)) => {
                     if let Some(mark) = marks.remove(&swept.mark) {
-                        let kept: HashSet<&Vec<u8>> = swept.kept.iter().collect();
-                        let gone = mark.packs.iter().filter(|pack| !kept.contains(pack));
-                        this.packs.extend(gone.cloned());
-                        this.roots.extend(mark.roots.iter().cloned());
-                        this.runs.extend(mark.index_runs.iter().cloned());
+                        let kept: HashSet<[u8; 32]> = hashes(&swept.kept).collect();
+                        this.packs
+                            .extend(hashes(&mark.packs).filter(|pack| !kept.contains(pack)));
+                        this.roots.extend(hashes(&mark.roots));
+                        this.runs.extend(hashes(&mark.index_runs));
                     }
-                    this.runs.extend(swept.index_runs.iter().cloned());
+                    this.runs.extend(hashes(&swept.index_runs));
                 }
                 _ => {}
             }
         }
         // What is marked again is somebody else's.
         for open in &log.state().open_marks {
-            open.packs.iter().for_each(|pack| _ = this.packs.remove(pack));
-            open.roots.iter().for_each(|root| _ = this.roots.remove(root));
-            open.index_runs.iter().for_each(|run| _ = this.runs.remove(run));
+            hashes(&open.packs).for_each(|pack| _ = this.packs.remove(&pack));
+            hashes(&open.roots).for_each(|root| _ = this.roots.remove(&root));
+            hashes(&open.index_runs).for_each(|run| _ = this.runs.remove(&run));
         }
         this
     }
@@ -105,11 +107,15 @@ pub async fn purge(
         return Ok(());
     }
     progress.phase("deleting old versions");
+    // All entries, before it is looked at what is needed: what is swept later than that is for another run.
+    let mut swept = Swept::of(&Log::replay(stanza.clone()).await?);
+    log.refresh().await?;
     let (past, usage) = Usage::of_needed(log).await?;
-    let mut swept = Swept::of(log);
     swept.packs.retain(|pack| !usage.uses(pack));
-    past.needed().for_each(|backup| _ = swept.roots.remove(&backup.root));
-    log.state().index_runs.iter().for_each(|run| _ = swept.runs.remove(run));
+    past.needed()
+        .for_each(|backup| hashes([&backup.root]).for_each(|root| _ = swept.roots.remove(&root)));
+    hashes(&log.state().index_runs).for_each(|run| _ = swept.runs.remove(&run));
+    drop(usage);
     let snapshots = store.list(names::SNAPSHOTS).await?;
     let oldest_kept = snapshots.iter().rev().nth(SNAPSHOTS - 1).map(|(name, _)| name.clone());
 
@@ -129,8 +135,8 @@ pub async fn purge(
     ] {
         let mut listing = store.versions(&format!("{folder}/"));
         while let Some(page) = listing.next().await? {
-            let is_swept = |swept: &HashSet<Vec<u8>>, name: &str| {
-                names::parse_hash(name).is_some_and(|hash| swept.contains(&hash[..]))
+            let is_swept = |swept: &HashSet<[u8; 32]>, name: &str| {
+                names::parse_hash(name).is_some_and(|hash| swept.contains(&hash))
             };
             let is_old = |object: &Object| match folder {
                 names::PACKS => is_swept(&swept.packs, &object.name),

@@ -14,6 +14,7 @@ use fairvault_format::keys::TAG_LEN;
 use fairvault_format::pack::{DirectoryEntry, seal_tail};
 use fairvault_format::{limits, names};
 use sha2::Digest;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::backup::upload::CONCURRENT;
@@ -172,15 +173,21 @@ impl Packer {
             header: pack.header,
         };
         self.chunks.pack_named(pack.number, reference);
-        self.finished
-            .blocking_send(FinishedPack {
-                number: pack.number,
-                reference,
-                parts,
-                entries,
-                memory,
-            })
-            .map_err(|_| Error::failed("the upload of packs has ended early"))
+        let finished = FinishedPack {
+            number: pack.number,
+            reference,
+            parts,
+            entries,
+            memory,
+        };
+        let sent = match self.finished.try_send(finished) {
+            Err(TrySendError::Full(finished)) => self.finished.blocking_send(finished).is_ok(),
+            other => other.is_ok(),
+        };
+        match sent {
+            true => Ok(()),
+            false => Err(Error::failed("the upload of packs has ended early")),
+        }
     }
 
     /// Closes the open pack. Call it when all workers are done; blocks like [`Packer::add`].
@@ -228,6 +235,13 @@ pub struct UploadedPack {
     /// Its name and header.
     pub reference: PackRef,
     entries: Vec<DirectoryEntry>,
+}
+
+impl UploadedPack {
+    /// Frames in it.
+    pub fn frames(&self) -> usize {
+        self.entries.len()
+    }
 }
 
 /// The index run of some packs.

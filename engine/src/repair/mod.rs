@@ -21,7 +21,7 @@ use crate::commit::session::{Session, timed_id};
 use crate::commit::{Log, state};
 use crate::dedup::{self, read_run};
 use crate::error::{Error, Kind, Result};
-use crate::gc::{runs, usage::Usage};
+use crate::gc::{runs, sweep::are_live, usage::Usage};
 use crate::immutable::hidden::{self, Hidden};
 use crate::progress::Progress;
 use crate::stanza::{Access, Stanza, erase, read_repository};
@@ -413,7 +413,7 @@ impl<'a> Work<'a> {
             };
             let withdrawn = &changes.withdrawn;
             let unchanged = |now: &proto::Snapshot| match still_open(now).is_ok()
-                && withdrawn.iter().all(|run| now.index_runs.contains(run))
+                && are_live(withdrawn, now)
                 && now.open_marks.iter().any(|open| open.seq == mark)
             {
                 true => Ok(()),

@@ -472,6 +472,24 @@ impl Store {
         Ok(found)
     }
 
+    /// What is named by its hash below `folder`, with lengths, sorted. Names are not held: this is 40 bytes an object. A
+    /// hint, no proof.
+    pub async fn list_hashes(&self, folder: &str) -> Result<Vec<([u8; 32], u64)>> {
+        let path = self.path(folder)?;
+        let listing = || async {
+            let mut listed = self.inner.list(Some(&path));
+            let mut found = Vec::new();
+            while let Some(meta) = listed.try_next().await? {
+                found.extend(names::parse_hash(meta.location.as_ref()).map(|hash| (hash, meta.size)));
+            }
+            Ok(found)
+        };
+        let listed = self.throttled(listing).await;
+        let mut found = listed.map_err(|e| self.error("listing", folder, e))?;
+        found.sort_unstable();
+        Ok(found)
+    }
+
     /// Names below `folder` that come after `name` and begin with `prefix`, sorted. Where the store lists in
     /// order, this costs one request for few names, however many there are behind them. A hint, no proof.
     pub async fn list_after(&self, folder: &str, name: &str, prefix: &str) -> Result<Vec<String>> {
