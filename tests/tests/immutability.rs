@@ -287,6 +287,119 @@ async fn pieces_are_needed_until_something_whole_has_their_bytes(server: &Server
     Ok(())
 }
 
+async fn locks_last_as_long_as_the_retention(server: &Server) -> Result<()> {
+    let w = World::new("ages", server, true, "retention = { full = \"20d\", wal = \"5d\" }")?;
+    let (_, first) = w.backup()?;
+    w.backup()?;
+    // How many are locked beyond so many days from now, and what of the others is no probe and no lease.
+    let beyond = async |days: i64| -> Result<(u64, Vec<String>)> {
+        let (mut late, mut early) = (0, Vec::new());
+        let end = now_us() + days * DAY_US;
+        for object in w.objects().await? {
+            let is_control = ["/leases/", "probe/"].iter().any(|part| object.name.contains(part));
+            let Some(version) = object.contents().next().filter(|_| !is_control) else {
+                continue;
+            };
+            let lock = w.store.lock_of(&object.name, &version.id).await?;
+            match lock.context(object.name.clone())?.until_us > end {
+                true => late += 1,
+                false => early.push(object.name),
+            }
+        }
+        Ok((late, early))
+    };
+    ensure!(beyond(2).await?.0 == 0);
+    let (exit, done) = w.report(&["lock"])?;
+    ensure!(exit == 0, "{done}");
+    // The longest age counts from when the backup ended, which is a moment ago, and a week comes on top.
+    let (late, early) = beyond(26).await?;
+    ensure!(
+        Some(late) == done["extended"]["objects"].as_u64() && late > 8,
+        "{late} {done}"
+    );
+    ensure!(beyond(28).await?.0 == 0, "locked for longer than asked for");
+    let before_it = |name: &String| name.starts_with("acme/wal/") && name.rsplit('/').next() < Some(&first);
+    ensure!(early.iter().all(before_it), "{early:?}");
+    let (exit, again) = w.report(&["lock"])?;
+    ensure!(exit == 0 && again["extended"]["objects"] == 0, "{again}");
+
+    // What the signed policy keeps longer is locked longer.
+    w.s.ok(&["policy", "acme", "--minimum-retention", "40d"])?;
+    let (exit, done) = w.report(&["lock"])?;
+    ensure!(
+        exit == 0 && done["extended"]["objects"].as_u64() >= Some(late),
+        "{done}"
+    );
+    ensure!(beyond(46).await?.0 >= late, "{:?}", beyond(46).await?);
+    Ok(())
+}
+
+async fn wal_that_has_expired_stays_away(server: &Server, is_locked: bool) -> Result<()> {
+    let name = if is_locked { "lockedwal" } else { "oldwal" };
+    let w = World::new(name, server, is_locked, "retention = { full = 1 }")?;
+    let (_, old) = w.backup()?;
+    w.s.flush_archive(&w.s.server)?;
+    let (_, first) = w.backup()?;
+    let segments = async || -> Result<Vec<Object>> {
+        let all = w.store.all_versions("acme/wal/").await?;
+        let is_segment = |object: &Object| {
+            object
+                .name
+                .rsplit('/')
+                .next()
+                .is_some_and(|name| name.starts_with("0000"))
+        };
+        Ok(all.into_iter().filter(is_segment).collect())
+    };
+    let is_old = |object: &Object| object.name.rsplit('/').next().is_some_and(|name| name[..24] < *first);
+    let (expired, needed): (Vec<_>, Vec<_>) = segments().await?.into_iter().partition(is_old);
+    ensure!(!needed.is_empty() && expired.iter().any(|object| object.name.contains(&old)));
+    let content = |objects: &[Object]| objects.iter().map(|object| object.contents().count()).sum::<usize>();
+    w.s.ok(&["expire", "acme"])?;
+    let (exit, done) = w.gc()?;
+    ensure!(
+        exit == 0 && done["wal"]["objects"].as_u64() >= Some(expired.len() as u64),
+        "{done}"
+    );
+
+    // By version where nothing is locked; else the versions stay, below delete markers.
+    let now = segments().await?;
+    let left: Vec<_> = now.iter().filter(|object| is_old(object)).cloned().collect();
+    ensure!(left.iter().all(|object| !object.is_visible()), "{left:?}");
+    match is_locked {
+        true => ensure!(content(&left) == content(&expired), "{left:?}"),
+        false => ensure!(left.is_empty(), "{left:?}"),
+    }
+    let (exit, repaired) = w.report(&["repair"])?;
+    ensure!(
+        exit == 0 && repaired["hidden"] == Value::Array(Vec::new()),
+        "{repaired}"
+    );
+
+    // Of what somebody hides, what is needed comes back, and only that; collection in between changes nothing.
+    let mut hidden = BTreeSet::new();
+    for object in &needed {
+        w.store.delete(std::slice::from_ref(&object.name)).await?;
+        hidden.insert(object.name.trim_start_matches("acme/").to_owned());
+    }
+    let (exit, done) = w.gc()?;
+    ensure!(exit == 0, "{done}");
+    let (exit, repaired) = w.report(&["repair"])?;
+    ensure!(
+        exit == 0 && names_of(&repaired["hidden"], "object") == hidden,
+        "{hidden:?} {repaired}"
+    );
+    let now = segments().await?;
+    ensure!(
+        now.iter().all(|object| object.is_visible() != is_old(object)),
+        "{now:?}"
+    );
+    w.s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    let (exit, said) = w.s.restore("copy", &[]);
+    ensure!(exit == 0, "{said}");
+    Ok(())
+}
+
 /// Backups and WAL go on into another repository in the bucket.
 fn copies(w: &World, server: &Server) -> Result<()> {
     let config = std::fs::read_to_string(w.s.scratch.join("s3.toml"))?;
@@ -384,6 +497,21 @@ async fn locks_are_left_and_extended_on_ministack() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locks_last_as_long_as_the_retention_on_ministack() -> Result<()> {
+    let scratch = Scratch::new("agestore")?;
+    let server = S3::start(&scratch, "other")?;
+    locks_last_as_long_as_the_retention(&Server::of(&server)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wal_that_has_expired_stays_away_on_ministack() -> Result<()> {
+    let scratch = Scratch::new("walstore")?;
+    let server = S3::start(&scratch, "other")?;
+    wal_that_has_expired_stays_away(&Server::of(&server), false).await?;
+    wal_that_has_expired_stays_away(&Server::of(&server), true).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pieces_are_needed_until_something_whole_has_their_bytes_on_ministack() -> Result<()> {
     let scratch = Scratch::new("piecestore")?;
     let server = S3::start(&scratch, "other")?;
@@ -406,6 +534,9 @@ async fn all_of_it_on_radosgw() -> Result<()> {
     nothing_locked_is_lost(&server).await?;
     versions_are_collected(&server).await?;
     locks_are_left_and_extended(&server).await?;
+    locks_last_as_long_as_the_retention(&server).await?;
+    wal_that_has_expired_stays_away(&server, false).await?;
+    wal_that_has_expired_stays_away(&server, true).await?;
     pieces_are_needed_until_something_whole_has_their_bytes(&server).await
 }
 
