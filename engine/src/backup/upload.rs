@@ -35,6 +35,7 @@ pub async fn run(
     let mut open = true;
     while open || !uploads.is_empty() {
         tokio::select! {
+            biased;
             pack = finished.recv(), if open && uploads.len() < CONCURRENT => match pack {
                 Some(pack) => {
                     let stanza = stanza.clone();

@@ -5,7 +5,7 @@
 //! others; a chunk counts as there only if the target's index has it; the commit is the last write.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use fairvault_format::frame::{FRAME_HEADER_LEN, FrameKey, FrameReader};
@@ -13,7 +13,11 @@ use fairvault_format::index::PackRef;
 use fairvault_format::keys::TAG_LEN;
 use fairvault_format::{limits, names, proto, sha256};
 use futures::StreamExt;
+use futures::future::Either;
+use futures::stream::FuturesUnordered;
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 
 use super::twins::Twins;
 use crate::backup::manifest::{self, store_segment};
@@ -140,7 +144,8 @@ async fn transfer(
     );
     progress.phase("copying");
     let chunks = Arc::new(SessionChunks::new(index));
-    let (finished_in, finished_out) = mpsc::channel(1);
+    // The last packs of content and of manifests find room at once; the packer bounds how many there are.
+    let (finished_in, finished_out) = mpsc::channel(2);
     let shared = Arc::new(Shared {
         stanza: to.clone(),
         chunks: chunks.clone(),
@@ -223,9 +228,20 @@ async fn close(shared: &Arc<Shared>) -> Result<()> {
     blocking(move || shared.packer.close()).await
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let working = tokio::task::spawn_blocking(work).await;
-    working.map_err(|error| Error::failed("copying panicked").caused_by(error))?
+async fn blocked<T>(working: JoinHandle<Result<T>>) -> Result<T> {
+    let worked = working.await;
+    worked.map_err(|error| Error::failed("copying panicked").caused_by(error))?
+}
+
+/// Begins work that takes its time, away from the async threads. Where there is but one thread it is done at once: a
+/// simulation, which must not depend on who is faster.
+fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> impl Future<Output = Result<T>> + Send {
+    match Handle::current().runtime_flavor() {
+        RuntimeFlavor::CurrentThread => Either::Left(futures::future::ready(work())),
+        _ => Either::Right(blocked(tokio::task::spawn_blocking(work))),
+    }
 }
 
 /// The same segment over the target's frames, in the same order, so that its extents stay as they are.
@@ -268,51 +284,15 @@ struct Job {
 /// Brings every chunk of the files into the target; returns their handles there by their ids in the source.
 async fn content(shared: &Arc<Shared>, source: &Arc<Stanza>, outline: &Outline, twins: &Twins) -> Result<Handles> {
     let workers = std::thread::available_parallelism().map_or(2, usize::from);
-    let (jobs_in, jobs_out) = mpsc::channel(workers);
-    let (at, from) = (shared.clone(), source.clone());
-    let working = tokio::spawn(blocking(move || reseal_all(&at, &from, workers, jobs_out)));
-    let fetched = fetch_all(shared, source, outline, twins, &jobs_in).await;
-    drop(jobs_in);
-    let worked = working
-        .await
-        .map_err(|e| Error::failed("copying panicked").caused_by(e))?;
-    // A worker that fails closes the channel: it knows why.
-    let resealed = worked?;
-    let mut handles = fetched?;
-    handles.extend(resealed);
-    Ok(handles)
-}
-
-async fn fetch_all(
-    shared: &Shared,
-    source: &Stanza,
-    outline: &Outline,
-    twins: &Twins,
-    jobs: &mpsc::Sender<Job>,
-) -> Result<Handles> {
     let mut handles = Handles::new();
+    let mut sealing = FuturesUnordered::new();
     let mut met: std::collections::HashSet<Id> = Default::default();
     let reading = (0..outline.segments()).map(|number| outline.segment(source, number));
     let mut reading = futures::stream::iter(reading).buffered(SEGMENTS);
     while let Some(segment) = reading.next().await {
-        let mut needed: Vec<Needed> = Vec::new();
-        for frame in outline.frames_of(&segment?)? {
-            if !met.insert(frame.id) {
-                continue;
-            }
-            shared.progress.read_bytes.add(frame.plain_len.into());
-            let twin = twins
-                .get(&frame.id)
-                .map(|id| (*id, shared.chunks.claim(*id, frame.plain_len)));
-            match twin {
-                Some((_, Claim::Present(handle))) => {
-                    shared.progress.deduplicated_bytes.add(frame.plain_len.into());
-                    handles.insert(frame.id, handle);
-                }
-                Some((id, Claim::New(handle))) => needed.push((frame, Some((id, handle)))),
-                None => needed.push((frame, None)),
-            }
-        }
+        let frames = outline.frames_of(&segment?)?;
+        let frames = frames.into_iter().filter(|frame| met.insert(frame.id)).collect();
+        let needed = not_there(shared, frames, twins, &mut handles);
         let frames: Vec<FrameRef> = needed.iter().map(|(frame, _)| *frame).collect();
         let fetching = ranges(&frames, &vec![true; frames.len()])
             .into_iter()
@@ -333,55 +313,50 @@ async fn fetch_all(
             });
         let mut fetching = futures::stream::iter(fetching).buffer_unordered(RANGES);
         while let Some(job) = fetching.next().await {
-            let gone = |_| Error::failed("the workers of the copy have ended early");
-            jobs.send(job?).await.map_err(gone)?;
+            while sealing.len() >= workers
+                && let Some(done) = sealing.next().await
+            {
+                handles.extend::<Vec<(Id, u32)>>(done?);
+            }
+            let (shared, source, job) = (shared.clone(), source.clone(), job?);
+            sealing.push(blocking(move || reseal(&shared, &source, &job)));
         }
+    }
+    while let Some(done) = sealing.next().await {
+        handles.extend(done?);
     }
     Ok(handles)
 }
 
-/// Opens and seals anew until the channel is closed and empty. Blocks.
-fn reseal_all(shared: &Shared, source: &Stanza, workers: usize, jobs: mpsc::Receiver<Job>) -> Result<Vec<(Id, u32)>> {
-    let jobs = Mutex::new(jobs);
-    let worker = || -> Result<Vec<(Id, u32)>> {
-        let mut reader = FrameReader::default();
-        let mut done = Vec::new();
-        loop {
-            let next = jobs.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
-            let Some(job) = next else { return Ok(done) };
-            if let Err(error) = reseal(shared, source, &mut reader, &job, &mut done) {
-                // Closing the channel stops the fetching and the other workers.
-                jobs.lock().unwrap_or_else(PoisonError::into_inner).close();
-                return Err(error);
+/// Of some frames, those that the target does not have; the handles of the others are added.
+fn not_there(shared: &Shared, frames: Vec<FrameRef>, twins: &Twins, handles: &mut Handles) -> Vec<Needed> {
+    let mut needed = Vec::new();
+    for frame in frames {
+        shared.progress.read_bytes.add(frame.plain_len.into());
+        let twin = twins
+            .get(&frame.id)
+            .map(|id| (*id, shared.chunks.claim(*id, frame.plain_len)));
+        match twin {
+            Some((_, Claim::Present(handle))) => {
+                shared.progress.deduplicated_bytes.add(frame.plain_len.into());
+                handles.insert(frame.id, handle);
             }
+            Some((id, Claim::New(handle))) => needed.push((frame, Some((id, handle)))),
+            None => needed.push((frame, None)),
         }
-    };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
-        let mut all = Vec::new();
-        for thread in threads {
-            let done = thread
-                .join()
-                .unwrap_or_else(|_| Err(Error::failed("a worker of the copy panicked")));
-            all.extend(done?);
-        }
-        Ok(all)
-    })
+    }
+    needed
 }
 
-fn reseal(
-    shared: &Shared,
-    source: &Stanza,
-    reader: &mut FrameReader,
-    job: &Job,
-    done: &mut Vec<(Id, u32)>,
-) -> Result<()> {
+/// Opens and seals anew. Blocks.
+fn reseal(shared: &Shared, source: &Stanza, job: &Job) -> Result<Vec<(Id, u32)>> {
+    let (mut reader, mut done) = (FrameReader::default(), Vec::with_capacity(job.frames.len()));
     let pack = &job.pack;
     let key = FrameKey::new(source.keys_of(pack.header.epoch)?, source.scope(), &pack.header)?;
     for (frame, twin) in &job.frames {
         let at = (frame.offset - job.from) as usize;
         let stored = job.bytes.get(at..at + frame.stored_len as usize).unwrap_or_default();
-        let chunk = open_frame(reader, source, &key, pack, frame, stored)?;
+        let chunk = open_frame(&mut reader, source, &key, pack, frame, stored)?;
         let id = shared.stanza.keys().chunk_id(chunk);
         let claim = match twin {
             None => shared.chunks.claim(id, frame.plain_len),
@@ -411,5 +386,5 @@ fn reseal(
         };
         done.push((frame.id, handle));
     }
-    Ok(())
+    Ok(done)
 }

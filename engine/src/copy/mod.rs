@@ -18,6 +18,7 @@ use tokio::sync::watch;
 
 use crate::commit::lease::Lease;
 use crate::commit::{Log, state};
+use crate::env::has_fault;
 use crate::error::{Context, Error, Kind, Result};
 use crate::expire;
 use crate::expire::rules::{Candidate, Floor, Retention, decide};
@@ -410,6 +411,7 @@ async fn copy_all(
     for needed in needed_wal(source, target, &wanted, options)? {
         let copy = wal::Copy {
             source: &needed.source,
+            source_log: source,
             target: &needed.target,
             from: needed.from,
             own: needed.own,
@@ -432,9 +434,11 @@ async fn copy_all(
         }
         let copied = async {
             let of_life = proven.get(&facts.system_identifier);
-            of_life
-                .ok_or_else(|| Error::failed("its WAL was not copied"))?
-                .check(&facts)?;
+            if !has_fault("unproven copy") {
+                of_life
+                    .ok_or_else(|| Error::failed("its WAL was not copied"))?
+                    .check(&facts)?;
+            }
             if let Some((original, there)) = common(source, target, Some(backup)) {
                 let (original, there) = (original.clone(), there.clone());
                 let to = target.stanza().clone();

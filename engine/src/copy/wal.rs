@@ -167,6 +167,8 @@ pub type Own = Vec<(u32, u64, u64)>;
 pub struct Copy<'a> {
     /// From here.
     pub source: &'a Archive,
+    /// The log that it was opened with.
+    pub source_log: &'a Log,
     /// To there.
     pub target: &'a Archive,
     /// The first segment that is needed.
@@ -182,6 +184,7 @@ enum Done {
     Compared,
     Remembered,
     Closed,
+    Expired,
 }
 
 impl Copy<'_> {
@@ -244,6 +247,7 @@ impl Copy<'_> {
                         closed.insert(key.0);
                         continue;
                     }
+                    Done::Expired => continue,
                 }
                 memory.add(key);
                 timelines.entry(key.0).or_default().segments.insert(key.1);
@@ -313,14 +317,9 @@ impl Copy<'_> {
         if !is_there && self.is_closed(key.0, segment.end(source.segment_size)) {
             return Ok(Done::Closed);
         }
-        let gone = || {
-            let name = segment.name(source.segment_size);
-            Error::damaged(format!(
-                "{name} was listed in {} and is not there",
-                source.stanza.shown()
-            ))
+        let Some((header, content)) = source.whole_with_header(segment).await? else {
+            return self.gone(segment).await;
         };
-        let (header, content) = source.whole_with_header(segment).await?.ok_or_else(gone)?;
         self.progress.wal_bytes.add(content.len() as u64);
         match target.has_content(segment, &content).await? {
             Some(true) => return Ok(Done::Compared),
@@ -333,6 +332,21 @@ impl Copy<'_> {
             Stored::New => Done::Stored(content.len() as u64),
             _ => Done::Compared,
         })
+    }
+
+    /// A segment that was listed is not there: that is damage, unless it has expired since.
+    async fn gone(&self, segment: Segment) -> Result<Done> {
+        let mut log = self.source_log.clone();
+        log.refresh().await?;
+        let now = Archive::open(&log, Some(self.source.system_identifier), 0)?;
+        match now.is_expired(segment) {
+            true => Ok(Done::Expired),
+            false => Err(Error::damaged(format!(
+                "{} was listed in {} and is not there",
+                segment.name(self.source.segment_size),
+                self.source.stanza.shown()
+            ))),
+        }
     }
 
     fn differs(&self, segment: Segment) -> Error {
@@ -358,11 +372,13 @@ impl Copy<'_> {
             if self.is_closed(timeline, Lsn(start.0 + len)) {
                 return Ok(Part::Closed);
             }
-            if len == size {
+            // Pieces may be all of it, and not make it a segment before they are sealed.
+            if len == size && source.segment_stored(segment).await?.is_some() {
                 // Completed since.
                 let done = self.segment((timeline, number), false, false).await?;
                 return Ok(match done {
                     Done::Closed => Part::Closed,
+                    Done::Expired => Part::None,
                     _ => Part::Whole,
                 });
             }
@@ -375,7 +391,8 @@ impl Copy<'_> {
             }
         }
         let added = len.saturating_sub(there.len() as u64);
-        Ok(match there.len() as u64 == size {
+        let is_whole = there.len() as u64 == size && target.segment_stored(segment).await?.is_some();
+        Ok(match is_whole {
             true => Part::Whole,
             false => Part::Len { len, added },
         })

@@ -20,6 +20,7 @@ use crate::commit::lease::{Lease, NO_BACKUP};
 use crate::commit::session::{Session, timed_id};
 use crate::commit::{Log, state};
 use crate::dedup::{self, read_run};
+use crate::env::has_fault;
 use crate::error::{Error, Kind, Result};
 use crate::gc::{runs, sweep::are_live, usage::Usage};
 use crate::immutable::hidden::{self, Hidden};
@@ -356,11 +357,12 @@ impl<'a> Work<'a> {
         let thin: HashSet<_> = usage.thin(&listed).into_iter().map(|(pack, _)| pack).collect();
         let packs = listed.into_iter().map(|(pack, _)| pack);
         let packs = packs.filter(|pack| {
-            usage.uses(pack)
-                && !self.runs.named.contains(pack)
-                && !bad.contains(pack)
-                && !marked.contains(&pack[..])
-                && !thin.contains(pack)
+            has_fault("repair marked") && !self.runs.named.contains(pack)
+                || usage.uses(pack)
+                    && !self.runs.named.contains(pack)
+                    && !bad.contains(pack)
+                    && !marked.contains(&pack[..])
+                    && !thin.contains(pack)
         });
         Ok(packs.collect())
     }

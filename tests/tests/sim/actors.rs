@@ -1,9 +1,7 @@
 //! What the hosts of the simulation do. Everything that decides is the engine's own; only the server is left out:
 //! a backup's files are numbers, and the content of a file follows from its name.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -14,11 +12,9 @@ use fairvault_engine::commit::{Log, fence};
 use fairvault_engine::dedup::{Claim, Index, Place, SessionChunks, confirm_packs, usable_packs};
 use fairvault_engine::error::{Error, Kind};
 use fairvault_engine::expire::rules::{Keep, Retention};
-use fairvault_engine::postgres::segment::{Segment, WalFile};
 use fairvault_engine::restore::plan::Manifest;
 use fairvault_engine::stanza::{Access, Stanza, rotate};
 use fairvault_engine::store::Store;
-use fairvault_engine::wal::archive::Archive;
 use fairvault_engine::{env, expire, gc, progress::Progress};
 use fairvault_format::frame::{FRAME_HEADER_LEN, FrameKey};
 use fairvault_format::header::{HEADER_LEN, Kind as ObjectKind, ObjectHeader};
@@ -29,10 +25,9 @@ use fairvault_format::proto::{self, BackupInfo};
 use fairvault_format::{names, sha256};
 use prost::Message;
 
+use super::server::{SEGMENT, Server};
 use super::store::World;
 
-/// Bytes of WAL that a segment stands for.
-pub const SEGMENT: u64 = 1 << 20;
 /// Different contents that files can have.
 const CONTENTS: u64 = 14;
 
@@ -48,8 +43,9 @@ pub fn access(store: Store, world: &Arc<World>) -> Access {
     }
 }
 
-async fn open(world: &Arc<World>) -> Result<Log, Error> {
-    Log::open(Stanza::open(&access(world.store(), world)).await?).await
+/// Opens the stanza of a repository.
+pub async fn open(world: &Arc<World>, repo: usize) -> Result<Log, Error> {
+    Log::open(Stanza::open(&access(world.store(repo), world)).await?).await
 }
 
 fn content(number: u64) -> Vec<u8> {
@@ -121,54 +117,15 @@ async fn store_pack(
     session.announce(log, hash).await
 }
 
-/// Archives the next segment, again and again until that is known to be durable; then the server goes on. Segments of
-/// the simulation are short.
-pub async fn pusher(world: &Arc<World>, position: &AtomicU64) -> Result<()> {
-    let number = position.load(Ordering::SeqCst);
-    let segment = Segment { timeline: 1, number };
-    let push = async {
-        let mut log = open(world).await?;
-        let archive = Archive::open(&log, None, 0)?;
-        let name = segment.name(SEGMENT);
-        archive.put(WalFile::Segment(segment), &name, content(number)).await?;
-        archive.check_fence(&mut log).await
-    };
-    match push.await {
-        Ok(()) => _ = position.compare_exchange(number, number + 1, Ordering::SeqCst, Ordering::SeqCst),
-        Err(error) => passing(error)?,
-    }
-    Ok(())
-}
-
-/// Numbers of the segments that are there.
-pub async fn segments(log: &Log) -> Result<BTreeSet<u64>> {
-    let listed = log.stanza().store().list(names::WAL).await?;
-    let numbers = listed.iter().map(|(object, _)| {
-        let name = names::parse_wal(object).context("a name")?;
-        match WalFile::parse(name.file, SEGMENT)? {
-            WalFile::Segment(segment) => Ok(segment.number),
-            other => bail!("{other:?}"),
-        }
-    });
-    numbers.collect()
-}
-
 /// Takes a backup; returns its id.
-pub async fn backup(world: &Arc<World>, position: &AtomicU64) -> Result<String, Error> {
-    let mut log = open(world).await?;
+pub async fn backup(world: &Arc<World>, server: &Server) -> Result<String, Error> {
+    let mut log = open(world, 0).await?;
     let kind = if world.roll(2) == 0 { "full" } else { "incr" };
     let name = |state: &proto::Snapshot| format!("{}-{kind}", state.seq);
     let mut session = Session::begin(&mut log, "backup", name).await?;
     let id = session.backup().to_owned();
     let lease = Lease::take(log.stanza(), session.id(), "backup", NO_BACKUP).await?;
-    let start = position.load(Ordering::SeqCst);
-    let done = match transfer(world, &mut log, &mut session, &id, kind).await {
-        Ok((root, mut info)) => {
-            info.start_lsn = start * SEGMENT + 8;
-            wal_is_there(position, &mut info).await.map(|()| (root, info))
-        }
-        Err(error) => Err(error),
-    };
+    let done = transfer(world, &mut log, &mut session, server, kind).await;
     let ended = match done {
         Ok((root, info)) => session.commit(&mut log, root, info).await,
         Err(error) => {
@@ -180,13 +137,12 @@ pub async fn backup(world: &Arc<World>, position: &AtomicU64) -> Result<String, 
     ended.map(|()| id)
 }
 
-/// Waits until the segment in which the backup ends is archived.
-async fn wal_is_there(position: &AtomicU64, info: &mut BackupInfo) -> Result<(), Error> {
-    let last = position.load(Ordering::SeqCst);
-    info.stop_lsn = last * SEGMENT + 100;
+/// Waits until the segment in which the backup ends is archived; returns where that is.
+async fn wal_is_there(server: &Server) -> Result<u64, Error> {
+    let last = server.archived();
     for _ in 0..60 {
-        if position.load(Ordering::SeqCst) > last {
-            return Ok(());
+        if server.archived() > last {
+            return Ok(last * SEGMENT + 100);
         }
         tokio::time::sleep(Duration::from_secs(5)).await;
     }
@@ -197,10 +153,11 @@ async fn transfer(
     world: &Arc<World>,
     log: &mut Log,
     session: &mut Session,
-    id: &str,
+    server: &Server,
     kind: &str,
 ) -> Result<([u8; 32], BackupInfo), Error> {
     let stanza = log.stanza().clone();
+    let start_lsn = server.archived() * SEGMENT + 8;
     let index = Index::load(&stanza, log.state()).await?;
     // What a parent has may be taken over without asking the index.
     let parent = match log.state().backups.last().filter(|_| kind == "incr") {
@@ -277,7 +234,10 @@ async fn transfer(
     let (known, packs) = chunks.finish()?;
     confirm_packs(&stanza, &known, &packs).await?;
     let info = BackupInfo {
-        id: id.to_owned(),
+        id: session.backup().to_owned(),
+        start_lsn,
+        stop_lsn: wal_is_there(server).await?,
+        wal_segment_size: SEGMENT,
         r#type: kind.to_owned(),
         system_identifier: 7,
         start_timeline: 1,
@@ -320,7 +280,7 @@ pub async fn read_all(stanza: &Arc<Stanza>, backup: &proto::CommittedBackup) -> 
 
 /// A restore: whatever the log names after the lease was taken must be there to its end.
 pub async fn restore(world: &Arc<World>) -> Result<()> {
-    let log = match open(world).await {
+    let log = match open(world, 0).await {
         Ok(log) => log,
         Err(error) => return passing(error),
     };
@@ -351,15 +311,17 @@ pub async fn restore(world: &Arc<World>) -> Result<()> {
 }
 
 /// The store may fail anybody; nothing else may go wrong.
-fn passing(error: Error) -> Result<()> {
+pub fn passing(error: Error) -> Result<()> {
     match error.kind() {
         Kind::Temporary | Kind::Failed | Kind::Held => Ok(()),
+        // Keys were rotated since this host read the log, and somebody has used the new ones: whoever begins anew has them.
+        Kind::Refused if error.to_string().contains("which the given key does not open") => Ok(()),
         kind => bail!("{kind:?}: {error}"),
     }
 }
 
 /// Retention.
-pub async fn expirer(world: &Arc<World>) -> Result<()> {
+pub async fn expirer(world: &Arc<World>, repo: usize) -> Result<()> {
     let retention = Retention {
         full: Some(Keep::Count(1 + world.roll(2) as u32)),
         wal: [None, Some(0), Some(200)][world.roll(3) as usize],
@@ -369,26 +331,26 @@ pub async fn expirer(world: &Arc<World>) -> Result<()> {
         retention,
         ..Default::default()
     };
-    let done = async { expire::run(&mut open(world).await?, &options).await };
+    let done = async { expire::run(&mut open(world, repo).await?, &options).await };
     done.await.map_or_else(passing, |_| Ok(()))
 }
 
 /// Collection.
-pub async fn collector(world: &Arc<World>) -> Result<()> {
+pub async fn collector(world: &Arc<World>, repo: usize) -> Result<()> {
     let options = gc::Options {
         dry_run: false,
         patience: Duration::from_secs(90),
     };
-    let done = async { gc::run(&open(world).await?, &options, &Progress::default()).await };
+    let done = async { gc::run(&open(world, repo).await?, &options, &Progress::default()).await };
     done.await.map_or_else(passing, |_| Ok(()))
 }
 
 /// Somebody who believes that keys have leaked.
 pub async fn rotator(world: &Arc<World>) -> Result<()> {
-    let access = access(world.store(), world);
+    let access = access(world.store(0), world);
     let options = rotate::Options::default();
     let done = async {
-        let mut log = open(world).await?;
+        let mut log = open(world, 0).await?;
         let plan = rotate::plan(&mut log, &access, &options).await?;
         rotate::rotate(&log, &access, &options, plan).await
     };
@@ -397,6 +359,6 @@ pub async fn rotator(world: &Arc<World>) -> Result<()> {
 
 /// Somebody who believes that no writer is right.
 pub async fn fencer(world: &Arc<World>) -> Result<()> {
-    let done = async { fence::fence_writers(&mut open(world).await?, "by a person").await };
+    let done = async { fence::fence_writers(&mut open(world, 0).await?, "by a person").await };
     done.await.map_or_else(passing, |_| Ok(()))
 }

@@ -1,45 +1,41 @@
-//! Many hosts on one bad store, in simulated time: writers, collectors, a restore, retention, a fence and rotations of
-//! keys, with crashes at any await and hosts that stand still. Everything follows from a seed.
+//! Many hosts on two bad stores, in simulated time: writers, a receiver, collectors, a restore, retention, a fence and
+//! rotations of keys, copies to a second repository, somebody who loses parts of the index and somebody who repairs it,
+//! with crashes at any await and hosts that stand still. Everything follows from a seed.
 //!
-//! What must hold at every moment: each backup that the log names can be read in full, and its WAL is there; what a
-//! writer was told is committed stays until it expires, and so does WAL that was archived; the log has one order, and
-//! nobody writes into it what is void. And in the end, nothing is left over.
+//! What must hold at every moment, in both: each backup that the log names can be read in full, and its WAL is there; what
+//! a writer was told is committed stays until it expires, and so does WAL that was archived or received; what the index
+//! says of packs is what they say of themselves; the log has one order, and nobody writes into it what is void. And in
+//! the end, what was lost of the index is in it again, and nothing is left over.
 //!
 //! `cargo xtask sim [SEEDS] [FIRST]` runs more of it. Planted bugs show that it would find them.
 
 mod actors;
+mod checks;
+mod second;
+mod server;
 mod store;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use fairvault_engine::commit::Log;
-use fairvault_engine::dedup::Index;
 use fairvault_engine::gc;
-use fairvault_engine::postgres::segment::Segment;
 use fairvault_engine::progress::Progress;
-use fairvault_engine::stanza::Stanza;
 use fairvault_engine::stanza::create::{Cluster, create};
-use fairvault_engine::wal::archive::Archive;
-use fairvault_format::names;
 use fairvault_format::proto::log_entry::Kind as Entry;
 use fairvault_tests::dice::number;
 use tokio::time::{sleep, timeout};
 
-use actors::{SEGMENT, access};
+use actors::access;
+use checks::{Notes, check, index_comes_back, nothing_is_left};
+use server::{SEGMENT, SYSTEM, Server};
 use store::World;
 
 /// Simulated seconds after which nobody starts anything new.
-const DAY_S: u64 = 1500;
-
-/// What writers were told.
-type Told = Arc<Mutex<BTreeSet<String>>>;
-/// The segment that the server archives next: all before it are durable, as it was told.
-type Position = Arc<AtomicU64>;
+const DAY_S: u64 = 1200;
 
 /// Does something again and again, dying now and then in the middle of it.
 async fn again<F, Fut>(world: Arc<World>, pause_s: u64, mortality: u64, mut act: F) -> Result<()>
@@ -63,151 +59,54 @@ where
     Ok(())
 }
 
-/// What must hold at every moment.
-async fn check(world: &Arc<World>, told: &Told, position: &Position) -> Result<Log> {
-    // Before the repository is looked at: what is told later need not be there.
-    let told = told.lock().unwrap().clone();
-    let archived = position.load(Ordering::SeqCst);
-    let log = Log::replay(Stanza::open(&access(world.now(), world)).await?).await?;
-    let void: Vec<u64> = (1..=log.state().seq).filter(|seq| log.is_void(*seq)).collect();
-    ensure!(void.is_empty(), "written by who had not read what was before: {void:?}");
-    let mut there = BTreeSet::new();
-    for backup in &log.state().backups {
-        let id = backup.info.as_ref().map(|info| info.id.clone()).unwrap_or_default();
-        actors::read_all(log.stanza(), backup)
-            .await
-            .with_context(|| format!("backup {id}, after entry {}", log.state().seq))?;
-        there.insert(id);
-    }
-    for entry in log.entries() {
-        if let Some(Entry::Expired(gone)) = &entry.kind {
-            there.insert(gone.backup.clone());
-        }
-    }
-    let segments = actors::segments(&log).await?;
-    let newest = log.state().backups.len().saturating_sub(1);
-    for (number, backup) in log.state().backups.iter().enumerate() {
-        let info = backup.info.clone().unwrap_or_default();
-        let last = match number == newest {
-            true => archived.max(info.stop_lsn / SEGMENT + 1),
-            false => info.stop_lsn / SEGMENT + 1,
-        };
-        let missing: Vec<_> = (info.start_lsn / SEGMENT..last)
-            .filter(|n| !segments.contains(n))
-            .collect();
-        ensure!(
-            missing.is_empty(),
-            "WAL that backup {} needs, or that came after it, is gone: {missing:?}",
-            info.id
-        );
-    }
-    ensure!(newest > 0 || (1..archived).all(|n| segments.contains(&n)) || !log.state().expired_wal.is_empty());
-    let lost: Vec<_> = told.difference(&there).collect();
-    ensure!(lost.is_empty(), "told to be committed, and not in the log: {lost:?}");
-    Ok(log)
-}
-
 async fn day(seed: u64) -> Result<BTreeMap<&'static str, u64>> {
     let world = World::new(seed);
     let cluster = Cluster {
-        system_identifier: 7,
+        system_identifier: SYSTEM,
         major: 17,
         wal_segment_size: SEGMENT,
     };
-    create(&access(world.store(), &world), cluster, "main").await?;
+    for repo in 0..2 {
+        create(&access(world.store(repo), &world), cluster, "main").await?;
+    }
     // The stanza is no news any more.
     sleep(Duration::from_secs(60)).await;
     world.is_bad.store(true, Ordering::Relaxed);
-    let told = Told::default();
-    let position = Position::new(AtomicU64::new(1));
-    let (committed, at) = (told.clone(), position.clone());
-    let write = move |world: Arc<World>| {
-        let (told, at) = (committed.clone(), at.clone());
-        async move {
-            // A writer may fail in any way; what it may not do is to be wrong about success.
-            if let Ok(id) = actors::backup(&world, &at).await {
-                told.lock().unwrap().insert(id);
-            }
-            Ok(())
-        }
-    };
+    let (notes, server) = (Arc::new(Notes::default()), Server::new());
     let checks = async {
         loop {
-            sleep(Duration::from_secs(151)).await;
-            check(&world, &told, &position).await?;
+            sleep(Duration::from_secs(181)).await;
+            check(&world, &notes, &server).await?;
         }
         #[allow(unreachable_code)]
         Ok::<(), anyhow::Error>(())
     };
-    let w = || world.clone();
-    let push = |world: Arc<World>| {
-        let position = position.clone();
-        async move { actors::pusher(&world, &position).await }
-    };
-    let work = async {
-        tokio::try_join!(
-            again(w(), 200, 25, write.clone()),
-            again(w(), 300, 25, write.clone()),
-            again(w(), 40, 20, push),
-            again(w(), 150, 10, |world| async move { actors::expirer(&world).await }),
-            again(w(), 200, 25, |world| async move { actors::collector(&world).await }),
-            again(w(), 400, 10, |world| async move { actors::collector(&world).await }),
-            again(w(), 200, 10, |world| async move { actors::restore(&world).await }),
-            again(w(), 1500, 0, |world| async move { actors::fencer(&world).await }),
-            again(w(), 1500, 25, |world| async move { actors::rotator(&world).await }),
-        )
-    };
     tokio::select! {
-        ended = work => { ended?; }
+        biased;
+        ended = work(&world, &notes, &server) => { ended?; }
         Err(error) = checks => return Err(error),
     }
     // The store is good again, what was late comes in, and collection gets to its end: nothing is left over.
     world.is_bad.store(false, Ordering::Relaxed);
     sleep(Duration::from_secs(1000)).await;
-    for _ in 0..3 {
-        let options = gc::Options {
-            dry_run: false,
-            patience: Duration::from_secs(90),
-        };
-        let log = Log::open(Stanza::open(&access(world.store(), &world)).await?).await?;
-        gc::run(&log, &options, &Progress::default()).await?;
+    index_comes_back(&world, &notes).await?;
+    for repo in 0..2 {
+        for _ in 0..3 {
+            let options = gc::Options {
+                dry_run: false,
+                patience: Duration::from_secs(90),
+            };
+            gc::run(&actors::open(&world, repo).await?, &options, &Progress::default()).await?;
+        }
     }
-    let log = check(&world, &told, &position).await?;
-    let archive = Archive::open(&log, None, 0)?;
-    let gone = |number: &u64| {
-        archive.is_expired(Segment {
-            timeline: 1,
-            number: *number,
-        })
-    };
-    ensure!(!actors::segments(&log).await?.iter().any(gone), "WAL that has expired");
-    let stanza = log.stanza().clone();
-    let (mut used, mut is_current) = (BTreeSet::new(), false);
-    for backup in &log.state().backups {
-        let manifest = fairvault_engine::restore::plan::Manifest::read(&stanza, &backup.root).await?;
-        used.extend(manifest.packs.iter().map(|pack| names::pack(&pack.name)));
-        let mut packs = manifest.packs.iter();
-        is_current |= packs.any(|pack| pack.header.epoch == stanza.keys().epoch);
-    }
-    let listed = |folder: &'static str| {
-        let stanza = stanza.clone();
-        async move { stanza.store().list(folder).await }
-    };
-    let packs: BTreeSet<_> = listed(names::PACKS).await?.into_iter().map(|(name, _)| name).collect();
-    ensure!(packs == used, "packs that nothing uses: {:?}", packs.difference(&used));
-    let roots = listed(names::ROOTS).await?.len();
-    ensure!(roots == log.state().backups.len(), "{roots} roots");
-    let runs = listed(names::INDEX).await?.len();
-    ensure!(runs == log.state().index_runs.len(), "{runs} index runs");
-    ensure!(log.state().open_marks.is_empty() && log.state().open_sessions.is_empty());
-    // Whatever is used, and of the newest keys, can be found again.
-    let index = Index::load(&stanza, log.state()).await?;
-    ensure!(!is_current || !index.is_empty());
+    let [first, second] = check(&world, &notes, &server).await?;
+    nothing_is_left(&first).await?;
+    nothing_is_left(&second).await.context("in the second repository")?;
     let count = |is: fn(&Entry) -> bool| {
-        let kinds = log.entries().iter().filter_map(|entry| entry.kind.as_ref());
+        let kinds = first.entries().iter().filter_map(|entry| entry.kind.as_ref());
         kinds.filter(|kind| is(kind)).count() as u64
     };
-    Ok(BTreeMap::from([
+    let mut counts = BTreeMap::from([
         ("commits", count(|e| matches!(e, Entry::Commit(_)))),
         ("aborts", count(|e| matches!(e, Entry::Abort(_)))),
         ("fences", count(|e| matches!(e, Entry::SetFence(_)))),
@@ -215,8 +114,64 @@ async fn day(seed: u64) -> Result<BTreeMap<&'static str, u64>> {
         ("expired", count(|e| matches!(e, Entry::Expired(_)))),
         ("expired WAL", count(|e| matches!(e, Entry::ExpiredWal(_)))),
         ("sweeps", count(|e| matches!(e, Entry::GcSwept(_)))),
-        ("entries", log.entries().len() as u64),
-    ]))
+        ("entries", first.entries().len() as u64),
+        ("entries of the second", second.entries().len() as u64),
+        (
+            "KiB received",
+            server.received().iter().map(|wal| (wal.end - wal.start) / 1024).sum(),
+        ),
+    ]);
+    counts.extend(notes.counts.lock().unwrap().iter());
+    Ok(counts)
+}
+
+/// Everybody, until the day ends.
+async fn work(world: &Arc<World>, notes: &Arc<Notes>, server: &Arc<Server>) -> Result<()> {
+    let w = || world.clone();
+    let write = move |world: Arc<World>| {
+        let (notes, server) = (notes.clone(), server.clone());
+        async move {
+            // A writer may fail in any way; what it may not do is to be wrong about success.
+            if let Ok(id) = actors::backup(&world, &server).await {
+                notes.commit(0, id);
+            }
+            Ok(())
+        }
+    };
+    let push = |world: Arc<World>| {
+        let server = server.clone();
+        async move { server.push(&world).await }
+    };
+    let receive = |world: Arc<World>| {
+        let server = server.clone();
+        async move { server.stream(&world).await }
+    };
+    let copy = |world: Arc<World>| {
+        let notes = notes.clone();
+        async move { second::copier(&world, &notes).await }
+    };
+    let repair = |world: Arc<World>| {
+        let notes = notes.clone();
+        async move { second::repairer(&world, &notes).await }
+    };
+    tokio::try_join!(
+        again(w(), 200, 25, write),
+        again(w(), 300, 25, write),
+        again(w(), 40, 20, push),
+        again(w(), 100, 20, receive),
+        again(w(), 150, 10, |world| async move { actors::expirer(&world, 0).await }),
+        again(w(), 200, 25, |world| async move { actors::collector(&world, 0).await }),
+        again(w(), 400, 10, |world| async move { actors::collector(&world, 0).await }),
+        again(w(), 200, 10, |world| async move { actors::restore(&world).await }),
+        again(w(), 1500, 0, |world| async move { actors::fencer(&world).await }),
+        again(w(), 1500, 25, |world| async move { actors::rotator(&world).await }),
+        again(w(), 300, 20, copy),
+        again(w(), 600, 10, |world| async move { actors::expirer(&world, 1).await }),
+        again(w(), 600, 10, |world| async move { actors::collector(&world, 1).await }),
+        again(w(), 500, 0, |world| async move { second::spoiler(&world).await }),
+        again(w(), 400, 20, repair),
+    )?;
+    Ok(())
 }
 
 fn simulate(seed: u64) -> Result<BTreeMap<&'static str, u64>> {
@@ -271,6 +226,15 @@ fn planted_bugs_are_found() -> Result<()> {
         ("exists", "any answer \"exists\" is taken for our own"),
         ("expired wal", "WAL expires that a backup at work needs"),
         ("unclear", "an unclear answer is taken for success"),
+        ("received", "a receiver says that WAL is durable as soon as it has it"),
+        (
+            "unproven copy",
+            "a copy is committed whose WAL is not proven to be there",
+        ),
+        (
+            "repair marked",
+            "a repair brings packs back into the index that are being collected",
+        ),
     ] {
         let run = Command::new(std::env::current_exe()?)
             .args(["--exact", "whatever_happens_nothing_is_lost", "--nocapture"])

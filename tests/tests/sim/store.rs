@@ -1,5 +1,5 @@
-//! A store that keeps its promises and nothing more: it is slow, fails before and after it has done something, does
-//! things late or twice, and lists late. All of it follows from a seed.
+//! Two stores that keep their promises and nothing more: they are slow, fail before and after they have done something,
+//! do things late or twice, and list late. All of it follows from a seed.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,11 +24,11 @@ type Answer<T> = object_store::Result<T>;
 /// What all hosts share.
 #[derive(Debug)]
 pub struct World {
-    inner: InMemory,
+    inner: [InMemory; 2],
     dice: Mutex<u64>,
     began: Instant,
-    born: Mutex<HashMap<Path, Instant>>,
-    /// The store misbehaves.
+    born: Mutex<HashMap<(usize, Path), Instant>>,
+    /// The stores misbehave.
     pub is_bad: AtomicBool,
 }
 
@@ -36,7 +36,7 @@ impl World {
     /// A new one.
     pub fn new(seed: u64) -> Arc<Self> {
         Arc::new(Self {
-            inner: InMemory::new(),
+            inner: [InMemory::new(), InMemory::new()],
             dice: Mutex::new(seed),
             began: Instant::now(),
             born: Mutex::default(),
@@ -58,14 +58,34 @@ impl World {
         self.is_bad.load(Ordering::Relaxed) && self.roll(1000) < permille
     }
 
-    /// The repository as this host sees it.
-    pub fn store(self: &Arc<Self>) -> Store {
-        Store::new(Arc::new(Host(self.clone())), "", "sim://", StoreSettings::default())
+    /// A repository as a host sees it.
+    pub fn store(self: &Arc<Self>, repo: usize) -> Store {
+        let host = Host {
+            world: self.clone(),
+            repo,
+        };
+        Store::new(Arc::new(host), "", SHOWN[repo], StoreSettings::default())
     }
 
-    /// The repository as it is at this moment, which stays as it is.
-    pub fn now(&self) -> Store {
-        Store::new(Arc::new(self.inner.fork()), "", "sim://", StoreSettings::default())
+    /// A repository as it is at this moment, which stays as it is.
+    pub fn now(&self, repo: usize) -> Store {
+        let fork = Arc::new(self.inner[repo].fork());
+        Store::new(fork, "", SHOWN[repo], StoreSettings::default())
+    }
+
+    /// Whatever somebody does behind everybody's back: an object is gone, or has other bytes.
+    pub async fn spoil(&self, repo: usize, name: &str) {
+        let path = Path::from(format!("acme/{name}"));
+        let Ok(found) = self.inner[repo].get(&path).await else {
+            return;
+        };
+        let mut bytes = found.bytes().await.unwrap().to_vec();
+        let at = self.roll(bytes.len() as u64) as usize;
+        bytes[at] ^= 0x55;
+        match self.roll(2) {
+            0 => self.inner[repo].delete(&path).await.unwrap(),
+            _ => _ = self.inner[repo].put(&path, bytes.into()).await.unwrap(),
+        }
     }
 
     /// Time passes; on some occasions, a lot.
@@ -92,9 +112,15 @@ impl Env for World {
     }
 }
 
-/// The store as one host reaches it.
-#[derive(Debug)]
-struct Host(Arc<World>);
+/// How the repositories are called.
+const SHOWN: [&str; 2] = ["sim://first", "sim://second"];
+
+/// A store as one host reaches it.
+#[derive(Debug, Clone)]
+struct Host {
+    world: Arc<World>,
+    repo: usize,
+}
 
 impl std::fmt::Display for Host {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -110,10 +136,15 @@ fn broken(what: &'static str) -> object_store::Error {
 }
 
 impl Host {
+    fn inner(&self) -> &InMemory {
+        &self.world.inner[self.repo]
+    }
+
     async fn put(&self, at: &Path, payload: PutPayload, options: PutOptions) -> Answer<PutResult> {
-        let done = self.0.inner.put_opts(at, payload, options).await;
+        let done = self.inner().put_opts(at, payload, options).await;
         if done.is_ok() {
-            self.0.born.lock().unwrap().insert(at.clone(), Instant::now());
+            let key = (self.repo, at.clone());
+            self.world.born.lock().unwrap().insert(key, Instant::now());
         }
         done
     }
@@ -122,7 +153,7 @@ impl Host {
 #[async_trait::async_trait]
 impl ObjectStore for Host {
     async fn put_opts(&self, at: &Path, payload: PutPayload, options: PutOptions) -> Answer<PutResult> {
-        let world = &self.0;
+        let world = &self.world;
         // A heart that is not heard is taken for dead, rightly: a restore would fail because of it.
         if at.as_ref().contains("/leases/") {
             return self.put(at, payload, options).await;
@@ -133,7 +164,7 @@ impl ObjectStore for Host {
         }
         if world.happens(8) {
             // The answer is lost, and the request comes in when nobody expects it any more.
-            let (late, at, ms) = (Self(world.clone()), at.clone(), world.roll(200_000));
+            let (late, at, ms) = (self.clone(), at.clone(), world.roll(200_000));
             tokio::spawn(async move {
                 sleep(Duration::from_millis(ms)).await;
                 let _ = late.put(&at, payload, options).await;
@@ -159,29 +190,29 @@ impl ObjectStore for Host {
     }
 
     async fn put_multipart_opts(&self, at: &Path, options: PutMultipartOptions) -> Answer<Box<dyn MultipartUpload>> {
-        self.0.inner.put_multipart_opts(at, options).await
+        self.inner().put_multipart_opts(at, options).await
     }
 
     async fn get_opts(&self, at: &Path, options: GetOptions) -> Answer<GetResult> {
-        self.0.pass().await;
-        match self.0.happens(8) {
+        self.world.pass().await;
+        match self.world.happens(8) {
             true => Err(broken("503")),
-            false => self.0.inner.get_opts(at, options).await,
+            false => self.inner().get_opts(at, options).await,
         }
     }
 
     fn delete_stream(&self, paths: BoxStream<'static, Answer<Path>>) -> BoxStream<'static, Answer<Path>> {
-        let world = self.0.clone();
+        let host = self.clone();
         paths
             .then(move |path| {
-                let world = world.clone();
+                let host = host.clone();
                 async move {
-                    let path = path?;
+                    let (path, world) = (path?, &host.world);
                     world.pass().await;
                     if world.happens(8) {
                         return Err(broken("500"));
                     }
-                    world.inner.delete(&path).await?;
+                    host.inner().delete(&path).await?;
                     match world.happens(8) {
                         true => Err(broken("503, and done all the same")),
                         false => Ok(path),
@@ -192,19 +223,20 @@ impl ObjectStore for Host {
     }
 
     fn list(&self, folder: Option<&Path>) -> BoxStream<'static, Answer<ObjectMeta>> {
-        let world = self.0.clone();
+        let host = self.clone();
         let folder = folder.cloned();
         futures::stream::once(async move {
+            let world = &host.world;
             world.pass().await;
             if world.happens(8) {
                 return vec![Err(broken("503"))];
             }
-            let listed: Vec<_> = world.inner.list(folder.as_ref()).collect().await;
+            let listed: Vec<_> = host.inner().list(folder.as_ref()).collect().await;
             // What is new may not be listed yet. Leases are: readers rely on that, and SPEC.md says so.
             let is_late = world.happens(200);
             let born = world.born.lock().unwrap();
             let is_shown = |meta: &ObjectMeta| {
-                let age = born.get(&meta.location).map(Instant::elapsed);
+                let age = born.get(&(host.repo, meta.location.clone())).map(Instant::elapsed);
                 !is_late || meta.location.as_ref().contains("/leases/") || age.is_none_or(|age| age.as_secs() > 20)
             };
             listed
@@ -217,11 +249,11 @@ impl ObjectStore for Host {
     }
 
     async fn list_with_delimiter(&self, folder: Option<&Path>) -> Answer<ListResult> {
-        self.0.pass().await;
-        self.0.inner.list_with_delimiter(folder).await
+        self.world.pass().await;
+        self.inner().list_with_delimiter(folder).await
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Answer<()> {
-        self.0.inner.copy_opts(from, to, options).await
+        self.inner().copy_opts(from, to, options).await
     }
 }

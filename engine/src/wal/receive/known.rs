@@ -4,7 +4,7 @@
 
 use fairvault_format::proto::WalHeader;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::postgres::segment::Segment;
 use crate::stanza::Stanza;
 use crate::wal::archive::Archive;
@@ -50,7 +50,11 @@ impl Known {
             if start > this.end || end <= this.end {
                 continue;
             }
-            let header = archive.piece_header(&piece).await?;
+            let header = archive.piece_header(&piece).await.map_err(|error| match error.kind() {
+                // Something took its place, or the segment is complete: the next attempt sees that.
+                Kind::NotFound => Error::temporary(error.to_string()),
+                _ => error,
+            })?;
             this.expected
                 .push(Expected::new(&archive.stanza, start..end, header.0, &header.1)?);
             this.end = end;

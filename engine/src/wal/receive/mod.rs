@@ -7,6 +7,7 @@
 
 mod current;
 mod feed;
+pub mod given;
 mod journals;
 mod known;
 mod origin;
@@ -193,7 +194,7 @@ async fn once(
     told: &watch::Sender<Told>,
     mut stop: watch::Receiver<bool>,
 ) -> Result<Ended> {
-    let server = tokio::select! {
+    let mut server = tokio::select! {
         server = connect(options, options.slot.as_deref()) => server?,
         _ = stop.wait_for(|stop| *stop) => return Ok(Ended::Stopped),
     };
@@ -206,6 +207,10 @@ async fn once(
     let history = store_history(&archive, server.identity.timeline, server.history).await?;
     let in_recovery = server.connection.in_recovery();
     let start = start::find(&archive, &history, &server.identity, lessons).await?;
+    // Others archive as well, and a store may be slow: what is there by now may be younger than the server's answer.
+    if start.durable(archive.segment_size) > server.identity.flush {
+        server.identity.flush = server.connection.identify().await?.flush;
+    }
     start::check(&start, &history, &server.identity, in_recovery, archive.segment_size)?;
     say_start(&start, archive.segment_size, options);
     let (segment, why) = (start.segment, start.why);

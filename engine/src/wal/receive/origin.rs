@@ -1,8 +1,9 @@
-//! Where WAL on its way into the repository comes from: the server, or the spool.
+//! Where WAL on its way into the repository comes from: the server, the spool, or somebody in the same process.
 
 use super::Options;
+use super::given::Given;
 use super::spool::Reader;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
 use crate::replication::wal_stream::{WalItem, WalStream};
@@ -15,6 +16,8 @@ pub enum Origin {
     ServerUntil(WalStream, Segment),
     /// The spool; it keeps what is not yet in the repository.
     Spool(Box<Reader>),
+    /// Somebody in the same process.
+    Given(Given),
 }
 
 impl Origin {
@@ -26,12 +29,16 @@ impl Origin {
                 Some((start, bytes)) => WalItem::Data { start, bytes },
                 None => WalItem::TimelineEnd,
             }),
+            Self::Given(given) => match given.wal.recv().await {
+                Some((start, bytes)) => Ok(WalItem::Data { start, bytes }),
+                None => Err(Error::temporary("nobody is there any more who hands over WAL")),
+            },
         }
     }
 
     /// Whether silence means that something is wrong.
     pub fn is_server(&self) -> bool {
-        !matches!(self, Self::Spool(_))
+        matches!(self, Self::Server(_) | Self::ServerUntil(..))
     }
 
     /// Whether it is told up to where WAL is durable.
@@ -39,7 +46,7 @@ impl Origin {
         match self {
             Self::Server(_) => options.slot.is_some() || options.synchronous,
             Self::ServerUntil(..) => false,
-            Self::Spool(_) => true,
+            Self::Spool(_) | Self::Given(_) => true,
         }
     }
 
@@ -56,6 +63,10 @@ impl Origin {
                 reader.stored(flushed);
                 Ok(())
             }
+            Self::Given(given) => {
+                given.durable.send_replace(flushed);
+                Ok(())
+            }
         }
     }
 
@@ -63,7 +74,7 @@ impl Origin {
     pub async fn timeline_ended(&mut self) -> Result<String> {
         let next = match self {
             Self::Server(stream) | Self::ServerUntil(stream, _) => stream.finish().await?,
-            Self::Spool(_) => None,
+            Self::Spool(_) | Self::Given(_) => None,
         };
         Ok(next.map_or("a new one".to_owned(), |(timeline, at)| {
             format!("timeline {timeline} from {at}")
@@ -81,7 +92,7 @@ impl Origin {
     pub async fn stop(&mut self) {
         match self {
             Self::Server(stream) | Self::ServerUntil(stream, _) => stream.stop().await,
-            Self::Spool(_) => {}
+            Self::Spool(_) | Self::Given(_) => {}
         }
     }
 }

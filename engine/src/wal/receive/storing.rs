@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::known::Known;
 use crate::commit::{Log, rotated};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
 use crate::wal::archive::{Archive, Stored, fenced};
@@ -57,6 +57,17 @@ impl Guard {
         self.log.lock().await
     }
 
+    /// What was refused may have met what newer keys have sealed: then it is for the next attempt, which has them.
+    async fn judge<T>(&self, archive: &Archive, stored: Result<T>) -> Result<T> {
+        match stored {
+            Err(error) if error.kind() == Kind::Refused => {
+                self.check(archive, false).await?;
+                Err(error)
+            }
+            stored => stored,
+        }
+    }
+
     /// Fails if the stanza was fenced, or if other keys or archive epochs rule, or other timelines are closed, than
     /// `archive` knows. But for the fence, the next attempt goes on with what it finds then.
     async fn check(&self, archive: &Archive, patient: bool) -> Result<()> {
@@ -91,7 +102,8 @@ pub fn piece<'a>(
     content: Vec<u8>,
 ) -> Storing<'a> {
     Box::pin(async move {
-        let (_, piece) = archive.put_piece(segment, from as u64, content).await?;
+        let stored = archive.put_piece(segment, from as u64, content).await;
+        let (_, piece) = guard.judge(archive, stored).await?;
         guard.check(archive, true).await?;
         Ok(Done {
             segment,
@@ -128,7 +140,8 @@ pub fn join<'a>(
 ) -> Joining<'a> {
     Box::pin(async move {
         let from = replaced.first().map_or(0, |piece| piece.start) - segment.start(archive.segment_size).0;
-        let (_, piece) = archive.put_piece(segment, from, content).await?;
+        let stored = archive.put_piece(segment, from, content).await;
+        let (_, piece) = guard.judge(archive, stored).await?;
         guard.check(archive, true).await?;
         Ok(Joined {
             piece,
@@ -162,15 +175,15 @@ pub fn full<'a>(guard: &'a Guard, archive: &'a Archive, full: Full) -> Storing<'
         let segment = full.segment;
         let mut spare = None;
         if !full.is_known {
-            spare = store(
+            let stored = store(
                 archive,
                 full.segment,
                 full.summary,
                 full.content,
                 full.pieces,
                 full.hash,
-            )
-            .await?;
+            );
+            spare = guard.judge(archive, stored.await).await?;
         }
         guard.check(archive, full.is_known).await?;
         let next = match full.next_is_known {
