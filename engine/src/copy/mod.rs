@@ -18,7 +18,6 @@ use tokio::sync::watch;
 
 use crate::commit::lease::Lease;
 use crate::commit::{Log, state};
-use crate::env::has_fault;
 use crate::error::{Context, Error, Kind, Result};
 use crate::expire;
 use crate::expire::rules::{Candidate, Floor, Retention, decide};
@@ -434,11 +433,9 @@ async fn copy_all(
         }
         let copied = async {
             let of_life = proven.get(&facts.system_identifier);
-            if !has_fault("unproven copy") {
-                of_life
-                    .ok_or_else(|| Error::failed("its WAL was not copied"))?
-                    .check(&facts)?;
-            }
+            of_life
+                .ok_or_else(|| Error::failed("its WAL was not copied"))?
+                .check(&facts)?;
             if let Some((original, there)) = common(source, target, Some(backup)) {
                 let (original, there) = (original.clone(), there.clone());
                 let to = target.stanza().clone();
@@ -462,6 +459,13 @@ async fn copy_all(
                 if state::find_origin(target.state(), &state::origin(source.state(), &facts)).is_none() {
                     return Err(error);
                 }
+            }
+            // It has expired there since the copy began.
+            Err(error) if error.kind() == Kind::Refused && state::has_its_wal(target.state(), &facts).is_err() => {
+                report.left.push(Left {
+                    id: facts.id,
+                    why: "the WAL that it needs has expired in the target".to_owned(),
+                });
             }
             // Damage of one backup does not stand in the way of another.
             Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => report.failed.push(Left {

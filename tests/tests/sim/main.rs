@@ -227,10 +227,7 @@ fn planted_bugs_are_found() -> Result<()> {
         ("expired wal", "WAL expires that a backup at work needs"),
         ("unclear", "an unclear answer is taken for success"),
         ("received", "a receiver says that WAL is durable as soon as it has it"),
-        (
-            "unproven copy",
-            "a copy is committed whose WAL is not proven to be there",
-        ),
+        ("unproven copy", "a copy counts WAL as there that it has not compared"),
         (
             "repair marked",
             "a repair brings packs back into the index that are being collected",
