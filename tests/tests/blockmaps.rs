@@ -1,16 +1,23 @@
 //! Block maps beside the summaries that PostgreSQL 17 and later makes of its own WAL.
 
+mod stores;
+
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::postgres::segment::Segment;
 use fairvault_engine::postgres::walker::Walker;
+use fairvault_engine::stanza::create::create;
 use fairvault_engine::track::map::{BlockMap, RelationId};
 use fairvault_engine::track::records;
+use fairvault_engine::wal::archive::Archive;
 use fairvault_engine::wal::summary::summarize;
+use fairvault_format::proto;
 use fairvault_tests::{Fixture, Scratch, Server, Shape};
 use prost::Message;
+
+use stores::{CLUSTER, access, key, memory};
 
 const SEGMENT: u64 = 16 << 20;
 
@@ -209,5 +216,44 @@ fn maps_of_a_pgbench_load_are_small() -> Result<()> {
     ensure!(wal > 3 * SEGMENT, "{wal} bytes of WAL");
     ensure!(maps * 1000 <= wal, "{maps} bytes for {wal}");
     println!("{maps} bytes for {} MiB of WAL", wal >> 20);
+    Ok(())
+}
+
+/// A segment whose first page begins with the last eight bytes of a record, which look like those of a switch.
+fn segment_that_begins_like_a_switch(number: u64, behind: u8) -> Vec<u8> {
+    let mut content = vec![behind; SEGMENT as usize];
+    let mut page = Vec::new();
+    page.extend_from_slice(&0xD116u16.to_le_bytes()); // PostgreSQL 17
+    page.extend_from_slice(&3u16.to_le_bytes()); // a long header, and a record goes on
+    page.extend_from_slice(&1u32.to_le_bytes());
+    page.extend_from_slice(&(number * SEGMENT).to_le_bytes());
+    page.extend_from_slice(&8u64.to_le_bytes()); // bytes that remain
+    page.extend_from_slice(&CLUSTER.system_identifier.to_le_bytes());
+    page.extend_from_slice(&(SEGMENT as u32).to_le_bytes());
+    page.extend_from_slice(&8192u32.to_le_bytes());
+    page.extend_from_slice(&[0x40, 0, 0, 0, 1, 2, 3, 4]);
+    content[..page.len()].copy_from_slice(&page);
+    content
+}
+
+#[tokio::test]
+async fn what_a_faulty_parser_said_of_a_segment_is_made_anew() -> Result<()> {
+    let log = create(&access(&memory(), key(1)), CLUSTER, "main").await?;
+    let archive = Archive::open(&log, None, 3)?;
+    for (number, behind, switched) in [(1, 0x77, false), (2, 0, true)] {
+        let segment = Segment { timeline: 1, number };
+        let content = segment_that_begins_like_a_switch(number, behind);
+        let right = summarize(&content, segment.start(SEGMENT), SEGMENT);
+        ensure!(right.switched == switched, "{right:?}");
+        ensure!((right.stopped_at == 0) == switched, "{right:?}");
+        let said = proto::WalSummary {
+            parser_version: 1,
+            switched: true,
+            ..Default::default()
+        };
+        archive.put_whole(segment, said, content).await?;
+        let header = archive.segment_header(segment).await?.context("it is there")?;
+        ensure!(header.summary == Some(right), "{header:?}");
+    }
     Ok(())
 }

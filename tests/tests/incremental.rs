@@ -438,11 +438,11 @@ fn nothing_builds_on_a_distrusted_parser_nor_across_a_switch_of_checksums() -> R
 
     let distrust = |parser| s.fairvault(&["stanza", "distrust", "acme", "--parser", parser, "--reason", "a test"]);
     refused(distrust("9"), 2, "parser 9")?;
-    let (exit, text) = distrust("1");
-    ensure!(exit == 0 && text.contains("parser 1 is distrusted"), "{exit} {text}");
+    let (exit, text) = distrust("2");
+    ensure!(exit == 0 && text.contains("parser 2 is distrusted"), "{exit} {text}");
     let after = backup(&s, &["--type", "incr"])?;
     ensure!(reason(&after)?.contains("distrusted"), "{after}");
-    ensure!(s.ok(&["audit", "acme"])?.contains("parser 1 are distrusted: a test"));
+    ensure!(s.ok(&["audit", "acme"])?.contains("parser 2 are distrusted: a test"));
     Ok(())
 }
 

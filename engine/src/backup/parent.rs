@@ -17,6 +17,7 @@ use crate::postgres::BLOCK_BYTES;
 use crate::postgres::lsn::Lsn;
 use crate::restore::plan::Manifest;
 use crate::stanza::Stanza;
+use crate::track::FAULTY_PARSERS;
 use crate::track::range::{self, Range};
 use crate::track::selection::Basis;
 use crate::wal::archive::Archive;
@@ -111,14 +112,9 @@ fn obstacle(info: &proto::BackupInfo, child: &Child, distrusted: &[proto::Distru
     if info.data_checksums != child.checksums {
         return Some("checksums were switched on or off since".to_owned());
     }
-    if let Some(parser) = distrusted
-        .iter()
-        .find(|d| info.parser_versions.contains(&d.parser_version))
-    {
-        return Some(format!(
-            "it was built with parser {}, which is distrusted",
-            parser.parser_version
-        ));
+    let bad = distrusted.iter().map(|d| d.parser_version).chain(FAULTY_PARSERS);
+    if let Some(parser) = bad.into_iter().find(|version| info.parser_versions.contains(version)) {
+        return Some(format!("it was built with parser {parser}, which is distrusted"));
     }
     if info.block_size != BLOCK_BYTES {
         return Some("its pages have another size".to_owned());
@@ -206,12 +202,12 @@ mod tests {
             start_timeline: 2,
             stop_timeline: 2,
             block_size: BLOCK_BYTES,
-            parser_versions: vec![1],
+            parser_versions: vec![2],
             ..Default::default()
         };
         assert_eq!(obstacle(&parent, &child, &[]), None);
         type Change = fn(&mut proto::BackupInfo);
-        let changes: [(Change, &str); 7] = [
+        let changes: [(Change, &str); 8] = [
             (|p| p.server_version = 150_017, "server version 150017"),
             (|p| p.server_version = 140_018, "server version 140018"),
             (|p| p.data_checksums = false, "checksums"),
@@ -219,6 +215,7 @@ mod tests {
             (|p| p.start_timeline = 1, "timeline"),
             (|p| p.stop_timeline = 1, "of timeline 1"),
             (|p| p.block_size = 4096, "pages"),
+            (|p| p.parser_versions = vec![1, 2], "parser 1"),
         ];
         for (change, word) in changes {
             let mut changed = parent.clone();
@@ -227,7 +224,7 @@ mod tests {
             assert!(why.contains(word), "{why:?} does not say {word:?}");
         }
         let distrusted = proto::DistrustParser {
-            parser_version: 1,
+            parser_version: 2,
             reason: String::new(),
         };
         assert!(obstacle(&parent, &child, &[distrusted]).is_some());

@@ -6,7 +6,7 @@
 use fairvault_format::proto::{self, SegmentMap};
 
 use super::map::{BlockMap, RelationId};
-use super::{PARSER_VERSION, records};
+use super::{FAULTY_PARSERS, PARSER_VERSION, records};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::walker::{Record, Walker};
 
@@ -100,6 +100,7 @@ fn add_message(map: &mut BlockMap, message: &proto::BlockChanges) -> Result<(), 
 /// Whether a kept map may be used: whoever made it is known, and not distrusted.
 pub fn is_usable(map: &SegmentMap, distrusted: &[proto::DistrustParser]) -> bool {
     (1..=PARSER_VERSION).contains(&map.parser_version)
+        && !FAULTY_PARSERS.contains(&map.parser_version)
         && distrusted.iter().all(|d| d.parser_version != map.parser_version)
 }
 

@@ -5,6 +5,7 @@ use fairvault_format::header::ObjectHeader;
 use fairvault_format::{limits, names, object as objects, proto, wal};
 
 use super::archive::Archive;
+use super::summary;
 use crate::error::{Error, Kind, Result};
 use crate::postgres::segment::{History, Segment, WalFile};
 use crate::postgres::walker::Walker;
@@ -129,9 +130,21 @@ impl Archive {
         names::wal_folder(self.system_identifier, timeline)
     }
 
-    /// The header of an archived segment, without its content.
+    /// The header of an archived segment, without its content. A summary that a faulty parser may have made is made anew.
     pub async fn segment_header(&self, segment: Segment) -> Result<Option<proto::WalHeader>> {
-        Ok(self.segment_stored(segment).await?.map(|(_, header)| header))
+        let Some((_, mut header)) = self.segment_stored(segment).await? else {
+            return Ok(None);
+        };
+        if header.summary.as_ref().is_some_and(summary::may_be_wrong) {
+            let start = segment.start(self.segment_size);
+            header.summary = match self.whole_segment(segment).await {
+                Ok(content) => content.map(|bytes| summary::summarize(&bytes, start, self.segment_size)),
+                Err(error) if error.kind() == Kind::Temporary => return Err(error),
+                // Whoever needs it walks the segment, and meets the error there.
+                Err(_) => None,
+            };
+        }
+        Ok(Some(header))
     }
 
     /// The header of an archived segment and the key epoch of its content's id.

@@ -8,10 +8,11 @@ use prost::Message;
 
 use crate::postgres::lsn::Lsn;
 use crate::postgres::walker::{Record, WAL_PAGE, Walker, What, begins_with_end_of_switch};
+use crate::track::FAULTY_PARSERS;
 use crate::track::segment::Collector;
 
 /// Version of the walker, recorded in summaries.
-pub const PARSER_VERSION: u32 = 1;
+pub const PARSER_VERSION: u32 = 2;
 
 /// A larger block map is not kept: whoever needs it reads the segment.
 const MAP_BYTES: usize = 1 << 20;
@@ -135,6 +136,11 @@ pub fn summarize(content: &[u8], start: Lsn, segment_size: u64) -> proto::WalSum
     let mut summarizer = Summarizer::new(start, segment_size);
     summarizer.feed(content);
     summarizer.finish()
+}
+
+/// Whether a faulty parser may have made it: one of version 1 that says that the whole segment is the end of a switch.
+pub fn may_be_wrong(summary: &proto::WalSummary) -> bool {
+    FAULTY_PARSERS.contains(&summary.parser_version) && summary.switched && summary.records == 0
 }
 
 #[cfg(test)]

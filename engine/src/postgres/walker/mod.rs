@@ -103,22 +103,25 @@ fn u64_at(b: &[u8], at: usize) -> u64 {
 }
 
 /// Whether the first page of a segment begins with the end of a switch record: then the rest of the segment
-/// is empty and the segment is complete.
-pub fn begins_with_end_of_switch(page: &[u8]) -> bool {
+/// is empty and the segment is complete. The last bytes of any other record can look like that, so nothing may follow.
+pub fn begins_with_end_of_switch(segment: &[u8]) -> bool {
+    let page = &segment[..segment.len().min(WAL_PAGE)];
     let Ok(header) = PageHeader::parse(page) else {
         return false;
     };
-    // A switch is a bare record header; a cut leaves 16 or 8 bytes of it, with info and rmgr among them.
+    // A switch is a bare record header; a cut leaves 16 or 8 bytes of it, with info, rmgr and two unused ones among them.
     let info_at = match header.remaining {
         16 => LONG_HEADER + 8,
         8 => LONG_HEADER,
         _ => return false,
     };
-    let byte = |at: usize| page.get(at).copied();
+    let end = LONG_HEADER + header.remaining as usize;
     header.info & CONTRECORD != 0
         && header.long.is_some()
-        && byte(info_at).is_some_and(|info| info & 0xF0 == XLOG_SWITCH)
-        && byte(info_at + 1) == Some(rmgr::XLOG)
+        && page.get(info_at).is_some_and(|info| info & 0xF0 == XLOG_SWITCH)
+        && page.get(info_at + 1..info_at + 4) == Some(&[rmgr::XLOG, 0, 0])
+        && page.len() == WAL_PAGE
+        && page[end..].iter().all(|&byte| byte == 0)
 }
 
 /// Where and why the walker can go no further.

@@ -60,11 +60,15 @@ impl Wal {
     }
 
     fn record(&mut self, rmgr: u8, info: u8, main: usize) -> u64 {
+        self.record_with(rmgr, info, &vec![0xEE; main])
+    }
+
+    fn record_with(&mut self, rmgr: u8, info: u8, main: &[u8]) -> u64 {
         let mut body = Vec::new();
-        if main > 0 {
+        if !main.is_empty() {
             body.push(254);
-            body.extend_from_slice(&(main as u32).to_le_bytes());
-            body.resize(5 + main, 0xEE);
+            body.extend_from_slice(&(main.len() as u32).to_le_bytes());
+            body.extend_from_slice(main);
         }
         let mut record = Vec::new();
         record.extend_from_slice(&((RECORD_HEADER + body.len()) as u32).to_le_bytes());
@@ -129,6 +133,32 @@ fn a_switch_that_crosses_into_the_next_segment_ends_that_one() {
         assert_eq!(records, 1, "that of the segment after");
         assert!(alone.stopped().is_some_and(|stop| stop.at.0 > next));
         assert!(!begins_with_end_of_switch(segments[0]) && !begins_with_end_of_switch(segments[2]));
+    }
+}
+
+#[test]
+fn the_end_of_another_record_that_looks_like_a_switch_ends_nothing() {
+    // The last bytes of a record's data, as the end of a switch has them: position, info, rmgr, unused, CRC.
+    for tail in [
+        [&[0xEE; 8][..], &[0x40, 0, 0, 0, 1, 2, 3, 4]].concat(),
+        vec![0x4F, 0, 0, 0, 1, 2, 3, 4],
+    ] {
+        let mut wal = Wal::new(SEGMENT);
+        let length = RECORD_HEADER + 5 + 91;
+        wal.fill((length - tail.len()) as u64);
+        let crossing = wal.record_with(10, 0, &[&vec![0xEE; 91 - tail.len()][..], &tail].concat());
+        assert_eq!(wal.bytes.len(), SEGMENT as usize + LONG_HEADER + tail.len());
+        let next = wal.record(10, 0, 100);
+        let last = wal.record(10, 0, 20_000);
+        wal.pad();
+        let second = &wal.bytes[SEGMENT as usize..];
+        assert!(!begins_with_end_of_switch(second), "{tail:?}");
+        let (mut alone, mut seen) = (Walker::new(Lsn(2 * SEGMENT), SEGMENT), Vec::new());
+        alone.feed(second, |r| seen.push(r.lsn.0));
+        assert_eq!(seen, [next, last]);
+        let (mut all, mut count) = (Walker::new(Lsn(SEGMENT), SEGMENT), 0);
+        all.feed(&wal.bytes, |r| count += usize::from(r.lsn.0 >= crossing));
+        assert_eq!(count, 3);
     }
 }
 
