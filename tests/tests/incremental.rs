@@ -438,6 +438,8 @@ fn nothing_builds_on_a_distrusted_parser_nor_across_a_switch_of_checksums() -> R
 
     let distrust = |parser| s.fairvault(&["stanza", "distrust", "acme", "--parser", parser, "--reason", "a test"]);
     refused(distrust("9"), 2, "parser 9")?;
+    let info: serde_json::Value = serde_json::from_str(&s.ok(&["info", "acme", "--output", "json"])?)?;
+    ensure!(info.to_string().contains("\"parser_versions\":[2]"), "{info}");
     let (exit, text) = distrust("2");
     ensure!(exit == 0 && text.contains("parser 2 is distrusted"), "{exit} {text}");
     let after = backup(&s, &["--type", "incr"])?;

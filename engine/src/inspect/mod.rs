@@ -27,6 +27,8 @@ pub struct BackupLine {
     pub parent: String,
     /// Why everything was read, if that was not asked for.
     pub no_parent_reason: String,
+    /// Versions of the WAL parser that it, or any that it was built on, relies on.
+    pub parser_versions: Vec<u32>,
     /// Bytes of the cluster that were read.
     pub read_bytes: u64,
     /// Its cluster.
@@ -210,6 +212,7 @@ pub async fn info_of(log: &Log) -> Result<Info> {
             r#type: i.r#type.clone(),
             parent: i.parent.clone(),
             no_parent_reason: i.no_parent_reason.clone(),
+            parser_versions: i.parser_versions.clone(),
             read_bytes: i.read_bytes,
             system_identifier: i.system_identifier.to_string(),
             server_version: i.server_version,

@@ -8,7 +8,6 @@ use prost::Message;
 
 use crate::postgres::lsn::Lsn;
 use crate::postgres::walker::{Record, WAL_PAGE, Walker, What, begins_with_end_of_switch};
-use crate::track::FAULTY_PARSERS;
 use crate::track::segment::Collector;
 
 /// Version of the walker, recorded in summaries.
@@ -138,9 +137,9 @@ pub fn summarize(content: &[u8], start: Lsn, segment_size: u64) -> proto::WalSum
     summarizer.finish()
 }
 
-/// Whether a faulty parser may have made it: one of version 1 that says that the whole segment is the end of a switch.
+/// Whether it may be wrong: version 1 said of some segments with records that they are the end of a switch and no more.
 pub fn may_be_wrong(summary: &proto::WalSummary) -> bool {
-    FAULTY_PARSERS.contains(&summary.parser_version) && summary.switched && summary.records == 0
+    summary.parser_version == 1 && summary.switched && summary.records == 0
 }
 
 #[cfg(test)]
