@@ -19,6 +19,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use fairvault_engine::error::{Error, Kind};
 
+use tokio::runtime::{Builder, Runtime};
+
 use args::{Cli, Command, Global, LogFormat, WalCommand};
 use commands::Outcome;
 
@@ -148,11 +150,7 @@ fn main() -> ExitCode {
         memory::give_back();
     }
     let output = cli.global.output;
-    let runtime = match tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .worker_threads(worker_threads(table))
-        .build()
-    {
+    let runtime = match runtime(table) {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("fairvault: starting: {error}");
@@ -174,11 +172,22 @@ fn main() -> ExitCode {
     }
 }
 
-fn worker_threads(table: Table) -> usize {
+/// What fetches one file has one thread for its few requests: handing every part of an answer from thread to thread would
+/// take longer than reading it. What takes long is done by others anyway.
+fn runtime(table: Table) -> std::io::Result<Runtime> {
     match table {
-        Table::Ordinary => std::thread::available_parallelism().map_or(2, usize::from),
-        _ => 2,
+        Table::WalGet => Builder::new_current_thread(),
+        Table::WalPush | Table::Worker => threads(2),
+        Table::Ordinary => threads(std::thread::available_parallelism().map_or(2, usize::from)),
     }
+    .enable_all()
+    .build()
+}
+
+fn threads(number: usize) -> Builder {
+    let mut builder = Builder::new_multi_thread();
+    builder.worker_threads(number);
+    builder
 }
 
 fn start_log(global: &Global) {

@@ -432,18 +432,6 @@ impl<'a> ObjectReader<'a> {
         Ok(self.at + SECTION_HEADER_LEN + SectionHeader::decode(rest, &self.what)?.sealed_len as usize)
     }
 
-    /// The plain lengths that the sections from here to the end have, as their headers say.
-    pub fn lengths_of_rest(&self) -> Result<Vec<u32>> {
-        let mut all = Vec::new();
-        let mut ahead = self.again();
-        while ahead.at < ahead.bytes.len() {
-            let (section, _) = ahead.next()?;
-            all.push(section.plain_len);
-            ahead.pass(&section);
-        }
-        Ok(all)
-    }
-
     /// Another reader at the same place.
     pub fn again(&self) -> Self {
         Self {
@@ -458,42 +446,57 @@ impl<'a> ObjectReader<'a> {
         }
     }
 
-    /// Passes over sections.
-    pub fn skip(&mut self, sections: usize) -> Result<()> {
-        for _ in 0..sections {
-            let (section, _) = self.next()?;
-            self.pass(&section);
-        }
-        Ok(())
-    }
-
     /// The header and the sealed bytes of the section that comes next.
     fn next(&self) -> Result<(SectionHeader, &'a [u8])> {
         let rest = &self.bytes[self.at..];
-        let what = || format!("{}, section {}", self.what, self.sections);
-        check_limit(&self.what, u64::from(self.sections) + 1, limits::SECTIONS.into())?;
-        let section = SectionHeader::decode(rest, &what())?;
-        if section.ordinal != self.sections {
+        let section = self.header_of(self.sections, rest)?;
+        let sealed = &rest[SECTION_HEADER_LEN..];
+        let sealed = &sealed[..sealed.len().min(section.sealed_len as usize)];
+        self.check_arrived(&section, sealed.len())?;
+        Ok((section, sealed))
+    }
+
+    /// Fails unless all of a section is there.
+    pub(crate) fn check_arrived(&self, section: &SectionHeader, len: usize) -> Result<()> {
+        match len == section.sealed_len as usize {
+            true => Ok(()),
+            false => Err(FormatError::damaged(
+                self.called(section.ordinal),
+                format!("it needs {} bytes and {len} are left", section.sealed_len),
+            )),
+        }
+    }
+
+    /// What a section is called in errors.
+    pub(crate) fn called(&self, ordinal: u32) -> String {
+        format!("{}, section {ordinal}", self.what)
+    }
+
+    /// The header of a section, which begins with `bytes`.
+    pub(crate) fn header_of(&self, ordinal: u32, bytes: &[u8]) -> Result<SectionHeader> {
+        check_limit(&self.what, u64::from(ordinal) + 1, limits::SECTIONS.into())?;
+        let section = SectionHeader::decode(bytes, &self.called(ordinal))?;
+        if section.ordinal != ordinal {
             return Err(FormatError::damaged(
-                what(),
+                self.called(ordinal),
                 format!("it says that it is section {}", section.ordinal),
             ));
         }
         let is_wal = matches!(self.keys.header.kind, Kind::WalSegment | Kind::WalPiece | Kind::WalSide);
-        if section.codec == codec::RECORDS && !(is_wal && section.role == KeyRole::Data) {
-            return Err(FormatError::unsupported(what(), "codec 3 where no WAL is"));
-        }
         if section.codec == codec::RECORDS {
-            check_limit(&what(), section.plain_len.into(), limits::WAL_SECTION_BYTES as u64)?;
+            if !(is_wal && section.role == KeyRole::Data) {
+                return Err(FormatError::unsupported(
+                    self.called(ordinal),
+                    "codec 3 where no WAL is",
+                ));
+            }
+            check_limit(
+                &self.called(ordinal),
+                section.plain_len.into(),
+                limits::WAL_SECTION_BYTES as u64,
+            )?;
         }
-        let (from, needed) = (SECTION_HEADER_LEN, section.sealed_len as usize);
-        match rest.get(from..from + needed) {
-            Some(sealed) => Ok((section, sealed)),
-            None => Err(FormatError::damaged(
-                what(),
-                format!("it needs {needed} bytes and {} are left", rest.len() - from),
-            )),
-        }
+        Ok(section)
     }
 
     fn pass(&mut self, section: &SectionHeader) {
@@ -519,19 +522,33 @@ impl<'a> ObjectReader<'a> {
         Ok(true)
     }
 
-    /// The next section into as many bytes as it has.
-    pub fn section_to(&mut self, role: KeyRole, plain: &mut [u8]) -> Result<()> {
-        let (section, what) = self.open_next(role)?;
+    /// A section of this object that is elsewhere, sealed, into as many bytes as it has. `sealed` is left for the next.
+    pub(crate) fn section_apart(
+        &mut self,
+        section: &SectionHeader,
+        sealed: &mut Vec<u8>,
+        role: KeyRole,
+        plain: &mut [u8],
+    ) -> Result<()> {
+        let what = self.called(section.ordinal);
         same_length(&what, section.plain_len as usize, plain.len())?;
-        self.unpacker.unpack_to(section.codec, plain, &what)?;
-        self.pass(&section);
-        Ok(())
+        std::mem::swap(sealed, &mut self.unpacker.body);
+        self.open_body(section, role, &what)?;
+        self.unpacker.unpack_to(section.codec, plain, &what)
     }
 
     /// Decrypts the next section; returns its header and what it is called.
     fn open_next(&mut self, role: KeyRole) -> Result<(SectionHeader, String)> {
         let (section, sealed) = self.next()?;
-        let what = format!("{}, section {}", self.what, self.sections);
+        let what = self.called(self.sections);
+        self.unpacker.body.clear();
+        self.unpacker.body.extend_from_slice(sealed);
+        self.open_body(&section, role, &what)?;
+        Ok((section, what))
+    }
+
+    /// Decrypts a section where it is.
+    fn open_body(&mut self, section: &SectionHeader, role: KeyRole, what: &str) -> Result<()> {
         if section.role != role {
             return Err(FormatError::damaged(
                 what,
@@ -539,11 +556,8 @@ impl<'a> ObjectReader<'a> {
             ));
         }
         let aad = aad(&self.header, &section.encode(), &self.context);
-        self.unpacker.body.clear();
-        self.unpacker.body.extend_from_slice(sealed);
         let key = self.keys.get(role)?;
-        key.open(section.ordinal.into(), &aad, &mut self.unpacker.body, &what)?;
-        Ok((section, what))
+        key.open(section.ordinal.into(), &aad, &mut self.unpacker.body, what)
     }
 
     /// The next section as a message.

@@ -1,6 +1,6 @@
 //! WAL objects: segments, pieces, histories (SPEC.md, section 8).
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use blake3::hazmat::{ChainingValue, HasherExt, Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root};
 
@@ -8,7 +8,7 @@ use crate::error::{FormatError, Result};
 use crate::header::Kind;
 use crate::keys::{EpochKeys, KeyRole, Scope};
 use crate::limits;
-use crate::object::{ObjectReader, ObjectWriter};
+use crate::object::{ObjectReader, ObjectWriter, SECTION_HEADER_LEN, SectionHeader};
 use crate::proto::WalHeader;
 use crate::public::Fresh;
 
@@ -133,72 +133,80 @@ pub fn open_wal(
     }
 }
 
-/// Opens a whole WAL object, up to `threads` of its runs at once, each of which goes to `take` with its place in the
-/// content, in any order. Every run that `take` gets is authentic; only a return without an error says that they are
-/// all, and its content's id. Each thread asks `buffer` once for memory for the longest run, of that many bytes.
+/// Opens a whole WAL object while it arrives, up to `threads` of its runs at once, each of which goes to `take` with its
+/// place in the content, in any order. Every run that `take` gets is authentic; only a return without an error says that
+/// they are all, and its content's id. `None` says that it is not divided into runs of [`limits::WAL_SECTION_BYTES`] and a
+/// rest, which [`open_wal`] reads too.
+///
+/// `head` is the object's header; `read` appends as many of the bytes that follow as it is told, and fewer at the end of
+/// the object only. Each thread asks `buffer` once for memory for the longest run, of that many bytes.
 #[allow(clippy::too_many_arguments)]
 pub fn open_wal_runs<E: From<FormatError> + Send, B: AsMut<[u8]>>(
     keys: &EpochKeys,
     scope: &Scope,
     kind: Kind,
-    bytes: &[u8],
+    head: &[u8],
     context: &str,
     threads: usize,
+    mut read: impl FnMut(&mut Vec<u8>, usize) -> std::result::Result<(), E> + Send,
     buffer: impl Fn(usize) -> std::result::Result<B, E> + Sync,
     take: impl Fn(&WalHeader, u64, &[u8]) -> std::result::Result<(), E> + Sync,
-) -> std::result::Result<WalHeader, E> {
-    let mut reader = ObjectReader::new(keys, scope, kind, bytes, context, context)?;
-    let header: WalHeader = reader.message(KeyRole::Meta)?;
-    let lengths = reader.lengths_of_rest()?;
-    let mut starts = Vec::with_capacity(lengths.len());
-    let mut len = 0;
-    for run in &lengths {
-        starts.push(len);
-        len += u64::from(*run);
-    }
-    let mismatch = |why| E::from(FormatError::damaged(context, why));
-    if len != header.content_len {
-        return Err(mismatch("it does not hold as much as its header says"));
-    }
-    let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
-    // Runs of this length are subtrees of the hash; an object may be divided in other ways.
-    let run_len = limits::WAL_SECTION_BYTES as u64;
-    let starts_so = starts.iter().zip(0..).all(|(&start, n)| start == n * run_len);
-    let is_divided = starts_so && lengths.iter().all(|&len| (1..=run_len).contains(&u64::from(len)));
-    if lengths.len() < 2 || !is_divided {
-        let mut hasher = blake3::Hasher::new_keyed(&keys.id_key);
-        let mut memory = buffer(longest)?;
-        for (&start, &len) in starts.iter().zip(&lengths) {
-            let run = &mut memory.as_mut()[..len as usize];
-            reader.section_to(KeyRole::Data, run)?;
-            hasher.update(run);
-            take(&header, start, run)?;
+) -> std::result::Result<Option<WalHeader>, E> {
+    let mut first = head.to_vec();
+    loop {
+        let more = header_len(keys, scope, kind, &first, context)?.saturating_sub(first.len());
+        let had = first.len();
+        if more > 0 {
+            read(&mut first, more)?;
         }
-        return match hasher.finalize().as_bytes()[..] == header.content_id {
-            true => Ok(header),
-            false => Err(mismatch(NOT_ITS_ID)),
-        };
+        // All of it, or what there is: then the reader says what is wrong.
+        if first.len() < had + more || more == 0 {
+            break;
+        }
     }
-    let next = AtomicUsize::new(0);
+    let mut reader = ObjectReader::new(keys, scope, kind, &first, context, context)?;
+    let header: WalHeader = reader.message(KeyRole::Meta)?;
+    let (len, run_len) = (header.content_len, limits::WAL_SECTION_BYTES as u64);
+    let count = len.div_ceil(run_len);
+    let longest = len.min(run_len) as usize;
+    let source = Mutex::new(Source {
+        read,
+        sections: 0,
+        state: State::Arriving,
+    });
     let open = |mut reader: ObjectReader<'_>| {
-        let (mut memory, mut hashes) = (buffer(longest)?, Vec::new());
-        let mut at = 0;
+        let (mut memory, mut hashes) = (None, Vec::new());
+        let mut sealed = Vec::new();
         loop {
-            let mine = next.fetch_add(1, Ordering::Relaxed);
-            let Some(&start) = starts.get(mine) else {
+            let next = source
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .next(&reader, len, &mut sealed);
+            let Some(section) = next? else {
                 return Ok::<_, E>(hashes);
             };
-            reader.skip(mine - at)?;
-            let run = &mut memory.as_mut()[..lengths[mine] as usize];
-            reader.section_to(KeyRole::Data, run)?;
-            at = mine + 1;
-            let mut hasher = blake3::Hasher::new_keyed(&keys.id_key);
-            hashes.push((mine, hasher.set_input_offset(start).update(run).finalize_non_root()));
-            take(&header, start, run).inspect_err(|_| next.store(starts.len(), Ordering::Relaxed))?;
+            let mut opened = || {
+                let start = u64::from(section.ordinal - 1) * run_len;
+                let memory = match &mut memory {
+                    Some(memory) => memory,
+                    none => none.insert(buffer(longest)?),
+                };
+                let run = &mut memory.as_mut()[..section.plain_len as usize];
+                reader.section_apart(&section, &mut sealed, KeyRole::Data, run)?;
+                let mut hasher = blake3::Hasher::new_keyed(&keys.id_key);
+                let hasher = hasher.set_input_offset(start).update(run);
+                hashes.push(match count {
+                    1 => (start, *hasher.finalize().as_bytes()),
+                    _ => (start, hasher.finalize_non_root()),
+                });
+                take(&header, start, run)
+            };
+            opened().inspect_err(|_| source.lock().unwrap_or_else(PoisonError::into_inner).state = State::Ended)?;
         }
     };
+    let threads = threads.clamp(1, usize::try_from(count).unwrap_or(usize::MAX).max(1));
     let opened = std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads.clamp(1, lengths.len()))
+        let others: Vec<_> = (1..threads)
             .map(|_| {
                 let reader = reader.again();
                 scope.spawn(|| open(reader))
@@ -210,15 +218,85 @@ pub fn open_wal_runs<E: From<FormatError> + Send, B: AsMut<[u8]>>(
         }
         all
     });
-    let mut hashes = vec![[0; 32]; lengths.len()];
+    let mut hashes = Vec::new();
     for opened in opened {
-        for (run, hash) in opened? {
-            hashes[run] = hash;
-        }
+        hashes.extend(opened?);
     }
-    match id_of_runs(&keys.id_key, &hashes, len) == header.content_id[..] {
-        true => Ok(header),
-        false => Err(mismatch(NOT_ITS_ID)),
+    if source.into_inner().unwrap_or_else(PoisonError::into_inner).state == State::OtherwiseDivided {
+        return Ok(None);
+    }
+    hashes.sort_unstable();
+    let hashes: Vec<ChainingValue> = hashes.into_iter().map(|(_, hash)| hash).collect();
+    let id = match &hashes[..] {
+        [] => keys.chunk_id(&[]),
+        [whole] => *whole,
+        runs => id_of_runs(&keys.id_key, runs, len),
+    };
+    match id == header.content_id[..] {
+        true => Ok(Some(header)),
+        false => Err(FormatError::damaged(context, NOT_ITS_ID).into()),
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Arriving,
+    /// There is no more, or nobody wants it.
+    Ended,
+    /// Some section has not the length of a run.
+    OtherwiseDivided,
+}
+
+/// The runs of an object in their order.
+struct Source<R> {
+    read: R,
+    /// Runs that were given out.
+    sections: u32,
+    state: State,
+}
+
+impl<R> Source<R> {
+    /// The next run, sealed, of a content of `len` bytes; `None` if there is no more.
+    fn next<E: From<FormatError>>(
+        &mut self,
+        object: &ObjectReader<'_>,
+        len: u64,
+        sealed: &mut Vec<u8>,
+    ) -> std::result::Result<Option<SectionHeader>, E>
+    where
+        R: FnMut(&mut Vec<u8>, usize) -> std::result::Result<(), E>,
+    {
+        if self.state != State::Arriving {
+            return Ok(None);
+        }
+        // Whatever happens: nobody reads on behind an error.
+        self.state = State::Ended;
+        let run_len = limits::WAL_SECTION_BYTES as u64;
+        let left = len.saturating_sub(u64::from(self.sections) * run_len);
+        sealed.clear();
+        (self.read)(sealed, SECTION_HEADER_LEN)?;
+        if sealed.is_empty() {
+            return match left {
+                0 => Ok(None),
+                _ => Err(FormatError::damaged(
+                    object.called(self.sections + 1),
+                    format!("the object ends, and {left} bytes of content are missing"),
+                )
+                .into()),
+            };
+        }
+        // The first section is the header.
+        let section = object.header_of(self.sections + 1, sealed)?;
+        if left == 0 || u64::from(section.plain_len) != left.min(run_len) {
+            self.state = State::OtherwiseDivided;
+            return Ok(None);
+        }
+        sealed.clear();
+        (self.read)(sealed, section.sealed_len as usize)?;
+        object.check_arrived(&section, sealed.len())?;
+        self.sections += 1;
+        self.state = State::Arriving;
+        Ok(Some(section))
     }
 }
 

@@ -607,7 +607,7 @@ fn root_for_a_public_key() {
     let refused = reader.message::<proto::Root>(KeyRole::Data).unwrap_err();
     assert!(matches!(refused, FormatError::WriteOnly { .. }), "{refused}");
     let mut reader = ObjectReader::new(&keys, &SCOPE, Kind::Root, &stored, "", "vector").unwrap();
-    reader.skip(1).unwrap();
+    reader.section(KeyRole::Meta).unwrap();
     assert_eq!(reader.message::<proto::Root>(KeyRole::Data).unwrap(), root);
 }
 

@@ -12,12 +12,15 @@ use fairvault_engine::commit::Log;
 use fairvault_engine::commit::session::Session;
 use fairvault_engine::env::SystemEnv;
 use fairvault_engine::error::Kind;
+use fairvault_engine::postgres::segment::{Segment, WalFile};
 use fairvault_engine::stanza::create::{Cluster, create};
 use fairvault_engine::stanza::memory::Memory;
 use fairvault_engine::stanza::{Access, Stanza};
 use fairvault_engine::store::probe::probe;
 use fairvault_engine::store::url::RepositoryUrl;
 use fairvault_engine::store::{Created, Store, StoreSettings};
+use fairvault_engine::wal::archive::Archive;
+use fairvault_engine::wal::get::{self, Needs};
 use fairvault_format::keys::Secret;
 use fairvault_tests::rgw::{self, Rgw};
 use fairvault_tests::s3::{S3, free_port};
@@ -382,6 +385,58 @@ async fn throttled_lists_are_asked_again() -> Result<()> {
             .abort(&mut log, "")
             .await?;
         store.list("acme/log").await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_segment_is_written_while_it_arrives_and_again_if_it_breaks_off() -> Result<()> {
+    let faulty = Faulty::new(Fault::CutWal);
+    let log = create(&access(&faulty.store(), key(1)), CLUSTER, "main").await?;
+    let archive = Archive::open(&log, None, 3)?;
+    let scratch = Scratch::new("arriving")?;
+    let (segment, size) = (Segment { timeline: 1, number: 1 }, CLUSTER.wal_segment_size as usize);
+    // A part compresses, so that sections differ in length.
+    let mut random = 1u64;
+    let content: Vec<u8> = (0..size)
+        .map(|at| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            if at < size / 3 { 7 } else { (random >> 56) as u8 }
+        })
+        .collect();
+    archive.put_whole(segment, Default::default(), content.clone()).await?;
+    let to = scratch.join("segment");
+    for time in 0..8 {
+        ensure!(archive.write_whole(segment, &to).await?, "{time}");
+        ensure!(std::fs::read(&to)? == content, "{time}");
+        std::fs::remove_file(&to)?;
+    }
+    // Asked for beforehand, to be waited for as a whole or not.
+    let name = segment.name(CLUSTER.wal_segment_size);
+    let open = async |others: &bool| Archive::open_for(log.stanza().clone(), None, &name, *others).await;
+    for others in [false, true] {
+        for time in 0..4 {
+            let outcome = get::get(&[others], open, &name, &to, Needs::default()).await?;
+            ensure!(outcome == get::Outcome::Delivered, "{time}");
+            ensure!(std::fs::read(&to)? == content, "{time}");
+            std::fs::remove_file(&to)?;
+        }
+    }
+    ensure!(
+        !archive.write_whole(segment.next(), &to).await? && !to.exists(),
+        "there is none"
+    );
+    // Of a damaged one, nothing stays.
+    let name = archive.object_name(&WalFile::Segment(segment), &name);
+    let path = Path::from(format!("acme/{name}"));
+    let mut bytes = faulty.inner.get(&path).await?.bytes().await?.to_vec();
+    let at = bytes.len() - 100_000;
+    bytes[at] ^= 1;
+    faulty.inner.put(&path, bytes.into()).await?;
+    for time in 0..4 {
+        let error = archive.write_whole(segment, &to).await.err().map(|e| e.kind());
+        ensure!(error == Some(Kind::Damaged), "{time}: {error:?}");
+        ensure!(!to.exists(), "{time}");
     }
     Ok(())
 }

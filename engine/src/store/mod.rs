@@ -3,6 +3,7 @@
 //! What always holds (see SPEC.md, section 1): nothing is overwritten; the outcome of a conditional create
 //! is known before it is reported; LIST is never a proof of absence.
 
+pub mod arriving;
 mod lazy;
 mod listing;
 pub mod probe;

@@ -1,7 +1,7 @@
 //! Storing WAL: create-only, the same again is success, anything else under a taken name is an error.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use fairvault_format::header::Kind as ObjectKind;
@@ -18,6 +18,7 @@ use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{Segment, WalFile};
 use crate::stanza::{Stanza, upgrade};
 use crate::store::Created;
+use crate::store::arriving::Arriving;
 
 /// Content up to this size is sealed where we stand: a hop to another thread takes longer.
 const INLINE_BYTES: usize = 64 << 10;
@@ -90,8 +91,8 @@ pub struct Archive {
     pub expired: Vec<proto::ExpiredWal>,
     /// The same incarnation in other repositories: whoever reads takes from them what this one does not have.
     pub others: Vec<Archive>,
-    /// An object that was fetched while the log was read, with its name.
-    at_hand: Option<(String, Bytes)>,
+    /// An object that was asked for while the log was read, with its name. Whoever wants it takes it.
+    asked_for: Arc<Mutex<Option<(String, Arriving)>>>,
 }
 
 impl Archive {
@@ -133,7 +134,7 @@ impl Archive {
                 .cloned()
                 .collect(),
             others: Vec::new(),
-            at_hand: None,
+            asked_for: Arc::default(),
         })
     }
 
@@ -143,38 +144,63 @@ impl Archive {
         Self { others, ..self }
     }
 
-    /// Opens the log and the archive for a request for the file `name`, which is fetched meanwhile. `None` if this
-    /// repository has never heard of the cluster: it cannot have anything of it.
-    pub async fn open_for(stanza: Arc<Stanza>, system_identifier: Option<u64>, name: &str) -> Result<Option<Self>> {
+    /// Opens the log and the archive for a request for the file `name`, which is asked for meanwhile. It need not be here
+    /// when this returns, but if `others` may be asked instead: then whoever waits for this waits for all of it. `None` if
+    /// this repository has never heard of the cluster: it cannot have anything of it.
+    pub async fn open_for(
+        stanza: Arc<Stanza>,
+        system_identifier: Option<u64>,
+        name: &str,
+        others: bool,
+    ) -> Result<Option<Self>> {
         let fetch = async |log: &Log| {
             let archive = Self::open(log, system_identifier, 0).ok()?;
             let file = WalFile::parse(name, archive.segment_size).ok()?;
             let object = archive.object_name(&file, name);
             // A failure is met again by whoever really asks.
-            let bytes = archive
-                .stanza
-                .store()
-                .get(&object, limits::WAL_OBJECT_BYTES)
-                .await
-                .ok()?;
-            Some((object, bytes))
+            let store = archive.stanza.store();
+            let mut arriving = store.arriving(&object, limits::WAL_OBJECT_BYTES).await.ok()??;
+            if others {
+                arriving = arriving.rest().await.ok()?.into();
+            }
+            Some((object, arriving))
         };
-        let (log, fetched) = Log::open_beside(stanza, fetch).await?;
+        let (log, asked_for) = Log::open_beside(stanza, fetch).await?;
         let mut known = log.state().incarnations.iter();
         if system_identifier.is_some_and(|id| known.all(|life| life.system_identifier != id)) {
             return Ok(None);
         }
-        let mut archive = Self::open(&log, system_identifier, 0)?;
-        archive.at_hand = fetched.flatten();
-        Ok(Some(archive))
+        let archive = Self::open(&log, system_identifier, 0)?;
+        Ok(Some(Self {
+            asked_for: Arc::new(Mutex::new(asked_for.flatten())),
+            ..archive
+        }))
+    }
+
+    /// The object that holds a whole file, as it arrives.
+    pub(super) async fn arriving(&self, object: &str) -> Result<Option<Arriving>> {
+        match self.take_asked_for(object) {
+            None => self.stanza.store().arriving(object, limits::WAL_OBJECT_BYTES).await,
+            asked_for => Ok(asked_for),
+        }
+    }
+
+    fn take_asked_for(&self, object: &str) -> Option<Arriving> {
+        let mut asked_for = self.asked_for.lock().unwrap_or_else(PoisonError::into_inner);
+        asked_for
+            .take_if(|(name, _)| name == object)
+            .map(|(_, arriving)| arriving)
     }
 
     /// The object that holds a whole file.
     pub(super) async fn object(&self, object: &str) -> Result<Option<Bytes>> {
-        match &self.at_hand {
-            Some((name, bytes)) if name == object => Ok(Some(bytes.clone())),
-            _ => self.stanza.store().get_opt(object, limits::WAL_OBJECT_BYTES).await,
+        if let Some(arriving) = self.take_asked_for(object) {
+            match arriving.rest().await {
+                Ok(bytes) => return Ok(Some(bytes)),
+                Err(error) => tracing::debug!("{error}; reading it again"),
+            }
         }
+        self.stanza.store().get_opt(object, limits::WAL_OBJECT_BYTES).await
     }
 
     /// The archive epoch that rules at a position.

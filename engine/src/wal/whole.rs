@@ -9,15 +9,16 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use fairvault_format::header::Kind as ObjectKind;
-use fairvault_format::header::ObjectHeader;
+use fairvault_format::header::{HEADER_LEN, ObjectHeader};
 use fairvault_format::wal::{WalSealer, open_wal_runs};
 use fairvault_format::{limits, proto};
 
 use super::archive::{Archive, Ours, Stored};
 use super::summary::Summarizer;
 use crate::env;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::postgres::segment::{Segment, WalFile};
+use crate::store::arriving::Arriving;
 
 /// Runs of a segment that are opened at once.
 const THREADS: usize = 4;
@@ -61,6 +62,10 @@ pub(super) fn ids_of_file(path: &Path, one: &[u8; 32], other: &[u8; 32]) -> Resu
             }
         }
     }
+}
+
+fn unwritten(to: &Path, error: std::io::Error) -> Error {
+    Error::io(format_args!("writing {}", to.display()), error)
 }
 
 /// Work for another thread; `what` it was, if that dies.
@@ -144,47 +149,69 @@ impl Archive {
             .await
     }
 
-    /// Writes a whole segment to `destination`, if it is there. Not synced: after a crash, recovery asks again,
-    /// and what it keeps it syncs itself.
+    /// Writes a whole segment to `destination`, if it is there: its beginning while the rest arrives. Not synced: after a
+    /// crash, recovery asks again, and what it keeps it syncs itself.
     pub async fn write_whole(&self, segment: Segment, destination: &Path) -> Result<bool> {
         let name = segment.name(self.segment_size);
         let object = self.object_name(&WalFile::Segment(segment), &name);
-        let Some(bytes) = self.object(&object).await? else {
+        let Some(arriving) = self.arriving(&object).await? else {
             return Ok(false);
         };
-        let failed = |to: &Path, e| Error::io(format_args!("writing {}", to.display()), e);
-        if ObjectHeader::decode(&bytes, &object)?.kind == ObjectKind::PieceSeal {
-            let (header, content) = self.content_in(ObjectKind::WalSegment, &bytes, &object).await?;
-            self.check_is(&header, &name, &object)?;
-            std::fs::write(destination, content).map_err(|e| failed(destination, e))?;
-            return Ok(true);
-        }
         let (archive, to) = (self.clone(), destination.to_owned());
         let write = move || {
-            let file = File::create(&to).map_err(|e| failed(&to, e))?;
-            let keys = archive.stanza.keys_for(&bytes, &object)?;
-            let scope = archive.stanza.scope();
-            let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS));
-            let take = |header: &proto::WalHeader, start, run: &[u8]| {
-                archive.check_is(header, &name, &object)?;
-                file.write_all_at(run, start).map_err(|e| failed(&to, e))
-            };
-            let opened = open_wal_runs(
-                keys,
-                scope,
-                ObjectKind::WalSegment,
-                &bytes,
-                &object,
-                threads,
-                buffer,
-                take,
-            );
-            let checked = opened.and_then(|header| archive.check_is(&header, &name, &object));
-            checked.inspect_err(|_| {
+            let written = archive.write_arriving(segment, arriving, &to);
+            if !matches!(written, Ok(true)) {
                 let _ = std::fs::remove_file(&to);
-            })
+            }
+            written
         };
-        blocking("opening WAL", write).await?;
+        match blocking("opening WAL", write).await {
+            Ok(true) => return Ok(true),
+            Ok(false) => {}
+            // It began to arrive, and then no more came.
+            Err(error) if error.kind() == Kind::Temporary => tracing::debug!("{error}; reading it again"),
+            Err(error) => return Err(error),
+        }
+        let Some(content) = self.whole_segment(segment).await? else {
+            return Ok(false);
+        };
+        match std::fs::write(destination, content) {
+            Ok(()) => Ok(true),
+            Err(error) => {
+                let _ = std::fs::remove_file(destination);
+                Err(unwritten(destination, error))
+            }
+        }
+    }
+
+    /// `false`: the object is one that has to be read as a whole. Then, and after an error, `to` holds nothing of use.
+    fn write_arriving(&self, segment: Segment, mut arriving: Arriving, to: &Path) -> Result<bool> {
+        let name = segment.name(self.segment_size);
+        let object = self.object_name(&WalFile::Segment(segment), &name);
+        let mut head = Vec::new();
+        arriving.read(&mut head, HEADER_LEN)?;
+        let header = ObjectHeader::decode(&head, &object)?;
+        if header.kind == ObjectKind::PieceSeal {
+            return Ok(false);
+        }
+        let file = File::create(to).map_err(|e| unwritten(to, e))?;
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS));
+        let opened = open_wal_runs(
+            self.stanza.keys_of(header.epoch)?,
+            self.stanza.scope(),
+            ObjectKind::WalSegment,
+            &head,
+            &object,
+            threads,
+            |into, len| arriving.read(into, len),
+            buffer,
+            |header, start, run| {
+                self.check_is(header, &name, &object)?;
+                file.write_all_at(run, start).map_err(|e| unwritten(to, e))
+            },
+        )?;
+        let Some(header) = opened else { return Ok(false) };
+        self.check_is(&header, &name, &object)?;
         Ok(true)
     }
 

@@ -19,8 +19,8 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult,
+    CopyOptions, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult,
 };
 
 /// A cluster that nothing is asked of.
@@ -84,6 +84,8 @@ pub enum Fault {
     NoConditionalCreate,
     /// Every other LIST is throttled the way Wasabi does it.
     ThrottledLists,
+    /// WAL arrives in small parts, and every other time only half of it: with an error, or without.
+    CutWal,
 }
 
 /// A store that counts requests and fails in one way.
@@ -145,8 +147,40 @@ impl ObjectStore for Faulty {
         self.inner.put_multipart_opts(l, o).await
     }
     async fn get_opts(&self, l: &Path, o: GetOptions) -> Answer<GetResult> {
-        self.count();
-        self.inner.get_opts(l, o).await
+        let number = self.count();
+        let mut found = self.inner.get_opts(l, o).await?;
+        if self.fault == Fault::CutWal && l.as_ref().contains("/wal/") {
+            let (meta, attributes, range, extensions) = (
+                found.meta.clone(),
+                found.attributes.clone(),
+                found.range.clone(),
+                found.extensions.clone(),
+            );
+            let all = found.bytes().await?;
+            let len = if number.is_multiple_of(2) {
+                all.len()
+            } else {
+                all.len() / 2
+            };
+            let mut parts: Vec<Answer<Bytes>> = all[..len]
+                .chunks(9_999)
+                .map(|part| Ok(Bytes::copy_from_slice(part)))
+                .collect();
+            if number % 4 == 1 {
+                parts.push(Err(object_store::Error::Generic {
+                    store: "faulty",
+                    source: "the connection was lost".into(),
+                }));
+            }
+            found = GetResult {
+                payload: GetResultPayload::Stream(futures::stream::iter(parts).boxed()),
+                meta,
+                attributes,
+                range,
+                extensions,
+            };
+        }
+        Ok(found)
     }
     fn delete_stream(&self, l: BoxStream<'static, Answer<Path>>) -> BoxStream<'static, Answer<Path>> {
         self.inner.delete_stream(l)

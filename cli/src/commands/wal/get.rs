@@ -101,7 +101,7 @@ async fn open_archive(
         let access = at.access(&of, &stanza, false, false)?;
         let stanza = Stanza::open(&access).await?;
         stanza.check_reads("fetching WAL")?;
-        Archive::open_for(stanza, system_identifier, &name).await
+        Archive::open_for(stanza, system_identifier, &name, !is_alone).await
     };
     let limit = match away.is_recent(repository) {
         true => PATIENCE,
