@@ -36,13 +36,16 @@ pub fn run_it(gigabytes: u32) -> Result<()> {
         let measured = Measured::new(&s, None, "near")?;
         measured.run(&format!("{DATA}, directory"), &mut table)?;
     }
-    let s = server(1)?;
-    let s3 = S3::start(&s.scratch, "bucket")?;
-    let proxy = Proxy::start(Target::Port(s3.port))?;
-    for (round_trip, what) in [(Duration::ZERO, "here"), (ROUND_TRIP, "20 ms away")] {
-        proxy.round_trip(round_trip);
-        let measured = Measured::new(&s, Some(&proxy), &format!("far{}", round_trip.as_millis()))?;
-        measured.run(&format!("{DATA}, S3 {what}"), &mut table)?;
+    // The server holds what it is given in memory.
+    for size in [1, 3].into_iter().filter(|&size| size <= gigabytes) {
+        let s = server(size)?;
+        let s3 = S3::start(&s.scratch, "bucket")?;
+        let proxy = Proxy::start(Target::Port(s3.port))?;
+        for (round_trip, what) in [(Duration::ZERO, "here"), (ROUND_TRIP, "20 ms away")] {
+            proxy.round_trip(round_trip);
+            let measured = Measured::new(&s, Some(&proxy), &format!("far{}", round_trip.as_millis()))?;
+            measured.run(&format!("{DATA}, S3 {what}"), &mut table)?;
+        }
     }
     let file = results()?.join("scale.md");
     std::fs::write(&file, &table)?;
