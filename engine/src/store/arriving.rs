@@ -1,7 +1,7 @@
 //! An object while it arrives, for threads that open its beginning before its end is here.
 //!
 //! What always holds: what is read is the object's bytes in their order; an end that comes too early is an error; nobody
-//! waits longer than [`SILENCE`] for what comes next, not even where a system call hangs.
+//! waits longer than half a minute for what comes next, not even where a system call hangs.
 
 use std::fs::File;
 use std::io::Read;

@@ -18,24 +18,24 @@ pub fn check_name(name: &str) -> Result<()> {
 pub async fn ensure(connection: &mut Connection, name: &str) -> Result<()> {
     check_name(name)?;
     if connection.major() >= 15 {
-        let rows = connection.query(&format!("READ_REPLICATION_SLOT {name}")).await?;
-        let field = |at: usize| rows.first().and_then(|row| row.get(at)).and_then(Option::as_deref);
-        match field(0) {
-            Some("physical") => {
-                if field(1).is_none() {
-                    tracing::warn!(
-                        "replication slot {name} keeps no WAL: it was invalidated (max_slot_wal_keep_size), or never used"
-                    );
-                }
-                return Ok(());
-            }
-            Some(other) => {
+        let rows = match connection.query(&format!("READ_REPLICATION_SLOT {name}")).await {
+            Err(error) if error.to_string().contains("SQLSTATE 0A000") => {
                 return Err(Error::refused(format!(
-                    "replication slot {name} is {other}, and a physical one is needed"
+                    "replication slot {name} is a logical one, and a physical one is needed"
                 ))
-                .remedy("choose another name with --slot"));
+                .remedy("choose another name with --slot")
+                .caused_by(error));
             }
-            None => {}
+            answered => answered?,
+        };
+        let field = |at: usize| rows.first().and_then(|row| row.get(at)).and_then(Option::as_deref);
+        if field(0).is_some() {
+            if field(1).is_none() {
+                tracing::warn!(
+                    "replication slot {name} keeps no WAL: it was invalidated (max_slot_wal_keep_size), or never used"
+                );
+            }
+            return Ok(());
         }
     }
     match connection.create_slot(name, false, true).await {
