@@ -211,6 +211,16 @@ fn get_delivers_proves_absence_or_stops_recovery() -> Result<()> {
         ])
         .0 == 200
     );
+    // Another stanza's key, one that is not there, and one that is none.
+    let other = s.path("other.key");
+    s.ok(&["key", "generate", &other])?;
+    let (missing, none) = (s.path("missing.key"), s.path("none.key"));
+    s.scratch.write("none.key", b"no key")?;
+    for key in [&other, &missing, &none] {
+        let cache = s.path("no-cache");
+        let (exit, text) = s.get(&name(&segments[0]), &["--key-file", key, "--cache", &cache]);
+        ensure!(exit == 200, "{key}: {exit} {text}");
+    }
     // A flipped bit in the stored segment.
     let stored = s.objects("wal");
     let stored = stored
@@ -301,6 +311,13 @@ fn unfinished(s: &Setup, more: &str) -> Result<(String, PathBuf, usize)> {
     Ok((name, path, len.parse()?))
 }
 
+/// What is stored of a segment whose first `len` bytes are valid.
+fn padded(wal: &[u8], len: usize) -> Vec<u8> {
+    let mut part = wal[..len].to_vec();
+    part.resize(wal.len(), 0);
+    part
+}
+
 #[test]
 fn parts_of_a_segment_end_a_recovery_and_never_stand_for_the_whole() -> Result<()> {
     let s = Setup::new("parts")?;
@@ -331,6 +348,27 @@ fn parts_of_a_segment_end_a_recovery_and_never_stand_for_the_whole() -> Result<(
     let got = std::fs::read(s.scratch.join("fetched"))?;
     ensure!(got[..short_len] == wal[..short_len] && got[short_len..].iter().all(|&b| b == 0));
     ensure!(s.get(&name_of, &["--until", &at(0)?]).0 == 1);
+    // A copy in pg_wal that is longer is not hidden by the part, and counts for how far recovery gets; one that is no longer,
+    // or no WAL, is replaced.
+    let (same, longer, longer_len) = unfinished(&s, ".copy")?;
+    ensure!(same == name_of && longer_len > len, "still in the same segment");
+    let longer = std::fs::read(longer)?;
+    let beside = s.scratch.join(&name_of);
+    std::fs::write(&beside, &longer)?;
+    std::fs::write(s.scratch.join("fetched"), b"before")?;
+    ensure!(s.get(&name_of, &[]).0 == 1);
+    ensure!(s.get(&name_of, &["--through", &at(longer_len)?]).0 == 1);
+    ensure!(s.get(&name_of, &["--through", &at(longer_len + 4096)?]).0 == 200);
+    ensure!(
+        std::fs::read(s.scratch.join("fetched"))? == b"before",
+        "nothing was delivered"
+    );
+    for other in [padded(&wal, len), vec![0; wal.len()], longer[..longer_len].to_vec()] {
+        std::fs::write(&beside, other)?;
+        ensure!(s.get(&name_of, &[]).0 == 0);
+        ensure!(std::fs::read(s.scratch.join("fetched"))?[..len] == wal[..len]);
+    }
+    std::fs::remove_file(&beside)?;
     // Later WAL shows that the part is not the end: however often it is asked for.
     s.sql("select pg_switch_wal()")?;
     let next = s.segments(1)?.remove(0);
@@ -386,6 +424,38 @@ fn the_next_repository_has_what_the_first_lacks() -> Result<()> {
     ensure!(get(&name(&segments[1])).0 == 200);
     std::fs::rename(s.path("away"), s.path("vault2"))?;
     ensure!(with(&["wal", "push", "acme", &path]).0 == 0);
+    Ok(())
+}
+
+#[test]
+fn a_store_that_never_answers_proves_nothing() -> Result<()> {
+    let s = Setup::new("still")?;
+    // The kernel takes connections, and nobody ever reads from them.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let dir = s.scratch.path().display();
+    let config = format!(
+        "[repo.main]\nurl = \"s3://bucket/x\"\nendpoint = \"http://127.0.0.1:{}\"\nregion = \"us-east-1\"\n\
+         access_key = \"key\"\nsecret_key_file = \"{dir}/secret\"\nrequest_timeout = \"1s\"\nretry_timeout = \"2s\"\n\
+         [stanza.acme]\nconninfo = \"{}\"\nkey = {{ file = \"{dir}/key\" }}\n",
+        silent.local_addr()?.port(),
+        s.server.conninfo()
+    );
+    s.scratch.write("secret", b"secret")?;
+    let config = s.scratch.write("still.toml", config.as_bytes())?.display().to_string();
+    let get = || {
+        let wanted = ["wal", "get", "acme", "000000010000000000000001", "/dev/null"];
+        code(
+            &mut s
+                .scratch
+                .fairvault(&[&["--config", config.as_str()], &wanted[..]].concat()),
+        )
+    };
+    let (exit, text) = get();
+    ensure!(exit == 200 && text.contains("s3://bucket/x"), "{exit} {text}");
+    // A standby tries again, and is told "later": it would be shut down by 200, and would take 1 for the end.
+    s.scratch.write("standby.signal", b"")?;
+    let (exit, text) = get();
+    ensure!(exit == 75 && text.contains("trying again"), "{exit} {text}");
     Ok(())
 }
 

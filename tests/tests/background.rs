@@ -235,6 +235,11 @@ fn a_gap_is_said_as_soon_as_it_exists() -> Result<()> {
             exit == 1 && text.contains("is missing, and later WAL is there"),
             "{exit} {text}"
         );
+        let (exit, text) = s.fairvault(&["verify", "acme", "--progress", "none"]);
+        ensure!(
+            exit == 4 && text.contains("recovery from earlier backups ends before it"),
+            "{exit} {text}"
+        );
     }
     Ok(())
 }

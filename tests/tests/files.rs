@@ -387,7 +387,12 @@ fn a_role_without_rights_is_told_which() -> Result<()> {
         .lines()
         .find_map(|line| line.split_once("→ "))
         .map(|(_, sql)| sql.to_owned());
-    s.sql(&grant.unwrap_or_default())?;
+    let grant = grant.unwrap_or_default();
+    let (_, check) = s.fairvault(&["--conninfo", &conninfo, "check", "acme"]);
+    ensure!(!grant.is_empty() && check.contains(&grant), "{grant} is not in {check}");
+    s.sql(&grant)?;
+    let (_, check) = s.fairvault(&["--conninfo", &conninfo, "check", "acme"]);
+    ensure!(!check.contains("GRANT EXECUTE"), "{check}");
     let id = s.backup_id(&["--conninfo", &conninfo])?;
     let text = s.ok(&["info", "acme", "--output", "json"])?;
     ensure!(text.contains("\"source\":\"sql\""), "{text}");

@@ -18,12 +18,18 @@ fn what_was_committed_is_there_although_its_segment_is_not_full() -> Result<()> 
     s.backup()?;
     s.sql("insert into t select generate_series(1, 1000)")?;
     wait_until_durable(&s, &s.server)?;
-    let pieces = s
-        .objects("wal")
-        .iter()
-        .filter(|p| p.display().to_string().contains(".d/"))
-        .count();
-    ensure!(pieces > 0, "{:?}", s.objects("wal"));
+    let pieces = || {
+        let objects = s.objects("wal");
+        objects
+            .iter()
+            .filter(|p| p.display().to_string().contains(".d/"))
+            .count()
+    };
+    let before = pieces();
+    ensure!(before > 0, "{:?}", s.objects("wal"));
+    // While nothing arrives, nothing is stored: fifteen intervals, in which the server may log its state once.
+    std::thread::sleep(Duration::from_secs(3));
+    ensure!(pieces() <= before + 1, "{before} pieces have become {}", pieces());
     // The machine is gone.
     receiver.kill()?;
     s.server.stop(&s.scratch, "immediate")?;
@@ -34,6 +40,84 @@ fn what_was_committed_is_there_although_its_segment_is_not_full() -> Result<()> 
     ensure!(
         s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
             .contains("all good")
+    );
+    Ok(())
+}
+
+#[test]
+fn large_segments_are_sealed_from_pieces_pushed_and_restored() -> Result<()> {
+    let s = Fixture::new(
+        "largesegments",
+        Shape {
+            initdb: &["-k", "--wal-segsize=64"],
+            settings: "wal_keep_size = 1GB\n",
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table t (x int, y text)")?;
+    s.backup()?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "500ms"])?;
+    let first = s.sql("select pg_walfile_name(pg_current_wal_insert_lsn())")?;
+    s.sql("insert into t select n, repeat(md5(n::text), 30) from generate_series(1, 80000) n")?;
+    let second = s.sql("select pg_walfile_name(pg_current_wal_insert_lsn())")?;
+    ensure!(first != second, "more than a segment was written");
+    wait_until_durable(&s, &s.server)?;
+    // Whoever pushes it finds the same content; a segment of this size has no object for the whole.
+    let file = |name: &str| s.server.data.join("pg_wal").join(name);
+    let pieces = |name: &str| {
+        let folder = format!("{name}.d/");
+        let objects = s.objects("wal");
+        objects
+            .iter()
+            .filter(|p| p.display().to_string().contains(&folder))
+            .count()
+    };
+    ensure!(pieces(&first) > 1, "{:?}", s.objects("wal"));
+    s.ok(&["wal", "push", "acme", &file(&first).display().to_string()])?;
+    let to = s.path("fetched");
+    s.ok(&["wal", "get", "acme", &first, &to])?;
+    ensure!(
+        std::fs::read(&to)? == std::fs::read(file(&first))?,
+        "{first} came back otherwise"
+    );
+    // One that was only pushed is one object.
+    receiver.kill()?;
+    s.sql("select pg_switch_wal()")?;
+    let third = s.sql("select pg_walfile_name(pg_current_wal_insert_lsn())")?;
+    s.sql("insert into t select n, '' from generate_series(1, 1000) n")?;
+    s.sql("select pg_switch_wal()")?;
+    for name in [&second, &third] {
+        s.ok(&["wal", "push", "acme", &file(name).display().to_string()])?;
+        s.ok(&["wal", "get", "acme", name, &to])?;
+        ensure!(
+            std::fs::read(&to)? == std::fs::read(file(name))?,
+            "{name} came back otherwise"
+        );
+    }
+    ensure!(pieces(&third) == 0);
+    s.server.stop(&s.scratch, "immediate")?;
+    std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "81000");
+    Ok(())
+}
+
+#[test]
+fn a_slot_that_is_no_physical_one_is_refused() -> Result<()> {
+    let s = Fixture::new(
+        "logicalslot",
+        Shape {
+            settings: "wal_level = logical\n",
+            ..SMALL
+        },
+    )?;
+    s.sql("select pg_create_logical_replication_slot('taken', 'pgoutput')")?;
+    let (exit, text) = Receiver::spawn(&s, &["--slot", "taken"])?.wait()?;
+    println!("{exit} {text}");
+    ensure!(
+        exit == 1 && text.contains("taken") && text.contains("logical"),
+        "{exit} {text}"
     );
     Ok(())
 }

@@ -244,11 +244,70 @@ fn recovery_crosses_timelines() -> Result<()> {
             copy.log_text()
         );
     }
+    // Another one replaces that: from the old backup, recovery crosses two switches.
+    second.stop(&s.scratch, "fast")?;
+    ensure!(s.restore("third", &["--archiving", "keep"]).0 == 0);
+    let third = s.start("third", 5464)?;
+    third.sql(&s.scratch, "insert into t values (4)")?;
+    s.flush_archive(&third)?;
+    let (exit, text) = s.restore("across", &[]);
+    ensure!(exit == 0, "{text}");
+    let copy = s.start("across", 5465)?;
+    let rows = copy.sql(&s.scratch, "select string_agg(x::text, ',') from t")?;
+    ensure!(rows == "1,2,3,4", "{rows}\n{}", copy.log_text());
+    let timeline = copy.sql(
+        &s.scratch,
+        "select ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int",
+    )?;
+    ensure!(timeline == "4", "{timeline}");
     let info = s.ok(&["info", "acme"])?;
-    ensure!(
-        info.contains("restorable on timeline 1") && info.contains("restorable on timeline 2"),
-        "{info}"
-    );
+    for timeline in 1..=3 {
+        ensure!(info.contains(&format!("restorable on timeline {timeline}")), "{info}");
+    }
+    Ok(())
+}
+
+#[test]
+fn transactions_that_were_prepared_are_targets() -> Result<()> {
+    let s = Fixture::new(
+        "prepared",
+        Shape {
+            archiving: true,
+            settings: "max_prepared_transactions = 5\n",
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    let prepare = |x: u32, how: &str| -> Result<String> {
+        let text = s.sql(&format!(
+            "begin; insert into t values ({x}); select pg_current_xact_id(); prepare transaction '{how}'"
+        ))?;
+        let number = text.lines().find(|line| line.parse::<u64>().is_ok());
+        Ok(number.with_context(|| text.clone())?.to_owned())
+    };
+    let committed = prepare(1, "c")?;
+    let aborted = prepare(2, "a")?;
+    // They end long after they were prepared, under the numbers of then.
+    s.sql("insert into t values (3)")?;
+    s.sql("commit prepared 'c'")?;
+    s.sql("insert into t values (4)")?;
+    s.sql("rollback prepared 'a'")?;
+    s.sql("insert into t values (5)")?;
+    s.flush_archive(&s.server)?;
+    for (name, port, xid, more, expected) in [
+        ("committed", 5461, &committed, None, "1,3"),
+        ("before", 5462, &committed, Some("--target-exclusive"), "3"),
+        ("aborted", 5463, &aborted, None, "1,3,4"),
+    ] {
+        let mut options = vec!["--target-xid", xid.as_str()];
+        options.extend(more);
+        let (exit, text) = s.restore(name, &options);
+        ensure!(exit == 0, "{name}: {text}");
+        let copy = s.start(name, port)?;
+        let rows = copy.sql(&s.scratch, "select string_agg(x::text, ',' order by x) from t")?;
+        ensure!(rows == expected, "{name}: {rows}\n{}", copy.log_text());
+    }
     Ok(())
 }
 

@@ -1,10 +1,11 @@
 //! `wal receive --synchronous` into a directory: what was acknowledged is in the repository, in its journals at first.
 
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use fairvault_tests::fixture::SMALL;
-use fairvault_tests::{Fixture, Receiver, Shape, run};
+use fairvault_tests::{Fixture, Receiver, Shape, run, tools};
 
 #[test]
 fn acknowledged_commits_are_never_lost_in_synchronous_mode() -> Result<()> {
@@ -36,6 +37,66 @@ fn acknowledged_commits_are_never_lost_in_synchronous_mode() -> Result<()> {
     std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
     let there: u32 = restored(&s, "r")?.parse()?;
     ensure!(there >= acknowledged, "{there} of {acknowledged}");
+    Ok(())
+}
+
+/// One server under load, killed at some moment, its disk gone, and in every other round the receiver with it; returns how
+/// many commits were acknowledged to the clients, and how many came back.
+fn killed_under_load(number: u32) -> Result<(u32, u32)> {
+    let s = Fixture::new(
+        "syncload",
+        Shape {
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = on\n",
+            ..Default::default()
+        },
+    )?;
+    s.sql("set synchronous_commit = local; create table t (x int)")?;
+    s.backup()?;
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    let sync = "select string_agg(sync_state, ',') from pg_stat_replication";
+    s.server.wait_for(&s.scratch, sync, "sync")?;
+    s.scratch.write("commit.sql", b"insert into t values (1);\n")?;
+    let load = s
+        .server
+        .pgbench(&s.scratch, &["-n", "-f", &s.path("commit.sql"), "-c", "8", "-T", "60"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    std::thread::sleep(Duration::from_millis(1500 + u64::from(number * 7919 % 2500)));
+    let dies_too = number.is_multiple_of(2);
+    let receiver = match dies_too {
+        true => {
+            receiver.kill()?;
+            None
+        }
+        false => Some(receiver),
+    };
+    let pid = std::fs::read_to_string(s.server.data.join("postmaster.pid"))?;
+    run(std::process::Command::new("kill").args(["-9", pid.lines().next().unwrap_or_default()]))?;
+    std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
+    // Its clients are cut off, and it says what was acknowledged to them before.
+    let said = String::from_utf8(load.wait_with_output()?.stdout)?;
+    let line = said
+        .lines()
+        .find_map(|line| line.strip_prefix("number of transactions actually processed: "));
+    let acknowledged = line
+        .and_then(|line| line.split('/').next())
+        .with_context(|| said.clone())?;
+    if let Some(receiver) = receiver {
+        receiver.kill()?;
+    }
+    Ok((acknowledged.parse()?, restored(&s, "r")?.parse()?))
+}
+
+#[test]
+fn what_was_acknowledged_under_load_outlives_server_and_receiver() -> Result<()> {
+    for number in 0..if tools::is_full() { 20 } else { 2 } {
+        let (acknowledged, there) = killed_under_load(number)?;
+        println!("round {number}: {acknowledged} acknowledged, {there} there");
+        ensure!(acknowledged > 0, "round {number}: there was no load");
+        ensure!(there >= acknowledged, "round {number}: {there} of {acknowledged}");
+    }
     Ok(())
 }
 
