@@ -18,7 +18,6 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use fairvault_engine::error::{Error, Kind};
-
 use tokio::runtime::{Builder, Runtime};
 
 use args::{Cli, Command, Global, LogFormat, WalCommand};

@@ -36,6 +36,16 @@ pub struct Sealed {
     pub hash: Option<[u8; 32]>,
 }
 
+/// What an object that arrived was.
+enum Opened {
+    /// The segment, which is at its destination.
+    Written,
+    /// A seal of pieces.
+    Seal(Vec<u8>),
+    /// The segment, in runs that have to be opened one after the other.
+    OtherwiseDivided,
+}
+
 /// Memory for a run, in huge pages where the system has them: it is used a few times at most, and a page fault for each
 /// 4 KiB of it would take longer than decompressing.
 fn buffer(len: usize) -> Result<memmap2::MmapMut> {
@@ -159,20 +169,28 @@ impl Archive {
         };
         let (archive, to) = (self.clone(), destination.to_owned());
         let write = move || {
-            let written = archive.write_arriving(segment, arriving, &to);
-            if !matches!(written, Ok(true)) {
+            let opened = archive.write_arriving(segment, arriving, &to);
+            if !matches!(opened, Ok(Opened::Written)) {
                 let _ = std::fs::remove_file(&to);
             }
-            written
+            opened
         };
-        match blocking("opening WAL", write).await {
-            Ok(true) => return Ok(true),
-            Ok(false) => {}
+        let again = match blocking("opening WAL", write).await {
+            Ok(Opened::Written) => return Ok(true),
+            Ok(Opened::Seal(bytes)) => {
+                let (header, content) = self.content_in(ObjectKind::WalSegment, &bytes, &object).await?;
+                self.check_is(&header, &name, &object)?;
+                Some(content)
+            }
+            Ok(Opened::OtherwiseDivided) => self.whole_segment(segment).await?,
             // It began to arrive, and then no more came.
-            Err(error) if error.kind() == Kind::Temporary => tracing::debug!("{error}; reading it again"),
+            Err(error) if error.kind() == Kind::Temporary => {
+                tracing::debug!("{error}; reading it again");
+                self.whole_segment(segment).await?
+            }
             Err(error) => return Err(error),
-        }
-        let Some(content) = self.whole_segment(segment).await? else {
+        };
+        let Some(content) = again else {
             return Ok(false);
         };
         match std::fs::write(destination, content) {
@@ -184,15 +202,16 @@ impl Archive {
         }
     }
 
-    /// `false`: the object is one that has to be read as a whole. Then, and after an error, `to` holds nothing of use.
-    fn write_arriving(&self, segment: Segment, mut arriving: Arriving, to: &Path) -> Result<bool> {
+    /// But for what was written, and after an error, `to` holds nothing of use.
+    fn write_arriving(&self, segment: Segment, mut arriving: Arriving, to: &Path) -> Result<Opened> {
         let name = segment.name(self.segment_size);
         let object = self.object_name(&WalFile::Segment(segment), &name);
         let mut head = Vec::new();
         arriving.read(&mut head, HEADER_LEN)?;
         let header = ObjectHeader::decode(&head, &object)?;
         if header.kind == ObjectKind::PieceSeal {
-            return Ok(false);
+            arriving.read(&mut head, usize::MAX)?;
+            return Ok(Opened::Seal(head));
         }
         let file = File::create(to).map_err(|e| unwritten(to, e))?;
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS));
@@ -210,9 +229,11 @@ impl Archive {
                 file.write_all_at(run, start).map_err(|e| unwritten(to, e))
             },
         )?;
-        let Some(header) = opened else { return Ok(false) };
+        let Some(header) = opened else {
+            return Ok(Opened::OtherwiseDivided);
+        };
         self.check_is(&header, &name, &object)?;
-        Ok(true)
+        Ok(Opened::Written)
     }
 
     /// Fails unless a header is that of a whole segment with this name.
