@@ -217,6 +217,119 @@ fn an_audit_finds_what_tracking_missed() -> Result<()> {
 }
 
 #[test]
+fn what_changes_during_an_audit_is_not_missed() -> Result<()> {
+    let shape = Shape {
+        archiving: true,
+        ..Default::default()
+    };
+    let s = Fixture::new("busyaudit", shape)?;
+    s.sql("create table t (n int, x text) with (fillfactor = 50)")?;
+    s.sql("insert into t select i, md5(i::text) from generate_series(1, 600000) i")?;
+    s.sql("create table gone as select * from t")?;
+    s.sql("vacuum analyze")?;
+    backup(&s, &[])?;
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    let audited = std::thread::scope(|scope| {
+        let load = scope.spawn(|| -> Result<()> {
+            let mut round = 0;
+            while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                // Every page of the table, on the disk too; and a table that shrinks and vanishes.
+                s.sql(&format!("update t set n = n + 1 where n % 40 = {}", round % 40))?;
+                s.sql("delete from gone where n > 300000")?;
+                s.sql("vacuum gone")?;
+                s.sql("checkpoint")?;
+                round += 1;
+            }
+            s.sql("drop table gone").map(|_| ())
+        });
+        let audited = backup(&s, &["--audit", "--source", "sql", "--workers", "1"]);
+        is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+        load.join()
+            .unwrap_or_else(|_| Err(anyhow::anyhow!("the load panicked")))?;
+        audited
+    })?;
+    ensure!(audited.contains("\"missed_blocks\":[]"), "{audited}");
+    Ok(())
+}
+
+/// A server that was set back writes other WAL under the same names; the archive has that of its first life.
+#[test]
+fn wal_of_another_life_is_no_basis_and_no_part_of_a_backup() -> Result<()> {
+    let shape = Shape {
+        archiving: true,
+        ..SMALL
+    };
+    let s = Fixture::new("lives", shape)?;
+    s.sql("create table t (n int); insert into t select generate_series(1, 1000)")?;
+    backup(&s, &[])?;
+    s.server.stop(&s.scratch, "fast")?;
+    let copy = |from: &str, to: &str| run(s.scratch.command("cp").args(["-a", &s.path(from), &s.path(to)]));
+    copy("data5432", "snapshot")?;
+    s.server.start(&s.scratch)?;
+    for _ in 0..6 {
+        s.sql("insert into t select generate_series(1, 5000)")?;
+        s.flush_archive(&s.server)?;
+    }
+    s.server.stop(&s.scratch, "fast")?;
+    std::fs::rename(s.path("data5432"), s.path("first"))?;
+    copy("snapshot", "data5432")?;
+    s.server.start(&s.scratch)?;
+    s.sql("update t set n = n + 1")?;
+    for kind in ["incr", "full"] {
+        let backup = ["backup", "acme", "--fast", "--wal", "archive", "--type", kind];
+        refused(s.fairvault(&backup), 1, "set back")?;
+    }
+    ensure!(
+        s.ok(&["info", "acme", "--output", "json"])?
+            .matches("\"parent\"")
+            .count()
+            == 1
+    );
+    Ok(())
+}
+
+/// Two servers of one history, of which the other one archives: names that a backup waits for arrive.
+#[test]
+fn wal_that_another_server_archives_is_not_that_of_a_backup() -> Result<()> {
+    let shape = Shape {
+        archiving: true,
+        ..SMALL
+    };
+    let s = Fixture::new("twins", shape)?;
+    s.sql("create table t (n int); insert into t select generate_series(1, 1000)")?;
+    backup(&s, &[])?;
+    s.server.stop(&s.scratch, "fast")?;
+    let (from, to) = (s.path("data5432"), s.path("twin"));
+    run(s.scratch.command("cp").args(["-a", &from, &to]))?;
+    s.configure("twin", "archive_mode = off\n")?;
+    let twin = s.copy("twin", 5450);
+    twin.start(&s.scratch)?;
+    s.server.start(&s.scratch)?;
+    for kind in ["full", "incr"] {
+        let conninfo = format!("host={} port=5450 user=postgres", s.scratch.path().display());
+        let mut command = s.command(&["backup", "acme", "--fast", "--wal", "archive", "--conninfo", &conninfo]);
+        command.args(["--type", kind]);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        std::thread::sleep(std::time::Duration::from_secs(3));
+        for _ in 0..4 {
+            s.sql("insert into t select generate_series(1, 1000)")?;
+            s.flush_archive(&s.server)?;
+        }
+        let ended = child.wait_with_output()?;
+        let text = String::from_utf8_lossy(&ended.stderr);
+        let is_refused = text.contains("other WAL") || text.contains("set back");
+        ensure!(ended.status.code() == Some(1) && is_refused, "{kind}: {text}");
+    }
+    ensure!(
+        s.ok(&["info", "acme", "--output", "json"])?
+            .matches("\"parent\"")
+            .count()
+            == 1
+    );
+    Ok(())
+}
+
+#[test]
 fn everything_is_read_after_a_promotion_and_where_wal_is_missing() -> Result<()> {
     let s = Fixture::new(
         "incrall",

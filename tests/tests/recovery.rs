@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use fairvault_tests::fixture::refused;
+use fairvault_tests::fixture::{field, refused};
 use fairvault_tests::{Fixture, Server, Shape, run};
 
 fn set_up(name: &str, settings: &str) -> Result<Fixture> {
@@ -106,6 +106,7 @@ fn recovery_across_wal_level_minimal_is_refused_beforehand() -> Result<()> {
     s.backup()?;
     let before = s.sql("select pg_current_wal_insert_lsn()")?;
     s.sql("insert into t values (1)")?;
+    let newest = s.sql("select (now() at time zone 'UTC')::text")?;
     let conf = s.server.data.join("postgresql.auto.conf");
     s.server.stop(&s.scratch, "fast")?;
     let good = std::fs::read_to_string(&conf)?;
@@ -128,6 +129,13 @@ fn recovery_across_wal_level_minimal_is_refused_beforehand() -> Result<()> {
     ensure!(
         windows(&info) == 1 && info.contains("CANNOT BE REPLAYED: wal_level = minimal at"),
         "{info}"
+    );
+    // Commits of the same segment that come after the break are not in the window.
+    let to = field(&s.ok(&["info", "acme", "--output", "json"])?, "to")?;
+    let to = to.trim_end_matches('Z').replace('T', " ");
+    ensure!(
+        to < newest,
+        "commits up to {to} are promised, and {newest} was before the break"
     );
     ensure!(!Path::new(&s.path("r")).exists());
     restored(&s, "earlier", &["--target-lsn", &before])?;

@@ -30,16 +30,19 @@ use crate::commit::Log;
 use crate::commit::lease::{Lease, NO_BACKUP};
 use crate::commit::session::{Session, timed_id};
 use crate::dedup::{Index, SessionChunks, confirm_packs};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::pack::Packer;
+use crate::postgres::lsn::Lsn;
 use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT};
 use crate::progress::Progress;
 use crate::replication::connection::{Connection, Mode};
 use crate::replication::conninfo::ConnInfo;
 use crate::source::{Entry, Feed, PIPELINE_GONE};
 use crate::track::audit::{Audit, Missed};
+use crate::track::range::Range;
 use crate::track::selection::Selection;
 use crate::wal::archive::Archive;
+use crate::wal::same;
 use crate::wal::stream::{Until, capture};
 
 /// What a backup builds on. Whatever it is, the backup is complete, and restores by itself.
@@ -226,13 +229,13 @@ async fn inspect(options: &Options) -> Result<Server> {
         .is_some_and(|size| size != BLOCK_BYTES.to_string())
     {
         return Err(Error::new(
-            crate::error::Kind::Unsupported,
+            ErrorKind::Unsupported,
             "the server was built with another block size than 8192",
         ));
     }
     if connection.show("segment_size").await?.is_some_and(|size| size != "1GB") {
         return Err(Error::new(
-            crate::error::Kind::Unsupported,
+            ErrorKind::Unsupported,
             "the server was built with another segment size of relations than 1 GB",
         ));
     }
@@ -331,12 +334,18 @@ async fn transfer(
     if options.kind != Kind::Full {
         progress.phase("finding what changed");
     }
+    let connect = async || Connection::open(&options.conninfo, Mode::Replication).await;
+    let doubt = match same::check(&archive, timeline, start, connect).await {
+        Err(error) if error.kind() == ErrorKind::Refused => return Err(error),
+        compared => compared.err(),
+    };
     let child = parent::Child {
         system_identifier,
         server_version,
         checksums,
         start,
         timeline,
+        doubt,
     };
     let choosing = parent::choose(log, &archive, options, &index, &child);
     let (basis, no_parent_reason) = tokio::select! {
@@ -360,7 +369,7 @@ async fn transfer(
         ),
         None if options.audit => {
             return Err(Error::new(
-                crate::error::Kind::Usage,
+                ErrorKind::Usage,
                 format!("there is nothing to audit: {no_parent_reason}"),
             )
             .remedy("take a backup first, and audit the next one"));
@@ -447,6 +456,11 @@ async fn transfer(
         false => wait_for_archive(&archive, timeline, start, ended.stop, options.archive_timeout).await?,
     }
     store_histories(&mut server.connection, &archive, ended.timeline).await?;
+    if server.wal == WalMethod::Archive {
+        // What was waited for is a name: its content must be this server's.
+        let connection = server.connection;
+        same::check(&archive, timeline, Lsn(ended.stop.0 - 1), async || Ok(connection)).await?;
+    }
     let page_failures = judge::judge(
         &archive,
         &options.conninfo,
@@ -457,6 +471,17 @@ async fn transfer(
         BLOCKS_PER_SEGMENT,
     )
     .await?;
+    let missed = match &audit {
+        None => Vec::new(),
+        Some(audit) => {
+            let during = Range {
+                timeline,
+                from: start,
+                to: ended.stop,
+            };
+            audit.finish(&archive, &options.conninfo, during).await
+        }
+    };
 
     let (known, packs) = chunks.finish()?;
     confirm_packs(&stanza, &known, &packs).await?;
@@ -521,7 +546,7 @@ async fn transfer(
         Report {
             info,
             page_failures,
-            missed: audit.map(|audit| audit.finish()).unwrap_or_default(),
+            missed,
             notes,
         },
     ))
@@ -534,7 +559,7 @@ fn first_cause<A, B>(source: Result<A>, pipeline: Result<B>, stored: Result<()>)
         (Ok(a), Ok(b)) => Ok((a, b)),
         (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error),
         (Err(source), Err(pipeline)) => Err(
-            if source.kind() == crate::error::Kind::Failed && source.to_string() == PIPELINE_GONE {
+            if source.kind() == ErrorKind::Failed && source.to_string() == PIPELINE_GONE {
                 pipeline
             } else {
                 source

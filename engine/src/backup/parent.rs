@@ -12,7 +12,7 @@ use super::{Kind, Options, remembered};
 use crate::commit::Log;
 use crate::dedup::{self, Index};
 use crate::env::has_fault;
-use crate::error::{Kind as ErrorKind, Result};
+use crate::error::{Error, Kind as ErrorKind, Result};
 use crate::postgres::BLOCK_BYTES;
 use crate::postgres::lsn::Lsn;
 use crate::restore::plan::Manifest;
@@ -34,6 +34,8 @@ pub struct Child {
     pub start: Lsn,
     /// On which timeline.
     pub timeline: u32,
+    /// Why it is not known that the WAL in the repository is this server's, if it is not.
+    pub doubt: Option<Error>,
 }
 
 /// What there is to build on.
@@ -72,6 +74,11 @@ fn candidates(
 pub async fn choose(log: &Log, archive: &Archive, options: &Options, index: &Index, child: &Child) -> Result<Choice> {
     if options.kind == Kind::Full {
         return Ok(Choice::None("a full backup was asked for".to_owned()));
+    }
+    if let Some(doubt) = &child.doubt {
+        return Ok(Choice::None(format!(
+            "the WAL in the repository could not be compared with the server's: {doubt}"
+        )));
     }
     let mut why_not = None;
     for (backup, info) in candidates(log.state(), options.kind, child.system_identifier) {
@@ -193,6 +200,7 @@ mod tests {
             checksums: true,
             start: Lsn(500),
             timeline: 2,
+            doubt: None,
         };
         let parent = proto::BackupInfo {
             system_identifier: 7,

@@ -11,10 +11,12 @@ use crate::commit::Log;
 use crate::error::{Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment};
+use crate::postgres::walker::WAL_PAGE;
 use crate::restore::reader::Reader;
 use crate::restore::target::{format_time, info};
 use crate::wal::archive::Archive;
 use crate::wal::coverage::{Coverage, Reach};
+use crate::wal::summary::summarize;
 
 /// A backup.
 #[derive(Debug, Serialize)]
@@ -274,11 +276,14 @@ impl Life {
         for history in self.coverage.leading_from(i.stop_timeline, Lsn(i.stop_lsn)) {
             let reach = self.coverage.reach(history, Lsn(i.start_lsn));
             let end = end_of(&self.archive, history, &reach).await?;
-            if end.0 < i.stop_lsn {
+            if end.lsn.0 < i.stop_lsn {
                 continue;
             }
             timelines.push(history.timeline);
-            let broken = self.breaks.first(&self.archive, history, Lsn(i.stop_lsn), end).await?;
+            let broken = self
+                .breaks
+                .first(&self.archive, history, Lsn(i.stop_lsn), end.lsn)
+                .await?;
             add_window(windows, &self.archive, history, i, &reach, end, broken).await?;
         }
         Ok(timelines)
@@ -333,9 +338,16 @@ fn timelines(archive: &Archive, coverage: &Coverage) -> Vec<TimelineLine> {
 }
 
 /// Where WAL along a history ends, parts of the last segment included.
-async fn end_of(archive: &Archive, history: &History, reach: &Reach) -> Result<Lsn> {
+struct End {
+    lsn: Lsn,
+    /// The newest commit in the part of the last segment, microseconds since 1970; 0 if there is none.
+    newest_us: i64,
+}
+
+async fn end_of(archive: &Archive, history: &History, reach: &Reach) -> Result<End> {
+    let at = |lsn| End { lsn, newest_us: 0 };
     if !reach.has_part {
-        return Ok(reach.end);
+        return Ok(at(reach.end));
     }
     if !archive.stanza.keys().can_read() {
         // What the names of pieces say.
@@ -345,17 +357,56 @@ async fn end_of(archive: &Archive, history: &History, reach: &Reach) -> Result<L
                 end = end.max(piece.end);
             }
         }
-        return Ok(Lsn(end));
+        return Ok(at(Lsn(end)));
     }
     let content = Reader::new(archive, history).content(reach.missing).await;
     match content {
-        Ok(content) => Ok(Lsn(reach.end.0 + content.map_or(0, |c| c.len() as u64))),
+        Ok(content) => {
+            let content = content.unwrap_or_default();
+            let lsn = Lsn(reach.end.0 + content.len() as u64);
+            Ok(End {
+                lsn,
+                newest_us: newest_before(archive, reach.missing, content, lsn),
+            })
+        }
         Err(error) if error.kind() == Kind::Temporary => Err(error),
         Err(error) => {
             tracing::warn!("a part of a segment is passed over: {error}");
-            Ok(reach.end)
+            Ok(at(reach.end))
         }
     }
+}
+
+/// The newest commit that a segment has before `end`, microseconds since 1970; 0 if there is none.
+fn newest_before(archive: &Archive, segment: Segment, mut content: Vec<u8>, end: Lsn) -> i64 {
+    let start = segment.start(archive.segment_size);
+    content.truncate(usize::try_from(end.0.saturating_sub(start.0)).unwrap_or(usize::MAX));
+    // Nothing begins where zeros begin.
+    content.resize(content.len().next_multiple_of(WAL_PAGE), 0);
+    summarize(&content, start, archive.segment_size).max_time_us
+}
+
+/// The newest commit before `end`, which whole segments hold: of the last of them that have one.
+async fn newest_commit(archive: &Archive, history: &History, from: Lsn, end: Lsn) -> Result<i64> {
+    let size = archive.segment_size;
+    for segment in history.segments(from, end, size).into_iter().rev().take(8) {
+        let found = if segment.end(size) <= end {
+            let header = archive.segment_header(segment).await;
+            header.map(|header| header.and_then(|h| h.summary).map_or(0, |s| s.max_time_us))
+        } else if archive.stanza.keys().can_read() {
+            let content = archive.whole_segment(segment).await;
+            content.map(|content| newest_before(archive, segment, content.unwrap_or_default(), end))
+        } else {
+            Ok(0)
+        };
+        match found {
+            Ok(0) => {}
+            Ok(newest) => return Ok(newest),
+            Err(error) if error.kind() == Kind::Temporary => return Err(error),
+            Err(error) => tracing::warn!("{} cannot be read: {error}", segment.name(size)),
+        }
+    }
+    Ok(0)
 }
 
 /// A backup inside a window that is already known adds nothing.
@@ -365,38 +416,24 @@ async fn add_window(
     history: &History,
     info: &BackupInfo,
     reach: &Reach,
-    end: Lsn,
+    end: End,
     broken: Option<Lsn>,
 ) -> Result<()> {
-    let whole = broken.map_or(reach.end, |broken| broken.min(reach.end));
-    let end = broken.unwrap_or(end);
-    let (system_identifier, to_lsn) = (archive.system_identifier.to_string(), end.to_string());
+    let (system_identifier, to_lsn) = (
+        archive.system_identifier.to_string(),
+        broken.unwrap_or(end.lsn).to_string(),
+    );
     let is_it =
         |w: &Window| (&w.system_identifier, w.timeline, &w.to_lsn) == (&system_identifier, history.timeline, &to_lsn);
     if windows.iter().any(is_it) {
         return Ok(());
     }
-    // The newest commit: of the last segments that have one.
-    let mut newest = 0;
     let from = Lsn(info.start_lsn);
-    for segment in history
-        .segments(from, whole, archive.segment_size)
-        .into_iter()
-        .rev()
-        .take(8)
-    {
-        newest = match archive.segment_header(segment).await {
-            Ok(header) => header.and_then(|h| h.summary).map_or(0, |s| s.max_time_us),
-            Err(error) if error.kind() == Kind::Temporary => return Err(error),
-            Err(error) => {
-                tracing::warn!("{} cannot be read: {error}", segment.name(archive.segment_size));
-                0
-            }
-        };
-        if newest != 0 {
-            break;
-        }
-    }
+    let newest = match broken {
+        None if end.newest_us != 0 => end.newest_us,
+        None => newest_commit(archive, history, from, reach.end).await?,
+        Some(at) => newest_commit(archive, history, from, at).await?,
+    };
     windows.push(Window {
         system_identifier,
         timeline: history.timeline,

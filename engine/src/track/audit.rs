@@ -3,13 +3,18 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::selection::Basis;
+use super::map::BlockMap;
+use super::range::{self, Range};
+use super::selection::{Basis, id};
 use crate::error::Result;
-use crate::postgres::BLOCK_BYTES;
+use crate::postgres::files::relation_file;
 use crate::postgres::hints::mask;
+use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT};
+use crate::replication::conninfo::ConnInfo;
 use crate::restore::data::read_frame;
 use crate::source::{Chunk, Wanted};
 use crate::stanza::Stanza;
+use crate::wal::archive::Archive;
 
 const BLOCK: usize = BLOCK_BYTES as usize;
 
@@ -104,12 +109,32 @@ impl Audit {
         Ok(())
     }
 
-    /// What tracking has missed, in order.
-    pub fn finish(&self) -> Vec<Missed> {
+    /// What tracking has missed, in order. What the WAL of this backup, `during`, changed says nothing: the page was read
+    /// at some moment of it, perhaps in the middle of a write, and recovery brings it to where it must be.
+    pub async fn finish(&self, archive: &Archive, server: &ConnInfo, during: Range) -> Vec<Missed> {
         let mut missed = std::mem::take(&mut *self.missed.lock().unwrap_or_else(PoisonError::into_inner));
+        if missed.is_empty() {
+            return missed;
+        }
         missed.sort();
+        let map = range::changes(archive, server, &[], during).await;
+        if let Some(why) = map.unknown() {
+            tracing::warn!("blocks that differ may have changed during the backup, which is not known: {why}");
+            return missed;
+        }
+        missed.retain(|missed| !has_changed(&map, missed));
         missed
     }
+}
+
+fn has_changed(map: &BlockMap, missed: &Missed) -> bool {
+    relation_file(&missed.path).is_some_and(|relation| {
+        let block = relation
+            .segment
+            .saturating_mul(BLOCKS_PER_SEGMENT)
+            .saturating_add(missed.block);
+        map.has(id(&relation), block)
+    })
 }
 
 fn means_the_same(one: &[u8; BLOCK], two: &[u8; BLOCK]) -> bool {

@@ -254,7 +254,7 @@ impl Basis {
     }
 }
 
-fn id(relation: &RelationFile) -> RelationId {
+pub(super) fn id(relation: &RelationFile) -> RelationId {
     RelationId {
         tablespace: relation.tablespace,
         database: relation.database,

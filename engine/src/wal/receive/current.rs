@@ -2,10 +2,10 @@
 
 use tokio::time::Instant;
 
-use super::known::Known;
 use crate::postgres::segment::Segment;
 use crate::wal::archive::Archive;
 use crate::wal::fetch::Piece;
+use crate::wal::known::Known;
 use crate::wal::summary::Summarizer;
 
 /// Pieces of about one size after which one takes their place.

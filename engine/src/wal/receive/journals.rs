@@ -11,7 +11,6 @@ use std::time::Duration;
 use fairvault_format::wal::Compression;
 use tokio::sync::watch;
 
-use super::known::Known;
 use super::spool::Spool;
 use super::{Options, spooled};
 use crate::commit::Log;
@@ -21,6 +20,7 @@ use crate::postgres::segment::Segment;
 use crate::replication::conninfo::ConnInfo;
 use crate::stanza::Stanza;
 use crate::wal::archive::Archive;
+use crate::wal::known::Known;
 
 /// In a stanza's folder; a folder for each host below.
 const FOLDER: &str = "journals";

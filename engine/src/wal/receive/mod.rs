@@ -9,7 +9,6 @@ mod current;
 mod feed;
 pub mod given;
 mod journals;
-mod known;
 mod origin;
 mod pump;
 mod slot;
@@ -293,7 +292,7 @@ fn say_start(start: &Start, segment_size: u64, options: &Options) {
 }
 
 /// The server no longer has the WAL: 58P01, undefined_file.
-fn is_removed(error: &Error) -> bool {
+pub(super) fn is_removed(error: &Error) -> bool {
     error.to_string().contains("SQLSTATE 58P01")
 }
 
@@ -312,8 +311,18 @@ async fn store_history(archive: &Archive, timeline: u32, content: Option<Vec<u8>
     Ok(history)
 }
 
+/// The server has other WAL of a range than what is stored.
+pub(super) fn not_the_same(from: Lsn, to: Lsn) -> Error {
+    Error::refused(format!(
+        "the server sends other WAL from {from} to {to} than what is stored: it was set back or replaced"
+    ))
+    .remedy(
+        "nothing was overwritten; find out which history is the right one, and promote the server to a new timeline",
+    )
+}
+
 /// Fails if the server is behind what `holder` has of its timeline.
-fn check_not_behind(server: &SystemIdentity, stored: Lsn, in_recovery: bool, holder: &str) -> Result<()> {
+pub(super) fn check_not_behind(server: &SystemIdentity, stored: Lsn, in_recovery: bool, holder: &str) -> Result<()> {
     if stored <= server.flush {
         return Ok(());
     }

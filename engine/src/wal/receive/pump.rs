@@ -13,11 +13,10 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::current::{Current, Held, many};
-use super::known::Known;
 use super::origin::Origin;
 use super::start::Start;
 use super::storing::{self, Done, Full, Guard, Joining, Storing};
-use super::{Ended, Options, STATUS, quiet};
+use super::{Ended, Options, STATUS, not_the_same, quiet};
 use crate::env::has_fault;
 use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
@@ -25,6 +24,7 @@ use crate::postgres::segment::Segment;
 use crate::replication::wal_stream::WalItem;
 use crate::wal::archive::Archive;
 use crate::wal::fetch::Piece;
+use crate::wal::known::Known;
 
 /// Segments up to this size are held and stored as one object.
 const WHOLE_BYTES: u64 = 16 << 20;
@@ -254,12 +254,7 @@ impl<'a> Pump<'a> {
         let current = &mut self.current;
         let known = current.known.get_or_insert_default();
         if let Err((from, to)) = known.compare(at, &bytes) {
-            return Err(Error::refused(format!(
-                "the server sends other WAL from {} to {} than what is stored: it was set back or replaced",
-                Lsn(begin.0 + from as u64),
-                Lsn(begin.0 + to as u64)
-            ))
-            .remedy("nothing was overwritten; find out which history is the right one, and promote the server to a new timeline"));
+            return Err(not_the_same(Lsn(begin.0 + from as u64), Lsn(begin.0 + to as u64)));
         }
         if known.is_whole {
             // It is there: nothing of it is held.

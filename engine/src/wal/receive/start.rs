@@ -4,13 +4,13 @@
 use std::collections::BTreeSet;
 
 use super::check_not_behind;
-use super::known::Known;
 use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment};
 use crate::replication::connection::SystemIdentity;
 use crate::wal::archive::Archive;
 use crate::wal::coverage::Coverage;
+use crate::wal::known::Known;
 
 /// The first segment to receive, from its beginning.
 pub struct Start {

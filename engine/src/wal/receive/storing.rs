@@ -6,13 +6,13 @@ use std::time::Duration;
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::Instant;
 
-use super::known::Known;
 use crate::commit::{Log, rotated};
 use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
 use crate::wal::archive::{Archive, Stored, fenced};
 use crate::wal::fetch::Piece;
+use crate::wal::known::Known;
 use crate::wal::summary::Summarizer;
 
 /// How long the log is believed not to have grown, while pieces are stored.
