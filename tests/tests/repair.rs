@@ -328,3 +328,54 @@ fn a_newer_format_is_left_alone() -> Result<()> {
     ensure!(repair(&s, &[]).0 == 0);
     Ok(())
 }
+
+/// What cannot be restored is no reason to give up what can.
+#[test]
+fn a_damaged_backup_takes_the_place_of_no_good_one() -> Result<()> {
+    for damage in ["found", "gone"] {
+        let s = set_up(&format!("place{damage}"), 20_000)?;
+        let good = s.backup_id(&["--type", "full"])?;
+        let before = s.objects("packs");
+        s.sql("create table u as select i, md5((i * 7)::text) as x from generate_series(1, 20000) i")?;
+        let bad = s.backup_id(&["--type", "full"])?;
+        let mut new = s.objects("packs");
+        new.retain(|pack| !before.contains(pack));
+        new.sort_by_key(|pack| std::fs::metadata(pack).map_or(0, |meta| meta.len()));
+        let pack = new.pop().context("a new pack")?;
+        let dry_run = ["expire", "acme", "--dry-run"];
+        let line = |text: &str, id: &str| text.lines().find(|l| l.contains(id)).unwrap_or_default().to_owned();
+        let text = s.ok(&dry_run)?;
+        ensure!(line(&text, &good).contains("expires"), "{text}");
+        match damage {
+            "found" => {
+                flip(&pack)?;
+                let (exit, text) = verify(&s);
+                ensure!(exit == 4, "{exit} {text}");
+                let info = s.ok(&["info", "acme"])?;
+                ensure!(
+                    line(&info, &bad).contains("DAMAGED") && !line(&info, &good).contains("DAMAGED"),
+                    "{info}"
+                );
+            }
+            _ => std::fs::remove_file(&pack)?,
+        }
+        let text = s.ok(&dry_run)?;
+        ensure!(line(&text, &good).contains("stays"), "{text}");
+        ensure!(
+            text.contains(&format!("WARNING: backup {bad} cannot be restored as it is")),
+            "{text}"
+        );
+        s.ok(&["expire", "acme"])?;
+        s.ok(&["gc", "acme", "--patience", "0s", "--progress", "none"])?;
+        s.ok(&["gc", "acme", "--patience", "0s", "--progress", "none"])?;
+        let (exit, text) = s.restore("r", &["--backup", &good]);
+        ensure!(exit == 0, "{text}");
+        // With a new one that is whole, all is as before.
+        let newest = s.backup_id(&["--type", "full"])?;
+        let text = s.ok(&dry_run)?;
+        for (id, word) in [(&good, "expires"), (&bad, "expires"), (&newest, "stays")] {
+            ensure!(line(&text, id).contains(word), "{id}: {text}");
+        }
+    }
+    Ok(())
+}

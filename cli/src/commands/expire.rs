@@ -49,6 +49,10 @@ pub async fn run(context: &Arc<Context>, args: ExpireArgs) -> Result<Outcome> {
                 backup.why
             ));
         }
+        report
+            .notes
+            .iter()
+            .for_each(|note| output::line(format_args!("  WARNING: {note}")));
         for wal in &report.wal {
             output::line(format_args!(
                 "  WAL of timeline {} from {} to {} expires, {} segments: no backup that stays needs it",

@@ -102,7 +102,7 @@ fn print(info: &Info) {
     }
     for b in &info.backups {
         output::line(format_args!(
-            "  {:<17} {:<5} {}  {:>10}  {:>10} added  PostgreSQL {}{}{}{}{}",
+            "  {:<17} {:<5} {}  {:>10}  {:>10} added  PostgreSQL {}{}{}{}{}{}",
             b.id,
             b.r#type,
             b.stopped,
@@ -124,6 +124,10 @@ fn print(info: &Info) {
             } else {
                 "  NOT RESTORABLE: its WAL is not complete"
             },
+            b.damage
+                .as_ref()
+                .map(|why| format!("  DAMAGED: {why}; see `fairvault verify`"))
+                .unwrap_or_default(),
             b.hold.as_ref().map(|why| format!("  held: {why}")).unwrap_or_default(),
         ));
     }

@@ -211,6 +211,7 @@ fn expiring(
                 stopped_us: facts.stopped_us,
                 system_identifier: facts.system_identifier,
                 restorable: true,
+                damage: None,
                 timelines: vec![1],
             }
         })

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::commit::Log;
 use crate::env::has_fault;
 use crate::error::{Error, Result};
-use crate::inspect::info_of;
+use crate::inspect::{damage, info_of};
 use crate::postgres::lsn::Lsn;
 use crate::restore::target::info;
 use crate::wal::archive::Archive;
@@ -71,13 +71,16 @@ pub struct Report {
     pub wal: Vec<WalLine>,
     /// What is to be known of the WAL that stays.
     pub wal_notes: Vec<String>,
+    /// What is to be known of backups.
+    pub notes: Vec<String>,
 }
 
 /// Decides, and writes it into the log.
 pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
     log.refresh().await?;
     let now_us = log.stanza().env().now_us();
-    let candidates = candidates(log, &options.retention, now_us).await?;
+    let mut report = Report::default();
+    let mut candidates = candidates(log, &options.retention, now_us).await?;
     if !options.trust_clock && options.retention.has_rules() {
         check_clock(log, now_us)?;
     }
@@ -86,16 +89,26 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
         age_s: policy.minimum_retention_s,
         fulls: policy.minimum_full,
     };
-    let decisions = decide(&candidates, &options.retention, floor, now_us);
+    let mut decisions = decide(&candidates, &options.retention, floor, now_us);
+    if decisions.iter().any(|decision| !decision.keep) {
+        let mut damage = damage::of_all(log).await?;
+        for candidate in &mut candidates {
+            candidate.damage = damage.remove(&candidate.id);
+            if let Some(why) = &candidate.damage {
+                report.notes.push(format!(
+                    "backup {} cannot be restored as it is, and takes the place of no other: {why}",
+                    candidate.id
+                ));
+            }
+        }
+        decisions = decide(&candidates, &options.retention, floor, now_us);
+    }
     let backups = log.state().backups.clone();
     let lines = backups
         .iter()
         .zip(&decisions)
         .map(|(backup, decision)| line(backup, decision));
-    let mut report = Report {
-        backups: lines.collect(),
-        ..Report::default()
-    };
+    report.backups = lines.collect();
     let kept: Vec<(CommittedBackup, bool)> = backups
         .iter()
         .zip(&decisions)
@@ -280,6 +293,7 @@ async fn candidates(log: &Log, retention: &Retention, now_us: i64) -> Result<Vec
         let cluster = info.system_identifier.to_string();
         Candidate {
             restorable: line.is_some_and(|line| line.restorable),
+            damage: None,
             timelines: timelines.filter(|timeline| is_in_window(&cluster, *timeline)).collect(),
             hold: state
                 .holds

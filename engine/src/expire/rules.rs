@@ -73,10 +73,19 @@ pub struct Candidate {
     pub system_identifier: u64,
     /// Its own WAL is complete.
     pub restorable: bool,
+    /// Why its content cannot be restored as it is, if that is known.
+    pub damage: Option<String>,
     /// Timelines into whose younger WAL recovery can go from it.
     pub timelines: Vec<u32>,
     /// Why it is held, if it is.
     pub hold: Option<String>,
+}
+
+impl Candidate {
+    /// Whether recovery can begin from it. One from which it cannot takes the place of none that rules by number keep.
+    fn is_good(&self) -> bool {
+        self.restorable && self.damage.is_none()
+    }
 }
 
 /// What is to become of a backup.
@@ -141,7 +150,7 @@ pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us
     }
     let newest = backups
         .iter()
-        .rposition(|b| b.restorable)
+        .rposition(Candidate::is_good)
         .or(backups.len().checked_sub(1));
     if let Some(n) = newest {
         keep(n, "the newest that can be restored".to_owned());
@@ -153,8 +162,17 @@ pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us
         let all = backups.iter().enumerate().rev();
         all.filter(move |(_, b)| b.kind == kind).map(|(n, _)| n)
     };
+    // Down to the last of `count` good ones.
+    let newest_of = |kind: &'static str, count: usize| {
+        let mut good = 0;
+        of_kind(kind).take_while(move |&n| {
+            let is_wanted = good < count;
+            good += usize::from(backups[n].is_good());
+            is_wanted
+        })
+    };
     let fulls = retention.min_full.max(floor.fulls) as usize;
-    for n in of_kind("full").take(fulls) {
+    for n in newest_of("full", fulls) {
         keep(n, format!("one of the {fulls} newest full backups"));
     }
     for (kind, rule) in [
@@ -163,8 +181,7 @@ pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us
         ("incr", retention.incr),
     ] {
         match rule {
-            Some(Keep::Count(count)) => of_kind(kind)
-                .take(count as usize)
+            Some(Keep::Count(count)) => newest_of(kind, count as usize)
                 .for_each(|n| keep(n, format!("one of the {count} newest {kind} backups"))),
             Some(Keep::Age(limit)) => of_kind(kind)
                 .filter(|&n| age(n) < limit)
@@ -176,13 +193,13 @@ pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us
             None => {}
         }
     }
-    by_calendar(&times, retention, &mut keep);
+    by_calendar(backups, &times, retention, &mut keep);
     let mut starts = BTreeSet::new();
     if let Some(window) = retention.wal {
         // Of each timeline of each incarnation: recovery to the beginning of the window starts from it.
         let mut anchors: BTreeMap<(u64, u32), usize> = BTreeMap::new();
         for (n, backup) in backups.iter().enumerate() {
-            if backup.restorable && age(n) >= window {
+            if backup.is_good() && age(n) >= window {
                 let timelines = backup.timelines.iter();
                 anchors.extend(timelines.map(|&timeline| ((backup.system_identifier, timeline), n)));
             }
@@ -238,7 +255,7 @@ pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us
     decisions.collect()
 }
 
-fn by_calendar(times: &[i64], retention: &Retention, keep: &mut impl FnMut(usize, String)) {
+fn by_calendar(backups: &[Candidate], times: &[i64], retention: &Retention, keep: &mut impl FnMut(usize, String)) {
     let zone = retention.timezone.clone().unwrap_or(TimeZone::UTC);
     let dates: Vec<jiff::civil::Date> = times
         .iter()
@@ -267,7 +284,8 @@ fn by_calendar(times: &[i64], retention: &Retention, keep: &mut impl FnMut(usize
     ];
     for (count, word, period) in periods {
         let mut newest = BTreeMap::new();
-        for n in (0..dates.len()).rev() {
+        let (good, others): (Vec<usize>, Vec<usize>) = (0..dates.len()).rev().partition(|&n| backups[n].is_good());
+        for n in good.into_iter().chain(others) {
             if let Entry::Vacant(free) = newest.entry(period(dates[n])) {
                 free.insert(n);
             }
@@ -304,6 +322,7 @@ mod tests {
             stopped_us: NOW - age_us,
             system_identifier: 1,
             restorable: true,
+            damage: None,
             timelines: vec![1],
             hold: None,
         });
@@ -381,6 +400,60 @@ mod tests {
         assert_eq!(kept(&all, &retention), ["0full"]);
         all[0].restorable = false;
         assert_eq!(kept(&all, &retention), ["1full"]);
+    }
+
+    #[test]
+    fn a_damaged_one_takes_nobodys_place() {
+        let list = [
+            ("full", 9 * DAY),
+            ("incr", 8 * DAY),
+            ("full", 7 * DAY),
+            ("full", 6 * DAY),
+            ("incr", 5 * DAY),
+        ];
+        let mut all = backups(&list);
+        for n in [3, 4] {
+            all[n].damage = Some("a pack is gone".to_owned());
+        }
+        let retention = Retention {
+            full: Some(Keep::Count(1)),
+            ..Default::default()
+        };
+        assert_eq!(kept(&all, &retention), ["2full", "3full", "4incr"]);
+        // By age and by calendar too, the newest from which recovery can begin stays.
+        let retention = Retention {
+            full: age(3),
+            incr: age(3),
+            ..Default::default()
+        };
+        assert_eq!(kept(&all, &retention), ["2full"]);
+        let retention = Retention {
+            calendar: Calendar {
+                monthly: 1,
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        assert_eq!(kept(&all, &retention)[0], "2full");
+        // Where none is good, none goes.
+        all.iter_mut().for_each(|b| b.restorable = false);
+        let retention = Retention {
+            full: Some(Keep::Count(1)),
+            ..Default::default()
+        };
+        assert_eq!(kept(&all, &retention).len(), 5);
+        let window = Retention {
+            full: Some(Keep::Count(1)),
+            wal: Some(6 * DAY_S + 3600),
+            ..Default::default()
+        };
+        let mut all = backups(&list);
+        all[2].damage = Some("its root is gone".to_owned());
+        assert_eq!(
+            kept(&all, &window),
+            ["1incr", "3full", "4incr"],
+            "the window begins at the one before"
+        );
     }
 
     #[test]

@@ -97,7 +97,7 @@ impl Usage {
 }
 
 /// The usage list of a root. The data key is not needed.
-async fn read(stanza: &Stanza, root: &[u8]) -> Result<proto::Usage> {
+pub async fn read(stanza: &Stanza, root: &[u8]) -> Result<proto::Usage> {
     let hash = root
         .try_into()
         .map_err(|_| Error::damaged("the log names a root without a hash"))?;

@@ -1,6 +1,9 @@
 //! What a stanza has: backups, WAL with its gaps, and the windows that can be restored.
 
 mod breaks;
+pub mod damage;
+
+use std::collections::BTreeMap;
 
 use fairvault_format::proto::BackupInfo;
 use serde::Serialize;
@@ -63,13 +66,15 @@ pub struct BackupLine {
     pub source: String,
     /// Its own WAL is complete.
     pub restorable: bool,
+    /// Why it cannot be restored as it is, if `verify` has found that.
+    pub damage: Option<String>,
     /// Why it is held, if it is.
     pub hold: Option<String>,
     /// Timelines on which recovery can go on from it.
     #[serde(skip)]
     pub leads_to: Vec<u32>,
     /// Notes.
-    pub annotations: std::collections::BTreeMap<String, String>,
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// A continuous range of WAL segments.
@@ -173,6 +178,13 @@ pub async fn info_of(log: &Log) -> Result<Info> {
     let state = log.state();
     let genesis = state.genesis.clone().unwrap_or_default();
     let mut lives = Lives::read(log).await?;
+    let damage = match damage::noted(log).await {
+        Err(error) if error.kind() != Kind::Temporary => {
+            tracing::warn!("what verify has found damaged is not shown: {error}");
+            BTreeMap::new()
+        }
+        noted => noted?,
+    };
     let mut out = Info {
         stanza: log.stanza().name().to_owned(),
         repository: log.stanza().shown().to_owned(),
@@ -232,6 +244,7 @@ pub async fn info_of(log: &Log) -> Result<Info> {
             source: i.source.clone(),
             restorable: !leads_to.is_empty(),
             leads_to,
+            damage: damage.get(&info(backup).id).cloned(),
             hold: state.holds.iter().find(|h| h.backup == i.id).map(|h| h.reason.clone()),
             annotations: i.annotations.into_iter().collect(),
         });
