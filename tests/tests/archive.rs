@@ -427,6 +427,35 @@ fn the_next_repository_has_what_the_first_lacks() -> Result<()> {
     Ok(())
 }
 
+/// Whatever is wrong with this program is no word on where the WAL ends.
+#[test]
+fn a_panic_proves_nothing() -> Result<()> {
+    let s = Setup::new("panic")?;
+    let segments = s.segments(1)?;
+    let (path, target) = (segments[0].display().to_string(), s.path("fetched"));
+    let segment = name(&segments[0]);
+    for (arguments, expected) in [
+        (vec!["wal", "get", "acme", &segment, &target], 200),
+        (vec!["wal", "push", "acme", &path], 1),
+        (vec!["info", "acme"], 1),
+    ] {
+        let mut command = s.scratch.command("env");
+        command
+            .arg(format!("HOME={}", s.path("")))
+            .args(["FAIRVAULT_FAULT=panic", &s.path("fairvault")]);
+        let ended = command.args(&s.options).args(&arguments).output()?;
+        let text = String::from_utf8_lossy(&ended.stderr);
+        ensure!(
+            ended.status.code() == Some(expected),
+            "{arguments:?}: {:?} {text}",
+            ended.status
+        );
+        ensure!(text.contains("a deliberate panic"), "{text}");
+    }
+    ensure!(!Path::new(&target).exists() && s.objects("wal").is_empty());
+    Ok(())
+}
+
 #[test]
 fn a_store_that_never_answers_proves_nothing() -> Result<()> {
     let s = Setup::new("still")?;

@@ -1,10 +1,12 @@
 //! Background workers: archiving ahead of PostgreSQL, and fetching ahead of recovery.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use fairvault_tests::fixture::field;
 use fairvault_tests::{Fixture, Shape, run};
 
 const SMALL_SEGMENTS: &[&str] = &["-k", "--wal-segsize=1"];
@@ -170,6 +172,77 @@ fn recovery_takes_what_was_fetched_ahead() -> Result<()> {
     Ok(())
 }
 
+/// What is fetched ahead takes no more room than it may, and is handed over by renaming.
+#[test]
+fn what_is_fetched_ahead_is_bounded_and_renamed() -> Result<()> {
+    let s = fixture("window", "wal = { prefetch = \"3MiB\" }")?;
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    fill(&s, 12)?;
+    s.sql("select pg_switch_wal()")?;
+    wait_until_archived(&s)?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    // What PostgreSQL would run, in the copy's folder.
+    let conf = std::fs::read_to_string(s.path("r/postgresql.auto.conf"))?;
+    let line = conf.lines().rev().find(|line| line.starts_with("restore_command = '"));
+    let line = line
+        .unwrap_or_default()
+        .trim_start_matches("restore_command = '")
+        .trim_end_matches('\'');
+    let command = line.replace("''", "'");
+    let first = field(&s.ok(&["info", "acme", "--output", "json"])?, "start_lsn")?;
+    let first = first
+        .split_once('/')
+        .map_or(0, |(_, low)| u64::from_str_radix(low, 16).unwrap_or(0) >> 20);
+    let segment = |number: u64| format!("0000000100000000{number:08X}");
+    let get = |number: u64| -> Result<PathBuf> {
+        let to = s.scratch.join(&format!("r/pg_wal/got{number}"));
+        let command = command
+            .replace("%f", &segment(number))
+            .replace("%p", &to.display().to_string());
+        run(s
+            .scratch
+            .command("sh")
+            .args(["-c", &format!("cd {} && {command}", s.path("r"))]))?;
+        Ok(to)
+    };
+    let ahead = || -> Vec<PathBuf> {
+        let all = fairvault_tests::fixture::files(&s.scratch.join("cache/spool"));
+        all.into_iter()
+            .filter(|path| path.metadata().is_ok_and(|meta| meta.len() >= 1 << 20))
+            .collect()
+    };
+    get(first)?;
+    for number in first + 1..first + 6 {
+        // What comes next is there, and no more than may be.
+        let deadline = Instant::now() + Duration::from_secs(4);
+        let next = loop {
+            let there = ahead();
+            ensure!(there.len() <= 3, "{there:#?}");
+            if there.len() == 3 || Instant::now() > deadline {
+                break there.into_iter().find(|path| path.ends_with(segment(number)));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        let next = next.with_context(|| format!("{} was not fetched ahead: {:#?}", segment(number), ahead()))?;
+        std::thread::sleep(Duration::from_millis(200));
+        ensure!(ahead().len() == 3, "{:#?}", ahead());
+        let inode = std::fs::metadata(&next)?.ino();
+        let to = get(number)?;
+        ensure!(
+            std::fs::metadata(&to)?.ino() == inode && !next.exists(),
+            "it was copied"
+        );
+        let original = std::fs::read(s.server.data.join("pg_wal").join(segment(number)))?;
+        ensure!(std::fs::read(&to)? == original, "{}", segment(number));
+    }
+    // Nobody asks any more: nothing stays.
+    wait_for_no_workers(&s)?;
+    ensure!(ahead().is_empty(), "{:#?}", ahead());
+    Ok(())
+}
+
 #[test]
 fn a_store_that_vanishes_in_mid_recovery_stops_it() -> Result<()> {
     let s = fixture("vanish", "wal = { prefetch = \"2MiB\" }")?;
@@ -307,6 +380,23 @@ fn the_worker_can_be_a_service() -> Result<()> {
     fairvault_tests::fixture::signal(&service, "TERM")?;
     let status = service.wait()?;
     ensure!(status.success(), "{status}");
+    // What it stores while somebody fences writers is not acknowledged; it begins anew, with what the log says now.
+    wait_for_no_workers(&s)?;
+    let mut service = start()?;
+    std::thread::sleep(Duration::from_millis(500));
+    fill(&s, 2)?;
+    s.sql("select pg_switch_wal()")?;
+    wait_until_archived(&s)?;
+    ensure!(workers(&s).is_empty(), "a command started a worker beside the service");
+    s.ok(&["stanza", "fence", "acme", "--reason", "a trial"])?;
+    fill(&s, 2)?;
+    s.sql("select pg_switch_wal()")?;
+    wait_until_archived(&s)?;
+    let said = std::fs::read_to_string(s.scratch.join("service.log"))?;
+    ensure!(said.contains("was fenced") && said.contains("trying again"), "{said}");
+    ensure!(service.try_wait()?.is_none(), "{said}");
+    service.kill()?;
+    service.wait()?;
     ensure!(!s.ok(&["info", "acme"])?.contains("gap"));
     Ok(())
 }

@@ -8,7 +8,7 @@ use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::receiver::wait_until_durable;
 use fairvault_tests::s3::S3;
 use fairvault_tests::tools::reader;
-use fairvault_tests::{Fixture, Receiver, Shape, tools};
+use fairvault_tests::{Fixture, Receiver, Shape, run, tools};
 
 #[test]
 fn what_was_committed_is_there_although_its_segment_is_not_full() -> Result<()> {
@@ -105,17 +105,20 @@ fn large_segments_are_sealed_from_pieces_pushed_and_restored() -> Result<()> {
 
 #[test]
 fn a_slot_that_is_no_physical_one_is_refused() -> Result<()> {
-    let s = Fixture::new(
-        "logicalslot",
-        Shape {
-            settings: "wal_level = logical\n",
-            ..SMALL
-        },
-    )?;
-    s.sql("select pg_create_logical_replication_slot('taken', 'pgoutput')")?;
-    let (exit, text) = Receiver::spawn(&s, &["--slot", "taken"])?.wait()?;
-    let named = text.contains("replication slot taken is a logical one") && text.contains("--slot");
-    ensure!(exit == 1 && named, "{exit} {text}");
+    for major in [14, 15] {
+        let s = Fixture::new(
+            "logicalslot",
+            Shape {
+                major,
+                settings: "wal_level = logical\n",
+                ..SMALL
+            },
+        )?;
+        s.sql("select pg_create_logical_replication_slot('taken', 'pgoutput')")?;
+        let (exit, text) = Receiver::spawn(&s, &["--slot", "taken"])?.wait()?;
+        let named = text.contains("replication slot taken is a logical one") && text.contains("--slot");
+        ensure!(exit == 1 && named, "{major}: {exit} {text}");
+    }
     Ok(())
 }
 
@@ -336,6 +339,93 @@ fn wal_that_nobody_has_any_more_needs_a_word() -> Result<()> {
     let (exit, text) = s.restore("r", &[]);
     ensure!(exit == 0, "{text}");
     ensure!(s.rows(&s.start("r", 5450)?)? == "90002");
+    Ok(())
+}
+
+/// WAL that the server removed, and that somebody had kept, fills the hole: the receiver goes on by itself.
+#[test]
+fn a_hole_is_filled_by_pushed_segments() -> Result<()> {
+    let s = Fixture::new(
+        "pushedhole",
+        Shape {
+            settings: "max_wal_size = 2MB\nmin_wal_size = 2MB\n",
+            ..SMALL
+        },
+    )?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "100ms", "--no-slot"])?;
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    s.server.stop(&s.scratch, "fast")?;
+    receiver.kill()?;
+    s.server.start(&s.scratch)?;
+    let (pg_wal, kept) = (s.server.data.join("pg_wal"), s.scratch.join("kept/pg_wal"));
+    run(s.scratch.command("mkdir").arg("-p").arg(&kept))?;
+    for _ in 0..10 {
+        s.sql("insert into t select md5(i::text) from generate_series(1, 9000) i; select pg_switch_wal()")?;
+        let copy = format!("cp {}/0* {}", pg_wal.display(), kept.display());
+        run(s.scratch.command("sh").args(["-c", &copy]))?;
+        s.sql("checkpoint")?;
+    }
+    let receive = ["wal", "receive", "acme", "--no-slot"];
+    let (exit, text) = s.fairvault(&receive);
+    ensure!(
+        exit == 1 && text.contains("wal push"),
+        "the remedy names it: {exit} {text}"
+    );
+    let current = s.sql("select pg_walfile_name(pg_current_wal_lsn())")?;
+    let mut segments: Vec<_> = std::fs::read_dir(&kept)?.flatten().map(|e| e.path()).collect();
+    segments.sort();
+    let is_over = |path: &std::path::Path| path.file_name().is_some_and(|name| *name.to_string_lossy() < *current);
+    for path in segments.iter().filter(|path| is_over(path)) {
+        let (exit, text) = s.fairvault(&["wal", "push", "acme", &path.display().to_string()]);
+        ensure!(exit == 0, "{exit} {text}");
+    }
+    let receiver = Receiver::start(&s, &["--no-slot", "--flush-interval", "100ms"])?;
+    s.sql("insert into t values ('after')")?;
+    std::thread::sleep(Duration::from_secs(2));
+    let text = receiver.stop()?;
+    ensure!(!text.contains("passed over"), "{text}");
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(!info.contains("MISSING") && !info.contains("gap"), "{info}");
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "90001");
+    Ok(())
+}
+
+/// From 18 on, a slot that nobody uses for some time may be invalidated.
+#[test]
+fn a_slot_that_was_idle_for_too_long_is_said() -> Result<()> {
+    let s = Fixture::new(
+        "idleslot",
+        Shape {
+            major: 18,
+            settings: "idle_replication_slot_timeout = 2s\nwal_keep_size = 64MB\n",
+            ..SMALL
+        },
+    )?;
+    s.sql("create table t (x text)")?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "100ms"])?;
+    wait_until_durable(&s, &s.server)?;
+    // One that is at work is not idle, although nothing happens.
+    std::thread::sleep(Duration::from_secs(4));
+    s.sql("checkpoint")?;
+    let reason = "select coalesce(invalidation_reason, 'none') from pg_replication_slots";
+    ensure!(s.sql(reason)? == "none");
+    receiver.kill()?;
+    s.sql("insert into t values ('x'); select pg_switch_wal()")?;
+    std::thread::sleep(Duration::from_secs(4));
+    s.sql("checkpoint")?;
+    ensure!(s.sql(reason)? == "idle_timeout", "{}", s.sql(reason)?);
+    let (exit, text) = s.fairvault(&["wal", "receive", "acme"]);
+    let is_named = text.contains("invalidated due to \"idle_timeout\"") && text.contains("pg_drop_replication_slot");
+    ensure!(exit == 1 && is_named, "{exit} {text}");
+    s.sql("select pg_drop_replication_slot('fairvault_acme_main')")?;
+    // What came meanwhile is still in pg_wal.
+    let receiver = Receiver::start(&s, &["--flush-interval", "100ms"])?;
+    wait_until_durable(&s, &s.server)?;
+    receiver.stop()?;
+    ensure!(!s.ok(&["info", "acme"])?.contains("gap"));
     Ok(())
 }
 

@@ -417,6 +417,66 @@ fn a_standby_follows_what_it_can_and_waits_for_its_target() -> Result<()> {
     Ok(())
 }
 
+/// A running standby outlives a store that is away or damaged, and is never promoted by it.
+#[test]
+fn a_running_standby_waits_for_a_store_in_doubt() -> Result<()> {
+    let s = set_up("doubtful", "")?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    s.flush_archive(&s.server)?;
+    restored(&s, "standby", &["--standby"])?;
+    let standby = s.copy("standby", 5450);
+    standby.start(&s.scratch)?;
+    s.sql("insert into t values (1)")?;
+    let segment = s.flush_archive(&s.server)?;
+    standby.wait_for(&s.scratch, "select count(*) from t", "1")?;
+    let goes_on = |what: &str| -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(8);
+        while Instant::now() < deadline {
+            ensure!(standby.is_running(), "{what}: {}", standby.log_text());
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        ensure!(standby.sql(&s.scratch, "select pg_is_in_recovery()")? == "t", "{what}");
+        Ok(())
+    };
+    std::fs::rename(s.path("vault"), s.path("away"))?;
+    goes_on("away")?;
+    std::fs::rename(s.path("away"), s.path("vault"))?;
+    s.sql("insert into t values (2)")?;
+    let next = s.flush_archive(&s.server)?;
+    standby.wait_for(&s.scratch, "select count(*) from t", "2")?;
+    // What comes next is damaged on its way in: it stops there, or dies; it does not go on without it.
+    ensure!(segment < next);
+    s.sql("insert into t values (3)")?;
+    standby.stop(&s.scratch, "fast")?;
+    let name = s.flush_archive(&s.server)?;
+    let object = s
+        .objects("wal")
+        .into_iter()
+        .find(|p| p.display().to_string().contains(&name));
+    let object = object.context("the segment")?;
+    let good = std::fs::read(&object)?;
+    let mut bad = good.clone();
+    let middle = bad.len() / 2;
+    bad[middle] ^= 1;
+    std::fs::write(&object, bad)?;
+    standby.try_start(&s.scratch, false)?;
+    std::thread::sleep(Duration::from_secs(8));
+    ensure!(
+        !standby.log_text().contains("selected new timeline"),
+        "{}",
+        standby.log_text()
+    );
+    if standby.is_running() {
+        standby.stop(&s.scratch, "immediate")?;
+    }
+    std::fs::write(&object, good)?;
+    standby.start(&s.scratch)?;
+    standby.wait_for(&s.scratch, "select count(*) from t", "3")?;
+    ensure!(standby.sql(&s.scratch, "select pg_is_in_recovery()")? == "t");
+    Ok(())
+}
+
 #[test]
 fn a_tablespace_that_is_made_after_the_plan_is_not_replayed_into_the_original() -> Result<()> {
     let s = set_up("after-plan", "")?;

@@ -389,6 +389,27 @@ async fn throttled_lists_are_asked_again() -> Result<()> {
     Ok(())
 }
 
+/// Absence is said only after a second look: the segment may have been completed, and its pieces removed, meanwhile.
+#[tokio::test]
+async fn a_segment_that_is_stored_while_it_is_looked_for_is_found() -> Result<()> {
+    let faulty = Faulty::new(Fault::LateWal);
+    let log = create(&access(&faulty.store(), key(1)), CLUSTER, "main").await?;
+    let archive = Archive::open(&log, None, 3)?;
+    let scratch = Scratch::new("late")?;
+    let to = scratch.join("segment");
+    let segment = Segment { timeline: 1, number: 1 };
+    let content = vec![7; CLUSTER.wal_segment_size as usize];
+    archive.put_whole(segment, Default::default(), content.clone()).await?;
+    let open = async |_: &()| Ok(Some(Archive::open(&log, None, 3)?));
+    let get = async |segment: Segment| {
+        let name = segment.name(CLUSTER.wal_segment_size);
+        get::get(&[()], open, &name, &to, Needs::default()).await
+    };
+    ensure!(get(segment).await? == get::Outcome::Delivered && std::fs::read(&to)? == content);
+    ensure!(get(segment.next()).await? == get::Outcome::Absent, "there is none");
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_segment_is_written_while_it_arrives_and_again_if_it_breaks_off() -> Result<()> {
     let faulty = Faulty::new(Fault::CutWal);

@@ -40,6 +40,52 @@ fn acknowledged_commits_are_never_lost_in_synchronous_mode() -> Result<()> {
     Ok(())
 }
 
+/// A receiver applies nothing: who waits for that waits for ever. It is said, and what was cancelled was not acknowledged.
+#[test]
+fn remote_apply_waits_for_ever_and_is_said() -> Result<()> {
+    let s = Fixture::new(
+        "remoteapply",
+        Shape {
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = remote_apply\n",
+            ..Default::default()
+        },
+    )?;
+    s.sql("set synchronous_commit = local; create table t (x int)")?;
+    let mut receiver = Receiver::start(&s, &["--synchronous"])?;
+    receiver.wait_for_line("synchronous_commit is remote_apply")?;
+    let sync = "select string_agg(sync_state, ',') from pg_stat_replication";
+    s.server.wait_for(&s.scratch, sync, "sync")?;
+    let mut waiting = s.server.program(&s.scratch, "psql");
+    waiting.args([
+        "-X",
+        "-U",
+        "postgres",
+        "-h",
+        &s.path(""),
+        "-p",
+        "5432",
+        "-d",
+        "postgres",
+    ]);
+    waiting
+        .args(["-c", "insert into t values (1)"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let waiting = waiting.spawn()?;
+    let is_waiting = "select count(*) from pg_stat_activity where wait_event = 'SyncRep' and query like 'insert%'";
+    s.server.wait_for(&s.scratch, is_waiting, "1")?;
+    std::thread::sleep(Duration::from_secs(3));
+    ensure!(s.sql(is_waiting)? == "1");
+    s.sql("select pg_cancel_backend(pid) from pg_stat_activity where wait_event = 'SyncRep'")?;
+    let ended = waiting.wait_with_output()?;
+    let text = String::from_utf8_lossy(&ended.stderr);
+    ensure!(text.contains("canceling wait for synchronous replication"), "{text}");
+    // With what can be kept, it is acknowledged.
+    s.sql("set synchronous_commit = on; insert into t values (2)")?;
+    receiver.stop()?;
+    Ok(())
+}
+
 /// One server under load, killed at some moment, its disk gone, and in every other round the receiver with it; returns how
 /// many commits were acknowledged to the clients, and how many came back.
 fn killed_under_load(number: u32) -> Result<(u32, u32)> {

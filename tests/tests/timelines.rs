@@ -50,6 +50,127 @@ fn a_promotion_is_followed() -> Result<()> {
     Ok(())
 }
 
+/// Received from a standby, which becomes the primary meanwhile.
+#[test]
+fn a_standby_that_is_received_from_may_be_promoted() -> Result<()> {
+    let s = Fixture::new("fromstandby", SMALL)?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    let standby = s.standby("standby", 5460, &[], "")?;
+    let conninfo = format!("host={} port=5460 user=postgres", s.scratch.path().display());
+    let mut receiver = Receiver::start(&s, &["--conninfo", &conninfo, "--flush-interval", "100ms"])?;
+    for n in 0..3 {
+        s.sql(&format!("insert into t values ({n})"))?;
+        s.sql("select pg_switch_wal()")?;
+    }
+    // The end of timeline 1 is in the middle of a segment.
+    s.sql("insert into t values (3)")?;
+    standby.wait_for(&s.scratch, "select count(*) from t", "4")?;
+    let durable = "select count(*) from pg_stat_replication where flush_lsn >= pg_last_wal_receive_lsn()";
+    standby.wait_for(&s.scratch, durable, "1")?;
+    s.server.stop(&s.scratch, "immediate")?;
+    s.promote(&standby)?;
+    standby.sql(&s.scratch, "insert into t values (4)")?;
+    receiver.wait_for_line("on timeline 2")?;
+    wait_until_durable(&s, &standby)?;
+    let text = receiver.stop()?;
+    ensure!(!text.contains("missing") && !text.contains("MISSING"), "{text}");
+    drop(standby);
+    for (name, port, more, expected) in [
+        ("latest", 5461, vec![], "5"),
+        ("current", 5462, vec!["--target-timeline", "current"], "4"),
+    ] {
+        let (exit, text) = s.restore(name, &more);
+        ensure!(exit == 0, "{name}: {text}");
+        let rows = s.rows(&s.start(name, port)?)?;
+        ensure!(rows == expected, "{name}: {rows}");
+    }
+    let text = s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    ensure!(text.contains("all good"), "{text}");
+    Ok(())
+}
+
+/// Of the segment in which a timeline ended, a promoted standby archives what it has as `.partial`, and nobody the rest.
+#[test]
+fn a_partial_segment_is_the_end_of_its_timeline() -> Result<()> {
+    let shape = Shape {
+        archiving: true,
+        ..SMALL
+    };
+    let s = Fixture::new("partialend", shape)?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    let standby = s.standby("standby", 5460, &["--archiving", "keep"], "")?;
+    s.sql("insert into t values (1)")?;
+    standby.wait_for(&s.scratch, "select count(*) from t", "1")?;
+    s.server.stop(&s.scratch, "immediate")?;
+    s.promote(&standby)?;
+    standby.sql(&s.scratch, "insert into t values (2)")?;
+    s.flush_archive(&standby)?;
+    drop(standby);
+    let stored: Vec<String> = s.objects("wal").iter().map(|p| p.display().to_string()).collect();
+    ensure!(stored.iter().any(|name| name.contains(".partial")), "{stored:#?}");
+    for (name, port, more, expected) in [
+        ("latest", 5461, vec![], "2"),
+        ("current", 5462, vec!["--target-timeline", "current"], "1"),
+    ] {
+        let (exit, text) = s.restore(name, &more);
+        ensure!(exit == 0, "{name}: {text}");
+        let rows = s.rows(&s.start(name, port)?)?;
+        ensure!(rows == expected, "{name}: {rows}");
+    }
+    Ok(())
+}
+
+/// A hole in the WAL of a later timeline is told by everybody who looks.
+#[test]
+fn a_gap_on_a_later_timeline_is_said() -> Result<()> {
+    let shape = Shape {
+        archiving: true,
+        ..SMALL
+    };
+    let s = Fixture::new("latergap", shape)?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    let standby = s.standby("standby", 5460, &["--archiving", "keep"], "")?;
+    s.sql("insert into t values (1)")?;
+    s.flush_archive(&s.server)?;
+    standby.wait_for(&s.scratch, "select count(*) from t", "1")?;
+    s.server.stop(&s.scratch, "fast")?;
+    s.promote(&standby)?;
+    let mut segments = Vec::new();
+    for _ in 0..4 {
+        standby.sql(&s.scratch, "insert into t values (2)")?;
+        segments.push(s.flush_archive(&standby)?);
+    }
+    let check = |more: &[&str]| {
+        let conninfo = format!("host={} port=5460 user=postgres", s.scratch.path().display());
+        s.fairvault(&[&["check", "acme", "--conninfo", &conninfo], more].concat())
+    };
+    let (exit, text) = check(&[]);
+    ensure!(exit == 0, "{exit} {text}");
+    let lost = &segments[2];
+    ensure!(lost.starts_with("00000002"), "{lost}");
+    let object = s
+        .objects("wal")
+        .into_iter()
+        .find(|p| p.display().to_string().contains(lost.as_str()));
+    std::fs::remove_file(object.unwrap_or_default())?;
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(
+        info.contains("(after a gap)") && info.contains(&format!("{lost} is MISSING")),
+        "{info}"
+    );
+    let (exit, text) = check(&[]);
+    ensure!(
+        exit == 1 && text.contains("is missing, and later WAL is there"),
+        "{exit} {text}"
+    );
+    let (exit, text) = s.fairvault(&["verify", "acme", "--progress", "none"]);
+    ensure!(exit == 4 && text.contains(lost.as_str()), "{exit} {text}");
+    Ok(())
+}
+
 #[test]
 fn a_server_that_was_set_back_is_refused() -> Result<()> {
     let s = Fixture::new("back", Shape::default())?;

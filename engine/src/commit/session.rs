@@ -107,7 +107,7 @@ impl Session {
                 Kind::Held,
                 "this session was fenced by another writer; its backup does not count",
             )
-            .remedy("find out who fenced it with `fairvault info`, then start the backup again")),
+            .remedy("see `fairvault audit` for who fenced it, when and why, then start the backup again")),
         }
     }
 

@@ -53,6 +53,15 @@ impl Drop for WalStream {
     }
 }
 
+/// A slot is not one for WAL as it is.
+pub fn is_logical(slot: &str, cause: Error) -> Error {
+    Error::refused(format!(
+        "replication slot {slot} is a logical one, and a physical one is needed"
+    ))
+    .remedy("choose another name with --slot")
+    .caused_by(cause)
+}
+
 impl WalStream {
     /// Starts streaming at `from` on `timeline`, through `slot` if there is one.
     pub async fn start(mut connection: Connection, slot: Option<&str>, from: Lsn, timeline: u32) -> Result<Self> {
@@ -78,7 +87,11 @@ impl WalStream {
                         error.remedy(
                             "the server no longer has this WAL; use a replication slot, or take a new full backup",
                         )
-                    } else if said.contains("SQLSTATE 55000") && slot_name.is_some() {
+                    } else if let (true, Some(name)) = (said.contains("SQLSTATE 55000"), slot_name) {
+                        // Before 15, a slot could not be asked what it is.
+                        if said.contains("logical replication slot") {
+                            return Err(is_logical(name, error));
+                        }
                         error.remedy(
                             "a slot that was invalidated is of no more use: `select pg_drop_replication_slot('…')`, and it is made anew",
                         )

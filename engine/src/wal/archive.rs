@@ -13,6 +13,7 @@ use super::summary;
 use super::whole::{blocking, ids_of_file};
 use crate::commit::{Log, state};
 use crate::env;
+use crate::env::has_fault;
 use crate::error::{Context, Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{Segment, WalFile};
@@ -98,6 +99,7 @@ pub struct Archive {
 impl Archive {
     /// The archive of the stanza's newest incarnation, or of the one with `system_identifier`.
     pub fn open(log: &Log, system_identifier: Option<u64>, compression: impl Into<Compression>) -> Result<Self> {
+        assert!(!has_fault("panic"), "a deliberate panic");
         let incarnations = &log.state().incarnations;
         let incarnation = match system_identifier {
             None => incarnations.last(),
@@ -589,7 +591,7 @@ pub fn fenced() -> Error {
         Kind::Held,
         "the stanza was fenced while this was written; it may not count",
     )
-    .remedy("see `fairvault info` for who fenced it")
+    .remedy("see `fairvault audit` for who fenced it, when and why")
 }
 
 fn other_content(stanza: &Stanza, object: &str) -> Error {

@@ -86,6 +86,8 @@ pub enum Fault {
     ThrottledLists,
     /// WAL arrives in small parts, and every other time only half of it: with an error, or without.
     CutWal,
+    /// Each segment is not there when it is asked for the first time: somebody stores it just then.
+    LateWal,
 }
 
 /// A store that counts requests and fails in one way.
@@ -96,6 +98,7 @@ pub struct Faulty {
     /// Requests so far.
     pub requests: AtomicU64,
     fault: Fault,
+    asked: std::sync::Mutex<std::collections::HashSet<Path>>,
 }
 
 impl std::fmt::Display for Faulty {
@@ -111,6 +114,7 @@ impl Faulty {
             inner: object_store::memory::InMemory::new(),
             requests: AtomicU64::new(0),
             fault,
+            asked: Default::default(),
         })
     }
 
@@ -148,6 +152,13 @@ impl ObjectStore for Faulty {
     }
     async fn get_opts(&self, l: &Path, o: GetOptions) -> Answer<GetResult> {
         let number = self.count();
+        let is_first = || self.asked.lock().is_ok_and(|mut asked| asked.insert(l.clone()));
+        if self.fault == Fault::LateWal && l.as_ref().contains("/wal/") && is_first() {
+            return Err(object_store::Error::NotFound {
+                path: l.to_string(),
+                source: "it comes just now".into(),
+            });
+        }
         let mut found = self.inner.get_opts(l, o).await?;
         if self.fault == Fault::CutWal && l.as_ref().contains("/wal/") {
             let (meta, attributes, range, extensions) = (

@@ -170,6 +170,12 @@ async fn connect(options: &Options, slot: Option<&str>) -> Result<Server> {
         if let Some(name) = slot {
             slot::ensure(&mut connection, name).await?;
         }
+        if options.synchronous && connection.show("synchronous_commit").await?.as_deref() == Some("remote_apply") {
+            tracing::warn!(
+                "synchronous_commit is remote_apply: commits that wait for this receiver wait for ever, since it applies \
+                 nothing; set it to on"
+            );
+        }
         Ok(Server {
             connection,
             identity,

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::replication::connection::Connection;
+use crate::replication::wal_stream::is_logical;
 
 /// Fails unless `name` can be the name of a slot.
 pub fn check_name(name: &str) -> Result<()> {
@@ -20,11 +21,7 @@ pub async fn ensure(connection: &mut Connection, name: &str) -> Result<()> {
     if connection.major() >= 15 {
         let rows = match connection.query(&format!("READ_REPLICATION_SLOT {name}")).await {
             Err(error) if error.to_string().contains("SQLSTATE 0A000") => {
-                return Err(Error::refused(format!(
-                    "replication slot {name} is a logical one, and a physical one is needed"
-                ))
-                .remedy("choose another name with --slot")
-                .caused_by(error));
+                return Err(is_logical(name, error));
             }
             answered => answered?,
         };
