@@ -334,6 +334,36 @@ async fn locks_last_as_long_as_the_retention(server: &Server) -> Result<()> {
     Ok(())
 }
 
+/// A default that was raised locks nothing that was stored before.
+async fn a_raised_default_is_not_believed_of_what_is_older(server: &Server) -> Result<()> {
+    let w = World::new("raised", server, true, "retention = { full = \"20d\", wal = \"5d\" }")?;
+    w.backup()?;
+    bucket::set_default(server, "raised", 60)?;
+    let (exit, done) = w.report(&["lock"])?;
+    let extended = done["extended"]["objects"].as_u64();
+    ensure!(exit == 0 && extended > Some(8), "{done}");
+    let end = now_us() + 19 * DAY_US;
+    let mut needed = 0;
+    for object in w
+        .objects()
+        .await?
+        .iter()
+        .filter(|object| object.name.contains("/packs/"))
+    {
+        let version = object.contents().next().context("a version")?;
+        let lock = w.store.lock_of(&object.name, &version.id).await?.context("a lock")?;
+        ensure!(lock.until_us > end, "{}: {lock:?}", object.name);
+        needed += 1;
+    }
+    ensure!(needed > 0);
+    // What was found is remembered: only what has come since is asked for.
+    w.backup()?;
+    let (exit, again) = w.report(&["lock"])?;
+    ensure!(exit == 0 && again["extended"]["objects"] == 0, "{again}");
+    ensure!(again["requests"].as_u64() < done["requests"].as_u64(), "{again} {done}");
+    Ok(())
+}
+
 async fn wal_that_has_expired_stays_away(server: &Server, is_locked: bool) -> Result<()> {
     let name = if is_locked { "lockedwal" } else { "oldwal" };
     let w = World::new(name, server, is_locked, "retention = { full = 1 }")?;
@@ -504,6 +534,13 @@ async fn locks_last_as_long_as_the_retention_on_ministack() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_raised_default_is_not_believed_of_what_is_older_on_ministack() -> Result<()> {
+    let scratch = Scratch::new("raisedstore")?;
+    let server = S3::start(&scratch, "other")?;
+    a_raised_default_is_not_believed_of_what_is_older(&Server::of(&server)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wal_that_has_expired_stays_away_on_ministack() -> Result<()> {
     let scratch = Scratch::new("walstore")?;
     let server = S3::start(&scratch, "other")?;
@@ -537,6 +574,7 @@ async fn all_of_it_on_radosgw() -> Result<()> {
     locks_last_as_long_as_the_retention(&server).await?;
     wal_that_has_expired_stays_away(&server, false).await?;
     wal_that_has_expired_stays_away(&server, true).await?;
+    a_raised_default_is_not_believed_of_what_is_older(&server).await?;
     pieces_are_needed_until_something_whole_has_their_bytes(&server).await
 }
 

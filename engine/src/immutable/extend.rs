@@ -4,6 +4,8 @@
 //! locks end long before it expires; and keys and log are needed for as long as there is a backup. Here their locks are
 //! extended. Locks are never shortened.
 
+use std::collections::BTreeMap;
+
 use fairvault_format::names;
 use fairvault_format::proto::CommittedBackup;
 use futures::{StreamExt, TryStreamExt};
@@ -11,6 +13,7 @@ use serde::Serialize;
 
 use super::kept_for;
 use super::needs::Needs;
+use super::seen::Seen;
 use crate::commit::Log;
 use crate::error::{Error, Result};
 use crate::expire::rules::Retention;
@@ -100,6 +103,8 @@ pub async fn run(log: &Log, repository: &Store, options: &Options, progress: &Pr
     let stanza = log.stanza().store();
     let snapshots = stanza.list(names::SNAPSHOTS).await?;
     let newest: Vec<&String> = snapshots.iter().rev().take(SNAPSHOTS).map(|(name, _)| name).collect();
+    let seen = Seen::load(log.stanza(), bucket);
+    let mut found = BTreeMap::new();
     let mut report = Report {
         lost: needs.lost_roots.clone(),
         ..Default::default()
@@ -131,8 +136,11 @@ pub async fn run(log: &Log, repository: &Store, options: &Options, progress: &Pr
                     object,
                 })
             });
-            extend(bucket, jobs.collect(), options.dry_run, &mut report).await?;
+            extend(bucket, &seen, jobs.collect(), options.dry_run, &mut report, &mut found).await?;
         }
+    }
+    if !options.dry_run {
+        seen.keep(log.stanza(), found);
     }
     Ok(report)
 }
@@ -152,6 +160,7 @@ async fn locking(repository: &Store) -> Result<Bucket> {
 
 /// What came out of one job: bytes, whether its lock was extended, requests, and when it ends.
 struct Done {
+    name: String,
     bytes: u64,
     extended: bool,
     requests: u64,
@@ -159,8 +168,15 @@ struct Done {
     hidden: Option<String>,
 }
 
-async fn extend(bucket: Bucket, jobs: Vec<Job>, dry_run: bool, report: &mut Report) -> Result<()> {
-    let each = jobs.into_iter().map(|job| one(bucket, job, dry_run));
+async fn extend(
+    bucket: Bucket,
+    seen: &Seen,
+    jobs: Vec<Job>,
+    dry_run: bool,
+    report: &mut Report,
+    found: &mut BTreeMap<String, i64>,
+) -> Result<()> {
+    let each = jobs.into_iter().map(|job| one(bucket, seen, job, dry_run));
     let mut all = futures::stream::iter(each).buffer_unordered(CONCURRENT);
     while let Some(done) = all.try_next().await? {
         let Some(done) = done else { continue };
@@ -170,6 +186,7 @@ async fn extend(bucket: Bucket, jobs: Vec<Job>, dry_run: bool, report: &mut Repo
         }
         report.requests += done.requests;
         report.hidden.extend(done.hidden);
+        found.insert(done.name, done.until_us);
         let until_s = done.until_us / 1_000_000;
         report.locked_until_s = Some(report.locked_until_s.map_or(until_s, |first| first.min(until_s)));
     }
@@ -177,16 +194,17 @@ async fn extend(bucket: Bucket, jobs: Vec<Job>, dry_run: bool, report: &mut Repo
 }
 
 /// Looks at one object, and extends its lock: that of the oldest version, since nothing was ever overwritten.
-async fn one(bucket: Bucket, job: Job, dry_run: bool) -> Result<Option<Done>> {
+async fn one(bucket: Bucket, seen: &Seen, job: Job, dry_run: bool) -> Result<Option<Done>> {
     let Some(version) = job.object.contents().next() else {
         return Ok(None);
     };
     let name = &job.object.name;
     let mut done = Done {
+        name: name.clone(),
         bytes: version.size,
         extended: false,
         requests: 0,
-        until_us: bucket.locks_until(version.modified_us),
+        until_us: seen.end(bucket, name, version),
         hidden: (!job.object.is_visible()).then(|| name.clone()),
     };
     if done.until_us >= job.until_us {

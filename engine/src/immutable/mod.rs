@@ -9,6 +9,7 @@ pub mod extend;
 pub mod hidden;
 pub mod needs;
 pub(crate) mod pieces;
+mod seen;
 
 use crate::error::Result;
 use crate::expire::rules::{Keep, Retention, days};

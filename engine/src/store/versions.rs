@@ -49,7 +49,7 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    /// Until when a version is locked at least that was stored then, if the default has not changed since.
+    /// Until when a version is locked at least that was stored then, if the default was this one.
     pub fn locks_until(&self, modified_us: i64) -> i64 {
         let days = self.default.map_or(0, |(_, days)| days);
         modified_us.saturating_add(DAY_US.saturating_mul(days.into()))

@@ -44,6 +44,17 @@ pub struct World {
     pub store: Store,
 }
 
+/// Every new version is locked for so many days.
+pub fn set_default(server: &Server, bucket: &str, days: u32) -> Result<()> {
+    let rule = format!("<Rule><DefaultRetention><Mode>COMPLIANCE</Mode><Days>{days}</Days></DefaultRetention></Rule>");
+    let body = format!(
+        "<ObjectLockConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\">\
+         <ObjectLockEnabled>Enabled</ObjectLockEnabled>{rule}</ObjectLockConfiguration>"
+    );
+    let url = format!("{}/{bucket}?object-lock=", server.endpoint);
+    curl(server.secret, &url, &["--data", &body]).map(|_| ())
+}
+
 impl World {
     /// Makes a bucket with versions, and locks for a day if that is asked for.
     pub fn new(name: &str, server: &Server, is_locked: bool, retention: &'static str) -> Result<Self> {
@@ -58,14 +69,7 @@ impl World {
         match is_locked {
             true => {
                 curl(secret, &bucket, &["-H", "x-amz-bucket-object-lock-enabled: true"])?;
-                curl(
-                    secret,
-                    &format!("{bucket}?object-lock="),
-                    &[
-                        "--data",
-                        "<ObjectLockConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><ObjectLockEnabled>Enabled</ObjectLockEnabled><Rule><DefaultRetention><Mode>COMPLIANCE</Mode><Days>1</Days></DefaultRetention></Rule></ObjectLockConfiguration>",
-                    ],
-                )?;
+                set_default(server, name, 1)?;
             }
             false => {
                 curl(secret, &bucket, &[])?;
