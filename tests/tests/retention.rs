@@ -1,7 +1,7 @@
 //! Retention and collection on real backups: what expires is what was said, what is deleted is what nothing needs,
 //! and what is left restores.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -315,6 +315,23 @@ fn a_backup_at_work_is_waited_for_and_a_dead_one_is_not() -> Result<()> {
         "{said}"
     );
     ensure!(!s.ok(&["info", "acme"])?.contains("unfinished"));
+    // One that was asleep for that long is told, by whom and when, as soon as it wakes up; what it did does not count.
+    let count = || Ok::<_, anyhow::Error>(s.ok(&["info", "acme"])?.matches(" added ").count());
+    let before = count()?;
+    let sleeper = s.command(&slow).stderr(Stdio::piped()).spawn()?;
+    while s.objects("leases").is_empty() {
+        ensure!(Instant::now() < deadline + Duration::from_secs(60), "no lease");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    signal(&sleeper, "STOP")?;
+    gc(&s)?;
+    signal(&sleeper, "CONT")?;
+    let ended = sleeper.wait_with_output()?;
+    let text = String::from_utf8_lossy(&ended.stderr);
+    let is_said = text.contains("this session was fenced by") && text.contains("no sign of life");
+    ensure!(ended.status.code() == Some(5) && is_said, "{} {text}", ended.status);
+    ensure!(count()? == before && before > 0, "{before}");
     s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
     backup(&s, "incr")?;
     restores(&s, "copy", &[], 4)

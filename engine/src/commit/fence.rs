@@ -18,6 +18,27 @@ fn shortened(reason: &str) -> String {
     reason.chars().take(REASON).collect()
 }
 
+/// Who set the newest fence, when and why, for those whom it stops: ` by root on db1 at …: reason`.
+pub fn by_whom(now: &proto::Snapshot) -> String {
+    let Some(fenced) = &now.fenced else {
+        return String::new();
+    };
+    let time = jiff::Timestamp::from_microsecond(fenced.time_us).unwrap_or_default();
+    let user = match fenced.user.as_str() {
+        "" => "somebody",
+        user => user,
+    };
+    let because = match fenced.reason.as_str() {
+        "" => String::new(),
+        reason => format!(": {reason}"),
+    };
+    format!(
+        " by {user} on {} at {}{because}",
+        fenced.host,
+        time.strftime("%Y-%m-%dT%H:%M:%SZ")
+    )
+}
+
 /// Ends all open sessions, and stops all writers that are at work; returns how many sessions that were.
 pub async fn fence_writers(log: &mut Log, reason: &str) -> Result<usize> {
     log.refresh().await?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use fairvault_format::proto::{self, Snapshot, log_entry::Kind as Entry};
 
-use super::{Log, rotated, state};
+use super::{Log, fence, rotated, state};
 use crate::env::{self, Env};
 use crate::error::{Error, Kind, Result};
 use crate::stanza::Stanza;
@@ -105,9 +105,12 @@ impl Session {
             )),
             false => Err(Error::new(
                 Kind::Held,
-                "this session was fenced by another writer; its backup does not count",
+                format!(
+                    "this session was fenced{}; its backup does not count",
+                    fence::by_whom(now)
+                ),
             )
-            .remedy("see `fairvault audit` for who fenced it, when and why, then start the backup again")),
+            .remedy("start it again; `fairvault audit` shows every fence")),
         }
     }
 

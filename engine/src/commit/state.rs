@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use fairvault_format::proto::{
-    BackupInfo, CloseTimeline, CommittedBackup, CopiedFrom, Erased, ExpiredWal, GcMark, Incarnation, KeyEpoch,
+    BackupInfo, CloseTimeline, CommittedBackup, CopiedFrom, Erased, ExpiredWal, Fenced, GcMark, Incarnation, KeyEpoch,
     LogEntry, OpenSession, Snapshot, log_entry::Kind as Entry,
 };
 
@@ -90,6 +90,13 @@ pub fn apply(state: &mut Snapshot, entry: &LogEntry, key_epoch: u32) -> Result<(
         Entry::SetFence(fence) => {
             if fence.fence > state.fence {
                 state.fence = fence.fence;
+                state.fenced = Some(Fenced {
+                    seq: entry.seq,
+                    time_us: entry.time_us,
+                    host: entry.host.clone(),
+                    user: entry.user.clone(),
+                    reason: fence.reason.clone(),
+                });
                 state
                     .open_sessions
                     .retain(|s| !fence.sessions.iter().any(|f| f == session_id(s)));

@@ -16,6 +16,7 @@ use fairvault_format::names;
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use serde::Serialize;
 
+use crate::commit::fence::by_whom;
 use crate::commit::lease::{Lease, NO_BACKUP};
 use crate::commit::session::{Session, timed_id};
 use crate::commit::{Log, state};
@@ -387,7 +388,7 @@ impl<'a> Work<'a> {
             true => Ok(()),
             false => Err(Error::new(
                 Kind::Held,
-                "this repair was stopped by a fence, or taken for dead: run it again",
+                format!("this repair was stopped by a fence{}: run it again", by_whom(now)),
             )),
         };
         let mut open = None;

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::header::ObjectHeader;
-use fairvault_format::proto::{CommittedBackup, PieceSeal};
+use fairvault_format::proto::{BackupInfo, CommittedBackup, PieceSeal};
 use fairvault_format::{limits, names, object as objects, wal};
 use futures::StreamExt;
 
@@ -158,6 +158,35 @@ impl Archives {
     }
 }
 
+/// Reports the first hole behind the start of a backup along a history, if later WAL is there.
+fn report_hole(archive: &Archive, coverage: &Coverage, history: &History, info: &BackupInfo, report: &mut Report) {
+    let reach = coverage.reach(history, Lsn(info.start_lsn));
+    // Backups that brought their own WAL promise nothing about what comes after them.
+    let promises = info.wal_method == "archive" || reach.end < Lsn(info.stop_lsn);
+    if !reach.is_hole || reach.is_expired || !promises {
+        return;
+    }
+    let Some(proof) = coverage.proof_of_more(history, reach.missing) else {
+        return;
+    };
+    let part = if reach.has_part {
+        "only a part is there"
+    } else {
+        "it is missing"
+    };
+    let folder = names::wal_folder(info.system_identifier, reach.missing.timeline);
+    let object = format!("{folder}/{}", reach.missing.name(archive.segment_size));
+    let problem = format!("{part}, and {proof}: recovery from earlier backups ends before it");
+    // Other backups, and other histories with this part in common, have it too.
+    if report
+        .findings
+        .iter()
+        .all(|f| f.object != object || f.problem != problem)
+    {
+        report.add(object, problem);
+    }
+}
+
 async fn check_backup(
     archive: &Archive,
     coverage: &Coverage,
@@ -189,22 +218,11 @@ async fn check_backup(
     let reach = coverage.reach(&history, start);
     let name = reach.missing.name(archive.segment_size);
     let reader = Reader::new(archive, &history);
-    let folder = names::wal_folder(info.system_identifier, reach.missing.timeline);
-    // Backups that brought their own WAL promise nothing about what comes after them.
-    if reach.is_hole
-        && !reach.is_expired
-        && (info.wal_method == "archive" || reach.end < stop)
-        && let Some(proof) = coverage.proof_of_more(&history, reach.missing)
-    {
-        let part = if reach.has_part {
-            "only a part is there"
-        } else {
-            "it is missing"
-        };
-        report.add(
-            format!("{folder}/{name}"),
-            format_args!("{part}, and {proof}: recovery from earlier backups ends before it"),
-        );
+    // Recovery may go on along every timeline that leads on from here.
+    let onward = coverage.leading_from(info.stop_timeline, stop);
+    let onward = onward.into_iter().filter(|other| other.timeline != history.timeline);
+    for history in std::iter::once(&history).chain(onward) {
+        report_hole(archive, coverage, history, &info, report);
     }
     if reach.end < stop && !reach.has_part {
         verdict.problems.push(format!("{name} of its own WAL is missing"));

@@ -11,9 +11,9 @@ use fairvault_format::{limits, names, object, proto, wal};
 use super::fetch::Piece;
 use super::summary;
 use super::whole::{blocking, ids_of_file};
+use crate::commit::fence::by_whom;
 use crate::commit::{Log, state};
-use crate::env;
-use crate::env::has_fault;
+use crate::env::{self, has_fault};
 use crate::error::{Context, Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{Segment, WalFile};
@@ -580,18 +580,21 @@ impl Archive {
         let same = now.archive_epochs == self.epochs && now.closed_timelines == self.closed;
         match now.fence == before && same {
             true => Ok(()),
-            false => Err(fenced()),
+            false => Err(fenced(now)),
         }
     }
 }
 
 /// What was written since somebody fenced the stanza may not count.
-pub fn fenced() -> Error {
+pub fn fenced(now: &proto::Snapshot) -> Error {
     Error::new(
         Kind::Held,
-        "the stanza was fenced while this was written; it may not count",
+        format!(
+            "the stanza was fenced{} while this was written; it may not count",
+            by_whom(now)
+        ),
     )
-    .remedy("see `fairvault audit` for who fenced it, when and why")
+    .remedy("`fairvault audit` shows every fence")
 }
 
 fn other_content(stanza: &Stanza, object: &str) -> Error {

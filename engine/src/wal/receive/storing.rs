@@ -79,7 +79,7 @@ impl Guard {
         log.refresh().await?;
         *looked() = Instant::now();
         if log.state().fence != self.fence {
-            return Err(fenced());
+            return Err(fenced(log.state()));
         }
         if log.stanza().keys().epoch != archive.stanza.keys().epoch {
             return Err(Error::temporary(rotated(&archive.stanza).to_string()));
