@@ -184,6 +184,31 @@ fn passwords_tls_and_hosts() -> Result<()> {
         &[],
         "target_session_attrs",
     )?;
+    let local = format!("host={dir} port={port} user=postgres");
+    for attrs in ["any", "read-write", "primary", "prefer-standby"] {
+        good(&format!("{local} target_session_attrs={attrs}"), &[])?;
+    }
+    for attrs in ["read-only", "standby"] {
+        bad(
+            &format!("{local} target_session_attrs={attrs}"),
+            &[],
+            "target_session_attrs",
+        )?;
+    }
+    // The server says by itself that its transactions only read.
+    s.server
+        .sql(&s.scratch, "alter system set default_transaction_read_only = on")?;
+    s.server.sql(&s.scratch, "select pg_reload_conf(), pg_sleep(0.5)")?;
+    for attrs in ["read-only", "any", "primary", "prefer-standby"] {
+        good(&format!("{local} target_session_attrs={attrs}"), &[])?;
+    }
+    for attrs in ["read-write", "standby"] {
+        bad(
+            &format!("{local} target_session_attrs={attrs}"),
+            &[],
+            "target_session_attrs",
+        )?;
+    }
     s.server.stop(&s.scratch, "fast")?;
     let (exit, text) = s.connect(&scram, &["PGPASSWORD=p:w"]);
     ensure!(exit == 75, "{exit} {text}");

@@ -168,6 +168,48 @@ fn restarts_go_on_exactly_and_full_segments_take_over() -> Result<()> {
     Ok(())
 }
 
+/// What arrives is stored as soon as it is `piece_size`, however long the interval is; and after the interval, however
+/// little it is.
+#[test]
+fn pieces_are_as_large_or_as_old_as_was_asked_for() -> Result<()> {
+    let s = Fixture::new("piecesize", Shape::default())?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "1h", "--piece-size", "256KiB"])?;
+    s.sql("create table t (x text)")?;
+    let pieces = || {
+        let objects = s.objects("wal").into_iter();
+        objects.filter(|p| p.display().to_string().contains(".d/")).count()
+    };
+    // What the server had before has come.
+    std::thread::sleep(Duration::from_secs(2));
+    for _ in 0..3 {
+        let (before, deadline) = (pieces(), std::time::Instant::now() + Duration::from_secs(20));
+        s.sql("insert into t select md5(i::text) from generate_series(1, 6000) i")?;
+        while pieces() == before {
+            ensure!(std::time::Instant::now() < deadline, "{before}: {}", receiver.text());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    // Less than that waits.
+    std::thread::sleep(Duration::from_secs(1));
+    let settled = pieces();
+    s.sql("insert into t values ('a little')")?;
+    std::thread::sleep(Duration::from_secs(7));
+    ensure!(pieces() == settled, "{settled} pieces have become {}", pieces());
+    receiver.stop()?;
+    // The interval, if nothing is said: five seconds.
+    let receiver = Receiver::start(&s, &[])?;
+    wait_until_durable(&s, &s.server)?;
+    s.sql("insert into t values ('a little')")?;
+    let began = std::time::Instant::now();
+    let settled = pieces();
+    while pieces() == settled {
+        ensure!(began.elapsed() < Duration::from_secs(20), "{}", receiver.text());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    receiver.stop()?;
+    Ok(())
+}
+
 #[test]
 fn pieces_can_be_sealed_instead() -> Result<()> {
     let s = Fixture::new("sealed", SMALL)?;

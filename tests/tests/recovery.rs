@@ -430,12 +430,17 @@ fn a_running_standby_waits_for_a_store_in_doubt() -> Result<()> {
     s.sql("insert into t values (1)")?;
     let segment = s.flush_archive(&s.server)?;
     standby.wait_for(&s.scratch, "select count(*) from t", "1")?;
+    // Until `wal get` has given up at least once: it tries three times, five seconds apart.
     let goes_on = |what: &str| -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(8);
-        while Instant::now() < deadline {
+        let ends = || standby.log_text().matches("fairvault: ").count();
+        let (before, deadline) = (ends(), Instant::now() + Duration::from_secs(60));
+        while ends() < before + 2 {
             ensure!(standby.is_running(), "{what}: {}", standby.log_text());
+            ensure!(Instant::now() < deadline, "{what}: {}", standby.log_text());
             std::thread::sleep(Duration::from_millis(200));
         }
+        std::thread::sleep(Duration::from_secs(1));
+        ensure!(standby.is_running(), "{what}: {}", standby.log_text());
         ensure!(standby.sql(&s.scratch, "select pg_is_in_recovery()")? == "t", "{what}");
         Ok(())
     };
@@ -461,7 +466,13 @@ fn a_running_standby_waits_for_a_store_in_doubt() -> Result<()> {
     bad[middle] ^= 1;
     std::fs::write(&object, bad)?;
     standby.try_start(&s.scratch, false)?;
-    std::thread::sleep(Duration::from_secs(8));
+    let before = standby.log_text().matches("fairvault: ").count();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while standby.log_text().matches("fairvault: ").count() == before {
+        ensure!(Instant::now() < deadline, "{}", standby.log_text());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    std::thread::sleep(Duration::from_secs(2));
     ensure!(
         !standby.log_text().contains("selected new timeline"),
         "{}",

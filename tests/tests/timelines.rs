@@ -248,11 +248,11 @@ fn an_old_primary_that_goes_on_is_a_branch_until_it_is_fenced() -> Result<()> {
     ensure!(exit == 1 && text.contains("failover on Tuesday"), "{exit} {text}");
     let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--no-slot", "--flush-interval", "100ms"]);
     ensure!(exit == 5 && text.contains("was closed at"), "{exit} {text}");
-    standby.sql(&s.scratch, "insert into t values (3)")?;
+    standby.sql(&s.scratch, "insert into t values (3), (4)")?;
     s.flush_archive(&standby)?;
     ensure!(s.ok(&["info", "acme"])?.contains("timeline 1 was closed"));
     for (name, port, more, expected) in [
-        ("latest", 5461, vec![], "5"),
+        ("latest", 5461, vec![], "6"),
         ("current", 5462, vec!["--target-timeline", "current"], "5"),
     ] {
         let (exit, text) = s.restore(name, &more);

@@ -307,8 +307,11 @@ async fn stanza_in(context: &Context, repository: &str, stanza: &str, server: Op
     let archive = Archive::open(&log, Some(server.cluster.system_identifier), 3)?;
     let coverage = Coverage::read(&archive).await?;
     let wal = coverage.timelines.get(&server.timeline);
-    // Pieces are what a receiver leaves of the segment that is being written.
-    let is_received = wal.is_some_and(|wal| !wal.parts.is_empty());
+    // Pieces are what a receiver leaves of the segment that is being written; and no backup brought the rest.
+    let backups = log.state().backups.iter().filter_map(|backup| backup.info.as_ref());
+    let of_cluster = backups.filter(|info| info.system_identifier == server.cluster.system_identifier);
+    let is_received =
+        wal.is_some_and(|wal| !wal.parts.is_empty()) || coverage.is_archived(server.timeline, 0, of_cluster);
     let newest = wal.and_then(|wal| wal.segments.last().max(wal.parts.last()).copied());
     let size = archive.segment_size;
     let current = server.flush.0 / size;
@@ -317,9 +320,9 @@ async fn stanza_in(context: &Context, repository: &str, stanza: &str, server: Op
         let mut windows = info.windows.iter().filter(|w| {
             w.timeline == server.timeline && w.system_identifier == server.cluster.system_identifier.to_string()
         });
-        if let Some(hole) = windows.find_map(|w| w.hole.as_ref()) {
+        if let Some((first, last)) = windows.find_map(|w| w.hole.as_ref().zip(w.hole_end.as_ref())) {
             return Err(Error::damaged(format!(
-                "WAL from {hole} on is missing, and later WAL is there: recovery from backups before it ends there"
+                "WAL from {first} to {last} is missing, and later WAL is there: recovery from backups before it ends there"
             ))
             .remedy(
                 "archive it with `fairvault wal push` if the server's pg_wal still has it; else take a new backup",

@@ -176,7 +176,11 @@ fn print(info: &Info) {
             w.to_lsn,
             w.hole
                 .as_ref()
-                .map(|h| format!("; then {h} is MISSING"))
+                .zip(w.hole_end.as_ref())
+                .map(|(first, last)| match first == last {
+                    true => format!("; then {first} is MISSING"),
+                    false => format!("; then {first} to {last} are MISSING"),
+                })
                 .or_else(|| Some(format!("; beyond that, WAL CANNOT BE REPLAYED: {}", w.broken.as_ref()?)))
                 .unwrap_or_default()
         ));

@@ -129,8 +129,10 @@ pub struct Window {
     /// The same, microseconds since 1970; 0 if none is known.
     #[serde(skip)]
     pub to_us: i64,
-    /// The segment that is missing, if later ones are there.
+    /// The first segment that is missing, if later ones are there.
     pub hole: Option<String>,
+    /// The last one of that hole.
+    pub hole_end: Option<String>,
     /// Where WAL goes on that cannot be replayed, and why.
     pub broken: Option<String>,
 }
@@ -399,10 +401,13 @@ fn newest_before(archive: &Archive, segment: Segment, mut content: Vec<u8>, end:
     summarize(&content, start, archive.segment_size).max_time_us
 }
 
+/// So many segments without a commit are looked through for the newest one: a long load is a single transaction.
+const COMMITLESS: usize = 512;
+
 /// The newest commit before `end`, which whole segments hold: of the last of them that have one.
 async fn newest_commit(archive: &Archive, history: &History, from: Lsn, end: Lsn) -> Result<i64> {
     let size = archive.segment_size;
-    for segment in history.segments(from, end, size).into_iter().rev().take(8) {
+    for segment in history.segments(from, end, size).into_iter().rev().take(COMMITLESS) {
         let found = if segment.end(size) <= end {
             let header = archive.segment_header(segment).await;
             header.map(|header| header.and_then(|h| h.summary).map_or(0, |s| s.max_time_us))
@@ -447,6 +452,7 @@ async fn add_window(
         None => newest_commit(archive, history, from, reach.end).await?,
         Some(at) => newest_commit(archive, history, from, at).await?,
     };
+    let is_hole = reach.is_hole && !reach.is_expired && broken.is_none();
     windows.push(Window {
         system_identifier,
         timeline: history.timeline,
@@ -456,8 +462,8 @@ async fn add_window(
         from: rfc3339(info.stopped_us),
         to: (newest != 0).then(|| format_time(newest)),
         to_us: newest,
-        hole: (reach.is_hole && !reach.is_expired && broken.is_none())
-            .then(|| reach.missing.name(archive.segment_size)),
+        hole: is_hole.then(|| reach.missing.name(archive.segment_size)),
+        hole_end: is_hole.then(|| reach.last_missing.name(archive.segment_size)),
         broken: broken.map(|at| format!("wal_level = minimal at {at}")),
     });
     Ok(())

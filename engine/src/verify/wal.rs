@@ -150,7 +150,12 @@ impl Archives {
     ) -> Result<()> {
         let bad = std::mem::take(&mut self.bad);
         let checked = match self.of(log, info(backup).system_identifier).await {
-            Ok((archive, coverage)) => check_backup(archive, coverage, backup, level, &bad, verdict, report).await,
+            Ok((archive, coverage)) => {
+                let of_cluster = log.state().backups.iter().filter_map(|b| b.info.clone());
+                let of_cluster = of_cluster.filter(|i| i.system_identifier == archive.system_identifier);
+                let all: Vec<BackupInfo> = of_cluster.collect();
+                check_backup(archive, coverage, backup, &all, level, &bad, verdict, report).await
+            }
             Err(error) => Err(error),
         };
         self.bad = bad;
@@ -159,10 +164,23 @@ impl Archives {
 }
 
 /// Reports the first hole behind the start of a backup along a history, if later WAL is there.
-fn report_hole(archive: &Archive, coverage: &Coverage, history: &History, info: &BackupInfo, report: &mut Report) {
+fn report_hole(
+    archive: &Archive,
+    coverage: &Coverage,
+    history: &History,
+    info: &BackupInfo,
+    all: &[BackupInfo],
+    report: &mut Report,
+) {
     let reach = coverage.reach(history, Lsn(info.start_lsn));
-    // Backups that brought their own WAL promise nothing about what comes after them.
-    let promises = info.wal_method == "archive" || reach.end < Lsn(info.stop_lsn);
+    // Backups that brought their own WAL promise nothing about what comes after them; an archive does.
+    let timelines = history.ancestors.iter().map(|a| a.timeline).chain([history.timeline]);
+    let from = reach.missing.number.saturating_sub(1);
+    let promises = info.wal_method == "archive"
+        || reach.end < Lsn(info.stop_lsn)
+        || timelines
+            .into_iter()
+            .any(|timeline| coverage.is_archived(timeline, from, all.iter()));
     if !reach.is_hole || reach.is_expired || !promises {
         return;
     }
@@ -187,10 +205,12 @@ fn report_hole(archive: &Archive, coverage: &Coverage, history: &History, info: 
     }
 }
 
+#[allow(clippy::too_many_arguments)]
 async fn check_backup(
     archive: &Archive,
     coverage: &Coverage,
     backup: &CommittedBackup,
+    all: &[BackupInfo],
     level: Level,
     bad: &BTreeSet<String>,
     verdict: &mut BackupVerdict,
@@ -222,7 +242,7 @@ async fn check_backup(
     let onward = coverage.leading_from(info.stop_timeline, stop);
     let onward = onward.into_iter().filter(|other| other.timeline != history.timeline);
     for history in std::iter::once(&history).chain(onward) {
-        report_hole(archive, coverage, history, &info, report);
+        report_hole(archive, coverage, history, &info, all, report);
     }
     if reach.end < stop && !reach.has_part {
         verdict.problems.push(format!("{name} of its own WAL is missing"));

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fairvault_format::names;
+use fairvault_format::proto::BackupInfo;
 
 use super::archive::Archive;
 use crate::error::{Kind, Result};
@@ -79,6 +80,8 @@ pub struct Reach {
     pub is_hole: bool,
     /// That segment is not there because it has expired.
     pub is_expired: bool,
+    /// The last one that is missing, if there is a next one.
+    pub last_missing: Segment,
 }
 
 impl Coverage {
@@ -114,23 +117,46 @@ impl Coverage {
     pub async fn read_from(archive: &Archive, number: u64) -> Result<Self> {
         let mut this = Self::empty(archive);
         let folder = folder(archive);
-        let store = archive.stanza.store();
-        for name in store.folder(&folder).folders().await? {
-            let Ok(timeline) = u32::from_str_radix(&name, 16) else {
-                continue;
-            };
-            this.timelines.entry(timeline).or_default();
-            let first = Segment { timeline, number }.name(archive.segment_size);
-            let of_timeline = format!("{folder}/{name}");
-            let listed = store
-                .list_after(&of_timeline, &format!("{of_timeline}/{first}"), &of_timeline)
-                .await?;
-            for object in listed {
-                this.add(archive, &object, 0);
+        // One that cannot be read is an error: what it has may be what tells a hole from the end.
+        for one in archive.all() {
+            let store = one.stanza.store();
+            for name in store.folder(&folder).folders().await? {
+                let Ok(timeline) = u32::from_str_radix(&name, 16) else {
+                    continue;
+                };
+                this.timelines.entry(timeline).or_default();
+                let first = Segment { timeline, number }.name(archive.segment_size);
+                let of_timeline = format!("{folder}/{name}");
+                let listed = store
+                    .list_after(&of_timeline, &format!("{of_timeline}/{first}"), &of_timeline)
+                    .await?;
+                for object in listed {
+                    this.add(one, &object, 0);
+                }
             }
+        }
+        for other in &archive.others {
+            this.proven.extend(&other.backups);
+            this.expired.extend(ranges(other));
         }
         this.read_histories(archive).await?;
         Ok(this)
+    }
+
+    /// Whether WAL of a timeline from segment `from` on was archived for its own sake: not only with backups, for these
+    /// to be restored. Then a hole in it is a loss.
+    pub fn is_archived<'a>(&self, timeline: u32, from: u64, backups: impl Iterator<Item = &'a BackupInfo>) -> bool {
+        let Some(wal) = self.timelines.get(&timeline) else {
+            return false;
+        };
+        let of_timeline = backups.filter(|b| [b.start_timeline, b.stop_timeline].contains(&timeline));
+        let own: Vec<_> = of_timeline
+            .map(|b| b.start_lsn / self.segment_size..=b.stop_lsn.saturating_sub(1) / self.segment_size)
+            .collect();
+        let known = wal.segments.range(from..).chain(wal.parts.range(from..));
+        known
+            .into_iter()
+            .any(|number| !own.iter().any(|own| own.contains(number)))
     }
 
     fn empty(archive: &Archive) -> Self {
@@ -282,7 +308,13 @@ impl Coverage {
             timeline: owner(number),
             number,
         };
+        let next = self.next_any(history, number + 1);
+        let last = next.map_or(number, |next| next - 1);
         Reach {
+            last_missing: Segment {
+                timeline: owner(last),
+                number: last,
+            },
             end: missing.start(self.segment_size),
             missing,
             has_part: self.has_part(history, number),

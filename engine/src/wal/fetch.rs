@@ -7,6 +7,7 @@ use fairvault_format::{limits, names, object as objects, proto, wal};
 use super::archive::Archive;
 use super::summary;
 use crate::error::{Error, Kind, Result};
+use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
 use crate::postgres::walker::Walker;
 use crate::stanza::Stanza;
@@ -237,21 +238,36 @@ impl Archive {
         (is_inside && rules).then_some(Piece { start, end, object })
     }
 
-    /// The longest beginning of a segment that its pieces and partial files amount to; empty if there are
-    /// none. A damaged part is passed over as long as another one is good.
+    /// The longest beginning of a segment that its pieces and partial files amount to, as far as they agree; empty if
+    /// there are none. A damaged part is passed over as long as another one is good.
     pub async fn parts(&self, segment: Segment) -> Result<Vec<u8>> {
         let mut best = Vec::new();
         let mut failure = None;
         for archive in self.all() {
             match archive.own_parts(segment).await {
-                Ok(part) if part.len() > best.len() => best = part,
-                Ok(_) => {}
+                Ok(part) => self.take_part(segment, &mut best, part),
                 Err(error) => _ = failure.get_or_insert(error),
             }
         }
         match failure {
             Some(error) if best.is_empty() => Err(error),
             _ => Ok(best),
+        }
+    }
+
+    /// Takes another part into account: the longer one, as far as both agree. Where they do not, nobody knows which is right.
+    fn take_part(&self, segment: Segment, best: &mut Vec<u8>, part: Vec<u8>) {
+        let common = best.iter().zip(&part).take_while(|(a, b)| a == b).count();
+        if common < best.len().min(part.len()) {
+            tracing::warn!(
+                "parts of {} in {} differ from {} on: only what they have in common is used",
+                segment.name(self.segment_size),
+                self.stanza.shown(),
+                Lsn(segment.start(self.segment_size).0 + common as u64)
+            );
+            best.truncate(common);
+        } else if part.len() > best.len() {
+            *best = part;
         }
     }
 
@@ -275,14 +291,14 @@ impl Archive {
         let listed = self.stanza.store().list_after(&folder, &start, &start).await?;
         let mut pieces = Vec::new();
         let mut best: Vec<u8> = Vec::new();
+        let mut partials = Vec::new();
         let mut failure: Option<Error> = None;
         for object in listed {
             if object[start.len()..].starts_with("d/") {
                 pieces.extend(self.piece_of(segment, object));
             } else if object[start.len()..].starts_with("partial") {
                 match self.partial(segment, &object).await {
-                    Ok(content) if content.len() > best.len() => best = content,
-                    Ok(_) => {}
+                    Ok(content) => partials.push(content),
                     Err(error) if error.kind() == Kind::Temporary => return Err(error),
                     Err(error) => failure = Some(error),
                 }
@@ -290,10 +306,14 @@ impl Archive {
         }
         pieces.sort();
         match self.join_pieces(segment, pieces).await {
-            Ok(content) if content.len() > best.len() => best = content,
-            Ok(_) => {}
+            Ok(content) => partials.push(content),
             Err(error) if matches!(error.kind(), Kind::Temporary | Kind::NotFound) => return Err(error),
             Err(error) => failure = Some(error),
+        }
+        // The longest first: what is cut off it once never comes back.
+        partials.sort_by_key(|part| std::cmp::Reverse(part.len()));
+        for part in partials {
+            self.take_part(segment, &mut best, part);
         }
         match failure {
             Some(error) if best.is_empty() => Err(error),

@@ -84,6 +84,8 @@ pub async fn get<R>(
                 return deliver(destination, &content);
             }
             Ok(Some((Answer::Delivered, _))) => return Ok(Outcome::Delivered),
+            // Another one may know a newer history, which wants it.
+            Ok(Some((Answer::NotWanted, archive))) if needs.follow == Follow::Newest => archives.push(archive),
             Ok(Some((Answer::NotWanted, _))) => return Ok(Outcome::Absent),
             Ok(Some((Answer::Missing, archive))) => archives.push(archive),
             Err(error) => {
@@ -125,6 +127,9 @@ async fn without_whole(archives: Vec<Archive>, name: &str, destination: &Path, n
     let mut proof = Ok(());
     if let WalFile::Segment(segment) = WalFile::parse(name, archive.segment_size)? {
         let request = Request::new(&archive, segment, needs).await?;
+        if !request.wanted() {
+            return Ok(Outcome::Absent);
+        }
         let mut part = archive.parts(segment).await?;
         request.cut(&mut part);
         proof = check_end(&archive, &request, name, part.len()).await;

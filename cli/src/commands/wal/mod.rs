@@ -21,6 +21,8 @@ use crate::context::Context;
 const PARALLEL: usize = 4;
 /// Where a worker writes its log, in its spool folder.
 const WORKER_LOG: &str = "worker.log";
+/// A longer log is put aside, in the place of the one before.
+const WORKER_LOG_BYTES: u64 = 1 << 20;
 
 /// Opens the log without ever stretching a passphrase.
 async fn open(context: &Context, repository: &str, stanza: &str) -> Result<Log> {
@@ -59,7 +61,11 @@ fn destinations(context: &Context, stanza: &str, repositories: &[String]) -> Res
 fn start_worker(exchange: &Exchange) -> Result<()> {
     let log = exchange.folder().join(WORKER_LOG);
     let start = || -> std::io::Result<()> {
-        let log = std::fs::File::create(&log)?;
+        // What earlier ones have said stays to be read, up to a size.
+        if std::fs::metadata(&log).is_ok_and(|meta| meta.len() > WORKER_LOG_BYTES) {
+            std::fs::rename(&log, log.with_extension("log.1"))?;
+        }
+        let log = std::fs::File::options().create(true).append(true).open(&log)?;
         Command::new(std::env::current_exe()?)
             .args(std::env::args_os().skip(1))
             .arg("--worker")

@@ -68,6 +68,7 @@ pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
         Err(error) if !exchange.is_worked().unwrap_or(false) => {
             tracing::warn!("without the background worker: {error}");
             everywhere.push(&name, &args.path).await?;
+            everywhere.look_for_gap(&name, &args.path).await;
             Ok(Outcome::Done)
         }
         Err(error) => Err(error).context(|| not_archived(&name, &pg_wal)),
