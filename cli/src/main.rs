@@ -122,7 +122,19 @@ fn failure_code(table: Table, ordinary: u8) -> u8 {
     }
 }
 
+/// A core dump would hold keys, and pages of the cluster.
+fn forbid_core_dumps() {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    // Where that is not allowed, nothing else is wrong.
+    let _ = setrlimit(Resource::Core, none);
+}
+
 fn main() -> ExitCode {
+    forbid_core_dumps();
     let arguments: Vec<String> = std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect();
     let table = table(&arguments);
     let default_hook = std::panic::take_hook();

@@ -6,13 +6,17 @@ use fairvault_engine::wal::summary::summarize;
 use libfuzzer_sys::fuzz_target;
 
 const PAGE: usize = 8192;
+/// Of the versions 14 to 19.
+const MAGIC: [u16; 6] = [0xD10D, 0xD110, 0xD113, 0xD116, 0xD118, 0xD122];
 
 fuzz_target!(|data: &[u8]| {
     let start = Lsn(16 << 20);
+    let Some((version, data)) = data.split_first() else { return };
+    let magic = MAGIC[usize::from(*version) % MAGIC.len()];
     let mut content = data.to_vec();
     content.resize(content.len().next_multiple_of(PAGE).max(PAGE), 0);
     for (number, page) in content.chunks_exact_mut(PAGE).enumerate() {
-        page[..2].copy_from_slice(&0xD110u16.to_le_bytes());
+        page[..2].copy_from_slice(&magic.to_le_bytes());
         page[8..16].copy_from_slice(&(start.0 + (number * PAGE) as u64).to_le_bytes());
     }
     // The first record's CRC, so that what is inside is looked at.

@@ -216,6 +216,41 @@ fn an_audit_finds_what_tracking_missed() -> Result<()> {
     Ok(())
 }
 
+/// A page that is newer than the map says is an alarm: nothing is committed, and it is not taken for less.
+#[test]
+fn a_page_that_is_newer_than_its_map_stops_the_backup() -> Result<()> {
+    let faulty = Faulty::new("no btree")?;
+    let s = &faulty.0;
+    s.sql("create table t (n int primary key, x text)")?;
+    s.sql("insert into t select i, 'x' from generate_series(1, 50000) i")?;
+    faulty.backup()?;
+    s.sql("insert into t select i, 'y' from generate_series(50001, 60000) i")?;
+    let before = (
+        s.objects("roots"),
+        s.ok(&["info", "acme", "--output", "json"])?
+            .matches("\"parent\"")
+            .count(),
+    );
+    // Over the network, everything is sent, and so everything is looked at.
+    let (exit, text) = faulty.run(&["--source", "stream"]);
+    ensure!(
+        exit == 4 && text.contains("ALARM: block") && text.contains("--type full"),
+        "{exit} {text}"
+    );
+    let after = (
+        s.objects("roots"),
+        s.ok(&["info", "acme", "--output", "json"])?
+            .matches("\"parent\"")
+            .count(),
+    );
+    ensure!(before == after, "it was committed all the same");
+    // What the alarm asks for works, and is right.
+    let (exit, text) = faulty.run(&["--source", "stream", "--type", "full"]);
+    ensure!(exit == 0, "{exit} {text}");
+    ensure!(restored(s, "r", &[], "select count(*) from t")? == "60000");
+    Ok(())
+}
+
 #[test]
 fn what_changes_during_an_audit_is_not_missed() -> Result<()> {
     let shape = Shape {

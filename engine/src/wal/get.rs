@@ -80,10 +80,14 @@ pub async fn get<R>(
         match answer.await {
             Ok(None) => {}
             Ok(Some((Answer::Content(content), archive))) => {
+                say_failure(name, failure.as_ref());
                 check_tablespaces(&archive, name, &content, needs).await?;
                 return deliver(destination, &content);
             }
-            Ok(Some((Answer::Delivered, _))) => return Ok(Outcome::Delivered),
+            Ok(Some((Answer::Delivered, _))) => {
+                say_failure(name, failure.as_ref());
+                return Ok(Outcome::Delivered);
+            }
             // Another one may know a newer history, which wants it.
             Ok(Some((Answer::NotWanted, archive))) if needs.follow == Follow::Newest => archives.push(archive),
             Ok(Some((Answer::NotWanted, _))) => return Ok(Outcome::Absent),
@@ -113,6 +117,13 @@ pub async fn get<R>(
         );
     }
     without_whole(archives, name, destination, needs).await
+}
+
+/// Recovery goes on, and somebody should know that it did so by another repository.
+fn say_failure(name: &str, failure: Option<&Error>) {
+    if let Some(error) = failure {
+        tracing::warn!("{name} is taken from another repository: {error}");
+    }
 }
 
 /// No repository that can be read has the whole file: a part of it, or the proof that there is none. They count as one

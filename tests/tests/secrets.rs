@@ -1,0 +1,143 @@
+//! What must stay secret is in nothing that this program says, writes or leaves, and others may not read its files.
+
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use fairvault_tests::fixture::{SMALL, files};
+use fairvault_tests::s3::S3;
+use fairvault_tests::{Fixture, Receiver, Shape};
+
+const S3_SECRET: &str = "the-canary-of-the-bucket";
+const PASSWORD: &str = "the-canary-of-the-server";
+
+fn holds(content: &[u8], secret: &str) -> bool {
+    content.windows(secret.len()).any(|part| part == secret.as_bytes())
+}
+
+#[test]
+fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
+    let shape = Shape { stanza: false, ..SMALL };
+    let mut s = Fixture::new("canary", shape)?;
+    let s3 = S3::start(&s.scratch, "bucket")?;
+    let more = "wal = { flush_interval = \"200ms\" }";
+    s.use_s3(&s3.endpoint(), "s3://bucket/x", more)?;
+    s.scratch.write("s3.secret", S3_SECRET.as_bytes())?;
+    let config = std::fs::read_to_string(s.scratch.join("s3.toml"))?;
+    let config: Vec<String> = config
+        .lines()
+        .map(|line| match line {
+            line if line.starts_with("secret_key") => format!("secret_key_file = \"{}\"", s.path("s3.secret")),
+            line if line.starts_with("conninfo") => {
+                line.replace("user=postgres", &format!("user=postgres password={PASSWORD}"))
+            }
+            line => line.to_owned(),
+        })
+        .collect();
+    let config = config.join("\n") + "\n";
+    ensure!(config.contains(PASSWORD) && config.contains("s3.secret"), "{config}");
+    s.scratch.write("s3.toml", config.as_bytes())?;
+    let key = std::fs::read_to_string(s.path("key"))?.trim().to_owned();
+    let digits = key.rsplit(':').next().context("a key")?.to_owned();
+    let secrets = [S3_SECRET, PASSWORD, digits.as_str()];
+    let mut said = String::new();
+    let mut run = |arguments: &[&str]| {
+        let (_, text) = s.fairvault(&[&["--log-level", "trace"], arguments].concat());
+        said += &text;
+        said += "\n";
+    };
+    run(&["stanza", "create", "acme"]);
+    run(&["backup", "acme", "--fast", "--progress", "none"]);
+    run(&["info", "acme"]);
+    run(&["check", "acme"]);
+    run(&["verify", "acme", "--progress", "none"]);
+    run(&["audit", "acme", "--output", "json"]);
+    run(&["key", "list", "acme"]);
+    let to = s.path("r");
+    run(&["restore", "acme", "--to", &to, "--progress", "none"]);
+    // Who listens at a process hears no secret either, nor does a core dump tell it.
+    let receiver = Receiver::start(&s, &["--log-level", "trace"])?;
+    let process = |file: &str| std::fs::read(format!("/proc/{}/{file}", receiver.pid()));
+    let arguments = process("cmdline")?;
+    let limits = String::from_utf8_lossy(&process("limits")?).into_owned();
+    let core = limits
+        .lines()
+        .find(|line| line.starts_with("Max core file size"))
+        .unwrap_or_default();
+    ensure!(
+        core.split_whitespace().nth(4) == Some("0") && core.split_whitespace().nth(5) == Some("0"),
+        "{core}"
+    );
+    std::thread::sleep(Duration::from_secs(1));
+    said += &receiver.stop()?;
+    // Failures say where and why, not with what.
+    let wrong = config.replace("s3.secret", "missing.secret");
+    s.scratch.write("s3.toml", wrong.as_bytes())?;
+    let mut run = |arguments: &[&str]| said += &s.fairvault(&[&["--log-level", "trace"], arguments].concat()).1;
+    run(&["info", "acme"]);
+    let wrong = config.replace("port=5432", "port=5999");
+    s.scratch.write("s3.toml", wrong.as_bytes())?;
+    run(&["backup", "acme", "--progress", "none"]);
+    run(&["check", "acme"]);
+    let wrong = config.replace("s3://bucket/", "s3://nobucket/");
+    s.scratch.write("s3.toml", wrong.as_bytes())?;
+    run(&["backup", "acme", "--progress", "none"]);
+    let wrong = config.replace("[stanza.acme]", "[stanza.acme]\nnonsense = 1");
+    s.scratch.write("s3.toml", wrong.as_bytes())?;
+    run(&["info", "acme"]);
+    let another = format!("fairvault-key-1:{}\n", "0123456789abcdef".repeat(4));
+    s.scratch.write("key", another.as_bytes())?;
+    s.scratch.write("s3.toml", config.as_bytes())?;
+    run(&["info", "acme"]);
+    ensure!(said.len() > 5_000, "{said}");
+    for secret in secrets {
+        if let Some(line) = said.lines().find(|line| line.contains(secret)) {
+            anyhow::bail!("{secret} is in: {line}");
+        }
+        ensure!(!holds(&arguments, secret), "{secret} is in the arguments");
+        // What it leaves: the cache, and the restored copy's settings.
+        for folder in ["cache", "r"] {
+            for path in files(&s.scratch.join(folder)) {
+                ensure!(
+                    !holds(&std::fs::read(&path)?, secret),
+                    "{secret} is in {}",
+                    path.display()
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_made_is_for_its_owner_alone() -> Result<()> {
+    let s = Fixture::new("modes", SMALL)?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    let mode = |path: &std::path::Path| Ok::<_, anyhow::Error>(std::fs::metadata(path)?.permissions().mode() & 0o777);
+    let spool = s.path("spool");
+    let receiver = Receiver::start(&s, &["--spool", &spool])?;
+    s.sql("insert into t values (1)")?;
+    std::thread::sleep(Duration::from_secs(1));
+    receiver.stop()?;
+    let made = s.scratch.join("made.key");
+    s.ok(&["key", "generate", &made.display().to_string()])?;
+    let exported = s.scratch.join("exported.key");
+    s.ok(&["key", "export", "acme", &exported.display().to_string()])?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    for file in [made, exported] {
+        ensure!(mode(&file)? & 0o177 == 0, "{:o}", mode(&file)?);
+    }
+    for folder in ["vault", "spool", "cache", "r"] {
+        ensure!(
+            mode(&s.scratch.join(folder))? & 0o077 == 0,
+            "{folder}: {:o}",
+            mode(&s.scratch.join(folder))?
+        );
+    }
+    for path in files(&s.scratch.join("spool")) {
+        ensure!(mode(&path)? & 0o177 == 0, "{}: {:o}", path.display(), mode(&path)?);
+    }
+    Ok(())
+}
