@@ -364,7 +364,7 @@ async fn transfer(
     let audit = audited.map(|basis| Arc::new(Audit::new(stanza.clone(), basis)));
     match &audit {
         Some(audit) => tracing::info!(
-            "auditing: everything is read, and up to {} MiB of the parent are fetched",
+            "auditing: everything is read, and about {} MiB of the parent are fetched",
             audit.to_fetch().div_ceil(1 << 20)
         ),
         None if options.audit => {

@@ -1,6 +1,6 @@
 //! Is what tracking would have left out as it was? A backup reads everything, and compares it with the parent.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::map::BlockMap;
@@ -17,6 +17,8 @@ use crate::stanza::Stanza;
 use crate::wal::archive::Archive;
 
 const BLOCK: usize = BLOCK_BYTES as usize;
+/// Frames of the parent that are held: at most 512 KiB each.
+const FRAMES: usize = 64;
 
 /// A block that changed, and of which the block map knows nothing.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,6 +37,8 @@ pub struct Audit {
     /// What of each file would have been read.
     predicted: Mutex<HashMap<String, Wanted>>,
     missed: Mutex<Vec<Missed>>,
+    /// The last ones that were fetched, the newest first.
+    frames: Mutex<VecDeque<(u32, Arc<Vec<u8>>)>>,
 }
 
 impl Audit {
@@ -46,10 +50,11 @@ impl Audit {
             runtime: tokio::runtime::Handle::current(),
             predicted: Mutex::default(),
             missed: Mutex::default(),
+            frames: Mutex::default(),
         }
     }
 
-    /// Bytes that may have to be fetched at most: what the parent has of main forks.
+    /// Bytes that may have to be fetched: what the parent has of main forks, if each frame is fetched once.
     pub fn to_fetch(&self) -> u64 {
         self.basis.stored_bytes()
     }
@@ -70,23 +75,13 @@ impl Audit {
             return Ok(());
         };
         let mut missed = Vec::new();
-        // What is kept of a chunk is often one frame, in parts.
-        let mut last: Option<(u32, Vec<u8>)> = None;
         let mut rest = &chunk.bytes[..];
         for run in &chunk.runs {
             let (content, behind) = rest.split_at(run.len as usize);
             rest = behind;
             let end = run.offset + u64::from(run.len);
             for kept in self.basis.kept_within(&chunk.path, run.offset..end, &ranges) {
-                let frame = &self.basis.manifest.frames[kept.frame as usize];
-                let pack = &self.basis.manifest.packs[frame.pack as usize];
-                let before = match &mut last {
-                    Some((number, content)) if *number == kept.frame => content,
-                    last => {
-                        let content = self.runtime.block_on(read_frame(&self.stanza, pack, frame))?;
-                        &mut last.insert((kept.frame, content)).1
-                    }
-                };
+                let before = self.frame(kept.frame)?;
                 let (at, inside) = ((kept.file_offset - run.offset) as usize, kept.frame_offset as usize);
                 let len = kept.len as usize;
                 let now = content[at..at + len].as_chunks::<BLOCK>().0;
@@ -107,6 +102,21 @@ impl Audit {
             .unwrap_or_else(PoisonError::into_inner)
             .extend(missed);
         Ok(())
+    }
+
+    /// A frame of the parent. Files that were changed often lie in parts of several, in turn.
+    fn frame(&self, number: u32) -> Result<Arc<Vec<u8>>> {
+        let frames = || self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, content)) = frames().iter().find(|(other, _)| *other == number) {
+            return Ok(content.clone());
+        }
+        let frame = &self.basis.manifest.frames[number as usize];
+        let pack = &self.basis.manifest.packs[frame.pack as usize];
+        let content = Arc::new(self.runtime.block_on(read_frame(&self.stanza, pack, frame))?);
+        let mut frames = frames();
+        frames.truncate(FRAMES - 1);
+        frames.push_front((number, content.clone()));
+        Ok(content)
     }
 
     /// What tracking has missed, in order. What the WAL of this backup, `during`, changed says nothing: the page was read
