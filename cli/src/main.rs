@@ -160,6 +160,9 @@ fn main() -> ExitCode {
     ) {
         memory::give_back();
     }
+    if matches!(cli.command, Command::Wal(WalCommand::Receive(_))) {
+        memory::share();
+    }
     let output = cli.global.output;
     let runtime = match runtime(table) {
         Ok(runtime) => runtime,

@@ -317,15 +317,31 @@ fn what_the_server_still_has_is_filled_in() -> Result<()> {
     let receiver = Receiver::start(&s, &["--flush-interval", "100ms"])?;
     s.sql("create table t (x text)")?;
     let first = s.backup_id(&[])?;
+    let fill = "insert into t select md5(i::text) from generate_series(1, 3000) i";
+    // Between two backups, the receiver has brought what there is: WAL is archived here, although no command does it.
+    for _ in 0..5 {
+        s.sql(fill)?;
+    }
+    wait_until_durable(&s, &s.server)?;
+    s.backup()?;
     wait_until_durable(&s, &s.server)?;
     receiver.kill()?;
-    let fill = "insert into t select md5(i::text) from generate_series(1, 3000) i";
     for _ in 0..10 {
         s.sql(fill)?;
     }
     // This backup brings its own WAL, far ahead of where the receiver stopped.
     s.backup()?;
     ensure!(s.ok(&["info", "acme"])?.contains("gap"), "there is no gap to fill");
+    let (exit, text) = s.fairvault(&["verify", "acme", "--progress", "none"]);
+    ensure!(
+        exit == 4 && text.contains("recovery from earlier backups ends before it"),
+        "{exit} {text}"
+    );
+    let (exit, text) = s.fairvault(&["check", "acme"]);
+    ensure!(
+        exit == 1 && text.contains("is missing, and later WAL is there"),
+        "{exit} {text}"
+    );
     let mut receiver = Receiver::start_until(&s, &["--flush-interval", "100ms"], "filling what is missing")?;
     s.sql(fill)?;
     wait_until_durable(&s, &s.server)?;
@@ -337,7 +353,48 @@ fn what_the_server_still_has_is_filled_in() -> Result<()> {
     ensure!(!info.contains("gap"), "{info}");
     let (exit, text) = s.restore("r", &["--backup", &first]);
     ensure!(exit == 0, "{text}");
-    ensure!(s.rows(&s.start("r", 5450)?)? == "33000");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "48000");
+    ensure!(s.ok(&["verify", "acme", "--progress", "none"])?.contains("all good"));
+    Ok(())
+}
+
+/// Backups that bring their own WAL, and nothing else: what lies between them is missed by nobody.
+#[test]
+fn without_an_archive_there_is_no_gap() -> Result<()> {
+    let s = Fixture::new("ownwal", SMALL)?;
+    s.sql("create table t (x text)")?;
+    let fill = "insert into t select md5(i::text) from generate_series(1, 9000) i";
+    let load = s.scratch.write("load.sql", format!("{fill};\n").as_bytes())?;
+    for _ in 0..3 {
+        // The server goes on while a backup is stored: it streams beyond what it needs.
+        let mut pgbench = s
+            .server
+            .pgbench(&s.scratch, &["-n", "-T", "4", "-f", &load.display().to_string()]);
+        let mut pgbench = pgbench
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()?;
+        s.ok(&[
+            "backup",
+            "acme",
+            "--fast",
+            "--progress",
+            "none",
+            "--max-rate",
+            "12MiB",
+            "--source",
+            "stream",
+        ])?;
+        pgbench.wait()?;
+        for _ in 0..3 {
+            s.sql(fill)?;
+        }
+    }
+    ensure!(s.ok(&["info", "acme"])?.contains("gap"));
+    let text = s.ok(&["verify", "acme", "--progress", "none"])?;
+    ensure!(text.contains("all good"), "{text}");
+    let (exit, text) = s.fairvault(&["check", "acme"]);
+    ensure!(exit == 0, "{exit} {text}");
     Ok(())
 }
 

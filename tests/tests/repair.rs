@@ -365,6 +365,20 @@ fn a_damaged_backup_takes_the_place_of_no_good_one() -> Result<()> {
             text.contains(&format!("WARNING: backup {bad} cannot be restored as it is")),
             "{text}"
         );
+        // Brought back, it is as good as before, although it was found damaged once.
+        let lost = s.scratch.join("lost");
+        if damage == "found" {
+            std::fs::copy(&pack, &lost)?;
+            flip(&pack)?;
+            let text = s.ok(&dry_run)?;
+            ensure!(
+                line(&text, &good).contains("expires") && !text.contains("WARNING"),
+                "{text}"
+            );
+            let info = s.ok(&["info", "acme"])?;
+            ensure!(!info.contains("DAMAGED"), "{info}");
+            std::fs::copy(&lost, &pack)?;
+        }
         s.ok(&["expire", "acme"])?;
         s.ok(&["gc", "acme", "--patience", "0s", "--progress", "none"])?;
         s.ok(&["gc", "acme", "--patience", "0s", "--progress", "none"])?;

@@ -149,6 +149,10 @@ struct Server {
     wal: WalMethod,
 }
 
+/// How often the WAL at the end of a backup is compared once more if that failed, and after what time.
+const AGAIN: usize = 3;
+const AGAIN_AFTER: Duration = Duration::from_secs(3);
+
 /// Takes a backup. When `cancelled` completes, it stops cleanly and its session is ended.
 pub async fn run(
     log: &mut Log,
@@ -458,8 +462,22 @@ async fn transfer(
     store_histories(&mut server.connection, &archive, ended.timeline).await?;
     if server.wal == WalMethod::Archive {
         // What was waited for is a name: its content must be this server's.
+        let at = Lsn(ended.stop.0 - 1);
         let connection = server.connection;
-        same::check(&archive, timeline, Lsn(ended.stop.0 - 1), async || Ok(connection)).await?;
+        let mut compared = same::check(&archive, timeline, at, async || Ok(connection)).await;
+        for _ in 0..AGAIN {
+            match &compared {
+                Err(error) if error.kind() != ErrorKind::Refused => tokio::time::sleep(AGAIN_AFTER).await,
+                _ => break,
+            }
+            compared = same::check(&archive, timeline, at, connect).await;
+        }
+        match compared {
+            Err(error) if error.kind() != ErrorKind::Refused => notes.push(format!(
+                "the WAL that was archived could not be compared with the server's: {error}"
+            )),
+            compared => compared?,
+        }
     }
     let page_failures = judge::judge(
         &archive,

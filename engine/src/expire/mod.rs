@@ -89,8 +89,8 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
         age_s: policy.minimum_retention_s,
         fulls: policy.minimum_full,
     };
-    let mut decisions = decide(&candidates, &options.retention, floor, now_us);
-    if decisions.iter().any(|decision| !decision.keep) {
+    // Which WAL stays depends on it, too, although every backup stays.
+    if options.retention.has_rules() || options.retention.wal.is_some() {
         let mut damage = damage::of_all(log).await?;
         for candidate in &mut candidates {
             candidate.damage = damage.remove(&candidate.id);
@@ -101,8 +101,8 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
                 ));
             }
         }
-        decisions = decide(&candidates, &options.retention, floor, now_us);
     }
+    let decisions = decide(&candidates, &options.retention, floor, now_us);
     let backups = log.state().backups.clone();
     let lines = backups
         .iter()

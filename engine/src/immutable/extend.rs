@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::kept_for;
 use super::needs::Needs;
-use super::seen::Seen;
+use super::seen::{self, Seen};
 use crate::commit::Log;
 use crate::error::{Error, Result};
 use crate::expire::rules::Retention;
@@ -103,7 +103,7 @@ pub async fn run(log: &Log, repository: &Store, options: &Options, progress: &Pr
     let stanza = log.stanza().store();
     let snapshots = stanza.list(names::SNAPSHOTS).await?;
     let newest: Vec<&String> = snapshots.iter().rev().take(SNAPSHOTS).map(|(name, _)| name).collect();
-    let seen = Seen::load(log.stanza(), bucket);
+    let known = Seen::load(log.stanza(), bucket);
     let mut found = BTreeMap::new();
     let mut report = Report {
         lost: needs.lost_roots.clone(),
@@ -136,11 +136,11 @@ pub async fn run(log: &Log, repository: &Store, options: &Options, progress: &Pr
                     object,
                 })
             });
-            extend(bucket, &seen, jobs.collect(), options.dry_run, &mut report, &mut found).await?;
+            extend(bucket, &known, jobs.collect(), options.dry_run, &mut report, &mut found).await?;
         }
     }
     if !options.dry_run {
-        seen.keep(log.stanza(), found);
+        known.keep(log.stanza(), found);
     }
     Ok(report)
 }
@@ -160,7 +160,8 @@ async fn locking(repository: &Store) -> Result<Bucket> {
 
 /// What came out of one job: bytes, whether its lock was extended, requests, and when it ends.
 struct Done {
-    name: String,
+    /// What is to be remembered of its lock.
+    remember: Option<(String, i64)>,
     bytes: u64,
     extended: bool,
     requests: u64,
@@ -186,7 +187,7 @@ async fn extend(
         }
         report.requests += done.requests;
         report.hidden.extend(done.hidden);
-        found.insert(done.name, done.until_us);
+        found.extend(done.remember);
         let until_s = done.until_us / 1_000_000;
         report.locked_until_s = Some(report.locked_until_s.map_or(until_s, |first| first.min(until_s)));
     }
@@ -200,7 +201,7 @@ async fn one(bucket: Bucket, seen: &Seen, job: Job, dry_run: bool) -> Result<Opt
     };
     let name = &job.object.name;
     let mut done = Done {
-        name: name.clone(),
+        remember: seen.known(name, version),
         bytes: version.size,
         extended: false,
         requests: 0,
@@ -213,6 +214,7 @@ async fn one(bucket: Bucket, seen: &Seen, job: Job, dry_run: bool) -> Result<Opt
     done.requests += 1;
     let is = job.store.lock_of(name, &version.id).await?;
     done.until_us = is.map_or(0, |lock| lock.until_us);
+    done.remember = is.and_then(|lock| seen::to_remember(name, version, lock));
     if done.until_us >= job.until_us {
         return Ok(Some(done));
     }
@@ -228,6 +230,7 @@ async fn one(bucket: Bucket, seen: &Seen, job: Job, dry_run: bool) -> Result<Opt
         job.store.set_lock(name, &version.id, lock).await?;
     }
     done.extended = true;
+    done.remember = seen::to_remember(name, version, lock);
     done.until_us = lock.until_us;
     Ok(Some(done))
 }

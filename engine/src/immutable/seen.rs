@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::stanza::Stanza;
-use crate::store::versions::{Bucket, DAY_US, Mode, Version};
+use crate::store::versions::{Bucket, DAY_US, Lock, Mode, Version};
 
 const FILE: &str = "locks";
 
@@ -19,7 +19,7 @@ pub struct Seen {
     default: Option<(Mode, u32)>,
     /// Objects that were stored later are locked by the default, microseconds since 1970.
     since_us: i64,
-    /// When the locks of others end, by name.
+    /// When the locks of others end, by name and version: of those that nobody ends early.
     ends: BTreeMap<String, i64>,
 }
 
@@ -49,7 +49,14 @@ impl Seen {
             true => bucket.locks_until(version.modified_us),
             false => 0,
         };
-        self.ends.get(name).copied().unwrap_or(0).max(by_default)
+        self.known(name, version).map_or(0, |(_, end)| end).max(by_default)
+    }
+
+    /// What is remembered of a version.
+    pub fn known(&self, name: &str, version: &Version) -> Option<(String, i64)> {
+        let key = key(name, version);
+        let end = *self.ends.get(&key)?;
+        Some((key, end))
     }
 
     /// Remembers, of all that are needed, what was found: names and ends.
@@ -63,6 +70,15 @@ impl Seen {
     }
 }
 
+fn key(name: &str, version: &Version) -> String {
+    format!("{name}#{}", version.id)
+}
+
+/// What to remember of a lock that was asked for or made.
+pub fn to_remember(name: &str, version: &Version, lock: Lock) -> Option<(String, i64)> {
+    (lock.mode == Mode::Compliance).then(|| (key(name, version), lock.until_us))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,7 +90,7 @@ mod tests {
             ..Bucket::default()
         };
         let version = |modified_us| Version {
-            id: String::new(),
+            id: "v".to_owned(),
             is_marker: false,
             modified_us,
             size: 1,
@@ -84,7 +100,7 @@ mod tests {
         assert_eq!(seen.end(bucket(1), "a", &version(5 * DAY_US)), 0);
         assert_eq!(seen.end(bucket(1), "a", &version(6 * DAY_US)), 7 * DAY_US);
         let seen = Seen {
-            ends: [("a".to_owned(), 6 * DAY_US)].into(),
+            ends: [("a#v".to_owned(), 6 * DAY_US)].into(),
             ..seen.with(bucket(1), 9 * DAY_US)
         };
         assert_eq!(seen.since_us, 6 * DAY_US, "it is as it was");
@@ -93,5 +109,20 @@ mod tests {
         assert_eq!(seen.end(bucket(30), "b", &version(9 * DAY_US)), 0);
         assert_eq!(seen.end(bucket(30), "b", &version(10 * DAY_US)), 40 * DAY_US);
         assert_eq!(seen.end(bucket(30), "a", &version(0)), 6 * DAY_US);
+        let another = Version {
+            id: "w".to_owned(),
+            ..version(0)
+        };
+        assert_eq!(seen.end(bucket(30), "a", &another), 0, "it was stored anew");
+        let lock = |mode| Lock { mode, until_us: 5 };
+        assert_eq!(
+            to_remember("a", &another, lock(Mode::Compliance)),
+            Some(("a#w".to_owned(), 5))
+        );
+        assert_eq!(
+            to_remember("a", &another, lock(Mode::Governance)),
+            None,
+            "it may be ended early"
+        );
     }
 }

@@ -6,6 +6,7 @@ pub mod damage;
 use std::collections::BTreeMap;
 
 use fairvault_format::proto::BackupInfo;
+use futures::StreamExt;
 use serde::Serialize;
 
 use breaks::Breaks;
@@ -404,19 +405,17 @@ fn newest_before(archive: &Archive, segment: Segment, mut content: Vec<u8>, end:
 /// So many segments without a commit are looked through for the newest one: a long load is a single transaction.
 const COMMITLESS: usize = 512;
 
+/// So many of them are looked at ahead.
+const LOOKS: usize = 4;
+
 /// The newest commit before `end`, which whole segments hold: of the last of them that have one.
 async fn newest_commit(archive: &Archive, history: &History, from: Lsn, end: Lsn) -> Result<i64> {
     let size = archive.segment_size;
-    for segment in history.segments(from, end, size).into_iter().rev().take(COMMITLESS) {
-        let found = if segment.end(size) <= end {
-            let header = archive.segment_header(segment).await;
-            header.map(|header| header.and_then(|h| h.summary).map_or(0, |s| s.max_time_us))
-        } else if archive.stanza.keys().can_read() {
-            let content = archive.whole_segment(segment).await;
-            content.map(|content| newest_before(archive, segment, content.unwrap_or_default(), end))
-        } else {
-            Ok(0)
-        };
+    let segments = history.segments(from, end, size).into_iter().rev().take(COMMITLESS);
+    let mut looks = futures::stream::iter(segments)
+        .map(async |segment| (segment, newest_in(archive, segment, end).await))
+        .buffered(LOOKS);
+    while let Some((segment, found)) = looks.next().await {
         match found {
             Ok(0) => {}
             Ok(newest) => return Ok(newest),
@@ -425,6 +424,23 @@ async fn newest_commit(archive: &Archive, history: &History, from: Lsn, end: Lsn
         }
     }
     Ok(0)
+}
+
+/// The newest commit of a segment before `end`.
+async fn newest_in(archive: &Archive, segment: Segment, end: Lsn) -> Result<i64> {
+    let size = archive.segment_size;
+    let header = async {
+        let header = archive.segment_header(segment).await?;
+        Ok(header.and_then(|h| h.summary).map_or(0, |s| s.max_time_us))
+    };
+    if segment.end(size) <= end {
+        return header.await;
+    }
+    if !archive.stanza.keys().can_read() {
+        return Ok(0);
+    }
+    let content = archive.whole_segment(segment).await?.unwrap_or_default();
+    Ok(newest_before(archive, segment, content, end))
 }
 
 /// A backup inside a window that is already known adds nothing.

@@ -143,11 +143,14 @@ async fn from_server(
     let mut stream = WalStream::start(connection, None, position, segment.timeline).await?;
     let mut summarizer = Summarizer::new(position, size);
     let needed = range.to.0 + RECORD_HEADER;
+    // Keepalives alone bring it nowhere.
+    let mut deadline = tokio::time::Instant::now() + PATIENCE;
     while position.0 < needed {
-        let item = tokio::time::timeout(PATIENCE, stream.next()).await;
+        let item = tokio::time::timeout_at(deadline, stream.next()).await;
         let item = item.map_err(|_| Error::failed(format!("the server sends nothing behind {position}")))??;
         match item {
             WalItem::Data { start, bytes } if start == position => {
+                deadline = tokio::time::Instant::now() + PATIENCE;
                 let mut rest = &bytes[..];
                 while !rest.is_empty() {
                     let room = (segment.end(size).0 - position.0) as usize;

@@ -174,13 +174,10 @@ fn report_hole(
 ) {
     let reach = coverage.reach(history, Lsn(info.start_lsn));
     // Backups that brought their own WAL promise nothing about what comes after them; an archive does.
-    let timelines = history.ancestors.iter().map(|a| a.timeline).chain([history.timeline]);
-    let from = reach.missing.number.saturating_sub(1);
+    let mut timelines = history.ancestors.iter().map(|a| a.timeline).chain([history.timeline]);
     let promises = info.wal_method == "archive"
         || reach.end < Lsn(info.stop_lsn)
-        || timelines
-            .into_iter()
-            .any(|timeline| coverage.is_archived(timeline, from, all.iter()));
+        || timelines.any(|timeline| coverage.bridges(timeline, all.iter()).contains(&true));
     if !reach.is_hole || reach.is_expired || !promises {
         return;
     }

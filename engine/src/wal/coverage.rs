@@ -143,20 +143,24 @@ impl Coverage {
         Ok(this)
     }
 
-    /// Whether WAL of a timeline from segment `from` on was archived for its own sake: not only with backups, for these
-    /// to be restored. Then a hole in it is a loss.
-    pub fn is_archived<'a>(&self, timeline: u32, from: u64, backups: impl Iterator<Item = &'a BackupInfo>) -> bool {
-        let Some(wal) = self.timelines.get(&timeline) else {
-            return false;
-        };
-        let of_timeline = backups.filter(|b| [b.start_timeline, b.stop_timeline].contains(&timeline));
-        let own: Vec<_> = of_timeline
-            .map(|b| b.start_lsn / self.segment_size..=b.stop_lsn.saturating_sub(1) / self.segment_size)
+    /// Of each backup of a timeline and the next one: whether the WAL between them is there. Then it was archived for its
+    /// own sake, not only with backups, and a hole is a loss. What a backup streams beyond its end reaches no other one.
+    pub fn bridges<'a>(&self, timeline: u32, backups: impl Iterator<Item = &'a BackupInfo>) -> Vec<bool> {
+        let of_timeline = backups.filter(|b| (b.start_timeline, b.stop_timeline) == (timeline, timeline));
+        let mut ranges: Vec<(u64, u64)> = of_timeline
+            .map(|b| {
+                (
+                    b.start_lsn / self.segment_size,
+                    b.stop_lsn.saturating_sub(1) / self.segment_size,
+                )
+            })
             .collect();
-        let known = wal.segments.range(from..).chain(wal.parts.range(from..));
-        known
-            .into_iter()
-            .any(|number| !own.iter().any(|own| own.contains(number)))
+        ranges.sort_unstable();
+        let between = ranges.windows(2).map(|pair| pair[0].1 + 1..pair[1].0);
+        let between = between.filter(|numbers| !numbers.is_empty());
+        between
+            .map(|mut numbers| numbers.all(|number| self.has_whole(timeline, number)))
+            .collect()
     }
 
     fn empty(archive: &Archive) -> Self {

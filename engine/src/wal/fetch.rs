@@ -243,9 +243,10 @@ impl Archive {
     pub async fn parts(&self, segment: Segment) -> Result<Vec<u8>> {
         let mut best = Vec::new();
         let mut failure = None;
+        let mut limit = usize::MAX;
         for archive in self.all() {
             match archive.own_parts(segment).await {
-                Ok(part) => self.take_part(segment, &mut best, part),
+                Ok(part) => self.take_part(segment, &mut best, part, &mut limit),
                 Err(error) => _ = failure.get_or_insert(error),
             }
         }
@@ -255,8 +256,10 @@ impl Archive {
         }
     }
 
-    /// Takes another part into account: the longer one, as far as both agree. Where they do not, nobody knows which is right.
-    fn take_part(&self, segment: Segment, best: &mut Vec<u8>, part: Vec<u8>) {
+    /// Takes another part into account: the longer one, as far as both agree. Where they do not, nobody knows which is
+    /// right: what lies beyond that `limit` is not used, whoever else has it.
+    fn take_part(&self, segment: Segment, best: &mut Vec<u8>, mut part: Vec<u8>, limit: &mut usize) {
+        part.truncate(*limit);
         let common = best.iter().zip(&part).take_while(|(a, b)| a == b).count();
         if common < best.len().min(part.len()) {
             tracing::warn!(
@@ -266,6 +269,7 @@ impl Archive {
                 Lsn(segment.start(self.segment_size).0 + common as u64)
             );
             best.truncate(common);
+            *limit = common;
         } else if part.len() > best.len() {
             *best = part;
         }
@@ -310,10 +314,9 @@ impl Archive {
             Err(error) if matches!(error.kind(), Kind::Temporary | Kind::NotFound) => return Err(error),
             Err(error) => failure = Some(error),
         }
-        // The longest first: what is cut off it once never comes back.
-        partials.sort_by_key(|part| std::cmp::Reverse(part.len()));
+        let mut limit = usize::MAX;
         for part in partials {
-            self.take_part(segment, &mut best, part);
+            self.take_part(segment, &mut best, part, &mut limit);
         }
         match failure {
             Some(error) if best.is_empty() => Err(error),

@@ -68,14 +68,19 @@ pub async fn get<R>(
     destination: &Path,
     needs: Needs,
 ) -> Result<Outcome> {
-    let mut archives = Vec::new();
+    let mut archives: Vec<Archive> = Vec::new();
     let mut failure = None;
     for repository in repositories {
         let answer = async {
             let Some(archive) = open(repository).await? else {
                 return Ok(None);
             };
-            Ok(Some((delivered(&archive, name, needs, destination).await?, archive)))
+            // The newest timeline is that of all that were asked.
+            let answer = match needs.follow == Follow::Newest && !archives.is_empty() {
+                true => delivered(&archive.clone().beside(archives.clone()), name, needs, destination).await?,
+                false => delivered(&archive, name, needs, destination).await?,
+            };
+            Ok(Some((answer, archive)))
         };
         match answer.await {
             Ok(None) => {}

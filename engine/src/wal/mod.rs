@@ -2,7 +2,7 @@
 //!
 //! [`archive`] stores, [`whole`] moves complete segments, [`push`] is `archive_command`, [`fetch`] reads, [`get`] is `restore_command`,
 //! [`coverage`] knows what is there, [`stream`] takes WAL from the server during a backup, [`receive`] all the
-//! time; [`known`] and [`same`] compare what is stored with what the server has; [`background`] works ahead of PostgreSQL's
+//! time; `known` and [`same`] compare what is stored with what the server has; [`background`] works ahead of PostgreSQL's
 //! commands.
 
 pub mod archive;

@@ -7,6 +7,8 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
+
 use super::archive::Archive;
 use super::known::Known;
 use super::receive::{check_not_behind, is_removed, not_the_same};
@@ -16,6 +18,9 @@ use crate::postgres::segment::Segment;
 use crate::replication::connection::Connection;
 use crate::replication::wal_stream::{WalItem, WalStream};
 
+/// How often what is stored is looked at while it changes, and after what time again.
+const LOOKS: usize = 5;
+const PAUSE: Duration = Duration::from_millis(200);
 /// How long the server may send nothing.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -30,7 +35,7 @@ pub async fn check(
 ) -> Result<()> {
     let size = archive.segment_size;
     let segment = Segment::of(timeline, at, size);
-    let mut known = Known::of(archive, segment).await?;
+    let mut known = what_is_stored(archive, segment).await?;
     if known.is_compared() {
         return Ok(());
     }
@@ -42,8 +47,11 @@ pub async fn check(
         return Err(Error::failed("the connection for comparing WAL reached another server")
             .remedy("name one host in conninfo, or use target_session_attrs"));
     }
+    if server.timeline == timeline && connection.in_recovery() && server.flush < stored {
+        return check_beginning(archive, connection, segment, server.flush).await;
+    }
     if server.timeline == timeline {
-        check_not_behind(&server, stored, connection.in_recovery(), "the repository")?;
+        check_not_behind(&server, stored, false, "the repository")?;
     }
     let ended = read(connection, segment, begin, stored, &mut known).await;
     match ended {
@@ -55,37 +63,78 @@ pub async fn check(
     }
 }
 
-async fn read(connection: Connection, segment: Segment, begin: Lsn, end: Lsn, known: &mut Known) -> Result<()> {
+/// Whoever receives joins pieces, and completes segments, under our eyes.
+async fn what_is_stored(archive: &Archive, segment: Segment) -> Result<Known> {
+    for _ in 0..LOOKS {
+        match Known::of(archive, segment).await {
+            Err(error) if error.kind() == Kind::Temporary => tokio::time::sleep(PAUSE).await,
+            known => return known,
+        }
+    }
+    Known::of(archive, segment).await
+}
+
+/// A standby may lag behind what its primary archived: what it has must be the beginning of that. A key that does not
+/// read cannot tell.
+async fn check_beginning(archive: &Archive, connection: Connection, segment: Segment, flush: Lsn) -> Result<()> {
+    let begin = segment.start(archive.segment_size);
+    if flush <= begin || !archive.stanza.keys().can_read() {
+        return Ok(());
+    }
+    let Some(stored) = archive.segment_or_parts(segment).await? else {
+        return Ok(());
+    };
+    let end = flush.min(Lsn(begin.0 + stored.len() as u64));
+    let mut stream = WalStream::start(connection, None, begin, segment.timeline).await?;
     let mut position = begin;
-    let mut stream = WalStream::start(connection, None, position, segment.timeline).await?;
-    while !known.is_compared() {
-        let item = tokio::time::timeout(PATIENCE, stream.next()).await;
+    while position < end {
+        let bytes = next(&mut stream, position, end).await?;
+        let at = (position.0 - begin.0) as usize;
+        if stored[at..at + bytes.len()] != bytes[..] {
+            return Err(not_the_same(position, Lsn(position.0 + bytes.len() as u64)));
+        }
+        position.0 += bytes.len() as u64;
+    }
+    stream.stop().await;
+    Ok(())
+}
+
+/// What the server sends from `position` on, and not beyond `end`.
+async fn next(stream: &mut WalStream, position: Lsn, end: Lsn) -> Result<Bytes> {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        let item = tokio::time::timeout_at(deadline, stream.next()).await;
         let nothing = || {
             Error::temporary(format!(
                 "the server sends no WAL behind {position}, and has it up to {end}"
             ))
         };
         match item.map_err(|_| nothing())?? {
-            WalItem::Data { start, bytes } if start == position => {
-                let len = bytes.len().min((end.0 - position.0) as usize);
-                let compared = known.compare((position.0 - begin.0) as usize, &bytes[..len]);
-                compared.map_err(|(from, to)| not_the_same(Lsn(begin.0 + from as u64), Lsn(begin.0 + to as u64)))?;
-                position.0 += len as u64;
+            WalItem::Data { start, mut bytes } if start == position => {
+                bytes.truncate((end.0 - position.0) as usize);
+                return Ok(bytes);
             }
             WalItem::Data { start, .. } => {
                 return Err(Error::failed(format!("the server sent {start}, expected {position}")));
             }
             WalItem::Idle { .. } => stream.report(position, Lsn(0), false).await?,
             WalItem::TimelineEnd => {
-                return Err(Error::new(
-                    Kind::Temporary,
-                    format!(
-                        "timeline {} ended at {position} while its WAL was compared",
-                        segment.timeline
-                    ),
-                ));
+                return Err(Error::temporary(format!(
+                    "the timeline ended at {position} while its WAL was compared"
+                )));
             }
         }
+    }
+}
+
+async fn read(connection: Connection, segment: Segment, begin: Lsn, end: Lsn, known: &mut Known) -> Result<()> {
+    let mut position = begin;
+    let mut stream = WalStream::start(connection, None, position, segment.timeline).await?;
+    while !known.is_compared() {
+        let bytes = next(&mut stream, position, end).await?;
+        let compared = known.compare((position.0 - begin.0) as usize, &bytes);
+        compared.map_err(|(from, to)| not_the_same(Lsn(begin.0 + from as u64), Lsn(begin.0 + to as u64)))?;
+        position.0 += bytes.len() as u64;
     }
     stream.stop().await;
     Ok(())

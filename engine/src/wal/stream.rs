@@ -43,10 +43,15 @@ pub async fn capture(
     let stream = WalStream::start(connection, Some(&slot), first.start(archive.segment_size), timeline).await?;
     let (full_in, full_out) = mpsc::channel(1);
     let (durable_in, durable) = watch::channel(Lsn(0));
+    let ended = until.clone();
     let receiving = receive(stream, first, archive.segment_size, until, full_in, durable, progress);
     let storing = store(&archive, full_out, durable_in);
     let ((segment, rest), ()) = tokio::try_join!(receiving, storing)?;
-    if !rest.is_empty() {
+    // What came beyond the end, in the meantime, is nobody's: it would look like the work of a receiver.
+    let is_needed = ended
+        .borrow()
+        .is_none_or(|until| segment.start(archive.segment_size) < until.stop);
+    if !rest.is_empty() && is_needed {
         archive.put_piece(segment, 0, rest).await?;
     }
     Ok(())
