@@ -392,7 +392,10 @@ fn without_an_archive_there_is_no_gap() -> Result<()> {
     }
     ensure!(s.ok(&["info", "acme"])?.contains("gap"));
     let text = s.ok(&["verify", "acme", "--progress", "none"])?;
-    ensure!(text.contains("all good"), "{text}");
+    ensure!(
+        text.contains("all good") && text.contains("note: wal/"),
+        "it is told, and is no damage: {text}"
+    );
     let (exit, text) = s.fairvault(&["check", "acme"]);
     ensure!(exit == 0, "{exit} {text}");
     Ok(())

@@ -307,11 +307,17 @@ async fn stanza_in(context: &Context, repository: &str, stanza: &str, server: Op
     let archive = Archive::open(&log, Some(server.cluster.system_identifier), 3)?;
     let coverage = Coverage::read(&archive).await?;
     let wal = coverage.timelines.get(&server.timeline);
-    // Pieces are what a receiver leaves of the segment that is being written; or it has brought what lies between backups.
+    // Pieces are what a receiver leaves of the segment that is being written, and a standby's backup of its last one; or it
+    // has brought what lies between backups.
     let backups = log.state().backups.iter().filter_map(|backup| backup.info.as_ref());
-    let of_cluster = backups.filter(|info| info.system_identifier == server.cluster.system_identifier);
-    let is_received =
-        wal.is_some_and(|wal| !wal.parts.is_empty()) || coverage.bridges(server.timeline, of_cluster).contains(&true);
+    let of_cluster = || {
+        backups
+            .clone()
+            .filter(|info| info.system_identifier == server.cluster.system_identifier)
+    };
+    let is_end = |number: u64| of_cluster().any(|info| info.stop_lsn / archive.segment_size == number);
+    let is_received = wal.is_some_and(|wal| wal.parts.iter().any(|&number| !is_end(number)))
+        || coverage.bridges(server.timeline, of_cluster()).contains(&true);
     let newest = wal.and_then(|wal| wal.segments.last().max(wal.parts.last()).copied());
     let size = archive.segment_size;
     let current = server.flush.0 / size;

@@ -96,6 +96,9 @@ pub async fn run(context: &Arc<Context>, stanza: &str, level: VerifyLevel, mode:
         for finding in &report.findings {
             output::line(format_args!("{}: {}", finding.object, finding.problem));
         }
+        for gap in &report.gaps {
+            output::line(format_args!("note: {}: {}", gap.object, gap.problem));
+        }
         for finding in &report.unread {
             output::line(format_args!(
                 "{}: could not be read now: {}",

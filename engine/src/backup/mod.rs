@@ -467,13 +467,13 @@ async fn transfer(
         let mut compared = same::check(&archive, timeline, at, async || Ok(connection)).await;
         for _ in 0..AGAIN {
             match &compared {
-                Err(error) if error.kind() != ErrorKind::Refused => tokio::time::sleep(AGAIN_AFTER).await,
+                Err(error) if error.kind() == ErrorKind::Temporary => tokio::time::sleep(AGAIN_AFTER).await,
                 _ => break,
             }
             compared = same::check(&archive, timeline, at, connect).await;
         }
         match compared {
-            Err(error) if error.kind() != ErrorKind::Refused => notes.push(format!(
+            Err(error) if error.kind() == ErrorKind::Temporary => notes.push(format!(
                 "the WAL that was archived could not be compared with the server's: {error}"
             )),
             compared => compared?,

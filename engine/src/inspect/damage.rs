@@ -22,6 +22,7 @@ pub async fn of_all(log: &Log) -> Result<BTreeMap<String, String>> {
     let stanza = log.stanza();
     let packs = Packs {
         marked: distrusted(stanza).await?,
+        bad: HashSet::new(),
         there: list_packs(stanza).await?.into_keys().map(|pack| (pack, true)).collect(),
         looks_for_gone: true,
     };
@@ -36,6 +37,7 @@ pub async fn noted(log: &Log) -> Result<BTreeMap<String, String>> {
     }
     let packs = Packs {
         marked,
+        bad: HashSet::new(),
         there: HashMap::new(),
         looks_for_gone: false,
     };
@@ -45,6 +47,8 @@ pub async fn noted(log: &Log) -> Result<BTreeMap<String, String>> {
 struct Packs {
     /// Found damaged, at some time.
     marked: HashSet<[u8; 32]>,
+    /// Of these, those that still are.
+    bad: HashSet<[u8; 32]>,
     /// Whether a pack is there, as far as that was asked.
     there: HashMap<[u8; 32], bool>,
     looks_for_gone: bool,
@@ -54,12 +58,18 @@ impl Packs {
     /// What is wrong with a pack.
     async fn problem(&mut self, stanza: &Stanza, pack: &[u8; 32]) -> Result<Option<&'static str>> {
         let name = names::pack(pack);
+        if self.bad.contains(pack) {
+            return Ok(Some("was found damaged"));
+        }
         if self.marked.contains(pack) {
             // It may have been brought back since. Marks are few.
             match stanza.store().get_opt(&name, limits::PACK_BYTES).await {
                 Ok(Some(bytes)) if sha256(&bytes) == *pack => _ = self.marked.remove(pack),
                 Err(error) if error.kind() == Kind::Temporary => return Err(error),
-                _ => return Ok(Some("was found damaged")),
+                _ => {
+                    self.bad.insert(*pack);
+                    return Ok(Some("was found damaged"));
+                }
             }
         }
         if !self.looks_for_gone {

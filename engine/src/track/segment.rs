@@ -3,6 +3,9 @@
 //! What always holds: a record that crosses segments is noted from its parts; segments follow each other because each
 //! first record names the last one before it. A chain that does not hold is an error, and then everything is read.
 
+#[cfg(test)]
+mod tests;
+
 use fairvault_format::proto::{self, SegmentMap};
 
 use super::map::{BlockMap, RelationId};

@@ -141,6 +141,8 @@ pub struct Report {
     pub bytes: u64,
     /// What is wrong.
     pub findings: Vec<Finding>,
+    /// WAL that is not there, and that nobody was to bring, as far as is known: backups bring their own.
+    pub gaps: Vec<Finding>,
     /// Each backup.
     pub backups: Vec<BackupVerdict>,
 }
@@ -153,7 +155,7 @@ impl Report {
 
     /// Each finding once.
     pub(crate) fn tidy(&mut self) {
-        for list in [&mut self.findings, &mut self.unread] {
+        for list in [&mut self.findings, &mut self.unread, &mut self.gaps] {
             list.sort();
             list.dedup();
         }

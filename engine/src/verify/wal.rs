@@ -9,7 +9,7 @@ use fairvault_format::proto::{BackupInfo, CommittedBackup, PieceSeal};
 use fairvault_format::{limits, names, object as objects, wal};
 use futures::StreamExt;
 
-use super::{BackupVerdict, CONCURRENT, Level, Report};
+use super::{BackupVerdict, CONCURRENT, Finding, Level, Report};
 use crate::commit::Log;
 use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
@@ -163,7 +163,8 @@ impl Archives {
     }
 }
 
-/// Reports the first hole behind the start of a backup along a history, if later WAL is there.
+/// Reports the first hole behind the start of a backup along a history, if later WAL is there: as a finding if somebody was
+/// to bring it.
 fn report_hole(
     archive: &Archive,
     coverage: &Coverage,
@@ -175,10 +176,13 @@ fn report_hole(
     let reach = coverage.reach(history, Lsn(info.start_lsn));
     // Backups that brought their own WAL promise nothing about what comes after them; an archive does.
     let mut timelines = history.ancestors.iter().map(|a| a.timeline).chain([history.timeline]);
-    let promises = info.wal_method == "archive"
-        || reach.end < Lsn(info.stop_lsn)
+    let size = archive.segment_size;
+    let lacks_own =
+        reach.end < Lsn(info.stop_lsn) && !(reach.has_part && reach.missing.end(size) >= Lsn(info.stop_lsn));
+    let is_promised = info.wal_method == "archive"
+        || lacks_own
         || timelines.any(|timeline| coverage.bridges(timeline, all.iter()).contains(&true));
-    if !reach.is_hole || reach.is_expired || !promises {
+    if !reach.is_hole || reach.is_expired {
         return;
     }
     let Some(proof) = coverage.proof_of_more(history, reach.missing) else {
@@ -190,15 +194,11 @@ fn report_hole(
         "it is missing"
     };
     let folder = names::wal_folder(info.system_identifier, reach.missing.timeline);
-    let object = format!("{folder}/{}", reach.missing.name(archive.segment_size));
+    let object = format!("{folder}/{}", reach.missing.name(size));
     let problem = format!("{part}, and {proof}: recovery from earlier backups ends before it");
-    // Other backups, and other histories with this part in common, have it too.
-    if report
-        .findings
-        .iter()
-        .all(|f| f.object != object || f.problem != problem)
-    {
-        report.add(object, problem);
+    match is_promised {
+        true => report.add(object, problem),
+        false => report.gaps.push(Finding { object, problem }),
     }
 }
 

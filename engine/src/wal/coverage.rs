@@ -156,8 +156,13 @@ impl Coverage {
             })
             .collect();
         ranges.sort_unstable();
+        // One that lies within, or begins before the end of, another one brings nothing of its own.
+        ranges.dedup_by(|next, before| {
+            let is_within = next.0 <= before.1 + 1;
+            before.1 = before.1.max(if is_within { next.1 } else { 0 });
+            is_within
+        });
         let between = ranges.windows(2).map(|pair| pair[0].1 + 1..pair[1].0);
-        let between = between.filter(|numbers| !numbers.is_empty());
         between
             .map(|mut numbers| numbers.all(|number| self.has_whole(timeline, number)))
             .collect()

@@ -48,18 +48,30 @@ pub async fn check(
             .remedy("name one host in conninfo, or use target_session_attrs"));
     }
     if server.timeline == timeline && connection.in_recovery() && server.flush < stored {
-        return check_beginning(archive, connection, segment, server.flush).await;
+        return or_removed(
+            check_beginning(archive, connection, segment, server.flush).await,
+            segment,
+            size,
+        );
     }
     if server.timeline == timeline {
         check_not_behind(&server, stored, false, "the repository")?;
     }
-    let ended = read(connection, segment, begin, stored, &mut known).await;
-    match ended {
+    or_removed(
+        read(connection, segment, begin, stored, &mut known).await,
+        segment,
+        size,
+    )
+}
+
+/// What the server no longer has cannot be compared.
+fn or_removed(compared: Result<()>, segment: Segment, size: u64) -> Result<()> {
+    match compared {
         Err(error) if is_removed(&error) => {
             tracing::debug!("{} is not compared: {error}", segment.name(size));
             Ok(())
         }
-        ended => ended,
+        compared => compared,
     }
 }
 

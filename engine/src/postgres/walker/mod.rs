@@ -5,6 +5,8 @@
 //! never skips over what it does not understand. Formats are those of `access/xlogrecord.h`,
 //! `access/xlog_internal.h` and `access/xact.h`, 14 to 19.
 
+#[cfg(test)]
+pub(crate) mod made;
 mod record;
 #[cfg(test)]
 mod tests;
@@ -27,7 +29,7 @@ const RECORD_MAX: usize = 1020 << 20;
 
 const CONTRECORD: u16 = 1;
 const LONG: u16 = 2;
-const OVERWRITE_CONTRECORD: u16 = 8;
+pub(crate) const OVERWRITE_CONTRECORD: u16 = 8;
 
 /// The header of a WAL page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
