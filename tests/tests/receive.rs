@@ -401,6 +401,45 @@ fn without_an_archive_there_is_no_gap() -> Result<()> {
     Ok(())
 }
 
+/// Those of a standby end inside a segment, of which they keep a piece.
+#[test]
+fn between_backups_of_a_standby_nothing_is_missed_either() -> Result<()> {
+    let s = Fixture::new("standbywal", SMALL)?;
+    s.sql("create table t (x text)")?;
+    let fill = "insert into t select md5(i::text) from generate_series(1, 9000) i";
+    s.backup()?;
+    let standby = s.standby("standby", 5460, &[], "")?;
+    let conninfo = format!("host={} port=5460 user=postgres", s.scratch.path().display());
+    for round in 1..=3 {
+        for _ in 0..3 {
+            s.sql(fill)?;
+        }
+        s.sql("checkpoint")?;
+        standby.wait_for(&s.scratch, "select count(*) from t", &(round * 27_000).to_string())?;
+        s.ok(&[
+            "backup",
+            "acme",
+            "--fast",
+            "--progress",
+            "none",
+            "--conninfo",
+            &conninfo,
+        ])?;
+    }
+    let text = s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    ensure!(text.contains("all good"), "{text}");
+    for _ in 0..5 {
+        s.sql(fill)?;
+    }
+    let (exit, text) = s.fairvault(&["check", "acme"]);
+    ensure!(exit == 0, "{exit} {text}");
+    drop(standby);
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "81000");
+    Ok(())
+}
+
 #[test]
 fn wal_that_nobody_has_any_more_needs_a_word() -> Result<()> {
     let s = Fixture::new(
