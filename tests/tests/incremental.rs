@@ -314,6 +314,8 @@ fn wal_of_another_life_is_no_basis_and_no_part_of_a_backup() -> Result<()> {
         let backup = ["backup", "acme", "--fast", "--wal", "archive", "--type", kind];
         refused(s.fairvault(&backup), 1, "set back")?;
     }
+    // A receiver stops at what the other life has pushed.
+    refused(s.fairvault(&["wal", "receive", "acme", "--no-slot"]), 1, "set back")?;
     ensure!(
         s.ok(&["info", "acme", "--output", "json"])?
             .matches("\"parent\"")

@@ -202,6 +202,23 @@ fn a_server_that_was_set_back_is_refused() -> Result<()> {
     }
     let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--no-slot"]);
     ensure!(exit == 1 && text.contains("other WAL"), "{exit} {text}");
+    // Whoever pushes it is refused as well.
+    let stored = s.objects("wal").into_iter().filter_map(|path| {
+        let name = path.file_name()?.to_str()?.get(..24)?.to_owned();
+        (path.extension()? == "0001").then_some(name)
+    });
+    let mut refused = 0;
+    for name in stored.collect::<std::collections::BTreeSet<_>>() {
+        let path = s.server.data.join("pg_wal").join(&name);
+        if !path.exists() {
+            continue;
+        }
+        let (exit, text) = s.fairvault(&["wal", "push", "acme", &path.display().to_string()]);
+        if exit == 1 && text.contains("exists with other content; nothing was overwritten") {
+            refused += 1;
+        }
+    }
+    ensure!(refused > 0, "{:?}", s.objects("wal"));
     Ok(())
 }
 
