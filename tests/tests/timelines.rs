@@ -1,9 +1,10 @@
 //! `wal receive` and several histories: promotions, servers that were set back, primaries that go on.
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use fairvault_tests::fixture::SMALL;
+use fairvault_tests::fixture::{SMALL, refused};
 use fairvault_tests::receiver::wait_until_durable;
 use fairvault_tests::{Fixture, Receiver, Shape, run};
 
@@ -299,5 +300,84 @@ fn an_old_primary_that_goes_on_is_a_branch_until_it_is_fenced() -> Result<()> {
     s.sql("insert into t values (6)")?;
     let (exit, text) = receiver.wait()?;
     ensure!(exit == 5 && text.contains("was fenced"), "{exit} {text}");
+    Ok(())
+}
+
+/// A server that was set back writes other WAL under the same names; the archive has that of its first life.
+#[test]
+fn wal_of_another_life_is_no_basis_and_no_part_of_a_backup() -> Result<()> {
+    let shape = Shape {
+        archiving: true,
+        ..SMALL
+    };
+    let s = Fixture::new("lives", shape)?;
+    s.sql("create table t (n int); insert into t select generate_series(1, 1000)")?;
+    s.backup()?;
+    s.server.stop(&s.scratch, "fast")?;
+    let copy = |from: &str, to: &str| run(s.scratch.command("cp").args(["-a", &s.path(from), &s.path(to)]));
+    copy("data5432", "snapshot")?;
+    s.server.start(&s.scratch)?;
+    for _ in 0..6 {
+        s.sql("insert into t select generate_series(1, 5000)")?;
+        s.flush_archive(&s.server)?;
+    }
+    s.server.stop(&s.scratch, "fast")?;
+    std::fs::rename(s.path("data5432"), s.path("first"))?;
+    copy("snapshot", "data5432")?;
+    s.server.start(&s.scratch)?;
+    s.sql("update t set n = n + 1")?;
+    for kind in ["incr", "full"] {
+        let backup = ["backup", "acme", "--fast", "--wal", "archive", "--type", kind];
+        refused(s.fairvault(&backup), 1, "set back")?;
+    }
+    // A receiver stops at what the other life has pushed.
+    refused(s.fairvault(&["wal", "receive", "acme", "--no-slot"]), 1, "set back")?;
+    ensure!(
+        s.ok(&["info", "acme", "--output", "json"])?
+            .matches("\"parent\"")
+            .count()
+            == 1
+    );
+    Ok(())
+}
+
+/// Two servers of one history, of which the other one archives: names that a backup waits for arrive.
+#[test]
+fn wal_that_another_server_archives_is_not_that_of_a_backup() -> Result<()> {
+    let shape = Shape {
+        archiving: true,
+        ..SMALL
+    };
+    let s = Fixture::new("twins", shape)?;
+    s.sql("create table t (n int); insert into t select generate_series(1, 1000)")?;
+    s.backup()?;
+    s.server.stop(&s.scratch, "fast")?;
+    let (from, to) = (s.path("data5432"), s.path("twin"));
+    run(s.scratch.command("cp").args(["-a", &from, &to]))?;
+    s.configure("twin", "archive_mode = off\n")?;
+    let twin = s.copy("twin", 5450);
+    twin.start(&s.scratch)?;
+    s.server.start(&s.scratch)?;
+    for kind in ["full", "incr"] {
+        let conninfo = format!("host={} port=5450 user=postgres", s.scratch.path().display());
+        let mut command = s.command(&["backup", "acme", "--fast", "--wal", "archive", "--conninfo", &conninfo]);
+        command.args(["--type", kind]);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        std::thread::sleep(std::time::Duration::from_secs(3));
+        for _ in 0..4 {
+            s.sql("insert into t select generate_series(1, 1000)")?;
+            s.flush_archive(&s.server)?;
+        }
+        let ended = child.wait_with_output()?;
+        let text = String::from_utf8_lossy(&ended.stderr);
+        let is_refused = text.contains("other WAL") || text.contains("set back");
+        ensure!(ended.status.code() == Some(1) && is_refused, "{kind}: {text}");
+    }
+    ensure!(
+        s.ok(&["info", "acme", "--output", "json"])?
+            .matches("\"parent\"")
+            .count()
+            == 1
+    );
     Ok(())
 }

@@ -15,7 +15,7 @@ mod wal;
 
 use remembered::Draft;
 use source::Source;
-use wal::{WalTask, store_histories, wait_for_archive};
+use wal::{WalTask, check_archived, store_histories, wait_for_archive};
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -32,7 +32,6 @@ use crate::commit::session::{Session, timed_id};
 use crate::dedup::{Index, SessionChunks, confirm_packs};
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::pack::Packer;
-use crate::postgres::lsn::Lsn;
 use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT};
 use crate::progress::Progress;
 use crate::replication::connection::{Connection, Mode};
@@ -148,10 +147,6 @@ struct Server {
     directory_mode: u32,
     wal: WalMethod,
 }
-
-/// How often the WAL at the end of a backup is compared once more if that failed, and after what time.
-const AGAIN: usize = 3;
-const AGAIN_AFTER: Duration = Duration::from_secs(3);
 
 /// Takes a backup. When `cancelled` completes, it stops cleanly and its session is ended.
 pub async fn run(
@@ -461,23 +456,8 @@ async fn transfer(
     }
     store_histories(&mut server.connection, &archive, ended.timeline).await?;
     if server.wal == WalMethod::Archive {
-        // What was waited for is a name: its content must be this server's.
-        let at = Lsn(ended.stop.0 - 1);
-        let connection = server.connection;
-        let mut compared = same::check(&archive, timeline, at, async || Ok(connection)).await;
-        for _ in 0..AGAIN {
-            match &compared {
-                Err(error) if error.kind() == ErrorKind::Temporary => tokio::time::sleep(AGAIN_AFTER).await,
-                _ => break,
-            }
-            compared = same::check(&archive, timeline, at, connect).await;
-        }
-        match compared {
-            Err(error) if error.kind() == ErrorKind::Temporary => notes.push(format!(
-                "the WAL that was archived could not be compared with the server's: {error}"
-            )),
-            compared => compared?,
-        }
+        let compared = check_archived(&archive, server.connection, connect, timeline, ended.stop).await?;
+        notes.extend(compared);
     }
     let page_failures = judge::judge(
         &archive,

@@ -2,11 +2,16 @@
 
 use std::time::Duration;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
 use crate::replication::connection::Connection;
 use crate::wal::archive::Archive;
+use crate::wal::same;
+
+/// How often the WAL at the end of a backup is compared once more if that failed, and after what time.
+const AGAIN: usize = 3;
+const AGAIN_AFTER: Duration = Duration::from_secs(3);
 
 /// The task that streams WAL, if there is one; it does not outlive the backup.
 pub struct WalTask {
@@ -109,4 +114,30 @@ pub async fn wait_for_archive(
         pause = (pause * 2).min(Duration::from_secs(1));
     }
     Ok(())
+}
+
+/// What [`wait_for_archive`] has seen is names: their content must be this server's. Says why that is not known, if it
+/// could not be found out just now; `connection` is used first, and then new ones.
+pub async fn check_archived(
+    archive: &Archive,
+    connection: Connection,
+    connect: impl AsyncFn() -> Result<Connection>,
+    timeline: u32,
+    stop: Lsn,
+) -> Result<Option<String>> {
+    let last = Lsn(stop.0 - 1);
+    let mut compared = same::check(archive, timeline, last, async || Ok(connection)).await;
+    for _ in 0..AGAIN {
+        if !compared.as_ref().is_err_and(|error| error.kind() == Kind::Temporary) {
+            break;
+        }
+        tokio::time::sleep(AGAIN_AFTER).await;
+        compared = same::check(archive, timeline, last, &connect).await;
+    }
+    match compared {
+        Err(error) if error.kind() == Kind::Temporary => Ok(Some(format!(
+            "the WAL that was archived could not be compared with the server's: {error}"
+        ))),
+        compared => compared.map(|()| None),
+    }
 }

@@ -18,7 +18,7 @@ fn shortened(reason: &str) -> String {
     reason.chars().take(REASON).collect()
 }
 
-/// Who set the newest fence, when and why, for those whom it stops: ` by root on db1 at …: reason`.
+/// Who set the newest fence, when and why, for those whom it stops: ` by root on db1 at … (entry 7 of the log): reason`.
 pub fn by_whom(now: &proto::Snapshot) -> String {
     let Some(fenced) = &now.fenced else {
         return String::new();
@@ -33,9 +33,10 @@ pub fn by_whom(now: &proto::Snapshot) -> String {
         reason => format!(": {reason}"),
     };
     format!(
-        " by {user} on {} at {}{because}",
+        " by {user} on {} at {} (entry {} of the log){because}",
         fenced.host,
-        time.strftime("%Y-%m-%dT%H:%M:%SZ")
+        time.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        fenced.seq
     )
 }
 

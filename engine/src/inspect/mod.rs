@@ -429,12 +429,9 @@ async fn newest_commit(archive: &Archive, history: &History, from: Lsn, end: Lsn
 /// The newest commit of a segment before `end`.
 async fn newest_in(archive: &Archive, segment: Segment, end: Lsn) -> Result<i64> {
     let size = archive.segment_size;
-    let header = async {
-        let header = archive.segment_header(segment).await?;
-        Ok(header.and_then(|h| h.summary).map_or(0, |s| s.max_time_us))
-    };
     if segment.end(size) <= end {
-        return header.await;
+        let header = archive.segment_header(segment).await?;
+        return Ok(header.and_then(|h| h.summary).map_or(0, |s| s.max_time_us));
     }
     if !archive.stanza.keys().can_read() {
         return Ok(0);
