@@ -250,7 +250,8 @@ impl Spool {
     }
 
     fn release(&self, state: &mut State, timeline: u32, end: Lsn) {
-        let gone = |part: &Part| part.timeline == timeline && part.end <= end;
+        // One that was just begun ends where it begins, and is being written to.
+        let gone = |part: &Part| part.timeline == timeline && part.start < end && part.end <= end;
         if !state.parts.iter().any(gone) {
             return;
         }
@@ -271,17 +272,23 @@ impl Spool {
             );
         }
         let beyond = |part: &Part| part.timeline == timeline && part.start >= end;
+        let mut given_up = 0;
         for part in state
             .parts
             .iter()
             .filter(|part| part.timeline == timeline && part.end > end)
         {
             match beyond(part) {
-                true => self.put_aside(part, "closed")?,
+                true => {
+                    given_up += self.len_of(part);
+                    self.put_aside(part, "closed")?;
+                }
                 false => self.copy_aside(part, "closed")?,
             }
         }
+        state.bytes = state.bytes.saturating_sub(given_up);
         state.parts.retain(|part| !beyond(part));
+        self.changed.send_replace(());
         Ok(())
     }
 

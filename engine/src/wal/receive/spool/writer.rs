@@ -16,6 +16,10 @@ use crate::postgres::lsn::Lsn;
 
 /// A journal that is being written.
 struct OpenJournal {
+    /// Where it begins.
+    start: Lsn,
+    /// Up to where what it holds counts.
+    counts_to: Lsn,
     file: File,
     journal: Journal,
     /// Bytes that were written.
@@ -168,6 +172,8 @@ impl Writer {
         state.bytes += reserved;
         state.parts.push(part);
         self.open = Some(OpenJournal {
+            start: self.at.lsn,
+            counts_to: self.at.lsn,
             file,
             journal,
             len,
@@ -187,14 +193,24 @@ impl Writer {
 
     /// What was written counts from here on.
     fn sync(&mut self) -> Result<()> {
-        let Some(open) = &self.open else { return Ok(()) };
+        let Some(open) = &mut self.open else { return Ok(()) };
+        // All of it counts already, and it may be in the repository, and gone.
+        if open.counts_to == self.at.lsn {
+            return Ok(());
+        }
         open.file
             .sync_data()
             .map_err(|e| Error::io(format_args!("syncing the spool {}", self.spool.folder.display()), e))?;
         let mut state = self.spool.state();
-        if let Some(part) = state.parts.last_mut() {
-            part.end = self.at.lsn;
-        }
+        let last = state.parts.last_mut();
+        let Some(part) = last.filter(|part| (part.timeline, part.start) == (self.at.timeline, open.start)) else {
+            return Err(Error::temporary(format!(
+                "the journal of the spool that begins at {} is gone while it is written to",
+                open.start
+            )));
+        };
+        part.end = self.at.lsn;
+        open.counts_to = self.at.lsn;
         drop(state);
         self.spool.changed.send_replace(());
         Ok(())
@@ -204,5 +220,89 @@ impl Writer {
 impl Drop for Writer {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use fairvault_format::keys::Secret;
+
+    use super::*;
+    use crate::env::SystemEnv;
+    use crate::stanza::Access;
+    use crate::stanza::create::{self, create};
+    use crate::store::{Store, StoreSettings};
+
+    const SIZE: u64 = 1 << 20;
+
+    fn at(lsn: u64) -> Position {
+        Position {
+            timeline: 1,
+            lsn: Lsn(lsn),
+        }
+    }
+
+    async fn spool(folder: &std::path::Path) -> Arc<Spool> {
+        let memory = Arc::new(object_store::memory::InMemory::new());
+        let access = Access {
+            repository: Store::new(memory, "", "memory://", StoreSettings::default()),
+            stanza: "acme".into(),
+            secret: Some(Secret::Key([1; 32])),
+            memory: None,
+            may_stretch: true,
+            env: Arc::new(SystemEnv),
+        };
+        let cluster = create::Cluster {
+            system_identifier: 7,
+            major: 17,
+            wal_segment_size: SIZE,
+        };
+        let log = create(&access, cluster, "main").await.unwrap();
+        Spool::open(log.stanza().clone(), folder.join("spool"), 8 * SIZE).unwrap()
+    }
+
+    const CLUSTER: Cluster = Cluster {
+        system_identifier: 7,
+        segment_size: SIZE,
+    };
+
+    /// A segment is stored at the very moment at which the journal of the next one was begun.
+    #[tokio::test]
+    async fn a_journal_that_was_just_begun_is_not_released() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = spool(folder.path()).await;
+        let mut writer = spool.writer(CLUSTER, at(8 * SIZE), false).unwrap();
+        writer.append(&[vec![7; SIZE as usize].into()]).unwrap();
+        writer.begin().unwrap();
+        spool.stored(1, Lsn(9 * SIZE));
+        assert_eq!(spool.begin(), Some(at(9 * SIZE)));
+        writer.append(&[vec![9; 100].into()]).unwrap();
+        assert_eq!(spool.end(), Some(at(9 * SIZE + 100)));
+        let mut reader = spool.reader(at(9 * SIZE), None);
+        let (from, bytes) = reader.next().await.unwrap().unwrap();
+        assert_eq!((from, &bytes[..]), (Lsn(9 * SIZE), &[9; 100][..]));
+        // And from the disk, as after a crash.
+        drop((writer, reader));
+        assert_eq!(spool.scan().unwrap().end(), Some(at(9 * SIZE + 100)));
+    }
+
+    /// Nothing counts that went into a journal which is not there any more.
+    #[tokio::test]
+    async fn what_is_written_to_a_journal_that_is_gone_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = spool(folder.path()).await;
+        let mut writer = spool.writer(CLUSTER, at(8 * SIZE), false).unwrap();
+        writer.append(&[vec![7; 100].into()]).unwrap();
+        spool.clear();
+        let error = writer.append(&[vec![7; 100].into()]).unwrap_err();
+        assert!(error.to_string().contains("is gone while it is written to"), "{error}");
+        assert_eq!(spool.end(), None);
+        // All of a segment that counts may be stored, and gone, before the next one is begun.
+        let mut writer = spool.writer(CLUSTER, at(8 * SIZE), false).unwrap();
+        writer.append(&[vec![7; SIZE as usize].into()]).unwrap();
+        spool.stored(1, Lsn(9 * SIZE));
+        assert_eq!(spool.end(), None);
+        writer.append(&[vec![9; 100].into()]).unwrap();
+        assert_eq!(spool.end(), Some(at(9 * SIZE + 100)));
     }
 }
