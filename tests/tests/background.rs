@@ -280,7 +280,7 @@ fn a_store_that_vanishes_in_mid_recovery_stops_it() -> Result<()> {
 #[test]
 fn a_gap_is_said_as_soon_as_it_exists() -> Result<()> {
     for more in ["", "wal = { async = true }"] {
-        let s = fixture("gap", more)?;
+        let s = fixture("untold", more)?;
         s.sql("create table t (x text)")?;
         s.backup()?;
         fill(&s, 2)?;

@@ -12,7 +12,10 @@ use fairvault_engine::wal::archive::Archive;
 use fairvault_engine::wal::get::{self, Follow, Needs, Outcome};
 use fairvault_tests::Scratch;
 
-use stores::{CLUSTER, access, key, memory};
+use futures::TryStreamExt;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
+use stores::{CLUSTER, Fault, Faulty, access, key, memory};
 
 const SIZE: usize = CLUSTER.wal_segment_size as usize;
 
@@ -205,5 +208,44 @@ async fn parts_that_contradict_each_other_are_used_as_far_as_they_agree() -> Res
         error.kind() == Kind::Damaged && error.to_string().contains("contradicts"),
         "{error}"
     );
+    Ok(())
+}
+
+/// Between its two looks for the whole segment, somebody seals it and removes the pieces: what recovery gets is the whole,
+/// and never the word that there is nothing.
+#[tokio::test]
+async fn pieces_that_are_sealed_while_they_are_read_hide_no_segment() -> Result<()> {
+    let one = segment(1, 1);
+    for fault in [Fault::SealedOnceListed, Fault::SealedOnceRead] {
+        for pieces in [1, 2] {
+            let faulty = Faulty::new(fault);
+            let w = World {
+                logs: vec![create(&access(&faulty.store(), key(1)), CLUSTER, "main").await?],
+                scratch: Scratch::new("sealed")?,
+            };
+            w.put(0, one, 7).await?;
+            let is_whole = |path: &Path| path.as_ref().contains("/wal/");
+            let listed: Vec<Path> = faulty
+                .inner
+                .list(None)
+                .map_ok(|meta| meta.location)
+                .try_collect()
+                .await?;
+            let whole = listed.into_iter().find(is_whole).context("the segment")?;
+            let content = faulty.inner.get(&whole).await?.bytes().await?;
+            faulty.inner.delete(&whole).await?;
+            for number in 0..pieces {
+                w.archive(0)?.put_piece(one, number * 9000, vec![7; 9000]).await?;
+            }
+            *faulty.late.lock().expect("nobody else") = vec![(whole, content)];
+            let unsure = Needs {
+                through: Some(Lsn(0x150_0000)),
+                ..along(1)
+            };
+            ensure!(w.get(one, unsure).await? == Outcome::Delivered, "{fault:?} {pieces}");
+            ensure!(w.got()? == vec![7; SIZE], "{fault:?} {pieces}: only a part");
+            ensure!(faulty.late.lock().expect("nobody else").is_empty(), "nothing happened");
+        }
+    }
     Ok(())
 }

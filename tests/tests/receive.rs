@@ -8,7 +8,7 @@ use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::receiver::wait_until_durable;
 use fairvault_tests::s3::S3;
 use fairvault_tests::tools::reader;
-use fairvault_tests::{Fixture, Receiver, Shape, tools};
+use fairvault_tests::{Fixture, Receiver, Shape, run, tools};
 
 #[test]
 fn what_was_committed_is_there_although_its_segment_is_not_full() -> Result<()> {
@@ -103,6 +103,42 @@ fn large_segments_are_sealed_from_pieces_pushed_and_restored() -> Result<()> {
     Ok(())
 }
 
+/// What a segment holds need not fit into memory: 1 GiB is the largest size there is.
+#[test]
+fn the_largest_segments_are_received_in_little_memory() -> Result<()> {
+    let s = Fixture::new(
+        "largestsegments",
+        Shape {
+            initdb: &["-k", "--wal-segsize=1024"],
+            settings: "wal_keep_size = 4GB\nmax_wal_size = 8GB\nmin_wal_size = 2GB\n",
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table t (x int, y text)")?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "1s"])?;
+    s.backup()?;
+    s.sql("insert into t select n, repeat(md5(n::text), 30) from generate_series(1, 80000) n")?;
+    let first = s.sql("select pg_walfile_name(pg_current_wal_insert_lsn())")?;
+    s.sql("select pg_switch_wal()")?;
+    s.sql("insert into t select n, repeat(md5(n::text), 30) from generate_series(1, 80000) n")?;
+    wait_until_durable(&s, &s.server)?;
+    let peak = receiver.peak_memory()?;
+    println!("{peak} MiB");
+    ensure!(peak <= 64, "{peak} MiB");
+    receiver.stop()?;
+    // Pushed as well, it is the same; and it comes back as it was.
+    let file = s.server.data.join("pg_wal").join(&first);
+    s.ok(&["wal", "push", "acme", &file.display().to_string()])?;
+    s.ok(&["wal", "get", "acme", &first, &s.path("fetched")])?;
+    run(std::process::Command::new("cmp").arg(&file).arg(s.path("fetched")))?;
+    s.server.stop(&s.scratch, "immediate")?;
+    std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "160000");
+    Ok(())
+}
+
 #[test]
 fn a_slot_that_is_no_physical_one_is_refused() -> Result<()> {
     for major in [14, 15] {
@@ -118,6 +154,52 @@ fn a_slot_that_is_no_physical_one_is_refused() -> Result<()> {
         let (exit, text) = Receiver::spawn(&s, &["--slot", "taken"])?.wait()?;
         let named = text.contains("replication slot taken is a logical one") && text.contains("--slot");
         ensure!(exit == 1 && named, "{major}: {exit} {text}");
+    }
+    Ok(())
+}
+
+/// Somebody made the slot without reserving WAL: nothing was kept for it so far, and everything is from now on.
+#[test]
+fn a_slot_without_reserved_wal_keeps_it_once_somebody_receives() -> Result<()> {
+    for major in [14, 15] {
+        let s = Fixture::new(
+            "bareslot",
+            Shape {
+                major,
+                settings: "wal_keep_size = 0\nmax_wal_size = 32MB\nmin_wal_size = 2MB\n",
+                ..SMALL
+            },
+        )?;
+        s.sql("create table t (x text)")?;
+        s.sql("select pg_create_physical_replication_slot('bare')")?;
+        let kept = "select coalesce(restart_lsn::text, 'nothing') from pg_replication_slots where slot_name = 'bare'";
+        ensure!(s.sql(kept)? == "nothing");
+        let more = ["--slot", "bare", "--flush-interval", "100ms"];
+        let receiver = Receiver::start(&s, &more)?;
+        s.backup()?;
+        s.sql("insert into t select md5(i::text) from generate_series(1, 1000) i")?;
+        wait_until_durable(&s, &s.server)?;
+        let text = receiver.kill()?;
+        ensure!(major == 14 || text.contains("slot bare keeps no WAL"), "{text}");
+        ensure!(
+            s.sql(kept)? != "nothing",
+            "{major}: the slot keeps nothing although somebody has received"
+        );
+        // More than the server keeps without a slot.
+        for _ in 0..4 {
+            s.sql("insert into t select md5(i::text) from generate_series(1, 30000) i")?;
+            s.sql("select pg_switch_wal()")?;
+            s.sql("checkpoint")?;
+        }
+        let receiver = Receiver::start(&s, &more)?;
+        wait_until_durable(&s, &s.server)?;
+        let text = receiver.stop()?;
+        ensure!(
+            !text.contains("keeps no WAL") && !text.contains("GAP"),
+            "{major}: {text}"
+        );
+        let info = s.ok(&["info", "acme"])?;
+        ensure!(!info.contains("gap"), "{major}: {info}");
     }
     Ok(())
 }
@@ -165,6 +247,50 @@ fn restarts_go_on_exactly_and_full_segments_take_over() -> Result<()> {
         s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?
             .contains("all good")
     );
+    Ok(())
+}
+
+/// Of segments that are too large to be held, a restart goes on in the middle: what comes again is compared, and not stored
+/// once more.
+#[test]
+fn a_restart_in_the_middle_of_a_large_segment_goes_on_there() -> Result<()> {
+    let s = Fixture::new(
+        "largeresume",
+        Shape {
+            initdb: &["-k", "--wal-segsize=64"],
+            settings: "wal_keep_size = 1GB\n",
+            ..Default::default()
+        },
+    )?;
+    s.sql("create table t (x int, y text)")?;
+    let more = ["--flush-interval", "200ms"];
+    let mut receiver = Receiver::start(&s, &more)?;
+    s.backup()?;
+    let fill = "insert into t select n, repeat(md5(n::text), 30) from generate_series(1, 12000) n";
+    for _ in 0..6 {
+        s.sql(fill)?;
+        wait_until_durable(&s, &s.server)?;
+        receiver.kill()?;
+        receiver = Receiver::start(&s, &more)?;
+    }
+    wait_until_durable(&s, &s.server)?;
+    receiver.stop()?;
+    // No position lies in two pieces.
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    for object in s.objects("wal") {
+        let name = object.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if object.display().to_string().contains(".d/") {
+            let (start, end, _) = fairvault_format::names::parse_piece(&name).context("a piece")?;
+            ranges.push((start, end));
+        }
+    }
+    ranges.sort_unstable();
+    ensure!(ranges.len() > 15, "{ranges:?}");
+    ensure!(ranges.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{ranges:?}");
+    s.server.stop(&s.scratch, "immediate")?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "72000");
     Ok(())
 }
 

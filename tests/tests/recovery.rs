@@ -4,8 +4,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use fairvault_tests::fixture::{field, refused};
-use fairvault_tests::{Fixture, Server, Shape, run};
+use fairvault_tests::fixture::{SMALL, field, refused};
+use fairvault_tests::receiver::wait_until_durable;
+use fairvault_tests::{Fixture, Receiver, Server, Shape, code, run, tools};
 
 fn set_up(name: &str, settings: &str) -> Result<Fixture> {
     Fixture::new(
@@ -228,6 +229,27 @@ fn positions_that_no_record_reaches_are_refused() -> Result<()> {
         "select pg_lsn('0/0') + (('x' || right('{segment}', 8))::bit(32)::bigint + 1) * 16777216 - 64"
     ))?;
     refused(s.restore("r", &["--target-lsn", &end]), 3, "never reached")?;
+    Ok(())
+}
+
+/// PostgreSQL stops at the first record that begins at the target or later: at the very end there is none yet.
+#[test]
+fn the_end_of_the_last_record_is_no_target_and_its_beginning_is() -> Result<()> {
+    let s = Fixture::new("lastrecord", SMALL)?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "100ms"])?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    s.sql("insert into t values (1)")?;
+    let position = || s.sql("select pg_current_wal_insert_lsn()");
+    let beginning = position()?;
+    s.sql("insert into t values (2)")?;
+    let end = position()?;
+    wait_until_durable(&s, &s.server)?;
+    receiver.stop()?;
+    s.server.stop(&s.scratch, "immediate")?;
+    refused(s.restore("r", &["--target-lsn", &end]), 3, "never reached")?;
+    restored(&s, "r", &["--target-lsn", &beginning])?;
+    ensure!(s.rows(&s.start("r", 5450)?)? == "1");
     Ok(())
 }
 
@@ -505,4 +527,116 @@ fn a_tablespace_that_is_made_after_the_plan_is_not_replayed_into_the_original() 
     ensure!(log.contains("creates a tablespace"), "{log}");
     ensure!(s.sql("select count(*) from l")? == "1000");
     Ok(())
+}
+
+/// The same where a receiver has stored the WAL, and the segment is not full.
+#[test]
+fn a_tablespace_of_which_only_pieces_tell_is_not_replayed_into_the_original() -> Result<()> {
+    let s = Fixture::new("after-pieces", Shape::default())?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "100ms"])?;
+    run(s.scratch.command("mkdir").arg(s.path("ts")))?;
+    s.backup()?;
+    wait_until_durable(&s, &s.server)?;
+    restored(&s, "r", &[])?;
+    s.sql(&format!("create tablespace ts location '{}'", s.path("ts")))?;
+    s.sql("create table l tablespace ts as select generate_series(1, 1000) as x")?;
+    wait_until_durable(&s, &s.server)?;
+    receiver.stop()?;
+    let copy = s.copy("r", 5450);
+    let _ = copy.try_start(&s.scratch, true);
+    let log = ended(&copy)?;
+    ensure!(log.contains("creates a tablespace"), "{log}");
+    ensure!(s.sql("select count(*) from l")? == "1000");
+    Ok(())
+}
+
+/// A record that crosses into the next segment is seen when that one is asked for, whenever it was archived.
+#[test]
+fn a_tablespace_record_in_two_segments_is_seen() -> Result<()> {
+    const SIZE: u64 = 1 << 20;
+    let s = Fixture::new("after-crossing", SMALL)?;
+    let created = |name: &str, folder: &str| -> Result<(u64, u64)> {
+        run(s.scratch.command("mkdir").arg(s.path(folder)))?;
+        let before = position(&s)?;
+        s.sql(&format!("create tablespace {name} location '{}'", s.path(folder)))?;
+        Ok((before, tablespace_record(&s, before)?))
+    };
+    // Without page images, the record begins as far behind what was there before, whenever it is.
+    let images = |on: &str| -> Result<()> {
+        s.sql(&format!("alter system set full_page_writes = {on}"))?;
+        s.sql("select pg_reload_conf(), pg_sleep(1)")?;
+        Ok(())
+    };
+    images("off")?;
+    let folder = |number: u32| format!("a-folder-with-a-name-that-makes-its-record-long-{number}");
+    created("ts0", &folder(0))?;
+    s.sql("drop tablespace ts0")?;
+    let (before, at) = created("ts1", &folder(1))?;
+    s.sql("drop tablespace ts1")?;
+    images("on")?;
+    s.backup()?;
+    restored(&s, "r", &[])?;
+    images("off")?;
+    for attempt in 2..8 {
+        let fill = format!(
+            "do $$ begin while {SIZE} - (pg_current_wal_insert_lsn() - '0/0') % {SIZE} not between {} and {} loop \
+             perform pg_logical_emit_message(false, '', ''); end loop; end $$",
+            at - before + 30,
+            at - before + 100,
+        );
+        s.sql(&fill)?;
+        let (_, at) = created(&format!("ts{attempt}"), &folder(attempt))?;
+        // Whatever else was written at that moment has moved it.
+        if SIZE - at % SIZE > 100 {
+            continue;
+        }
+        s.sql("select pg_switch_wal()")?;
+        let name = |number: u64| format!("0000000100000000{number:08X}");
+        let file = |number| s.path(&format!("data5432/pg_wal/{}", name(number)));
+        let number = at / SIZE;
+        let settings = std::fs::read_to_string(s.scratch.join("r/postgresql.auto.conf"))?;
+        let line = settings.lines().rfind(|line| line.starts_with("restore_command = '"));
+        let line = line.context("restore_command")?;
+        let command = line["restore_command = '".len()..]
+            .trim_end_matches('\'')
+            .replace("''", "'");
+        let get = |number| {
+            let command = command.replace("%f", &name(number)).replace("%p", "got");
+            code(s.scratch.command("sh").current_dir(s.path("r")).args(["-c", &command]))
+        };
+        for n in number.saturating_sub(9)..=number {
+            let _ = s.fairvault(&["wal", "push", "acme", &file(n)]);
+        }
+        let (exit, text) = get(number);
+        ensure!(exit == 0, "{exit} {text}");
+        s.ok(&["wal", "push", "acme", &file(number + 1)])?;
+        let (exit, text) = get(number + 1);
+        ensure!(exit == 200 && text.contains("creates a tablespace"), "{exit} {text}");
+        return Ok(());
+    }
+    anyhow::bail!("no record lies across two segments")
+}
+
+/// Where the server's WAL is.
+fn position(s: &Fixture) -> Result<u64> {
+    Ok(s.sql("select pg_current_wal_insert_lsn() - '0/0'")?.parse()?)
+}
+
+/// Where the first record from `from` on begins that creates a tablespace.
+fn tablespace_record(s: &Fixture, from: u64) -> Result<u64> {
+    let mut waldump = s.scratch.command(tools::bin(15).join("pg_waldump"));
+    let start = format!("{:X}/{:X}", from >> 32, from & 0xFFFF_FFFF);
+    let wal = s.path("data5432/pg_wal");
+    let (_, text) = code(waldump.args(["-p", &wal, "-r", "Tablespace", "-s", &start]));
+    let line = text
+        .lines()
+        .find(|line| line.contains("CREATE"))
+        .with_context(|| text.clone())?;
+    let at = line
+        .split("lsn: ")
+        .nth(1)
+        .and_then(|rest| rest.split(',').next())
+        .context("lsn")?;
+    let (high, low) = at.split_once('/').context("lsn")?;
+    Ok(u64::from_str_radix(high, 16)? << 32 | u64::from_str_radix(low, 16)?)
 }

@@ -4,6 +4,7 @@
 mod stores;
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,7 @@ use fairvault_engine::wal::archive::Archive;
 use fairvault_format::proto;
 use fairvault_tests::fixture::{Fixture, SMALL, Shape, field, files, refused, signal};
 use fairvault_tests::receiver::{Receiver, wait_until_durable};
+use fairvault_tests::run;
 
 use stores::{CLUSTER, access, key, memory};
 
@@ -518,4 +520,37 @@ fn wal_that_has_expired_in_the_second_does_not_come_again() -> Result<()> {
     hide(&s, "vault")?;
     restores(&s, "alone", &[], "40100")?;
     show(&s, "vault")
+}
+
+/// Every repository's receiver is a standby of the same name: a server that waits for as many as there are repositories has
+/// in each what it has acknowledged.
+#[test]
+fn commits_can_wait_for_every_repository() -> Result<()> {
+    let s = fixture("syncall", false, "", "")?;
+    s.backup()?;
+    copy(&s, &[])?;
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    s.sql("alter system set synchronous_standby_names = '2 (fairvault)'")?;
+    s.sql("alter system set synchronous_commit = on")?;
+    s.sql("select pg_reload_conf()")?;
+    let sync = "select count(*) from pg_stat_replication where sync_state = 'sync'";
+    s.server.wait_for(&s.scratch, sync, "2")?;
+    insert(&s, 100)?;
+    for _ in 0..20 {
+        insert(&s, 1)?;
+    }
+    // Everything but the repositories is lost at once.
+    let postmaster = std::fs::read_to_string(s.server.data.join("postmaster.pid"))?;
+    let postmaster = postmaster.lines().next().context("pid")?.to_owned();
+    run(Command::new("kill").args(["-9", &receiver.pid().to_string(), &postmaster]))?;
+    receiver.kill()?;
+    std::fs::rename(&s.server.data, s.scratch.join("lost"))?;
+    for (name, repository, port) in [("a", "main", 5450), ("b", "second", 5451)] {
+        let (exit, text) = s.restore(name, &["--repo", repository]);
+        ensure!(exit == 0, "{repository}: {text}");
+        s.configure(name, "synchronous_standby_names = ''\n")?;
+        let rows = s.rows(&s.start(name, port)?)?;
+        ensure!(rows == "120", "{repository}: {rows}");
+    }
+    Ok(())
 }

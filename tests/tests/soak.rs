@@ -3,27 +3,105 @@
 //!
 //! The schedule follows from a seed. `cargo xtask soak [ROUNDS] [SEED]` runs it for longer.
 
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::collections::{BTreeSet, HashSet};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use fairvault_engine::replication::connection::{Connection, Mode};
+use fairvault_engine::replication::conninfo::ConnInfo;
 use fairvault_tests::dice::{Dice, number};
 use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::receiver::Receiver;
 use fairvault_tests::s3::S3;
 use fairvault_tests::{Fixture, Server, Shape, code, run, tools};
 
-/// What can happen, in words for the log.
-const EVENTS: [&str; 8] = [
-    "the receiver is killed",
-    "the archiving worker is killed",
-    "the server is killed",
-    "the store goes away",
-    "the store is slow",
-    "the server's connection is cut in mid-message",
-    "the store's connection is cut in mid-message",
-    "nothing",
+/// What can happen; at the end of every round, server and receiver are killed together.
+#[derive(Debug, Clone, Copy)]
+enum Event {
+    ReceiverKilled,
+    WorkerKilled,
+    ServerKilled,
+    StoreAway,
+    ServerCut,
+    StoreSlow,
+    StoreCut,
+}
+
+/// What can happen around any store.
+const EVENTS: [Event; 5] = [
+    Event::ReceiverKilled,
+    Event::WorkerKilled,
+    Event::ServerKilled,
+    Event::StoreAway,
+    Event::ServerCut,
 ];
+/// What can happen around one that is reached over a network.
+const OVER_NETWORK: [Event; 2] = [Event::StoreSlow, Event::StoreCut];
+/// Events in a round: in two rounds, everything happens.
+const IN_A_ROUND: usize = 4;
+/// Clients that commit all the time.
+const CLIENTS: u32 = 4;
+
+/// Commits by clients that were told of them.
+type Acknowledged = Arc<Mutex<BTreeSet<(u32, u32)>>>;
+
+/// Clients that commit one row after another, each with a number of its own, for as long as it lives.
+struct Load {
+    stop: Arc<AtomicBool>,
+    clients: Vec<JoinHandle<()>>,
+}
+
+impl Load {
+    fn start(conninfo: &str, first: u32, acknowledged: &Acknowledged) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let info = ConnInfo::parse(conninfo)?;
+        let clients = (0..CLIENTS).map(|client| {
+            let (info, stop, acknowledged) = (info.clone(), stop.clone(), acknowledged.clone());
+            std::thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+                let runtime = runtime.expect("a runtime");
+                runtime.block_on(commits(&info, client, first, &stop, &acknowledged));
+            })
+        });
+        Ok(Self {
+            clients: clients.collect(),
+            stop,
+        })
+    }
+
+    /// Once the server is dead, no client hears of a commit any more.
+    fn end(self) -> Result<()> {
+        self.stop.store(true, Ordering::SeqCst);
+        for client in self.clients {
+            ensure!(client.join().is_ok(), "a client panicked");
+        }
+        Ok(())
+    }
+}
+
+async fn commits(info: &ConnInfo, client: u32, first: u32, stop: &AtomicBool, acknowledged: &Acknowledged) {
+    let mut number = first;
+    while !stop.load(Ordering::SeqCst) {
+        let Ok(mut connection) = Connection::open(info, Mode::Sql).await else {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        // Of one that failed, nobody knows whether it was committed: its number is not used again.
+        loop {
+            number += 1;
+            let insert = format!("insert into c values ({client}, {number})");
+            if stop.load(Ordering::SeqCst) || connection.query(&insert).await.is_err() {
+                break;
+            }
+            let mut all = acknowledged.lock().unwrap_or_else(PoisonError::into_inner);
+            all.insert((client, number));
+        }
+    }
+}
 
 struct Soak {
     s: Fixture,
@@ -32,9 +110,10 @@ struct Soak {
     link: Proxy,
     spool: Option<String>,
     receiver: Option<Receiver>,
-    /// Commits that pgbench's clients were told of.
-    acknowledged: u64,
-    round: u64,
+    acknowledged: Acknowledged,
+    /// What will happen next, from the end; shuffled anew once it is empty.
+    deck: Vec<Event>,
+    round: u32,
 }
 
 impl Soak {
@@ -59,7 +138,7 @@ impl Soak {
             (s3, store) = (Some(server), Some(proxy));
         }
         s.ok(&["stanza", "create", "acme"])?;
-        s.sql("create table c (client int)")?;
+        s.sql("create table c (client int, number int)")?;
         let config = s.options[1].clone();
         let command = format!(
             "{} --config {config} wal push acme %p",
@@ -71,7 +150,6 @@ impl Soak {
         s.server.stop(&s.scratch, "fast")?;
         s.server.start(&s.scratch)?;
         let link = Proxy::start(Target::Socket(s.scratch.join(".s.PGSQL.5432")))?;
-        s.scratch.write("commit.sql", b"insert into c values (:client_id);\n")?;
         let mut this = Self {
             spool: with_spool.then(|| s.path("spool")),
             s,
@@ -79,7 +157,8 @@ impl Soak {
             store,
             link,
             receiver: None,
-            acknowledged: 0,
+            acknowledged: Acknowledged::default(),
+            deck: Vec::new(),
             round: 0,
         };
         this.start_receiver()?;
@@ -104,10 +183,22 @@ impl Soak {
         Ok(())
     }
 
+    fn postmaster(&self) -> Result<u32> {
+        let text = std::fs::read_to_string(self.s.server.data.join("postmaster.pid"))?;
+        Ok(text.lines().next().context("pid")?.trim().parse()?)
+    }
+
+    fn last_words(&self) -> String {
+        self.receiver.as_ref().map(Receiver::text).unwrap_or_default()
+    }
+
     fn kill_server(&self) -> Result<()> {
-        let pid = std::fs::read_to_string(self.s.server.data.join("postmaster.pid"))?;
-        let pid = pid.lines().next().context("pid")?.to_owned();
-        run(Command::new("kill").args(["-9", &pid]))?;
+        run(Command::new("kill").args(["-9", &self.postmaster()?.to_string()]))?;
+        self.wait_until_dead()
+    }
+
+    fn wait_until_dead(&self) -> Result<()> {
+        let pid = self.postmaster()?.to_string();
         // Its children notice, and let go of its memory.
         while std::path::Path::new("/proc").join(&pid).exists() {
             std::thread::sleep(Duration::from_millis(20));
@@ -126,27 +217,49 @@ impl Soak {
         self.s.server.start(&self.s.scratch)
     }
 
-    fn happen(&mut self, event: u64, dice: &mut Dice) -> Result<()> {
-        println!("  {}", EVENTS[event as usize]);
+    fn next_event(&mut self, dice: &mut Dice) -> Event {
+        if self.deck.is_empty() {
+            self.deck.extend(EVENTS);
+            if self.store.is_some() {
+                self.deck.extend(OVER_NETWORK);
+            }
+            for at in (1..self.deck.len()).rev() {
+                let other = dice.roll(at as u64 + 1) as usize;
+                self.deck.swap(at, other);
+            }
+        }
+        self.deck.pop().unwrap_or(Event::ReceiverKilled)
+    }
+
+    fn happen(&mut self, event: Event, dice: &mut Dice) -> Result<()> {
+        println!("  {event:?}");
         match event {
-            0 => {
+            Event::ReceiverKilled => {
                 if let Some(receiver) = self.receiver.take() {
                     receiver.kill()?;
                 }
                 dice.pause(800);
                 self.start_receiver()?;
             }
-            1 => {
+            Event::WorkerKilled => {
                 let mark = self.s.path("");
                 let pattern = format!("{}.*--worker", mark.trim_end_matches('/'));
-                let _ = code(Command::new("pkill").args(["-9", "-f", &pattern]));
+                let kill = || code(Command::new("pkill").args(["-9", "-f", &pattern])).0 == 0;
+                let deadline = Instant::now() + Duration::from_secs(30);
+                while !kill() {
+                    ensure!(Instant::now() < deadline, "there is no worker to kill");
+                    // A segment that is full starts one.
+                    let fill = "set synchronous_commit = off; select pg_switch_wal()";
+                    let _ = self.s.sql(fill);
+                    dice.pause(100);
+                }
             }
-            2 => {
+            Event::ServerKilled => {
                 self.kill_server()?;
                 dice.pause(500);
                 self.start_server()?;
             }
-            3 => match &self.store {
+            Event::StoreAway => match &self.store {
                 Some(proxy) => {
                     proxy.away(true);
                     dice.pause(3000);
@@ -161,74 +274,49 @@ impl Soak {
                     }
                 }
             },
-            4 => {
+            Event::StoreSlow => {
                 if let Some(proxy) = &self.store {
                     proxy.rate(200_000);
                     dice.pause(1500);
                     proxy.rate(0);
                 }
             }
-            5 => self.link.cut_after(1 + dice.roll(20_000)),
-            6 => {
+            Event::ServerCut => self.link.cut_after(1 + dice.roll(20_000)),
+            Event::StoreCut => {
                 if let Some(proxy) = &self.store {
                     proxy.cut_after(1 + dice.roll(2_000));
                 }
             }
-            _ => {}
         }
         Ok(())
     }
 
-    fn load(&self) -> Result<Child> {
-        let (script, log) = (self.s.path("commit.sql"), self.s.path(&format!("load{}", self.round)));
-        let arguments = ["-n", "-f", &script, "-c", "4", "-T", "4", "-l", "--log-prefix", &log];
-        let mut command = self.s.server.pgbench(&self.s.scratch, &arguments);
-        let silent = || Stdio::null();
-        Ok(command.stdin(silent()).stdout(silent()).stderr(silent()).spawn()?)
-    }
-
-    /// Transactions in pgbench's logs of this round: each was acknowledged.
-    fn count(&self) -> Result<u64> {
-        let prefix = format!("load{}.", self.round);
-        let mut lines = 0;
-        for entry in std::fs::read_dir(self.s.scratch.path())? {
-            let entry = entry?;
-            if entry.file_name().to_string_lossy().starts_with(&prefix) {
-                let text = std::fs::read_to_string(entry.path())?;
-                // The last line may have been cut.
-                lines += text.matches('\n').count() as u64;
-            }
-        }
-        Ok(lines)
+    fn count(&self) -> usize {
+        self.acknowledged.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     fn round(&mut self, dice: &mut Dice) -> Result<()> {
         self.round += 1;
         println!("round {}", self.round);
-        let mut load = self.load()?;
-        for _ in 0..1 + dice.roll(3) {
+        let load = Load::start(&self.s.server.conninfo(), self.round * 1_000_000, &self.acknowledged)?;
+        for _ in 0..IN_A_ROUND {
             dice.pause(1200);
-            let event = dice.roll(EVENTS.len() as u64);
+            let event = self.next_event(dice);
             self.happen(event, dice)?;
         }
-        // Commits that wait for a receiver that is away would keep it for long: its clients are cut off.
-        let mut waited = 0;
-        while load.try_wait()?.is_none() && waited < 300 {
-            std::thread::sleep(Duration::from_millis(50));
-            waited += 1;
+        // Whatever happened, commits go on; and at some moment, all is lost at once.
+        let (before, deadline) = (self.count(), Instant::now() + Duration::from_secs(60));
+        while self.count() < before + 50 {
+            ensure!(Instant::now() < deadline, "commits do not go on: {}", self.last_words());
+            std::thread::sleep(Duration::from_millis(20));
         }
-        if load.try_wait()?.is_none() {
-            load.kill()?;
-            load.wait()?;
-        }
-        self.acknowledged += self.count()?;
-        // The server is dead, and the receiver too: what is left is the repository, and the spool.
-        if self.s.server.is_running() {
-            self.kill_server()?;
-        }
-        if let Some(receiver) = self.receiver.take() {
-            receiver.kill()?;
-        }
+        dice.pause(1200);
+        let receiver = self.receiver.take().context("a receiver")?;
+        signal_now(receiver.pid(), self.postmaster()?)?;
+        receiver.kill()?;
+        self.wait_until_dead()?;
+        load.end()?;
+        // What is left is the repository, and the spool.
         if self.spool.is_some() {
             self.start_receiver()?;
             std::thread::sleep(Duration::from_secs(2));
@@ -248,16 +336,33 @@ impl Soak {
         ensure!(exit == 0, "round {}: {text}", self.round);
         s.configure("r", "synchronous_standby_names = ''\n")?;
         let copy: Server = s.start("r", 5450)?;
-        let there: u64 = copy.sql(&s.scratch, "select count(*) from c")?.parse()?;
+        let rows = copy.sql(&s.scratch, "select client || ' ' || number from c")?;
         copy.stop(&s.scratch, "immediate")?;
-        println!("  {} acknowledged, {there} restored", self.acknowledged);
-        ensure!(there >= self.acknowledged, "{there} of {} commits", self.acknowledged);
+        let there: HashSet<&str> = rows.lines().collect();
+        let acknowledged = self.acknowledged.lock().unwrap_or_else(PoisonError::into_inner);
+        println!("  {} acknowledged, {} restored", acknowledged.len(), there.len());
+        let lost: Vec<_> = acknowledged
+            .iter()
+            .filter(|(client, number)| !there.contains(format!("{client} {number}").as_str()))
+            .collect();
+        ensure!(
+            lost.is_empty(),
+            "{} commits were lost: {:?} …",
+            lost.len(),
+            lost.iter().take(10)
+        );
         let text = s.ok(&["verify", "acme", "--progress", "none"])?;
         ensure!(text.contains("all good"), "{text}");
         let info = s.ok(&["info", "acme"])?;
         ensure!(!info.contains("gap") && !info.contains("MISSING"), "{info}");
         Ok(())
     }
+}
+
+/// Kills both at once: what one has sent and the other has not taken is lost.
+fn signal_now(receiver: u32, postmaster: u32) -> Result<()> {
+    run(Command::new("kill").args(["-9", &receiver.to_string(), &postmaster.to_string()]))?;
+    Ok(())
 }
 
 fn soak(on_s3: bool, with_spool: bool) -> Result<()> {
@@ -269,7 +374,6 @@ fn soak(on_s3: bool, with_spool: bool) -> Result<()> {
         soak.round(&mut dice)
             .with_context(|| format!("seed {seed}, S3 {on_s3}, spool {with_spool}, round {}", soak.round))?;
     }
-    ensure!(soak.acknowledged > 0, "nothing was acknowledged in {rounds} rounds");
     Ok(())
 }
 

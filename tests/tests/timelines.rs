@@ -130,7 +130,7 @@ fn a_gap_on_a_later_timeline_is_said() -> Result<()> {
         archiving: true,
         ..SMALL
     };
-    let s = Fixture::new("latergap", shape)?;
+    let s = Fixture::new("latermissing", shape)?;
     s.sql("create table t (x int)")?;
     s.backup()?;
     let standby = s.standby("standby", 5460, &["--archiving", "keep"], "")?;
@@ -290,6 +290,13 @@ fn an_old_primary_that_goes_on_is_a_branch_until_it_is_fenced() -> Result<()> {
         reason[1],
     ])?;
     s.ok(&["wal", "push", "acme", &path])?;
+    // A backup of the one, taken after the other had left it, does not lead there.
+    let late = s.backup_id(&["--type", "full"])?;
+    let (exit, text) = s.restore("late", &["--backup", &late, "--target-timeline", "2"]);
+    ensure!(
+        exit == 3 && text.contains("is not on the way to timeline 2"),
+        "{exit} {text}"
+    );
     // A receiver that is at work is stopped by a fence.
     drop(standby);
     let hosts = ["--no-slot", "--flush-interval", "100ms"];

@@ -10,7 +10,7 @@ use fairvault_engine::error::{Error, Result};
 use fairvault_engine::immutable;
 use fairvault_engine::inspect::info_of;
 use fairvault_engine::postgres::lsn::Lsn;
-use fairvault_engine::postgres::segment::Segment;
+use fairvault_engine::postgres::segment::{History, Segment};
 use fairvault_engine::replication::connection::{Connection, Mode};
 use fairvault_engine::stanza::create::{Cluster, check_cluster};
 use fairvault_engine::store::Store;
@@ -19,7 +19,8 @@ use fairvault_engine::wal::archive::Archive;
 use fairvault_engine::wal::coverage::Coverage;
 use serde::Serialize;
 
-use super::{Outcome, copy};
+use super::wal::receive::slot_of;
+use super::{Outcome, copy, slot};
 use crate::args::Output;
 use crate::away::{Away, PATIENCE, bounded};
 use crate::context::Context;
@@ -60,6 +61,19 @@ pub async fn run(context: &Arc<Context>, stanza: &str) -> Result<Outcome> {
     let server = server(context, stanza, &mut lines).await;
     let repositories = context.repositories(Some(stanza))?;
     context.backup_repositories(stanza)?;
+    if server.is_some() {
+        let required = repositories.iter().filter(|name| !context.is_optional(name));
+        for repository in required {
+            let slot = slot_of(
+                context.wal(stanza).slot.as_deref(),
+                stanza,
+                repository,
+                repositories.len(),
+            );
+            let said = slot::look(&context.conninfo(stanza)?, &slot).await;
+            lines.extend(said.map(|said| line(&format!("receiver into {repository}"), said)));
+        }
+    }
     for repository in &repositories {
         let (at, name, of) = (context.clone(), repository.clone(), stanza.to_owned());
         if !context.is_optional(repository) {
@@ -222,6 +236,8 @@ async fn ends(log: &Log) -> Result<String> {
 struct Server {
     cluster: Cluster,
     timeline: u32,
+    /// Where its timeline began.
+    began: Lsn,
     flush: Lsn,
     archiving: bool,
 }
@@ -231,6 +247,10 @@ async fn server(context: &Context, stanza: &str, lines: &mut Vec<Line>) -> Optio
         let mut connection = Connection::open(&context.conninfo(stanza)?, Mode::Replication).await?;
         let identity = connection.identify().await?;
         let segment_size = connection.wal_segment_size().await?;
+        let history = connection.timeline_history(identity.timeline).await?;
+        let history = history
+            .map(|content| History::parse(identity.timeline, &content))
+            .transpose()?;
         let mode = connection.show("archive_mode").await?.unwrap_or_default();
         let command = connection.show("archive_command").await?.unwrap_or_default();
         let senders = connection.show("max_wal_senders").await?.unwrap_or_default();
@@ -261,6 +281,7 @@ async fn server(context: &Context, stanza: &str, lines: &mut Vec<Line>) -> Optio
             Server {
                 cluster,
                 timeline: identity.timeline,
+                began: history.and_then(|h| h.start_of(identity.timeline)).unwrap_or_default(),
                 flush: identity.flush,
                 archiving,
             },
@@ -335,15 +356,16 @@ async fn stanza_in(context: &Context, repository: &str, stanza: &str, server: Op
             ));
         }
     }
+    // What comes before the first segment of the server's timeline is of another one.
+    let first = server.began.0 / size;
+    let behind = current - newest.map_or(first, |n| n + 1).min(current);
     match newest {
         _ if !server.archiving && !is_received => Ok(format!("opens, {} backups", log.state().backups.len())),
-        Some(newest) if newest + 2 >= current => {
-            Ok(format!("opens, {} backups, WAL arrives", log.state().backups.len()))
-        }
-        None if current <= 1 => Ok("opens; no WAL segment is complete yet".to_owned()),
-        newest => Err(Error::failed(format!(
-            "the newest archived segment is {} segments behind the server",
-            current - newest.map_or(0, |n| n.min(current))
+        // The segment that is being written, and one that is being archived.
+        Some(_) if behind <= 1 => Ok(format!("opens, {} backups, WAL arrives", log.state().backups.len())),
+        None if behind <= 1 => Ok("opens; no WAL segment is complete yet".to_owned()),
+        _ => Err(Error::failed(format!(
+            "the newest archived segment is {behind} segments behind the server"
         ))
         .remedy(match server.archiving {
             true => "look at pg_stat_archiver and at the server's log for what archive_command says",

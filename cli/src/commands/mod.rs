@@ -12,6 +12,7 @@ pub mod key;
 pub mod lock;
 pub mod repair;
 pub mod restore;
+mod slot;
 pub mod stanza;
 pub mod verify;
 pub mod wal;

@@ -371,6 +371,13 @@ impl<'a> Choice<'a> {
                 info.id
             )));
         }
+        if lsn >= found.wal_end && reach.has_part && !reach.is_hole {
+            return Err(Error::not_found(format!(
+                "WAL in the repository ends at {}: {lsn} is never reached",
+                found.wal_end
+            ))
+            .remedy("use --target latest, or an earlier position"));
+        }
         if lsn >= found.wal_end {
             return Err(self.incomplete(info, reach, "the target needs WAL up to", lsn));
         }

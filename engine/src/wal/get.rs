@@ -14,7 +14,7 @@ use fairvault_format::names;
 use crate::error::{Context, Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
-use crate::postgres::walker::{Record, Walker, What, rmgr};
+use crate::postgres::walker::{Record, WAL_PAGE, Walker, What, begins_inside_record, rmgr};
 
 /// What the recovery is known to need.
 #[derive(Debug, Clone, Copy, Default)]
@@ -157,7 +157,7 @@ async fn without_whole(archives: Vec<Archive>, name: &str, destination: &Path, n
         return deliver(destination, &content);
     }
     match best {
-        Some((part, request)) => deliver_part(&request, name, destination, part, proof),
+        Some((part, request)) => deliver_part(&archive, &request, name, destination, part, proof).await,
         None => proof.map(|()| Outcome::Absent),
     }
 }
@@ -172,8 +172,14 @@ async fn check_tablespaces(archive: &Archive, name: &str, content: &[u8], needs:
     if segment.end(size) <= through {
         return Ok(());
     }
+    // A record that crosses is replayed with the segment that it ends in.
+    let before = match begins_inside_record(content) {
+        true => tablespace_before(archive, segment, through).await?,
+        false => None,
+    };
+    let start = before.as_ref().map_or(segment, |(before, _)| *before).start(size);
     let mut found = None;
-    let mut walker = Walker::new(segment.start(size), size);
+    let mut walker = Walker::new(start, size);
     let mut look = |record: &Record<'_>| {
         if let Some(What::TablespaceCreate { oid, location }) = record.event().map(|event| event.what)
             && record.lsn >= through
@@ -182,13 +188,11 @@ async fn check_tablespaces(archive: &Archive, name: &str, content: &[u8], needs:
             found = Some((record.lsn, location));
         }
     };
-    walker.feed(content, &mut look);
-    // A record that crosses into the next segment.
-    if matches!(walker.unfinished(), Some(None | Some(rmgr::TBLSPC)))
-        && let Some(next) = archive.whole_segment(segment.next()).await?
-    {
-        walker.feed(&next, &mut look);
+    if let Some((_, content)) = &before {
+        walker.feed(content, &mut look);
     }
+    // What is no whole page holds no whole record.
+    walker.feed(&content[..content.len() / WAL_PAGE * WAL_PAGE], &mut look);
     match found {
         None => Ok(()),
         Some((lsn, location)) => Err(Error::refused(format!(
@@ -198,6 +202,27 @@ async fn check_tablespaces(archive: &Archive, name: &str, content: &[u8], needs:
             "it was created after the restore was planned: restore again with a target before it, or on another host",
         )),
     }
+}
+
+/// The segment before `segment` if a record may cross from there that creates a tablespace and that the plan has not
+/// seen.
+async fn tablespace_before(archive: &Archive, segment: Segment, through: Lsn) -> Result<Option<(Segment, Vec<u8>)>> {
+    let Some(number) = segment.number.checked_sub(1) else {
+        return Ok(None);
+    };
+    let before = Segment { number, ..segment };
+    if before.end(archive.segment_size) <= through {
+        return Ok(None);
+    }
+    let header = archive.segment_header(before).await?;
+    let rmgr = header.and_then(|h| h.summary).map(|summary| summary.unfinished_rmgr);
+    if rmgr.is_some_and(|rmgr| rmgr != 0 && rmgr != u32::from(rmgr::TBLSPC) + 1) {
+        return Ok(None);
+    }
+    // Where nobody has it, recovery has it from elsewhere, and has passed it.
+    let content = archive.segment_or_parts(before).await?;
+    let whole = content.filter(|content| content.len() as u64 == archive.segment_size);
+    Ok(whole.map(|content| (before, content)))
 }
 
 /// Whether a folder exists and is not where this data directory (restore_command runs in it) has the tablespace.
@@ -381,7 +406,8 @@ impl Request {
 }
 
 /// A part ends recovery where it ends, so it is given only if nothing speaks against that.
-fn deliver_part(
+async fn deliver_part(
+    archive: &Archive,
     request: &Request,
     name: &str,
     destination: &Path,
@@ -399,6 +425,7 @@ fn deliver_part(
         return Ok(Outcome::Absent);
     }
     part.resize(request.size as usize, 0);
+    check_tablespaces(archive, name, &part, request.needs).await?;
     deliver(destination, &part)
 }
 

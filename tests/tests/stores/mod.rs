@@ -15,12 +15,12 @@ use fairvault_format::keys::{EpochKeys, Secret};
 use fairvault_format::log::seal_entry;
 use fairvault_format::names;
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
-use futures::StreamExt;
 use futures::stream::BoxStream;
+use futures::{FutureExt, StreamExt};
 use object_store::path::Path;
 use object_store::{
     CopyOptions, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult,
+    ObjectStoreExt, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult,
 };
 
 /// A cluster that nothing is asked of.
@@ -88,6 +88,10 @@ pub enum Fault {
     CutWal,
     /// Each segment is not there when it is asked for the first time: somebody stores it just then.
     LateWal,
+    /// As soon as pieces of WAL were listed, what is [`Faulty::late`] takes their place.
+    SealedOnceListed,
+    /// As soon as one of them was read.
+    SealedOnceRead,
 }
 
 /// A store that counts requests and fails in one way.
@@ -99,6 +103,8 @@ pub struct Faulty {
     pub requests: AtomicU64,
     fault: Fault,
     asked: std::sync::Mutex<std::collections::HashSet<Path>>,
+    /// Objects that take the place of pieces.
+    pub late: std::sync::Mutex<Vec<(Path, Bytes)>>,
 }
 
 impl std::fmt::Display for Faulty {
@@ -115,12 +121,34 @@ impl Faulty {
             requests: AtomicU64::new(0),
             fault,
             asked: Default::default(),
+            late: Default::default(),
         })
     }
 
     /// As a repository.
     pub fn store(self: &Arc<Self>) -> Store {
         Store::new(self.clone(), "", "faulty://", StoreSettings::default())
+    }
+
+    /// Whoever receives has sealed a segment and removes its pieces.
+    async fn seal(&self) -> Answer<()> {
+        let late = std::mem::take(&mut *self.late.lock().expect("one at a time"));
+        if late.is_empty() {
+            return Ok(());
+        }
+        for (path, content) in late {
+            self.inner
+                .put_opts(&path, content.into(), PutOptions::default())
+                .await?;
+        }
+        let mut listed = self.inner.list(None);
+        while let Some(found) = listed.next().await {
+            let path = found?.location;
+            if path.as_ref().contains(".d/") {
+                self.inner.delete(&path).await?;
+            }
+        }
+        Ok(())
     }
 
     fn count(&self) -> u64 {
@@ -160,6 +188,9 @@ impl ObjectStore for Faulty {
             });
         }
         let mut found = self.inner.get_opts(l, o).await?;
+        if self.fault == Fault::SealedOnceRead && l.as_ref().contains(".d/") {
+            self.seal().await?;
+        }
         if self.fault == Fault::CutWal && l.as_ref().contains("/wal/") {
             let (meta, attributes, range, extensions) = (
                 found.meta.clone(),
@@ -205,7 +236,21 @@ impl ObjectStore for Faulty {
             };
             return futures::stream::once(async { Err(error) }).boxed();
         }
-        self.inner.list(p)
+        let listed = self.inner.list(p);
+        if self.fault != Fault::SealedOnceListed {
+            return listed;
+        }
+        // What is listed is that from before; in memory, nothing is waited for.
+        let found: Vec<_> = listed.collect().now_or_never().expect("in memory");
+        if found
+            .iter()
+            .flatten()
+            .any(|meta| meta.location.as_ref().contains(".d/"))
+        {
+            let sealed = self.seal().now_or_never().expect("in memory");
+            sealed.expect("in memory");
+        }
+        futures::stream::iter(found).boxed()
     }
     async fn list_with_delimiter(&self, p: Option<&Path>) -> Answer<ListResult> {
         self.count();

@@ -48,11 +48,7 @@ pub async fn run(context: &Arc<Context>, args: ReceiveArgs) -> Result<Outcome> {
     let standbys = standbys.collect::<Result<Vec<_>>>()?;
     let mut each = Vec::new();
     for repository in &repositories {
-        let slot = match (&named, repositories.len()) {
-            (Some(name), 1) => name.clone(),
-            (Some(name), _) => slot_name(&[name, repository]),
-            (None, _) => slot_name(&["fairvault", stanza, repository]),
-        };
+        let slot = slot_of(named.as_deref(), stanza, repository, repositories.len());
         let is_optional = context.is_optional(repository);
         let mut conninfo = context.conninfo(stanza)?;
         if is_optional {
@@ -220,6 +216,15 @@ impl Receiver {
 }
 
 /// A slot's name from parts. Where something does not fit into one, a short hash keeps names apart.
+/// The slot of the receiver into one of `repositories` repositories; `named` is what was chosen.
+pub fn slot_of(named: Option<&str>, stanza: &str, repository: &str, repositories: usize) -> String {
+    match (named, repositories) {
+        (Some(name), 1) => name.to_owned(),
+        (Some(name), _) => slot_name(&[name, repository]),
+        (None, _) => slot_name(&["fairvault", stanza, repository]),
+    }
+}
+
 fn slot_name(parts: &[&str]) -> String {
     let plain = parts.join("_");
     let fits = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';

@@ -104,6 +104,11 @@ fn u64_at(b: &[u8], at: usize) -> u64 {
     u64::from(u32_at(b, at)) | u64::from(u32_at(b, at + 4)) << 32
 }
 
+/// Whether a segment, or its beginning, begins with the rest of a record.
+pub fn begins_inside_record(segment: &[u8]) -> bool {
+    PageHeader::parse(&segment[..segment.len().min(WAL_PAGE)]).is_ok_and(|header| header.info & CONTRECORD != 0)
+}
+
 /// Whether the first page of a segment begins with the end of a switch record: then the rest of the segment
 /// is empty and the segment is complete. The last bytes of any other record can look like that, so nothing may follow.
 pub fn begins_with_end_of_switch(segment: &[u8]) -> bool {

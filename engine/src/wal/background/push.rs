@@ -197,6 +197,9 @@ fn forget_archived(exchange: &Exchange, queue: &[String]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
 
     #[tokio::test]
@@ -214,6 +217,39 @@ mod tests {
         assert_eq!(ask(&TWO, "here").await.unwrap_err().kind(), Kind::Temporary);
         exchange.publish("A.ok", tag("here", "A", &ONE).as_bytes()).unwrap();
         assert_eq!(ask(&ONE, "here, there").await.unwrap_err().kind(), Kind::Temporary);
+    }
+
+    #[tokio::test]
+    async fn a_backlog_drains_several_files_at_a_time_and_no_more() {
+        const PARALLEL: usize = 3;
+        let folder = tempfile::tempdir().unwrap();
+        let status = folder.path().join("archive_status");
+        std::fs::create_dir(&status).unwrap();
+        for number in 0..9 {
+            std::fs::write(status.join(format!("{number:024}.ready")), "").unwrap();
+        }
+        let exchange = Exchange::open(folder.path().join("x")).unwrap();
+        let (running, peak) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        // Nobody is done before so many are at it: one at a time would wait for ever.
+        let together = Arc::new(tokio::sync::Barrier::new(PARALLEL));
+        let push = |_| {
+            let (running, peak, together) = (running.clone(), peak.clone(), together.clone());
+            async move {
+                peak.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                together.wait().await;
+                running.fetch_sub(1, Ordering::SeqCst);
+                Ok([0; 32])
+            }
+        };
+        let order = std::sync::Mutex::new(Vec::new());
+        let stored = async |name: &str| order.lock().unwrap().push(name.to_owned());
+        let working = work(&exchange, folder.path(), "here", PARALLEL, Duration::ZERO, push, stored);
+        tokio::time::timeout(Duration::from_secs(20), working)
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!(peak.load(Ordering::SeqCst), PARALLEL);
+        assert_eq!(*order.lock().unwrap(), waiting(folder.path()).unwrap());
     }
 
     #[tokio::test]

@@ -41,7 +41,7 @@ pub async fn once(
     heard: &Heard,
     mut stop: watch::Receiver<bool>,
 ) -> Result<Ended> {
-    let server = tokio::select! {
+    let mut server = tokio::select! {
         server = connect(options, options.slot.as_deref()) => server?,
         _ = stop.wait_for(|stop| *stop) => return Ok(Ended::Stopped),
     };
@@ -75,7 +75,7 @@ pub async fn once(
                 _ = stop.wait_for(|stop| *stop) => return Ok(Ended::Stopped),
             };
             let guard = guard.ok_or_else(|| Error::failed("the repository is not opened"))?;
-            let (from, why) = from_repository(&guard, &server, &history, options, lessons).await?;
+            let (from, why) = from_repository(&guard, &mut server, &history, options, lessons).await?;
             (from, Some(why))
         }
     };
@@ -185,7 +185,7 @@ impl Seam {
 /// Where an empty spool begins.
 async fn from_repository(
     guard: &Guard,
-    server: &Server,
+    server: &mut Server,
     history: &History,
     options: &Options,
     lessons: &Lessons,
@@ -198,6 +198,8 @@ async fn from_repository(
     super::check_segment_size(&archive, server.segment_size)?;
     super::store_history(&archive, server.identity.timeline, server.history.clone()).await?;
     let start = start::find(&archive, history, &server.identity, lessons).await?;
+    // The repository may have been away for long: what others have archived since is younger than the server's answer.
+    server.catch_up(start.durable(archive.segment_size)).await?;
     let in_recovery = server.connection.in_recovery();
     start::check(&start, history, &server.identity, in_recovery, archive.segment_size)?;
     let at = Position {

@@ -160,6 +160,16 @@ struct Server {
     history: Option<Vec<u8>>,
 }
 
+impl Server {
+    /// Asks again how far the server is, if it cannot have been at `durable` when it was asked.
+    async fn catch_up(&mut self, durable: Lsn) -> Result<()> {
+        if durable > self.identity.flush {
+            self.identity.flush = self.connection.identify().await?.flush;
+        }
+        Ok(())
+    }
+}
+
 /// Connects; `slot` is made if it is not there.
 async fn connect(options: &Options, slot: Option<&str>) -> Result<Server> {
     let prepare = async {
@@ -209,13 +219,11 @@ async fn once(
         Archive::open(&log, Some(server.identity.system_identifier), options.compression)?
     };
     check_segment_size(&archive, server.segment_size)?;
-    let history = store_history(&archive, server.identity.timeline, server.history).await?;
+    let history = store_history(&archive, server.identity.timeline, server.history.take()).await?;
     let in_recovery = server.connection.in_recovery();
     let start = start::find(&archive, &history, &server.identity, lessons).await?;
     // Others archive as well, and a store may be slow: what is there by now may be younger than the server's answer.
-    if start.durable(archive.segment_size) > server.identity.flush {
-        server.identity.flush = server.connection.identify().await?.flush;
-    }
+    server.catch_up(start.durable(archive.segment_size)).await?;
     start::check(&start, &history, &server.identity, in_recovery, archive.segment_size)?;
     say_start(&start, archive.segment_size, options);
     let (segment, why) = (start.segment, start.why);
