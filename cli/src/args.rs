@@ -238,6 +238,10 @@ pub struct RepairArgs {
     /// How thoroughly packs are looked at: objects: the hash of every pack holds; data: every frame opens too
     #[arg(long, value_enum, default_value_t = VerifyLevel::Objects)]
     pub level: VerifyLevel,
+    /// Do nothing but take away what lies where this entry of the log belongs and is no entry, so that the log can be
+    /// read again; a copy of it is kept in the cache
+    #[arg(long, value_name = "N")]
+    pub drop_entry: Option<u64>,
     /// How progress looks
     #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
     pub progress: ProgressMode,

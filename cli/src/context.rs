@@ -197,6 +197,10 @@ impl Context {
     }
 
     fn memory(&self) -> Option<Memory> {
+        self.cache_folder().map(Memory::new)
+    }
+
+    fn cache_folder(&self) -> Option<PathBuf> {
         let chosen = self.global.cache.clone().or_else(|| self.config.cache.clone());
         let home = || {
             std::env::var_os("HOME")
@@ -209,9 +213,18 @@ impl Context {
                 .map(PathBuf::from)
                 .or_else(home)
         };
-        chosen
-            .or_else(|| standard().map(|cache| cache.join("fairvault")))
-            .map(Memory::new)
+        chosen.or_else(|| standard().map(|cache| cache.join("fairvault")))
+    }
+
+    /// Keeps something in the cache's folder; where it is. An error if there is no such folder.
+    pub fn keep(&self, name: &str, content: &[u8]) -> Result<PathBuf> {
+        let folder = self.cache_folder().ok_or_else(|| {
+            Error::usage("there is no folder to keep a copy in").remedy("set `cache`, or --cache FOLDER")
+        })?;
+        let path = folder.join(name);
+        let written = std::fs::create_dir_all(&folder).and_then(|()| std::fs::write(&path, content));
+        written.map_err(|e| Error::io(format_args!("writing {}", path.display()), e))?;
+        Ok(path)
     }
 
     /// Opens a stanza's log with the credentials that may delete, where there are such.

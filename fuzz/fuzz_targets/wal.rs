@@ -1,38 +1,137 @@
 #![no_main]
-//! WAL pages and records, with right CRCs put in where the input has room for them.
+//! WAL pages and records: pages of any content, and records of any content with right headers, lengths and CRCs, which lie
+//! across pages and segments and may be overwritten before they end.
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::postgres::walker::Walker;
 use fairvault_engine::wal::summary::summarize;
 use libfuzzer_sys::fuzz_target;
 
 const PAGE: usize = 8192;
+const SEGMENT: u64 = 1 << 20;
+/// The last pages of a segment and the first ones of the next.
+const START: u64 = 16 * SEGMENT - 4 * PAGE as u64;
 /// Of the versions 14 to 19.
 const MAGIC: [u16; 6] = [0xD10D, 0xD110, 0xD113, 0xD116, 0xD118, 0xD122];
 
+const CONTRECORD: u16 = 1;
+const LONG: u16 = 2;
+const OVERWRITE: u16 = 8;
+
 fuzz_target!(|data: &[u8]| {
-    let start = Lsn(16 << 20);
-    let Some((version, data)) = data.split_first() else { return };
+    let [version, how, data @ ..] = data else { return };
     let magic = MAGIC[usize::from(*version) % MAGIC.len()];
+    let (start, content) = match how % 2 {
+        0 => (16 * SEGMENT, pages(magic, 16 * SEGMENT, data)),
+        _ => (START, Records::of(magic, data)),
+    };
+    // In any cut, the same.
+    let mut seen = Vec::new();
+    let mut walker = Walker::new(Lsn(start), SEGMENT);
+    walker.feed(&content, |record| {
+        let _ = record.decode();
+        let _ = record.event();
+        seen.push((record.lsn, record.end));
+    });
+    let (mut cut, mut again) = (Walker::new(Lsn(start), SEGMENT), Vec::new());
+    for page in content.chunks(PAGE) {
+        cut.feed(page, |record| again.push((record.lsn, record.end)));
+    }
+    assert_eq!(seen, again);
+    assert_eq!(walker.next_record(), cut.next_record());
+    let _ = summarize(&content, Lsn(start), SEGMENT);
+});
+
+/// Content with right page headers, and the first record's CRC.
+fn pages(magic: u16, start: u64, data: &[u8]) -> Vec<u8> {
     let mut content = data.to_vec();
     content.resize(content.len().next_multiple_of(PAGE).max(PAGE), 0);
     for (number, page) in content.chunks_exact_mut(PAGE).enumerate() {
         page[..2].copy_from_slice(&magic.to_le_bytes());
-        page[8..16].copy_from_slice(&(start.0 + (number * PAGE) as u64).to_le_bytes());
+        page[8..16].copy_from_slice(&(start + (number * PAGE) as u64).to_le_bytes());
     }
-    // The first record's CRC, so that what is inside is looked at.
     let at = if content[2] & 2 != 0 { 40 } else { 24 };
     let len = u32::from_le_bytes([content[at], content[at + 1], content[at + 2], content[at + 3]]) as usize;
     if (24..PAGE - at).contains(&len) {
         let crc = crc(&content[at..at + len]);
         content[at + 20..at + 24].copy_from_slice(&crc.to_le_bytes());
     }
-    let mut walker = Walker::new(start, 16 << 20);
-    walker.feed(&content, |record| {
-        let _ = record.decode();
-        let _ = record.event();
-    });
-    let _ = summarize(&content, start, 16 << 20);
-});
+    content
+}
+
+/// Records one after the other, as a server writes them.
+struct Records {
+    magic: u16,
+    bytes: Vec<u8>,
+    prev: u64,
+}
+
+impl Records {
+    /// Each four bytes of the input say what a record is, and what follows is its body.
+    fn of(magic: u16, mut data: &[u8]) -> Vec<u8> {
+        let mut this = Self {
+            magic,
+            bytes: Vec::new(),
+            prev: 0,
+        };
+        while let [rmgr, info, low, high, rest @ ..] = data {
+            let len = usize::from(*low) | usize::from(high & 0x3F) << 8;
+            let (body, rest) = rest.split_at(rest.len().min(len));
+            data = rest;
+            this.record(*rmgr, *info, body, len, high & 0xC0 == 0xC0);
+            if this.bytes.len() > 8 * PAGE {
+                break;
+            }
+        }
+        this.bytes.resize(this.bytes.len().next_multiple_of(PAGE).max(PAGE), 0);
+        this.bytes
+    }
+
+    /// One that `is_cut` ends with its first page, and the next page says so.
+    fn record(&mut self, rmgr: u8, info: u8, body: &[u8], len: usize, is_cut: bool) {
+        if self.bytes.len().is_multiple_of(PAGE) {
+            self.header(0, 0);
+        }
+        let at = START + self.bytes.len() as u64;
+        let mut record = Vec::with_capacity(24 + len);
+        record.extend_from_slice(&(24 + len as u32).to_le_bytes());
+        record.extend_from_slice(&7u32.to_le_bytes());
+        record.extend_from_slice(&self.prev.to_le_bytes());
+        record.extend_from_slice(&[info, rmgr, 0, 0, 0, 0, 0, 0]);
+        record.extend_from_slice(body);
+        record.resize(24 + len, 0);
+        let crc = crc(&record);
+        record[20..24].copy_from_slice(&crc.to_le_bytes());
+        for (written, byte) in record.iter().enumerate() {
+            if self.bytes.len().is_multiple_of(PAGE) {
+                if is_cut {
+                    self.header(OVERWRITE, 0);
+                    return;
+                }
+                self.header(CONTRECORD, record.len() - written);
+            }
+            self.bytes.push(*byte);
+        }
+        self.prev = at;
+        self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
+    }
+
+    fn header(&mut self, info: u16, remaining: usize) {
+        let at = START + self.bytes.len() as u64;
+        let long = at.is_multiple_of(SEGMENT);
+        self.bytes.extend_from_slice(&self.magic.to_le_bytes());
+        self.bytes
+            .extend_from_slice(&(info | if long { LONG } else { 0 }).to_le_bytes());
+        self.bytes.extend_from_slice(&1u32.to_le_bytes());
+        self.bytes.extend_from_slice(&at.to_le_bytes());
+        self.bytes.extend_from_slice(&(remaining as u32).to_le_bytes());
+        self.bytes.extend_from_slice(&[0; 4]);
+        if long {
+            self.bytes.extend_from_slice(&7u64.to_le_bytes());
+            self.bytes.extend_from_slice(&(SEGMENT as u32).to_le_bytes());
+            self.bytes.extend_from_slice(&(PAGE as u32).to_le_bytes());
+        }
+    }
+}
 
 fn crc(record: &[u8]) -> u32 {
     let mut sum = !0u32;

@@ -121,7 +121,61 @@ async fn nothing_locked_is_lost(server: &Server) -> Result<()> {
     ensure!(exit == 0, "{said}");
     let copy = w.s.start("copy", 5433)?;
     ensure!(w.s.rows(&copy)?.trim() == "2");
+    next_name_is_taken(&w).await?;
     copies(&w, server)?;
+    Ok(())
+}
+
+/// Somebody puts something where the next entry of the log belongs: nobody gets past it until it is dropped on purpose.
+async fn next_name_is_taken(w: &World) -> Result<()> {
+    let objects = w.objects().await?;
+    let numbers = objects
+        .iter()
+        .filter_map(|o| o.name.strip_prefix("acme/log/")?.parse::<u64>().ok());
+    let next = numbers.max().context("a log")? + 1;
+    let garbage = Bytes::from_static(b"nobody gets past this");
+    w.store
+        .put_hashed(&format!("acme/log/{next:020}"), garbage.into())
+        .await?;
+    let (exit, said) = w.s.restore("stuck", &[]);
+    ensure!(
+        exit == 4 && said.contains(&format!("--drop-entry {next}")),
+        "{exit} {said}"
+    );
+    refused(
+        w.s.fairvault(&["repair", "acme", "--progress", "none"]),
+        4,
+        "--drop-entry",
+    )?;
+    let drop = ["repair", "acme", "--progress", "none", "--drop-entry"];
+    refused(
+        w.s.fairvault(&[&drop[..], &[&(next - 1).to_string()]].concat()),
+        1,
+        "it would be",
+    )?;
+    let number = next.to_string();
+    let said = w.s.ok(&[&drop[..], &[&number, "--dry-run"]].concat())?;
+    ensure!(said.contains("it would be dropped"), "{said}");
+    let said = w.s.ok(&[&drop[..], &[&number]].concat())?;
+    let kept = said
+        .split("is kept in ")
+        .nth(1)
+        .and_then(|rest| rest.split(';').next())
+        .context("where it is kept")?;
+    ensure!(std::fs::read(kept)? == b"nobody gets past this");
+    let (exit, said) = w.s.restore("unstuck", &[]);
+    ensure!(exit == 0, "{said}");
+    w.backup()?;
+    w.s.ok(&["check", "acme"])?;
+    ensure!(
+        w.s.ok(&["audit", "acme"])?.contains("no entry"),
+        "the audit does not tell"
+    );
+    let (exit, repaired) = w.report(&["repair"])?;
+    ensure!(
+        exit == 0 && repaired["hidden"] == Value::Array(Vec::new()),
+        "{repaired}"
+    );
     Ok(())
 }
 

@@ -8,12 +8,14 @@ use fairvault_engine::commit::Log;
 use fairvault_engine::commit::session::Session;
 use fairvault_engine::commit::state;
 use fairvault_engine::error::{Error, Kind};
+use fairvault_engine::repair;
 use fairvault_engine::stanza::create::create;
 use fairvault_engine::stanza::memory::Memory;
 use fairvault_engine::stanza::{Access, Stanza};
 use fairvault_engine::store::Store;
 use fairvault_format::keys::{self, EpochKeys};
 use fairvault_format::log::seal_entry;
+use fairvault_format::names;
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use fairvault_tests::Scratch;
 
@@ -340,5 +342,97 @@ async fn damaged_snapshots_only_cost_reading() -> Result<()> {
         store.put_hashed(&name, Bytes::from(bytes).into()).await?;
     }
     ensure!(open(&store).await?.state() == log.state());
+    Ok(())
+}
+
+/// Whoever may create objects can put something where the next entry belongs, and then nobody gets past it: until an
+/// operator takes it away, on purpose and by its number.
+#[tokio::test]
+async fn what_is_no_entry_is_dropped_on_purpose() -> Result<()> {
+    let store = memory();
+    let last = with_sessions(&store, 3).await?.state().seq;
+    let good = store.get(&entry(last), 1 << 20).await?;
+    let mut flipped = good.to_vec();
+    flipped[100] ^= 1;
+    let mut epoch = good.to_vec();
+    epoch[8..12].copy_from_slice(&77u32.to_le_bytes());
+    let bad = [
+        Bytes::new(),
+        Bytes::from_static(b"garbage"),
+        good.slice(..good.len() - 1),
+        good.clone(),
+        flipped.into(),
+        epoch.into(),
+    ];
+    let access = access(&store, key(1));
+    let mut seq = last;
+    for content in bad {
+        seq += 1;
+        store.put_hashed(&entry(seq), content.clone().into()).await?;
+        let error = open(&store).await.err().context("it is read")?;
+        let advice = error.advice().unwrap_or_default().to_owned();
+        ensure!(
+            error.kind() == Kind::Refused || advice.contains(&format!("--drop-entry {seq}")),
+            "{error} {advice}"
+        );
+        for other in [1, seq - 1, seq + 1] {
+            expect(
+                repair::entry::find(&access, other).await,
+                Kind::Refused,
+                &format!("--drop-entry {seq}"),
+            )?;
+        }
+        let found = repair::entry::find(&access, seq).await?;
+        ensure!(found.content == content && found.object == names::log_context(seq));
+        found.drop().await?;
+        // It says so itself, in the place of what it dropped; and the log goes on.
+        let log = open(&store).await?;
+        ensure!(log.state().seq == seq);
+        let all = Log::replay(log.stanza().clone()).await?;
+        let said = all.entries().last().and_then(|entry| entry.kind.clone());
+        ensure!(
+            matches!(&said, Some(Entry::Operation(o)) if o.result.contains("no entry") && o.bytes == content.len() as u64),
+            "{said:?}"
+        );
+        expect(
+            repair::entry::find(&access, seq).await,
+            Kind::Refused,
+            "nothing to drop",
+        )?;
+    }
+    Ok(())
+}
+
+/// What was an entry once, what a newer version wrote, and what this secret does not open stays.
+#[tokio::test]
+async fn what_may_be_an_entry_is_not_dropped() -> Result<()> {
+    let store = memory();
+    let last = with_sessions(&store, 3).await?.state().seq;
+    let access = access(&store, key(1));
+    let middle = store.get(&entry(last - 1), 1 << 20).await?;
+    store
+        .put_hashed(&entry(last - 1), Bytes::from_static(b"bit rot").into())
+        .await?;
+    expect(
+        repair::entry::find(&access, last - 1).await,
+        Kind::Damaged,
+        "it was an entry once",
+    )?;
+    store.put_hashed(&entry(last - 1), middle.clone().into()).await?;
+    let mut newer = middle.to_vec();
+    newer[4] = 2;
+    store.put_hashed(&entry(last + 1), Bytes::from(newer).into()).await?;
+    expect(repair::entry::find(&access, last + 1).await, Kind::Unsupported, "")?;
+    // Between the look and the deed, somebody else has put the log in order, and has written on.
+    store
+        .put_hashed(&entry(last + 1), Bytes::from_static(b"garbage").into())
+        .await?;
+    let (one, other) = (
+        repair::entry::find(&access, last + 1).await?,
+        repair::entry::find(&access, last + 1).await?,
+    );
+    one.drop().await?;
+    expect(other.drop().await, Kind::Temporary, "is another object by now")?;
+    ensure!(open(&store).await?.state().seq == last + 1);
     Ok(())
 }

@@ -571,25 +571,65 @@ fn a_slot_that_was_invalidated_is_said() -> Result<()> {
 
 #[test]
 fn a_receiver_takes_little_memory() -> Result<()> {
-    let s = Fixture::new(
-        "memory",
+    let s = Fixture::new("memory", MUCH_WAL)?;
+    let spool = s.path("spool");
+    receives_in_little_memory(
+        &s,
+        "s",
+        &[
+            &["--flush-interval", "200ms"],
+            &["--spool", &spool],
+            &["--spool", &spool, "--synchronous"],
+        ],
+    )
+}
+
+/// Over a network.
+#[test]
+fn a_receiver_into_s3_takes_little_memory() -> Result<()> {
+    let mut s = Fixture::new(
+        "memorys3",
         Shape {
-            settings: "max_wal_size = 1GB\n",
-            ..Default::default()
+            stanza: false,
+            ..MUCH_WAL
         },
     )?;
-    s.sql("create table t (x text)")?;
+    let s3 = S3::start(&s.scratch, "bucket")?;
+    s.use_s3(&s3.endpoint(), "s3://bucket/x", "")?;
+    s.ok(&["stanza", "create", "acme"])?;
     let spool = s.path("spool");
-    for more in [&["--flush-interval", "200ms"][..], &["--spool", &spool]] {
-        let receiver = Receiver::start(&s, more)?;
-        // Faster than it can be stored: the receiver is as full as it gets.
-        for _ in 0..4 {
+    receives_in_little_memory(&s, "s3", &[&["--flush-interval", "200ms"], &["--spool", &spool]])
+}
+
+const MUCH_WAL: Shape<'static> = Shape {
+    major: 15,
+    archiving: false,
+    stanza: true,
+    more: "",
+    flags: false,
+    settings: "max_wal_size = 1GB\nwal_keep_size = 1GB\n",
+    initdb: &["-k"],
+};
+
+/// Each of `forms` while WAL comes faster than it can be stored: text, and what cannot be compressed; and while others have
+/// archived some of it already.
+fn receives_in_little_memory(s: &Fixture, name: &str, forms: &[&[&str]]) -> Result<()> {
+    s.sql("create extension pgcrypto; create table t (x text); create table b (x bytea)")?;
+    s.sql("alter table b alter x set storage external")?;
+    for more in forms {
+        let receiver = Receiver::start(s, more)?;
+        for _ in 0..2 {
             s.sql("insert into t select md5(i::text) from generate_series(1, 500000) i")?;
+            let first = s.sql("select pg_walfile_name(pg_current_wal_lsn())")?;
+            s.sql("insert into b select gen_random_bytes(1024) from generate_series(1, 60000) i")?;
+            // It may have been pushed before it is received.
+            let path = s.path(&format!("data5432/pg_wal/{first}"));
+            s.ok(&["wal", "push", "acme", &path])?;
         }
-        wait_until_durable(&s, &s.server)?;
+        wait_until_durable(s, &s.server)?;
         let peak = receiver.peak_memory()?;
-        println!("{more:?}: {peak} MiB");
-        ensure!(peak <= 64, "{more:?}: {peak} MiB");
+        println!("{name} {more:?}: {peak} MiB");
+        ensure!(peak <= 64, "{name} {more:?}: {peak} MiB");
         receiver.stop()?;
     }
     Ok(())

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use fairvault_engine::error::{Context as _, Error, Result};
 use fairvault_engine::progress::Progress;
-use fairvault_engine::repair::{self, Options, Report};
+use fairvault_engine::repair::{self, Options, Report, entry};
 use fairvault_engine::verify::Level;
 
 use super::Outcome;
@@ -15,6 +15,9 @@ use crate::output;
 
 /// Runs it, in every repository.
 pub async fn run(context: &Context, args: RepairArgs) -> Result<Outcome> {
+    if let Some(entry) = args.drop_entry {
+        return drop_entry(context, &args, entry).await;
+    }
     let options = Options {
         dry_run: args.dry_run,
         level: match args.level {
@@ -51,6 +54,44 @@ pub async fn run(context: &Context, args: RepairArgs) -> Result<Outcome> {
         _ => Err(Error::temporary(format!("{unread} objects could not be read just now"))
             .remedy("run this again when the store answers: until then, the index stays as it is")),
     }
+}
+
+/// Takes away what is no entry of the log, in one repository.
+async fn drop_entry(context: &Context, args: &RepairArgs, number: u64) -> Result<Outcome> {
+    let repositories = context.repositories(Some(&args.stanza))?;
+    let [repository] = &repositories[..] else {
+        return Err(
+            Error::usage("--drop-entry is for one repository, and the stanza has several")
+                .remedy("say with --repo which one it is"),
+        );
+    };
+    let access = context.access_to_delete(repository, &args.stanza)?;
+    let shown = access.repository.folder(&args.stanza).shown().to_owned();
+    let found = entry::find(&access, number).await?;
+    let (object, problem) = (found.object.clone(), found.problem.clone());
+    let mut kept = None;
+    if !args.dry_run {
+        let name = format!("{}-{number}.dropped", args.stanza);
+        kept = Some(context.keep(&name, &found.content)?.display().to_string());
+        found.drop().await?;
+    }
+    match context.global.output {
+        Output::Json => output::json(
+            "repair",
+            &serde_json::json!({
+                "stanza": args.stanza, "repository": shown, "dry_run": args.dry_run,
+                "dropped": { "object": object, "problem": problem, "kept": kept },
+            }),
+        ),
+        Output::Text => {
+            output::line(format_args!("{shown}\n  {object}: {problem}"));
+            output::line(match &kept {
+                Some(kept) => format!("  it was dropped, and is kept in {kept}; the log can be read again"),
+                None => "  it would be dropped".to_owned(),
+            });
+        }
+    }
+    Ok(Outcome::Done)
 }
 
 fn print(shown: &str, report: &Report, dry_run: bool) {

@@ -281,6 +281,18 @@ impl Log {
 
     fn apply(&mut self, bytes: &[u8]) -> Result<()> {
         let seq = self.state.seq + 1;
+        self.take(seq, bytes).map_err(|error| match error.kind() {
+            Kind::Damaged => error.remedy(format!(
+                "bring {} back from a copy or an older version; if it never was an entry, and none follows on it, \
+                 `fairvault repair {} --drop-entry {seq}` takes it away",
+                names::log_context(seq),
+                self.stanza.name()
+            )),
+            _ => error,
+        })
+    }
+
+    fn take(&mut self, seq: u64, bytes: &[u8]) -> Result<()> {
         let previous: [u8; 32] = self.state.head.as_slice().try_into().unwrap_or([0; 32]);
         let keys = self.stanza.keys_for(bytes, "log entry")?;
         let entry = open_entry(keys, self.stanza.scope(), bytes, seq, &previous, &self.signers)?;

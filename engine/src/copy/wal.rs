@@ -328,9 +328,9 @@ impl Copy<'_> {
             None => {}
         }
         let summary = header.summary.unwrap_or_default();
-        let (stored, content) = target.put_whole(segment, summary, content).await?;
-        Ok(match stored {
-            Stored::New => Done::Stored(content.len() as u64),
+        let len = content.len() as u64;
+        Ok(match target.put_whole(segment, summary, content).await? {
+            Stored::New => Done::Stored(len),
             _ => Done::Compared,
         })
     }

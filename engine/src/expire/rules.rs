@@ -112,8 +112,7 @@ pub struct Floor {
 
 /// Times that can be believed, one for each backup in the order of the log: a time from the future is that of what
 /// came after it, or now; one that is before an earlier backup's is that one's. So what is in doubt is young.
-pub fn believed(backups: &[Candidate], now_us: i64) -> Vec<i64> {
-    let mut times: Vec<i64> = backups.iter().map(|b| b.stopped_us).collect();
+pub fn believed(mut times: Vec<i64>, now_us: i64) -> Vec<i64> {
     let mut after = now_us;
     for time in times.iter_mut().rev() {
         match *time > now_us {
@@ -131,7 +130,7 @@ pub fn believed(backups: &[Candidate], now_us: i64) -> Vec<i64> {
 
 /// Decides about all backups, given in the order of the log.
 pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us: i64) -> Vec<Decision> {
-    let times = believed(backups, now_us);
+    let times = believed(backups.iter().map(|b| b.stopped_us).collect(), now_us);
     let age = |n: usize| u64::try_from(now_us.saturating_sub(times[n]) / 1_000_000).unwrap_or(0);
     let mut why: Vec<Option<String>> = vec![None; backups.len()];
     let mut keep = |n: usize, reason: String| _ = why[n].get_or_insert(reason);
@@ -514,7 +513,8 @@ mod tests {
     fn clocks_that_jumped_make_nothing_old() {
         // The second was taken by a host whose clock was in 1970, the third by one a year ahead.
         let all = backups(&[("full", 10 * DAY), ("full", NOW), ("full", -365 * DAY), ("full", DAY)]);
-        let ages: Vec<_> = believed(&all, NOW).iter().map(|t| (NOW - t) / DAY).collect();
+        let times = all.iter().map(|b| b.stopped_us).collect();
+        let ages: Vec<_> = believed(times, NOW).iter().map(|t| (NOW - t) / DAY).collect();
         assert_eq!(ages, [10, 10, 1, 1]);
         let retention = Retention {
             full: age(30),

@@ -1,11 +1,15 @@
 //! Which backups are needed: those that are live, and those that the signed policy protects although an entry
 //! says that they expired.
+//!
+//! What always holds: what the policy protects is as old as the newest backup says, not as this host's clock does: one
+//! that is ahead makes nothing old.
 
 use std::collections::HashSet;
 
 use fairvault_format::proto::{CommittedBackup, Policy, log_entry::Kind as Entry};
 
 use crate::commit::Log;
+use crate::expire::rules::believed;
 use crate::restore::target::info;
 
 /// The backups of a log that was replayed.
@@ -13,6 +17,8 @@ pub struct Past {
     live: Vec<CommittedBackup>,
     protected: Vec<CommittedBackup>,
     expired: Vec<CommittedBackup>,
+    /// Entries of backups that are younger than what the policy keeps.
+    young: HashSet<u64>,
     policy: Policy,
 }
 
@@ -45,11 +51,10 @@ impl Past {
         expired.retain(|backup: &CommittedBackup| {
             !roots.contains(backup.root.as_slice()) && seen.insert(backup.root.clone())
         });
-        let now = log.stanza().env().now_us();
-        let youngest = now.saturating_sub_unsigned(policy.minimum_retention_s.saturating_mul(1_000_000));
+        let young = young(&committed, &policy, log.stanza().env().now_us());
         let mut protected: Vec<_> = expired
             .iter()
-            .filter(|backup| policy.minimum_retention_s > 0 && info(backup).stopped_us > youngest)
+            .filter(|backup| young.contains(&backup.seq))
             .cloned()
             .collect();
         let is_full = |backup: &&CommittedBackup| info(backup).r#type == "full";
@@ -66,8 +71,14 @@ impl Past {
             live,
             protected,
             expired,
+            young,
             policy,
         }
+    }
+
+    /// Whether a backup is younger than what the policy keeps.
+    pub fn is_young(&self, backup: &CommittedBackup) -> bool {
+        self.young.contains(&backup.seq)
     }
 
     /// Backups that have not expired.
@@ -102,5 +113,56 @@ impl Past {
             )
         });
         lines.collect()
+    }
+}
+
+/// Entries of the backups, all that were ever committed, that are younger than what the policy keeps.
+fn young(committed: &[CommittedBackup], policy: &Policy, now_us: i64) -> HashSet<u64> {
+    let kept_us = policy.minimum_retention_s.saturating_mul(1_000_000);
+    let times = believed(committed.iter().map(|backup| info(backup).stopped_us).collect(), now_us);
+    let newest = times.last().copied().unwrap_or_default();
+    let ages = committed.iter().zip(&times);
+    ages.filter(|(_, time)| kept_us > 0 && **time > newest.saturating_sub_unsigned(kept_us))
+        .map(|(backup, _)| backup.seq)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use fairvault_format::proto::BackupInfo;
+
+    use super::*;
+
+    const DAY: i64 = 86_400_000_000;
+
+    #[test]
+    fn no_clock_makes_old_what_the_policy_protects() {
+        let times = [1, 20, 3, 40, 41].map(|day| day * DAY);
+        let backup = |(seq, stopped_us)| CommittedBackup {
+            seq,
+            info: Some(BackupInfo {
+                stopped_us,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let committed: Vec<_> = (1..).zip(times).map(backup).collect();
+        let policy = |days: u64| Policy {
+            minimum_retention_s: days * 86_400,
+            ..Default::default()
+        };
+        let young = |days, now: i64| {
+            let mut seqs: Vec<u64> = young(&committed, &policy(days), now * DAY).into_iter().collect();
+            seqs.sort_unstable();
+            seqs
+        };
+        assert!(young(0, 41).is_empty());
+        // The third was taken by a host whose clock was behind: it is no older than the one before.
+        assert_eq!(young(30, 41), [2, 3, 4, 5]);
+        assert_eq!(young(10, 41), [4, 5]);
+        // Years ahead.
+        assert_eq!(young(30, 4100), [2, 3, 4, 5]);
+        // This host's clock is behind: what comes from the future is of now.
+        assert_eq!(young(10, 22), [2, 3, 4, 5]);
     }
 }

@@ -40,14 +40,11 @@ impl Expired {
     /// Of a log that was replayed. `readers` are the leases that live, read after the log. Adds to `kept` why some stays.
     pub async fn of(log: &Log, readers: &[Found], kept: &mut Vec<String>) -> Result<Self> {
         let past = Past::of(log);
-        let policy = log.state().policy.clone().unwrap_or_default();
-        let now_us = log.stanza().env().now_us();
-        let youngest = now_us.saturating_sub_unsigned(policy.minimum_retention_s.saturating_mul(1_000_000));
         let of = |backup: &CommittedBackup, goes_on: bool| Kept {
             info: info(backup),
             goes_on,
         };
-        let live = past.live().iter().map(|b| of(b, info(b).stopped_us > youngest));
+        let live = past.live().iter().map(|b| of(b, past.is_young(b)));
         let protected = past.protected().iter().map(|b| of(b, true));
         let held = readers.iter().flat_map(|lease| past.named(lease.backup()));
         let backups: Vec<Kept> = live.chain(protected).chain(held.map(|b| of(b, true))).collect();

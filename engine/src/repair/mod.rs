@@ -2,11 +2,12 @@
 //! is lost is named.
 //!
 //! What always holds: nothing is believed that does not prove itself. The index is made from packs whose bytes match
-//! their names and whose directories open. Nothing is deleted. What a newer version wrote is left alone, and so is the
+//! their names and whose directories open. Nothing is deleted (but by [`entry`], on purpose). What a newer version wrote is left alone, and so is the
 //! index for as long as something could not be read. It works beside backups and collection: everything that it changes
 //! is one session's, so that no collector deletes what it has just stored. Whoever comes after an interrupted repair
 //! goes on where that stopped.
 
+pub mod entry;
 mod rebuild;
 
 use std::collections::{BTreeSet, HashSet};

@@ -34,8 +34,17 @@ use lazy::Lazy;
 pub enum Created {
     /// The name holds our bytes.
     Won,
-    /// The name holds something else; these bytes.
+    /// The name holds something else; these bytes, or the first of them.
     Lost(Bytes),
+}
+
+/// How much is fetched of what is there already.
+#[derive(Debug, Clone, Copy)]
+enum Look {
+    /// All of it, and no more than so many bytes.
+    All(u64),
+    /// The first bytes: it begins with what is random.
+    Head(u64),
 }
 
 /// What may be tuned.
@@ -294,16 +303,51 @@ impl Store {
     /// Creates an object if its name is free. The outcome is certain: an unclear answer is followed by the
     /// same bytes again until the name is occupied, and then by a comparison. `limit` bounds what may be there.
     pub async fn create(&self, name: &str, bytes: Bytes, limit: u64) -> Result<Created> {
+        self.create_unless(name, bytes, Look::All(limit)).await
+    }
+
+    /// The same for a sealed object, which begins with what is random: of another one that is there, only the first
+    /// `head` bytes are fetched.
+    pub async fn create_large(&self, name: &str, bytes: Bytes, head: u64) -> Result<Created> {
+        self.create_unless(name, bytes, Look::Head(head)).await
+    }
+
+    async fn create_unless(&self, name: &str, bytes: Bytes, look: Look) -> Result<Created> {
         self.check_root()?;
         let created = match self.settings.single_writer {
-            true => self.create_single_writer(name, bytes, limit).await?,
-            false => self.create_conditionally(name, bytes, limit).await?,
+            true => self.create_single_writer(name, bytes, look).await?,
+            false => self.create_conditionally(name, bytes, look).await?,
         };
         self.check_written(&self.path(name)?)?;
         Ok(created)
     }
 
-    async fn create_conditionally(&self, name: &str, bytes: Bytes, limit: u64) -> Result<Created> {
+    /// What is there, compared with what is ours; `None` if nothing is.
+    async fn there(&self, name: &str, ours: &Bytes, look: Look) -> Result<Option<Created>> {
+        let (there, is_ours) = match look {
+            Look::All(limit) => match self.get_opt(name, limit).await? {
+                None => return Ok(None),
+                Some(there) => {
+                    let is_ours = there == *ours;
+                    (there, is_ours)
+                }
+            },
+            Look::Head(head) => {
+                let Some(len) = self.len(name).await? else {
+                    return Ok(None);
+                };
+                let there = self.get_range(name, 0..head).await?;
+                let is_ours = len == ours.len() as u64 && ours.starts_with(&there);
+                (there, is_ours)
+            }
+        };
+        Ok(Some(match is_ours {
+            true => Created::Won,
+            false => Created::Lost(there),
+        }))
+    }
+
+    async fn create_conditionally(&self, name: &str, bytes: Bytes, look: Look) -> Result<Created> {
         let (path, uploads) = (self.path(name)?, self.uploads.client()?);
         let deadline = tokio::time::Instant::now() + self.settings.retry_timeout;
         let mut wait = Duration::from_millis(100);
@@ -317,9 +361,8 @@ impl Store {
                 Ok(_) => return Ok(Created::Won),
                 Err(object_store::Error::AlreadyExists { .. }) if has_fault("exists") => return Ok(Created::Won),
                 Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
-                    match self.get_opt(name, limit).await? {
-                        Some(there) if there == bytes => return Ok(Created::Won),
-                        Some(there) => return Ok(Created::Lost(there)),
+                    match self.there(name, &bytes, look).await? {
+                        Some(created) => return Ok(created),
                         // A transient conflict, or somebody deleted it: the name is free, try again.
                         None => Error::temporary(format!(
                             "creating {}/{name}: the store answers \"exists\" for a free name",
@@ -349,17 +392,10 @@ impl Store {
 
     /// For stores without conditional create, where configuration promises one writer: look, write, read
     /// back, one process of this host at a time.
-    async fn create_single_writer(&self, name: &str, bytes: Bytes, limit: u64) -> Result<Created> {
+    async fn create_single_writer(&self, name: &str, bytes: Bytes, look: Look) -> Result<Created> {
         let _lock = self.lock_single_writer().await?;
-        let compare = |there: Bytes| {
-            if there == bytes {
-                Created::Won
-            } else {
-                Created::Lost(there)
-            }
-        };
-        if let Some(there) = self.get_opt(name, limit).await? {
-            return Ok(compare(there));
+        if let Some(created) = self.there(name, &bytes, look).await? {
+            return Ok(created);
         }
         // An unclear answer is followed by the same bytes again: a late write of ours must not meet another's.
         let deadline = tokio::time::Instant::now() + self.settings.retry_timeout;
@@ -369,8 +405,8 @@ impl Store {
             }
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
-        match self.get_opt(name, limit).await? {
-            Some(there) => Ok(compare(there)),
+        match self.there(name, &bytes, look).await? {
+            Some(created) => Ok(created),
             None => Err(Error::temporary(format!(
                 "{}/{name} is not there after it was written",
                 self.shown

@@ -1,14 +1,15 @@
 //! Storing WAL: create-only, the same again is success, anything else under a taken name is an error.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use fairvault_format::header::Kind as ObjectKind;
-use fairvault_format::wal::Compression;
+use fairvault_format::wal::{Compression, WalSealer};
 use fairvault_format::{limits, names, object, proto, wal};
 
-use super::fetch::Piece;
+use super::fetch::{HEADER_GUESS, Piece};
 use super::summary;
 use super::whole::{blocking, ids_of_file};
 use crate::commit::fence::by_whom;
@@ -375,25 +376,54 @@ impl Archive {
         Piece { start, end, object }
     }
 
-    /// Stores a complete segment whose summary was made while it arrived; gives its buffer back.
-    pub async fn put_whole(
+    /// Stores a complete segment whose summary was made while it arrived.
+    pub async fn put_whole(&self, segment: Segment, summary: proto::WalSummary, content: Vec<u8>) -> Result<Stored> {
+        let runs = content.chunks(limits::WAL_SECTION_BYTES).map(<[u8]>::to_vec).collect();
+        drop(content);
+        self.put_runs(segment, summary, runs).await
+    }
+
+    /// The same of a segment in runs of [`limits::WAL_SECTION_BYTES`]: each is let go of once it is sealed.
+    pub async fn put_runs(
         &self,
         segment: Segment,
         summary: proto::WalSummary,
-        content: Vec<u8>,
-    ) -> Result<(Stored, Vec<u8>)> {
+        mut runs: VecDeque<Vec<u8>>,
+    ) -> Result<Stored> {
         self.check_open(segment.timeline, segment.end(self.segment_size))?;
         let name = segment.name(self.segment_size);
         let object = self.object_name(&WalFile::Segment(segment), &name);
-        let id = self.stanza.keys().chunk_id(&content);
-        let header = self.segment_facts(segment, summary);
-        let (sealed, content) = self
-            .seal(ObjectKind::WalSegment, object.clone(), header, content)
-            .await?;
-        let stored = self
-            .create_same(ObjectKind::WalSegment, &object, sealed, id, Ours::Bytes(&content))
-            .await?;
-        Ok((stored, content))
+        let (archive, name) = (self.clone(), object.clone());
+        let seal = move || {
+            let stanza = &archive.stanza;
+            let fresh = env::fresh(stanza.env())?;
+            let mut sealer = WalSealer::new(
+                stanza.keys(),
+                stanza.scope(),
+                ObjectKind::WalSegment,
+                fresh,
+                &name,
+                segment.start(archive.segment_size).0,
+                archive.compression,
+            )?;
+            let mut id = blake3::Hasher::new_keyed(&stanza.keys().id_key);
+            while let Some(run) = runs.pop_front() {
+                id.update(&run);
+                sealer.run(&run)?;
+            }
+            let id = *id.finalize().as_bytes();
+            let header = proto::WalHeader {
+                content_id: id.to_vec(),
+                ..archive.segment_facts(segment, summary)
+            };
+            Ok((sealer.finish(header)?, id))
+        };
+        let (sealed, id) = match self.segment_size as usize <= INLINE_BYTES {
+            true => seal()?,
+            false => blocking("sealing WAL", seal).await?,
+        };
+        self.create_same(ObjectKind::WalSegment, &object, sealed, id, Ours::Gone)
+            .await
     }
 
     pub(super) fn segment_facts(&self, segment: Segment, summary: proto::WalSummary) -> proto::WalHeader {
@@ -471,8 +501,8 @@ impl Archive {
         }
     }
 
-    /// Creates an object; the same content under the name is success, other content is an error. `ours` is what
-    /// was sealed.
+    /// Creates a segment's object; the same content under the name is success, other content is an error. `ours` is
+    /// what was sealed.
     pub(super) async fn create_same(
         &self,
         kind: ObjectKind,
@@ -482,10 +512,28 @@ impl Archive {
         ours: Ours<'_>,
     ) -> Result<Stored> {
         let store = self.stanza.store();
-        match store.create(object, sealed.into(), limits::WAL_OBJECT_BYTES).await? {
-            Created::Won => Ok(Stored::New),
-            Created::Lost(there) if self.has_same(kind, &there, object, id, ours).await? => Ok(Stored::Same),
-            Created::Lost(_) => Err(other_content(&self.stanza, object)),
+        let Created::Lost(head) = store.create_large(object, sealed.into(), HEADER_GUESS).await? else {
+            return Ok(Stored::New);
+        };
+        let keys = self.stanza.keys_for(&head, object)?;
+        let same = match keys.epoch == self.stanza.keys().epoch {
+            true => {
+                let header = self.header_of(kind, object).await;
+                header
+                    .context(|| format!("comparing with {}/{object}", self.stanza.shown()))?
+                    .1
+                    .content_id
+                    == id
+            }
+            // Ids compare only within one key epoch.
+            false => {
+                let there = store.get(object, limits::WAL_OBJECT_BYTES).await?;
+                self.has_same(kind, &there, object, id, ours).await?
+            }
+        };
+        match same {
+            true => Ok(Stored::Same),
+            false => Err(other_content(&self.stanza, object)),
         }
     }
 

@@ -15,7 +15,7 @@ use crate::stanza::Stanza;
 /// How often pieces are listed anew because one was replaced meanwhile.
 const LISTINGS: usize = 10;
 /// Bytes that are fetched to read the header of a WAL object.
-const HEADER_GUESS: u64 = 16 << 10;
+pub(super) const HEADER_GUESS: u64 = 16 << 10;
 
 /// A stored piece of a segment: LSNs of its first byte and behind its last one, and its object.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -176,7 +176,7 @@ impl Archive {
         self.header_of(ObjectKind::WalPiece, &piece.object).await
     }
 
-    async fn header_of(&self, kind: ObjectKind, object: &str) -> Result<(u32, proto::WalHeader)> {
+    pub(super) async fn header_of(&self, kind: ObjectKind, object: &str) -> Result<(u32, proto::WalHeader)> {
         let store = self.stanza.store();
         let mut bytes = store.get_range(object, 0..HEADER_GUESS).await?;
         let header = ObjectHeader::decode(&bytes, object)?;

@@ -257,13 +257,22 @@ pub async fn index_comes_back(world: &Arc<World>, notes: &Notes) -> Result<()> {
     Ok(())
 }
 
-/// Whether a repair has changed something. One that met an open mark puts nothing back into the index that the mark
-/// names; if it turns out to be used, it is not found again, and stored anew by the next backup that has it.
+/// Whether a repair has changed something, or died and may have. One that met an open mark puts nothing back into the
+/// index that the mark names; if it turns out to be used, it is not found again, and stored anew by the next backup that
+/// has it.
 pub fn was_repaired(log: &Log) -> bool {
-    log.entries().iter().any(|entry| match &entry.kind {
-        Some(Entry::Operation(operation)) => operation.what == "repair" && operation.result != "nothing to do",
-        _ => false,
-    })
+    let (mut begun, mut noted, mut changed) = (0, 0, false);
+    for entry in log.entries() {
+        match &entry.kind {
+            Some(Entry::Begin(begin)) if begin.what == "repair" => begun += 1,
+            Some(Entry::Operation(operation)) if operation.what == "repair" => {
+                noted += 1;
+                changed |= operation.result != "nothing to do";
+            }
+            _ => {}
+        }
+    }
+    changed || begun > noted
 }
 
 /// After collection has got to its end, nothing is left over.

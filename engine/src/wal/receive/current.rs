@@ -2,6 +2,7 @@
 
 use tokio::time::Instant;
 
+use super::runs::Runs;
 use crate::postgres::segment::Segment;
 use crate::wal::archive::Archive;
 use crate::wal::fetch::Piece;
@@ -26,7 +27,7 @@ pub struct Current {
     /// Which.
     pub segment: Segment,
     /// Bytes from `base` on.
-    pub buffer: Vec<u8>,
+    pub buffer: Runs,
     /// Offset in the segment of the buffer's first byte.
     pub base: usize,
     /// Offset up to which it is stored or being stored.
@@ -48,7 +49,7 @@ impl Current {
     pub fn new(archive: &Archive, segment: Segment) -> Self {
         Self {
             segment,
-            buffer: Vec::new(),
+            buffer: Runs::default(),
             base: 0,
             stored: 0,
             known: None,

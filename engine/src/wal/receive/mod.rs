@@ -11,6 +11,7 @@ pub mod given;
 mod journals;
 mod origin;
 mod pump;
+mod runs;
 mod slot;
 mod spool;
 mod spooled;

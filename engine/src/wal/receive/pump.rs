@@ -2,8 +2,8 @@
 //! in as long as there is room for it. Joining many small pieces to a large one is done beside it: no commit
 //! waits for that.
 //!
-//! Memory: the segment that is being filled and the one that is being stored. Segments larger than
-//! [`WHOLE_BYTES`] are never held: their pieces are sealed.
+//! Memory: the segment that is being stored, sealed and not, and [`AHEAD_BYTES`] of the next one. Segments larger
+//! than [`WHOLE_BYTES`] are never held: their pieces are sealed.
 
 use std::collections::BTreeSet;
 
@@ -28,6 +28,8 @@ use crate::wal::known::Known;
 
 /// Segments up to this size are held and stored as one object.
 const WHOLE_BYTES: u64 = 16 << 20;
+/// Held of a segment while the one before it is being stored.
+const AHEAD_BYTES: usize = 4 << 20;
 /// The largest piece.
 const PIECE_BYTES: usize = 4 << 20;
 
@@ -63,7 +65,7 @@ pub async fn run<'a>(
         pending: None,
         there: start.there,
         store_failed: false,
-        spare: Vec::new(),
+        completing: false,
         holds_whole: archive.segment_size <= WHOLE_BYTES && !options.keep_pieces,
     };
     let mut work = Work::default();
@@ -116,8 +118,8 @@ struct Pump<'a> {
     there: BTreeSet<u64>,
     store_failed: bool,
     holds_whole: bool,
-    /// A buffer that was used for a segment before.
-    spare: Vec<u8>,
+    /// A segment is being completed.
+    completing: bool,
 }
 
 impl<'a> Pump<'a> {
@@ -196,7 +198,12 @@ impl<'a> Pump<'a> {
 
     fn has_room(&self) -> bool {
         let current = &self.current;
-        let fits = self.holds_whole || current.is_known_whole() || current.buffer.len() < 2 * PIECE_BYTES;
+        let limit = match (self.holds_whole, self.completing) {
+            (true, false) => usize::MAX,
+            (true, true) => AHEAD_BYTES,
+            (false, _) => 2 * PIECE_BYTES,
+        };
+        let fits = current.is_known_whole() || current.buffer.len() < limit;
         let is_open = current.known.is_some() && current.received() < self.archive.segment_size as usize;
         self.pending.is_none() && is_open && fits
     }
@@ -265,15 +272,12 @@ impl<'a> Pump<'a> {
         current.summary.feed(&bytes);
         if !self.holds_whole {
             current.hash.update(&bytes);
-        } else if current.buffer.capacity() == 0 {
-            current.buffer = std::mem::take(&mut self.spare);
-            current.buffer.reserve_exact(size);
         }
-        current.buffer.extend_from_slice(&bytes);
+        current.buffer.extend(&bytes);
         if !self.holds_whole {
             // What is stored already need not be held.
             let known = current.stored.saturating_sub(current.base).min(current.buffer.len());
-            current.buffer.drain(..known);
+            current.buffer.let_go(known);
             current.base += known;
         }
         if current.received() > current.stored && current.waiting_since.is_none() {
@@ -319,15 +323,15 @@ impl<'a> Pump<'a> {
     fn piece(&mut self) -> Storing<'a> {
         let segment = self.current.segment;
         let from = self.current.stored;
-        let content = &self.current.buffer[from - self.current.base..];
-        let content = content[..content.len().min(PIECE_BYTES)].to_vec();
+        let at = from - self.current.base;
+        let content = self.current.buffer.copy(at..at + PIECE_BYTES);
         let end = from + content.len();
         self.current.stored = end;
         if end == self.current.received() {
             self.current.waiting_since = None;
         }
         if !self.holds_whole {
-            self.current.buffer.drain(..content.len());
+            self.current.buffer.let_go(content.len());
             self.current.base = end;
         }
         self.current.pieces.push(Held {
@@ -356,7 +360,8 @@ impl<'a> Pump<'a> {
         if to - from > PIECE_BYTES as u64 {
             return None;
         }
-        let content = self.current.buffer[from as usize - self.current.base..to as usize - self.current.base].to_vec();
+        let base = self.current.base;
+        let content = self.current.buffer.copy(from as usize - base..to as usize - base);
         let replaced = joined.iter().map(|held| held.piece.clone()).collect();
         Some(storing::join(
             self.guard,
@@ -374,10 +379,11 @@ impl<'a> Pump<'a> {
         let next_is_known = self.there.contains(&next.segment.number);
         let is_known = self.current.is_known_whole();
         let done = std::mem::replace(&mut self.current, next);
+        self.completing = true;
         let full = Full {
             segment: done.segment,
             is_known,
-            content: (self.holds_whole && !is_known).then_some(done.buffer),
+            content: (self.holds_whole && !is_known).then(|| done.buffer.into_runs()),
             pieces: done.pieces.into_iter().map(|held| held.piece).collect(),
             summary: done.summary,
             hash: done.hash,
@@ -391,11 +397,7 @@ impl<'a> Pump<'a> {
 
     fn finished(&mut self, done: Result<Done>) -> Result<()> {
         self.store_failed |= done.is_err();
-        let mut done = done?;
-        if let Some(mut spare) = done.spare.take() {
-            spare.clear();
-            self.spare = spare;
-        }
+        let done = done?;
         self.durable = self.durable.max(done.durable);
         if let Some(piece) = done.piece
             && done.segment == self.current.segment
@@ -404,6 +406,7 @@ impl<'a> Pump<'a> {
             held.is_stored = true;
         }
         if let Some(next) = done.next {
+            self.completing = false;
             tracing::debug!("{} is complete", done.segment.name(self.archive.segment_size));
             if self.current.known.is_none() {
                 self.current.know(next);

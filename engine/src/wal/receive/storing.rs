@@ -1,5 +1,6 @@
 //! What is stored, one thing at a time: pieces, complete segments, and what takes the place of both.
 
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -28,8 +29,6 @@ pub struct Done {
     pub piece: Option<Piece>,
     /// What is stored of the next segment, if this one is complete.
     pub next: Option<Known>,
-    /// The buffer that held it: it is used again, so that memory does not grow with the time.
-    pub spare: Option<Vec<u8>>,
 }
 
 /// Something that is being stored.
@@ -111,7 +110,6 @@ pub fn piece<'a>(
             durable: Lsn(piece.end.min(segment.end(archive.segment_size).0 - 1)),
             piece: Some(piece),
             next: None,
-            spare: None,
         })
     })
 }
@@ -157,8 +155,8 @@ pub struct Full {
     pub segment: Segment,
     /// It was there already.
     pub is_known: bool,
-    /// All of it, if it is to be stored as one object.
-    pub content: Option<Vec<u8>>,
+    /// All of it, in runs, if it is to be stored as one object.
+    pub content: Option<VecDeque<Vec<u8>>>,
     /// Its pieces, in the order of their ranges.
     pub pieces: Vec<Piece>,
     /// Its summary.
@@ -173,7 +171,6 @@ pub struct Full {
 pub fn full<'a>(guard: &'a Guard, archive: &'a Archive, full: Full) -> Storing<'a> {
     Box::pin(async move {
         let segment = full.segment;
-        let mut spare = None;
         if !full.is_known {
             let stored = store(
                 archive,
@@ -183,7 +180,7 @@ pub fn full<'a>(guard: &'a Guard, archive: &'a Archive, full: Full) -> Storing<'
                 full.pieces,
                 full.hash,
             );
-            spare = guard.judge(archive, stored.await).await?;
+            guard.judge(archive, stored.await).await?;
         }
         guard.check(archive, full.is_known).await?;
         let next = match full.next_is_known {
@@ -195,7 +192,6 @@ pub fn full<'a>(guard: &'a Guard, archive: &'a Archive, full: Full) -> Storing<'
             durable: segment.end(archive.segment_size),
             piece: None,
             next: Some(next),
-            spare,
         })
     })
 }
@@ -204,10 +200,10 @@ async fn store(
     archive: &Archive,
     segment: Segment,
     summary: Summarizer,
-    content: Option<Vec<u8>>,
+    content: Option<VecDeque<Vec<u8>>>,
     mut pieces: Vec<Piece>,
     hash: blake3::Hasher,
-) -> Result<Option<Vec<u8>>> {
+) -> Result<()> {
     let summary = summary.finish();
     if summary.stopped_at != 0 && !summary.switched {
         return Err(Error::refused(format!(
@@ -223,15 +219,14 @@ async fn store(
         None => {
             let id = *hash.finalize().as_bytes();
             archive.put_seal(segment, summary, id, &pieces).await?;
-            Ok(None)
         }
         Some(content) => {
-            let (stored, spare) = archive.put_whole(segment, summary, content).await?;
+            let stored = archive.put_runs(segment, summary, content).await?;
             // What was there already may be a seal of these very pieces.
             if stored == Stored::New || !archive.is_sealed(segment).await? {
                 archive.delete_pieces(&pieces).await;
             }
-            Ok(Some(spare))
         }
     }
+    Ok(())
 }

@@ -1,0 +1,112 @@
+//! What lies where the next entry of the log belongs and is no entry: whoever may create objects can put something there,
+//! and a torn file can be there after a crash. Nobody gets past it, and nothing can be restored, until it is taken away.
+//!
+//! What always holds: only what is behind the last good entry goes, and has nothing behind it; what this secret merely
+//! cannot open, or a newer version wrote, stays. That it went is an entry itself, in its place.
+
+use bytes::Bytes;
+use fairvault_format::header::ObjectHeader;
+use fairvault_format::proto::{self, log_entry::Kind as Entry};
+use fairvault_format::{limits, names, sha256};
+
+use crate::commit::{Log, state};
+use crate::error::{Error, Kind, Result};
+use crate::immutable::hidden;
+use crate::stanza::{Access, Stanza};
+
+/// An object that nobody gets past.
+#[derive(Debug)]
+pub struct NoEntry {
+    log: Log,
+    /// Its name.
+    pub object: String,
+    /// Why it is no entry.
+    pub problem: String,
+    /// What it holds.
+    pub content: Bytes,
+}
+
+/// Finds it; an error if it is not `seq` whose object is no entry, or if it must not go.
+pub async fn find(access: &Access, seq: u64) -> Result<NoEntry> {
+    let stanza = Stanza::open(access).await?;
+    let mut log = Log::unread(stanza.clone());
+    // An older version of it may be a good one.
+    let Err(error) = hidden::of_log(&mut log).await else {
+        return Err(Error::refused(format!(
+            "the log of {} can be read up to its end, entry {}: there is nothing to drop",
+            stanza.shown(),
+            log.state().seq
+        )));
+    };
+    if matches!(error.kind(), Kind::Temporary | Kind::Unsupported | Kind::Interrupted) {
+        return Err(error);
+    }
+    let next = log.state().seq + 1;
+    if next != seq {
+        return Err(Error::refused(format!(
+            "the log of {} can be read up to entry {}, so it would be --drop-entry {next}, not {seq}: {error}",
+            stanza.shown(),
+            next - 1
+        )));
+    }
+    let object = names::log_context(seq);
+    let Some(content) = stanza.store().get_opt(&object, limits::LOG_ENTRY_BYTES).await? else {
+        return Err(error);
+    };
+    let epoch = ObjectHeader::decode(&content, &object).map(|header| header.epoch);
+    let known = state::newest_epoch(log.state()).max(stanza.newest_slot());
+    if epoch.is_ok_and(|epoch| epoch <= known && stanza.keys_of(epoch).is_err()) {
+        return Err(error.remedy("use a secret that opens every key epoch of the stanza"));
+    }
+    let later = stanza.store().list_after(names::LOG, &object, "log/").await?;
+    if let Some(later) = later
+        .iter()
+        .find(|name| name.rsplit('/').next().and_then(names::parse_log).is_some())
+    {
+        return Err(Error::damaged(format!(
+            "{}/{object} cannot be read ({error}), and {later} follows on it: it was an entry once",
+            stanza.shown()
+        ))
+        .remedy(
+            "bring it back from a copy of the repository, or from an older version where the bucket keeps versions",
+        ));
+    }
+    Ok(NoEntry {
+        log,
+        object,
+        problem: error.to_string(),
+        content,
+    })
+}
+
+impl NoEntry {
+    /// Takes it away, and says so in the log.
+    pub async fn drop(mut self) -> Result<()> {
+        let stanza = self.log.stanza().clone();
+        let began_us = stanza.env().now_us();
+        let now = stanza.store().get_opt(&self.object, limits::LOG_ENTRY_BYTES).await?;
+        match now {
+            Some(now) if now == self.content => stanza.store().delete(std::slice::from_ref(&self.object)).await?,
+            Some(_) => {
+                return Err(
+                    Error::temporary(format!("{}/{} is another object by now", stanza.shown(), self.object))
+                        .remedy("run this again, from one place at a time"),
+                );
+            }
+            None => {}
+        }
+        let operation = proto::Operation {
+            what: "repair".to_owned(),
+            subject: self.object.clone(),
+            result: format!(
+                "what lay here was no entry, and was dropped: {} bytes, SHA-256 {}",
+                self.content.len(),
+                hex::encode(sha256(&self.content))
+            ),
+            bytes: self.content.len() as u64,
+            began_us,
+        };
+        self.log.append(Entry::Operation(operation), |_| Ok(())).await?;
+        Ok(())
+    }
+}
