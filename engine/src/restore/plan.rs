@@ -522,3 +522,53 @@ async fn check_replay(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What leads out of the data directory, or is there twice, is in no manifest that we wrote.
+    #[test]
+    fn paths_that_lead_elsewhere_are_refused() {
+        let manifest = |paths: &[&str]| {
+            let file = |path: &&str| proto::FileEntry {
+                path: (*path).to_owned(),
+                ..Default::default()
+            };
+            let segment = ManifestSegment {
+                files: paths.iter().map(file).collect(),
+                ..Default::default()
+            };
+            Manifest::from_messages(Root::default(), Usage::default(), vec![segment], "the manifest")
+        };
+        assert_eq!(
+            manifest(&["PG_VERSION", "base/1/2", "base/1/2_vm"])
+                .unwrap()
+                .files
+                .len(),
+            3
+        );
+        let long = "x".repeat(limits::PATH_BYTES + 1);
+        let bad = [
+            "",
+            "/etc/passwd",
+            "..",
+            "../x",
+            "base/../../x",
+            "base/..",
+            "./x",
+            "base//1",
+            "base/",
+            "a\0b",
+            &long,
+        ];
+        for path in bad {
+            let error = manifest(&[path]).err().unwrap();
+            assert_eq!(error.kind(), crate::error::Kind::Damaged, "{path:?}");
+            assert!(error.to_string().contains("it lists the path"), "{error}");
+        }
+        for twice in [&["base/1", "base/1"], &["base/2", "base/1"]] {
+            assert!(manifest(twice).err().unwrap().to_string().contains("is out of order"));
+        }
+    }
+}

@@ -48,12 +48,16 @@ pub fn shell_word(word: &str) -> String {
     }
 }
 
+/// Writes a file of its own in the place of whatever is there: never through a link, which a manifest may have brought.
 fn write_file(path: &Path, content: &[u8]) -> Result<()> {
     let what = || format!("writing {}", path.display());
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(what(), e)),
+        _ => {}
+    }
     let mut file = std::fs::OpenOptions::new()
         .write(true)
-        .create(true)
-        .truncate(true)
+        .create_new(true)
         .mode(0o600)
         .open(path)
         .map_err(|e| Error::io(what(), e))?;
@@ -266,4 +270,23 @@ fn write_links(plan: &Plan, directory: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_written_through_a_link() {
+        let folder = tempfile::tempdir().unwrap();
+        let (other, path) = (folder.path().join("other"), folder.path().join("recovery.signal"));
+        std::fs::write(&other, "of somebody else").unwrap();
+        symlink(&other, &path).unwrap();
+        write_file(&path, b"ours").unwrap();
+        assert_eq!(std::fs::read(&other).unwrap(), b"of somebody else");
+        assert_eq!(std::fs::read(&path).unwrap(), b"ours");
+        assert!(path.symlink_metadata().unwrap().is_file());
+        write_file(&path, b"again").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"again");
+    }
 }

@@ -219,3 +219,33 @@ async fn flush(feed: &Feed, file: &mut Current) -> Result<()> {
     })
     .await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_lead_elsewhere_are_refused() {
+        for good in [
+            "PG_VERSION",
+            "base/1/2_vm",
+            "pg_tblspc/16384/PG_15_202209061/5/6",
+            "..a/b..",
+        ] {
+            check_path(good).unwrap();
+        }
+        let long = "x".repeat(fairvault_format::limits::PATH_BYTES + 1);
+        for bad in [
+            "/etc/passwd",
+            "../x",
+            "base/../../x",
+            "base/..",
+            "./x",
+            "base//1",
+            "a\0b",
+            &long,
+        ] {
+            assert!(check_path(bad).is_err(), "{bad:?}");
+        }
+    }
+}
