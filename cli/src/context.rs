@@ -1,5 +1,6 @@
 //! From options and configuration to opened repositories, stanzas and secrets.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -222,7 +223,13 @@ impl Context {
             Error::usage("there is no folder to keep a copy in").remedy("set `cache`, or --cache FOLDER")
         })?;
         let path = folder.join(name);
-        let written = std::fs::create_dir_all(&folder).and_then(|()| std::fs::write(&path, content));
+        let write = || {
+            std::fs::create_dir_all(&folder)?;
+            let mut file = std::fs::File::create(&path)?;
+            file.write_all(content)?;
+            file.sync_all()
+        };
+        let written = write();
         written.map_err(|e| Error::io(format_args!("writing {}", path.display()), e))?;
         Ok(path)
     }

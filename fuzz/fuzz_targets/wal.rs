@@ -3,7 +3,7 @@
 //! across pages and segments and may be overwritten before they end.
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::postgres::walker::Walker;
-use fairvault_engine::wal::summary::summarize;
+use fairvault_engine::wal::summary::{Summarizer, summarize};
 use libfuzzer_sys::fuzz_target;
 
 const PAGE: usize = 8192;
@@ -20,25 +20,33 @@ const OVERWRITE: u16 = 8;
 fuzz_target!(|data: &[u8]| {
     let [version, how, data @ ..] = data else { return };
     let magic = MAGIC[usize::from(*version) % MAGIC.len()];
-    let (start, content) = match how % 2 {
-        0 => (16 * SEGMENT, pages(magic, 16 * SEGMENT, data)),
-        _ => (START, Records::of(magic, data)),
+    let (start, content, written) = match how % 2 {
+        0 => (16 * SEGMENT, pages(magic, 16 * SEGMENT, data), None),
+        _ => {
+            let (content, written) = Records::of(magic, data);
+            (START, content, Some(written))
+        }
     };
-    // In any cut, the same.
     let mut seen = Vec::new();
     let mut walker = Walker::new(Lsn(start), SEGMENT);
     walker.feed(&content, |record| {
         let _ = record.decode();
         let _ = record.event();
-        seen.push((record.lsn, record.end));
+        seen.push(record.lsn);
     });
-    let (mut cut, mut again) = (Walker::new(Lsn(start), SEGMENT), Vec::new());
-    for page in content.chunks(PAGE) {
-        cut.feed(page, |record| again.push((record.lsn, record.end)));
+    // What a server writes is seen, all of it, unless something in it ends the WAL or the segment.
+    if let Some(written) = written {
+        let len = seen.len().min(written.len());
+        assert_eq!(seen[..len], written[..len]);
+        let is_over = walker.stopped().is_some();
+        assert!(is_over || seen.len() == written.len(), "{seen:?} {written:?}");
     }
-    assert_eq!(seen, again);
-    assert_eq!(walker.next_record(), cut.next_record());
-    let _ = summarize(&content, Lsn(start), SEGMENT);
+    // In any cut, the same.
+    let mut cut = Summarizer::new(Lsn(start), SEGMENT);
+    for part in content.chunks(usize::from(*how) * 97 + 1) {
+        cut.feed(part);
+    }
+    assert_eq!(cut.finish(), summarize(&content, Lsn(start), SEGMENT));
 });
 
 /// Content with right page headers, and the first record's CRC.
@@ -63,15 +71,18 @@ struct Records {
     magic: u16,
     bytes: Vec<u8>,
     prev: u64,
+    /// Where those begin that are complete.
+    written: Vec<Lsn>,
 }
 
 impl Records {
     /// Each four bytes of the input say what a record is, and what follows is its body.
-    fn of(magic: u16, mut data: &[u8]) -> Vec<u8> {
+    fn of(magic: u16, mut data: &[u8]) -> (Vec<u8>, Vec<Lsn>) {
         let mut this = Self {
             magic,
             bytes: Vec::new(),
             prev: 0,
+            written: Vec::new(),
         };
         while let [rmgr, info, low, high, rest @ ..] = data {
             let len = usize::from(*low) | usize::from(high & 0x3F) << 8;
@@ -83,7 +94,7 @@ impl Records {
             }
         }
         this.bytes.resize(this.bytes.len().next_multiple_of(PAGE).max(PAGE), 0);
-        this.bytes
+        (this.bytes, this.written)
     }
 
     /// One that `is_cut` ends with its first page, and the next page says so.
@@ -112,6 +123,7 @@ impl Records {
             self.bytes.push(*byte);
         }
         self.prev = at;
+        self.written.push(Lsn(at));
         self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
     }
 

@@ -229,3 +229,82 @@ fn a_hole_is_filled_by_pushed_segments() -> Result<()> {
     ensure!(s.rows(&s.start("r", 5450)?)? == "90001");
     Ok(())
 }
+
+/// Not only the first: whoever repairs one must know of the next.
+#[test]
+fn every_hole_is_named() -> Result<()> {
+    let s = Fixture::new(
+        "everyhole",
+        Shape {
+            archiving: true,
+            ..SMALL
+        },
+    )?;
+    s.sql("create table t (x text)")?;
+    s.backup()?;
+    for _ in 0..8 {
+        s.sql("insert into t select md5(i::text) from generate_series(1, 3000) i")?;
+        s.flush_archive(&s.server)?;
+    }
+    let objects = s.objects("wal");
+    let whole: Vec<_> = objects
+        .iter()
+        .filter(|p| p.extension().is_some_and(|e| e == "0001"))
+        .collect();
+    let mut lost = Vec::new();
+    for at in [whole.len() - 6, whole.len() - 3] {
+        std::fs::remove_file(whole[at])?;
+        lost.push(whole[at].file_name().unwrap_or_default().to_string_lossy()[..24].to_owned());
+    }
+    let (exit, verified) = s.fairvault(&["verify", "acme", "--progress", "none"]);
+    ensure!(exit == 4, "{exit} {verified}");
+    let (exit, checked) = s.fairvault(&["check", "acme"]);
+    ensure!(exit == 1 && checked.contains("there are 2 gaps"), "{exit} {checked}");
+    for name in lost {
+        ensure!(verified.contains(&name), "{name} is not named: {verified}");
+    }
+    Ok(())
+}
+
+/// The slot of a receiver, as the server has it: whoever is to receive, and does not, fills the server's disk.
+#[test]
+fn a_slot_that_nobody_uses_is_an_error() -> Result<()> {
+    let s = Fixture::new(
+        "unusedslot",
+        Shape {
+            settings: "max_slot_wal_keep_size = 8MB\nmax_wal_size = 4MB\nmin_wal_size = 2MB\n",
+            ..SMALL
+        },
+    )?;
+    s.sql("create table t (x text)")?;
+    let receiver = Receiver::start(&s, &["--flush-interval", "100ms"])?;
+    s.backup()?;
+    s.sql("insert into t select md5(i::text) from generate_series(1, 3000) i")?;
+    wait_until_durable(&s, &s.server)?;
+    let checked = s.ok(&["check", "acme"])?;
+    ensure!(
+        checked.contains("receiver into main: receives through slot fairvault_acme_main; durable up to"),
+        "{checked}"
+    );
+    receiver.kill()?;
+    // The server may need a moment to see that it is gone.
+    std::thread::sleep(Duration::from_secs(1));
+    let (exit, checked) = s.fairvault(&["check", "acme"]);
+    ensure!(
+        exit == 1 && checked.contains("no receiver uses replication slot fairvault_acme_main"),
+        "{exit} {checked}"
+    );
+    // Nobody came.
+    for _ in 0..10 {
+        s.sql("insert into t select md5(i::text) from generate_series(1, 20000) i")?;
+        s.sql("select pg_switch_wal()")?;
+        s.sql("checkpoint")?;
+    }
+    let (exit, checked) = s.fairvault(&["check", "acme"]);
+    ensure!(
+        exit == 1 && checked.contains("is lost: the server has removed WAL"),
+        "{exit} {checked}"
+    );
+    ensure!(checked.contains("segments behind the server"), "{checked}");
+    Ok(())
+}

@@ -529,6 +529,24 @@ fn a_tablespace_that_is_made_after_the_plan_is_not_replayed_into_the_original() 
     Ok(())
 }
 
+/// What comes after the target is not replayed, in the same segment or not.
+#[test]
+fn a_tablespace_that_is_made_after_the_target_does_not_matter() -> Result<()> {
+    let s = set_up("after-target", "")?;
+    run(s.scratch.command("mkdir").arg(s.path("ts")))?;
+    s.sql("create table t (x int)")?;
+    s.backup()?;
+    s.sql("insert into t values (1)")?;
+    s.sql("select pg_create_restore_point('before')")?;
+    s.sql(&format!("create tablespace ts location '{}'", s.path("ts")))?;
+    s.sql("create table l tablespace ts as select generate_series(1, 1000) as x")?;
+    s.flush_archive(&s.server)?;
+    restored(&s, "r", &["--target-name", "before"])?;
+    ensure!(s.rows(&s.start("r", 5450)?)? == "1");
+    ensure!(s.sql("select count(*) from l")? == "1000");
+    Ok(())
+}
+
 /// The same where a receiver has stored the WAL, and the segment is not full.
 #[test]
 fn a_tablespace_of_which_only_pieces_tell_is_not_replayed_into_the_original() -> Result<()> {

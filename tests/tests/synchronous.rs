@@ -331,3 +331,29 @@ fn restored(s: &Fixture, name: &str) -> Result<String> {
     server.stop(&s.scratch, "immediate")?;
     Ok(rows)
 }
+
+/// A backup streams WAL beside a receiver, and by another name: no commit counts by it.
+#[test]
+fn a_backup_is_no_synchronous_standby() -> Result<()> {
+    let s = Fixture::new(
+        "syncbackup",
+        Shape {
+            settings: "synchronous_standby_names = 'fairvault'\nsynchronous_commit = on\n",
+            ..Default::default()
+        },
+    )?;
+    s.sql("set synchronous_commit = local; create table t (x int)")?;
+    s.scratch.write("commit.sql", b"insert into t values (1);\n")?;
+    let script = s.path("commit.sql");
+    let mut commit = s.server.pgbench(&s.scratch, &["-n", "-t", "1", "-f", &script]);
+    let mut commit = commit.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
+    let waits = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'";
+    s.server.wait_for(&s.scratch, waits, "1")?;
+    s.backup()?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(commit.try_wait()?.is_none(), "a commit was acknowledged by a backup");
+    let receiver = Receiver::start(&s, &["--synchronous"])?;
+    ensure!(commit.wait()?.success());
+    receiver.stop()?;
+    Ok(())
+}

@@ -220,6 +220,25 @@ fn a_server_that_was_set_back_is_refused() -> Result<()> {
         }
     }
     ensure!(refused > 0, "{:?}", s.objects("wal"));
+    // Of a segment of which there are pieces only, they are what commits were acknowledged by.
+    let folders = s.objects("wal").into_iter().filter_map(|path| {
+        let folder = path.parent()?.file_name()?.to_str()?.strip_suffix(".d")?.to_owned();
+        Some(folder)
+    });
+    let mut compared = 0;
+    for name in folders.collect::<std::collections::BTreeSet<_>>() {
+        let path = s.path(&format!("data5432/pg_wal/{name}"));
+        let (exit, text) = s.fairvault(&["wal", "push", "acme", &path]);
+        ensure!(
+            exit == 1 && text.contains("exists with other content"),
+            "{name}: {exit} {text}"
+        );
+        compared += 1;
+    }
+    ensure!(compared > 0, "there are no pieces: {:?}", s.objects("wal"));
+    // So whoever receives still finds them.
+    let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--no-slot"]);
+    ensure!(exit == 1 && text.contains("other WAL"), "{exit} {text}");
     Ok(())
 }
 

@@ -79,6 +79,9 @@ pub struct GetArgs {
     /// Recovery must get at least to this position
     #[arg(long, value_name = "LSN")]
     pub through: Option<String>,
+    /// Recovery has a target, which it has reached there
+    #[arg(long, requires = "through")]
+    pub stops: bool,
     /// Recovery must not get beyond this position: what was archived after the restore was planned
     #[arg(long, value_name = "LSN")]
     pub until: Option<String>,

@@ -64,13 +64,10 @@ pub async fn run(context: &Arc<Context>, stanza: &str) -> Result<Outcome> {
     if server.is_some() {
         let required = repositories.iter().filter(|name| !context.is_optional(name));
         for repository in required {
-            let slot = slot_of(
-                context.wal(stanza).slot.as_deref(),
-                stanza,
-                repository,
-                repositories.len(),
-            );
-            let said = slot::look(&context.conninfo(stanza)?, &slot).await;
+            // A receiver may have been started for this repository alone.
+            let named = context.wal(stanza).slot;
+            let names = [repositories.len(), 1].map(|n| slot_of(named.as_deref(), stanza, repository, n));
+            let said = slot::look(&context.conninfo(stanza)?, &names).await;
             lines.extend(said.map(|said| line(&format!("receiver into {repository}"), said)));
         }
     }
@@ -339,7 +336,6 @@ async fn stanza_in(context: &Context, repository: &str, stanza: &str, server: Op
     let is_end = |number: u64| of_cluster().any(|info| info.stop_lsn / archive.segment_size == number);
     let is_received = wal.is_some_and(|wal| wal.parts.iter().any(|&number| !is_end(number)))
         || coverage.bridges(server.timeline, of_cluster()).contains(&true);
-    let newest = wal.and_then(|wal| wal.segments.last().max(wal.parts.last()).copied());
     let size = archive.segment_size;
     let current = server.flush.0 / size;
     if server.archiving || is_received {
@@ -348,28 +344,41 @@ async fn stanza_in(context: &Context, repository: &str, stanza: &str, server: Op
             w.timeline == server.timeline && w.system_identifier == server.cluster.system_identifier.to_string()
         });
         if let Some((first, last)) = windows.find_map(|w| w.hole.as_ref().zip(w.hole_end.as_ref())) {
+            let gaps = info.wal.iter().flat_map(|line| &line.ranges);
+            let more = match gaps.filter(|range| range.after == Some("gap")).count() {
+                0 | 1 => String::new(),
+                gaps => format!("; there are {gaps} gaps, see `fairvault info`"),
+            };
             return Err(Error::damaged(format!(
-                "WAL from {first} to {last} is missing, and later WAL is there: recovery from backups before it ends there"
+                "WAL from {first} to {last} is missing, and later WAL is there: recovery from backups before it ends there{more}"
             ))
             .remedy(
                 "archive it with `fairvault wal push` if the server's pg_wal still has it; else take a new backup",
             ));
         }
     }
-    // What comes before the first segment of the server's timeline is of another one.
-    let first = server.began.0 / size;
-    let behind = current - newest.map_or(first, |n| n + 1).min(current);
-    match newest {
+    // What comes before the first segment of the server's timeline is of another one. A part is of one that is not complete.
+    let (whole, part) = wal.map_or((None, None), |wal| {
+        (wal.segments.last().copied(), wal.parts.last().copied())
+    });
+    let next = whole
+        .map(|number| number + 1)
+        .max(part)
+        .max(Some(server.began.0 / size))
+        .unwrap_or_default();
+    let behind = current.saturating_sub(next);
+    match whole.max(part) {
         _ if !server.archiving && !is_received => Ok(format!("opens, {} backups", log.state().backups.len())),
         // The segment that is being written, and one that is being archived.
         Some(_) if behind <= 1 => Ok(format!("opens, {} backups, WAL arrives", log.state().backups.len())),
         None if behind <= 1 => Ok("opens; no WAL segment is complete yet".to_owned()),
-        _ => Err(Error::failed(format!(
-            "the newest archived segment is {behind} segments behind the server"
-        ))
-        .remedy(match server.archiving {
-            true => "look at pg_stat_archiver and at the server's log for what archive_command says",
-            false => "look at pg_stat_replication and at the log of `fairvault wal receive`",
-        })),
+        _ => Err(
+            Error::failed(format!("WAL in the repository is {behind} segments behind the server")).remedy(match server
+                .archiving
+            {
+                true => "look at pg_stat_archiver and at the server's log for what archive_command says",
+                false => "look at pg_stat_replication and at the log of `fairvault wal receive`",
+            }),
+        ),
     }
 }

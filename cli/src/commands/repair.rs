@@ -71,8 +71,11 @@ async fn drop_entry(context: &Context, args: &RepairArgs, number: u64) -> Result
     let (object, problem) = (found.object.clone(), found.problem.clone());
     let mut kept = None;
     if !args.dry_run {
-        let name = format!("{}-{number}.dropped", args.stanza);
-        kept = Some(context.keep(&name, &found.content)?.display().to_string());
+        let hash = &hex::encode(fairvault_format::sha256(&found.content))[..8];
+        let name = format!("{}-{repository}-{number}-{hash}.dropped", args.stanza);
+        let path = context.keep(&name, &found.content)?;
+        tracing::info!("{object} is kept in {}", path.display());
+        kept = Some(path.display().to_string());
         found.drop().await?;
     }
     match context.global.output {

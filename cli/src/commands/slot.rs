@@ -10,6 +10,8 @@ use crate::output;
 /// What a server has of a slot.
 struct Slot {
     is_active: bool,
+    /// The server is a standby: its slot is moved along by the receiver, and used by nobody.
+    in_recovery: bool,
     /// `reserved`, `extended`, `unreserved` or `lost`; empty before anything was reserved.
     wal_status: String,
     /// Bytes of WAL since the oldest that it keeps.
@@ -20,25 +22,24 @@ struct Slot {
     safe: Option<u64>,
 }
 
-/// Says how far the receiver behind slot `name` is; `None` if the server has no such slot, or nobody may ask.
-pub async fn look(info: &ConnInfo, name: &str) -> Option<Result<String>> {
-    let slot = match read(info, name).await {
-        Ok(slot) => slot?,
-        Err(error) => {
-            tracing::info!("replication slot {name} was not looked at: {error}");
-            return None;
-        }
-    };
-    Some(judge(&slot, name))
+/// Says how far the receiver behind the slot with one of these names is; `None` if the server has no such slot. Whoever may
+/// not ask is told so: that is no fault.
+pub async fn look(info: &ConnInfo, names: &[String]) -> Option<Result<String>> {
+    match read(info, names).await {
+        Ok(slot) => slot.map(|(name, slot)| judge(&slot, &name)),
+        Err(error) => Some(Ok(format!("its replication slot was not looked at: {error}"))),
+    }
 }
 
-async fn read(info: &ConnInfo, name: &str) -> Result<Option<Slot>> {
+async fn read(info: &ConnInfo, names: &[String]) -> Result<Option<(String, Slot)>> {
     let mut connection = Connection::open(info, Mode::Sql).await?;
-    // The name consists of lower-case letters, digits and '_'.
+    // Names consist of lower-case letters, digits and '_'.
+    let names: Vec<String> = names.iter().map(|name| format!("'{name}'")).collect();
     let query = format!(
         "select active, coalesce(wal_status, ''), coalesce(restart_lsn::text, ''), safe_wal_size, \
-         case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_flush_lsn() end - restart_lsn \
-         from pg_replication_slots where slot_name = '{name}'"
+         case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_flush_lsn() end - restart_lsn, \
+         slot_name, pg_is_in_recovery() from pg_replication_slots where slot_name in ({}) order by active desc limit 1",
+        names.join(", ")
     );
     let rows = connection.query(&query).await?;
     let Some(row) = rows.into_iter().next() else {
@@ -47,13 +48,15 @@ async fn read(info: &ConnInfo, name: &str) -> Result<Option<Slot>> {
     let field = |at: usize| row.get(at).cloned().flatten();
     let number = |at: usize| field(at).and_then(|text| text.parse::<i64>().ok());
     let bytes = |at: usize| number(at).map(|n| n.max(0).cast_unsigned());
-    Ok(Some(Slot {
+    let slot = Slot {
         is_active: field(0).as_deref() == Some("t"),
+        in_recovery: field(6).as_deref() == Some("t"),
         wal_status: field(1).unwrap_or_default(),
         restart: field(2).unwrap_or_default(),
         safe: bytes(3),
         behind: bytes(4),
-    }))
+    };
+    Ok(field(5).map(|name| (name, slot)))
 }
 
 fn judge(slot: &Slot, name: &str) -> Result<String> {
@@ -74,6 +77,7 @@ fn judge(slot: &Slot, name: &str) -> Result<String> {
             true => "raise max_slot_wal_keep_size now; then see why `fairvault wal receive` does not keep up",
             false => "start `fairvault wal receive` now, or raise max_slot_wal_keep_size",
         })),
+        _ if slot.in_recovery => Ok(format!("slot {name} is kept on this standby, {behind} behind")),
         _ if !slot.is_active => Err(Error::failed(format!(
             "no receiver uses replication slot {name}, and the server keeps {behind} of WAL for it"
         ))
@@ -101,6 +105,7 @@ mod tests {
     fn slot(is_active: bool, wal_status: &str) -> Slot {
         Slot {
             is_active,
+            in_recovery: false,
             wal_status: wal_status.to_owned(),
             behind: Some(3 << 20),
             restart: "0/3000000".to_owned(),

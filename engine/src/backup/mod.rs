@@ -291,7 +291,10 @@ async fn transfer(
     let slot = format!("fairvault_{}", hex::encode(crate::env::id(stanza.env())?));
     let wal_connection = match server.wal {
         WalMethod::Stream => {
-            let mut connection = Connection::open(&options.conninfo, Mode::Replication).await?;
+            // Not by the name that a receiver has: no commit may wait for this, or count by it.
+            let mut conninfo = options.conninfo.clone();
+            conninfo.application_name += "_backup";
+            let mut connection = Connection::open(&conninfo, Mode::Replication).await?;
             if connection.identify().await?.system_identifier != server.system_identifier {
                 return Err(Error::failed("the second connection reached another server")
                     .remedy("name one host in conninfo, or use target_session_attrs"));

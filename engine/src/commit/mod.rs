@@ -104,22 +104,28 @@ impl Log {
     pub(crate) async fn replayed(mut self) -> Result<Self> {
         let this = &mut self;
         this.refresh_proven().await?;
-        this.check_pins()?;
-        let seen = this.stanza.memory().and_then(|m| m.head(&this.stanza));
-        if let Some(seen) = seen {
-            // What follows on an entry says what that was.
-            let next = this.entries().iter().find(|entry| entry.seq == seen.seq + 1);
-            let there = next.map_or(&this.state.head, |entry| &entry.previous);
-            if this.state.seq < seen.seq || *there != seen.head {
-                return Err(Error::damaged(format!(
-                    "the log of {} ends at entry {}, and this host saw another entry {}: it was rolled back or replaced",
-                    this.stanza.shown(),
-                    this.state.seq,
-                    seen.seq
-                )));
-            }
-        }
+        this.check_seen()?;
         Ok(self)
+    }
+
+    /// Fails unless the log, of which all entries were read, is that of this stanza and goes on from what this host saw.
+    pub(crate) fn check_seen(&self) -> Result<()> {
+        self.check_pins()?;
+        let Some(seen) = self.stanza.memory().and_then(|m| m.head(&self.stanza)) else {
+            return Ok(());
+        };
+        // What follows on an entry says what that was.
+        let next = self.entries().iter().find(|entry| entry.seq == seen.seq + 1);
+        let there = next.map_or(&self.state.head, |entry| &entry.previous);
+        match self.state.seq < seen.seq || *there != seen.head {
+            true => Err(Error::damaged(format!(
+                "the log of {} ends at entry {}, and this host saw another entry {}: it was rolled back or replaced",
+                self.stanza.shown(),
+                self.state.seq,
+                seen.seq
+            ))),
+            false => Ok(()),
+        }
     }
 
     /// Notes something that was done, for the audit. Where this host may not write, nothing is noted.
@@ -253,10 +259,8 @@ impl Log {
         loop {
             let from = self.state.seq + 1;
             // One probe tells whether there is anything; only then more are asked for at once.
-            let Some(first) = store
-                .get_opt(&names::log_context(from), limits::LOG_ENTRY_BYTES)
-                .await?
-            else {
+            let first = store.get_opt(&names::log_context(from), limits::LOG_ENTRY_BYTES).await;
+            let Some(first) = first.map_err(|error| self.stuck(from, error))? else {
                 return Ok(());
             };
             self.apply(&first)?;
@@ -272,7 +276,8 @@ impl Log {
                 BATCH as usize
             };
             for bytes in futures::future::join_all(batch.take(ahead)).await {
-                let Some(bytes) = bytes? else { return Ok(()) };
+                let bytes = bytes.map_err(|error| self.stuck(self.state.seq + 1, error))?;
+                let Some(bytes) = bytes else { return Ok(()) };
                 self.apply(&bytes)?;
                 self.follow_keys().await?;
             }
@@ -281,7 +286,12 @@ impl Log {
 
     fn apply(&mut self, bytes: &[u8]) -> Result<()> {
         let seq = self.state.seq + 1;
-        self.take(seq, bytes).map_err(|error| match error.kind() {
+        self.take(seq, bytes).map_err(|error| self.stuck(seq, error))
+    }
+
+    /// What to do about an entry that cannot be read.
+    fn stuck(&self, seq: u64, error: Error) -> Error {
+        match error.kind() {
             Kind::Damaged => error.remedy(format!(
                 "bring {} back from a copy or an older version; if it never was an entry, and none follows on it, \
                  `fairvault repair {} --drop-entry {seq}` takes it away",
@@ -289,7 +299,7 @@ impl Log {
                 self.stanza.name()
             )),
             _ => error,
-        })
+        }
     }
 
     fn take(&mut self, seq: u64, bytes: &[u8]) -> Result<()> {

@@ -20,6 +20,8 @@ use wal::{Expiring, Kept};
 
 /// Time between backups from which on this host's clock is doubted.
 const QUIET_S: u64 = 45 * 86_400;
+/// The same, microseconds.
+pub(crate) const QUIET_US: i64 = QUIET_S as i64 * 1_000_000;
 
 /// How to go about it.
 #[derive(Debug, Clone, Default)]

@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use fairvault_format::proto::{CommittedBackup, Policy, log_entry::Kind as Entry};
 
 use crate::commit::Log;
+use crate::expire::QUIET_US;
 use crate::expire::rules::believed;
 use crate::restore::target::info;
 
@@ -120,7 +121,10 @@ impl Past {
 fn young(committed: &[CommittedBackup], policy: &Policy, now_us: i64) -> HashSet<u64> {
     let kept_us = policy.minimum_retention_s.saturating_mul(1_000_000);
     let times = believed(committed.iter().map(|backup| info(backup).stopped_us).collect(), now_us);
-    let newest = times.last().copied().unwrap_or_default();
+    // A backup that was taken long after the one before may have been taken by a clock that is ahead.
+    let is_in_doubt = |pair: &&[i64]| pair[1].saturating_sub(pair[0]) > QUIET_US;
+    let doubts = times.windows(2).rev().take_while(is_in_doubt).count();
+    let newest = times.iter().rev().nth(doubts).copied().unwrap_or_default();
     let ages = committed.iter().zip(&times);
     ages.filter(|(_, time)| kept_us > 0 && **time > newest.saturating_sub_unsigned(kept_us))
         .map(|(backup, _)| backup.seq)
@@ -162,6 +166,16 @@ mod tests {
         assert_eq!(young(10, 41), [4, 5]);
         // Years ahead.
         assert_eq!(young(30, 4100), [2, 3, 4, 5]);
+        // So is that of the host that took the newest one.
+        let mut ahead = committed.clone();
+        if let Some(info) = &mut ahead[4].info {
+            info.stopped_us = 4100 * DAY;
+        }
+        let young_then = super::young(&ahead, &policy(30), 4100 * DAY);
+        assert!(
+            [2, 3, 4, 5].iter().all(|seq| young_then.contains(seq)),
+            "{young_then:?}"
+        );
         // This host's clock is behind: what comes from the future is of now.
         assert_eq!(young(10, 22), [2, 3, 4, 5]);
     }

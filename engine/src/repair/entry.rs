@@ -2,7 +2,8 @@
 //! and a torn file can be there after a crash. Nobody gets past it, and nothing can be restored, until it is taken away.
 //!
 //! What always holds: only what is behind the last good entry goes, and has nothing behind it; what this secret merely
-//! cannot open, or a newer version wrote, stays. That it went is an entry itself, in its place.
+//! cannot open, what a newer version wrote, and what this host has seen as an entry, stays. That it went is an entry
+//! itself, in its place.
 
 use bytes::Bytes;
 use fairvault_format::header::ObjectHeader;
@@ -13,6 +14,7 @@ use crate::commit::{Log, state};
 use crate::error::{Error, Kind, Result};
 use crate::immutable::hidden;
 use crate::stanza::{Access, Stanza};
+use crate::store::Store;
 
 /// An object that nobody gets past.
 #[derive(Debug)]
@@ -22,8 +24,20 @@ pub struct NoEntry {
     pub object: String,
     /// Why it is no entry.
     pub problem: String,
-    /// What it holds.
+    /// Its length, bytes.
+    pub len: u64,
+    /// What it holds, but no more than an entry may have.
     pub content: Bytes,
+}
+
+/// Length and content of an object, which may be larger than anything of ours.
+async fn peek(store: &Store, object: &str) -> Result<Option<(u64, Bytes)>> {
+    let content = match store.len(object).await? {
+        None => return Ok(None),
+        Some(0) => (0, Bytes::new()),
+        Some(len) => (len, store.get_range(object, 0..len.min(limits::LOG_ENTRY_BYTES)).await?),
+    };
+    Ok(Some(content))
 }
 
 /// Finds it; an error if it is not `seq` whose object is no entry, or if it must not go.
@@ -49,8 +63,13 @@ pub async fn find(access: &Access, seq: u64) -> Result<NoEntry> {
             next - 1
         )));
     }
+    if seq == 1 {
+        return Err(error.remedy("the first entry is what the stanza was created with: bring it back from a copy"));
+    }
+    // If it was an entry once, somebody may remember it.
+    log.check_seen()?;
     let object = names::log_context(seq);
-    let Some(content) = stanza.store().get_opt(&object, limits::LOG_ENTRY_BYTES).await? else {
+    let Some((len, content)) = peek(stanza.store(), &object).await? else {
         return Err(error);
     };
     let epoch = ObjectHeader::decode(&content, &object).map(|header| header.epoch);
@@ -75,6 +94,7 @@ pub async fn find(access: &Access, seq: u64) -> Result<NoEntry> {
         log,
         object,
         problem: error.to_string(),
+        len,
         content,
     })
 }
@@ -84,9 +104,10 @@ impl NoEntry {
     pub async fn drop(mut self) -> Result<()> {
         let stanza = self.log.stanza().clone();
         let began_us = stanza.env().now_us();
-        let now = stanza.store().get_opt(&self.object, limits::LOG_ENTRY_BYTES).await?;
-        match now {
-            Some(now) if now == self.content => stanza.store().delete(std::slice::from_ref(&self.object)).await?,
+        match peek(stanza.store(), &self.object).await? {
+            Some(now) if now == (self.len, self.content.clone()) => {
+                stanza.store().delete(std::slice::from_ref(&self.object)).await?
+            }
             Some(_) => {
                 return Err(
                     Error::temporary(format!("{}/{} is another object by now", stanza.shown(), self.object))
@@ -100,10 +121,10 @@ impl NoEntry {
             subject: self.object.clone(),
             result: format!(
                 "what lay here was no entry, and was dropped: {} bytes, SHA-256 {}",
-                self.content.len(),
+                self.len,
                 hex::encode(sha256(&self.content))
             ),
-            bytes: self.content.len() as u64,
+            bytes: self.len,
             began_us,
         };
         self.log.append(Entry::Operation(operation), |_| Ok(())).await?;

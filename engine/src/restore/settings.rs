@@ -79,6 +79,9 @@ fn restore_command(plan: &Plan, options: &Options, stanza: &Stanza) -> String {
         true => command += " --timeline latest",
         false => command += &format!(" --timeline {}", plan.reachable.history.timeline),
     }
+    if plan.reachable.setting.is_some() && !options.standby {
+        command += " --stops";
+    }
     // A standby without a target goes on with whatever is archived later.
     let is_open_ended = options.standby && plan.reachable.setting.is_none();
     if let Some(until) = plan.reachable.until.filter(|_| !is_open_ended) {

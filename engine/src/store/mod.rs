@@ -336,7 +336,10 @@ impl Store {
                 let Some(len) = self.len(name).await? else {
                     return Ok(None);
                 };
-                let there = self.get_range(name, 0..head).await?;
+                let there = match self.get_range(name, 0..head).await {
+                    Err(error) if error.kind() == Kind::NotFound => return Ok(None),
+                    there => there?,
+                };
                 let is_ours = len == ours.len() as u64 && ours.starts_with(&there);
                 (there, is_ours)
             }

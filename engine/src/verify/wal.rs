@@ -163,9 +163,9 @@ impl Archives {
     }
 }
 
-/// Reports the first hole behind the start of a backup along a history, if later WAL is there: as a finding if somebody was
+/// Reports the holes behind the start of a backup along a history, where later WAL is there: as findings if somebody was
 /// to bring it.
-fn report_hole(
+fn report_holes(
     archive: &Archive,
     coverage: &Coverage,
     history: &History,
@@ -173,32 +173,40 @@ fn report_hole(
     all: &[BackupInfo],
     report: &mut Report,
 ) {
-    let reach = coverage.reach(history, Lsn(info.start_lsn));
+    let size = archive.segment_size;
     // Backups that brought their own WAL promise nothing about what comes after them; an archive does.
     let mut timelines = history.ancestors.iter().map(|a| a.timeline).chain([history.timeline]);
-    let size = archive.segment_size;
-    let lacks_own =
-        reach.end < Lsn(info.stop_lsn) && !(reach.has_part && reach.missing.end(size) >= Lsn(info.stop_lsn));
     let is_promised = info.wal_method == "archive"
-        || lacks_own
         || timelines.any(|timeline| coverage.bridges(timeline, all.iter()).contains(&true));
-    if !reach.is_hole || reach.is_expired {
-        return;
-    }
-    let Some(proof) = coverage.proof_of_more(history, reach.missing) else {
-        return;
-    };
-    let part = if reach.has_part {
-        "only a part is there"
-    } else {
-        "it is missing"
-    };
-    let folder = names::wal_folder(info.system_identifier, reach.missing.timeline);
-    let object = format!("{folder}/{}", reach.missing.name(size));
-    let problem = format!("{part}, and {proof}: recovery from earlier backups ends before it");
-    match is_promised {
-        true => report.add(object, problem),
-        false => report.gaps.push(Finding { object, problem }),
+    let mut from = Lsn(info.start_lsn);
+    loop {
+        let reach = coverage.reach(history, from);
+        if !reach.is_hole {
+            return;
+        }
+        let lacks_own =
+            reach.end < Lsn(info.stop_lsn) && !(reach.has_part && reach.missing.end(size) >= Lsn(info.stop_lsn));
+        if let Some(proof) = coverage
+            .proof_of_more(history, reach.missing)
+            .filter(|_| !reach.is_expired)
+        {
+            let part = if reach.has_part {
+                "only a part is there"
+            } else {
+                "it is missing"
+            };
+            let folder = names::wal_folder(info.system_identifier, reach.missing.timeline);
+            let object = format!("{folder}/{}", reach.missing.name(size));
+            let problem = format!("{part}, and {proof}: recovery from earlier backups ends before it");
+            match is_promised || lacks_own {
+                true => report.add(object, problem),
+                false => report.gaps.push(Finding { object, problem }),
+            }
+        }
+        match coverage.next_any(history, reach.missing.number + 1) {
+            Some(next) => from = Lsn(next.saturating_mul(size)),
+            None => return,
+        }
     }
 }
 
@@ -239,7 +247,7 @@ async fn check_backup(
     let onward = coverage.leading_from(info.stop_timeline, stop);
     let onward = onward.into_iter().filter(|other| other.timeline != history.timeline);
     for history in std::iter::once(&history).chain(onward) {
-        report_hole(archive, coverage, history, &info, all, report);
+        report_holes(archive, coverage, history, &info, all, report);
     }
     if reach.end < stop && !reach.has_part {
         verdict.problems.push(format!("{name} of its own WAL is missing"));

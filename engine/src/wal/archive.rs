@@ -378,9 +378,9 @@ impl Archive {
 
     /// Stores a complete segment whose summary was made while it arrived.
     pub async fn put_whole(&self, segment: Segment, summary: proto::WalSummary, content: Vec<u8>) -> Result<Stored> {
-        let runs = content.chunks(limits::WAL_SECTION_BYTES).map(<[u8]>::to_vec).collect();
-        drop(content);
-        self.put_runs(segment, summary, runs).await
+        let archive = self.clone();
+        let seal = move || archive.seal_runs(segment, summary, content.chunks(limits::WAL_SECTION_BYTES));
+        self.put_sealed_by(segment, seal).await
     }
 
     /// The same of a segment in runs of [`limits::WAL_SECTION_BYTES`]: each is let go of once it is sealed.
@@ -388,42 +388,57 @@ impl Archive {
         &self,
         segment: Segment,
         summary: proto::WalSummary,
-        mut runs: VecDeque<Vec<u8>>,
+        runs: VecDeque<Vec<u8>>,
+    ) -> Result<Stored> {
+        let archive = self.clone();
+        let seal = move || archive.seal_runs(segment, summary, runs.into_iter());
+        self.put_sealed_by(segment, seal).await
+    }
+
+    async fn put_sealed_by(
+        &self,
+        segment: Segment,
+        seal: impl FnOnce() -> Result<(Vec<u8>, [u8; 32])> + Send + 'static,
     ) -> Result<Stored> {
         self.check_open(segment.timeline, segment.end(self.segment_size))?;
-        let name = segment.name(self.segment_size);
-        let object = self.object_name(&WalFile::Segment(segment), &name);
-        let (archive, name) = (self.clone(), object.clone());
-        let seal = move || {
-            let stanza = &archive.stanza;
-            let fresh = env::fresh(stanza.env())?;
-            let mut sealer = WalSealer::new(
-                stanza.keys(),
-                stanza.scope(),
-                ObjectKind::WalSegment,
-                fresh,
-                &name,
-                segment.start(archive.segment_size).0,
-                archive.compression,
-            )?;
-            let mut id = blake3::Hasher::new_keyed(&stanza.keys().id_key);
-            while let Some(run) = runs.pop_front() {
-                id.update(&run);
-                sealer.run(&run)?;
-            }
-            let id = *id.finalize().as_bytes();
-            let header = proto::WalHeader {
-                content_id: id.to_vec(),
-                ..archive.segment_facts(segment, summary)
-            };
-            Ok((sealer.finish(header)?, id))
-        };
         let (sealed, id) = match self.segment_size as usize <= INLINE_BYTES {
             true => seal()?,
             false => blocking("sealing WAL", seal).await?,
         };
+        let object = self.object_name(&WalFile::Segment(segment), &segment.name(self.segment_size));
         self.create_same(ObjectKind::WalSegment, &object, sealed, id, Ours::Gone)
             .await
+    }
+
+    /// A segment's object, and the id of its content.
+    fn seal_runs<R: AsRef<[u8]>>(
+        &self,
+        segment: Segment,
+        summary: proto::WalSummary,
+        runs: impl Iterator<Item = R>,
+    ) -> Result<(Vec<u8>, [u8; 32])> {
+        let stanza = &self.stanza;
+        let object = self.object_name(&WalFile::Segment(segment), &segment.name(self.segment_size));
+        let mut sealer = WalSealer::new(
+            stanza.keys(),
+            stanza.scope(),
+            ObjectKind::WalSegment,
+            env::fresh(stanza.env())?,
+            &object,
+            segment.start(self.segment_size).0,
+            self.compression,
+        )?;
+        let mut id = blake3::Hasher::new_keyed(&stanza.keys().id_key);
+        for run in runs {
+            id.update(run.as_ref());
+            sealer.run(run.as_ref())?;
+        }
+        let id = *id.finalize().as_bytes();
+        let header = proto::WalHeader {
+            content_id: id.to_vec(),
+            ..self.segment_facts(segment, summary)
+        };
+        Ok((sealer.finish(header)?, id))
     }
 
     pub(super) fn segment_facts(&self, segment: Segment, summary: proto::WalSummary) -> proto::WalHeader {
@@ -515,22 +530,23 @@ impl Archive {
         let Created::Lost(head) = store.create_large(object, sealed.into(), HEADER_GUESS).await? else {
             return Ok(Stored::New);
         };
-        let keys = self.stanza.keys_for(&head, object)?;
-        let same = match keys.epoch == self.stanza.keys().epoch {
-            true => {
-                let header = self.header_of(kind, object).await;
-                header
-                    .context(|| format!("comparing with {}/{object}", self.stanza.shown()))?
-                    .1
-                    .content_id
-                    == id
-            }
+        let compared = async {
+            let keys = self.stanza.keys_for(&head, object)?;
             // Ids compare only within one key epoch.
-            false => {
-                let there = store.get(object, limits::WAL_OBJECT_BYTES).await?;
-                self.has_same(kind, &there, object, id, ours).await?
+            match keys.epoch == self.stanza.keys().epoch {
+                true => Ok(self.header_of(kind, object).await?.1.content_id == id),
+                false => {
+                    let there = store.get(object, limits::WAL_OBJECT_BYTES).await?;
+                    self.has_same(kind, &there, object, id, ours).await
+                }
             }
         };
+        let same = compared.await.map_err(|error: Error| match error.kind() {
+            // It was there a moment ago.
+            Kind::NotFound => Error::temporary(error.to_string()),
+            _ => error,
+        });
+        let same = same.context(|| format!("comparing with {}/{object}", self.stanza.shown()))?;
         match same {
             true => Ok(Stored::Same),
             false => Err(other_content(&self.stanza, object)),
@@ -645,7 +661,7 @@ pub fn fenced(now: &proto::Snapshot) -> Error {
     .remedy("`fairvault audit` shows every fence")
 }
 
-fn other_content(stanza: &Stanza, object: &str) -> Error {
+pub(super) fn other_content(stanza: &Stanza, object: &str) -> Error {
     Error::refused(format!(
         "{}/{object} exists with other content; nothing was overwritten",
         stanza.shown()

@@ -25,6 +25,8 @@ pub struct Needs {
     pub until: Option<Lsn>,
     /// Which history it follows.
     pub follow: Follow,
+    /// It has a target, which it has reached at `through`: nothing behind that is replayed.
+    pub stops: bool,
 }
 
 /// The history that a recovery follows.
@@ -169,7 +171,7 @@ async fn check_tablespaces(archive: &Archive, name: &str, content: &[u8], needs:
     let (Ok(WalFile::Segment(segment)), Some(through)) = (WalFile::parse(name, size), needs.through) else {
         return Ok(());
     };
-    if segment.end(size) <= through {
+    if needs.stops || segment.end(size) <= through {
         return Ok(());
     }
     // A record that crosses is replayed with the segment that it ends in.
@@ -214,13 +216,27 @@ async fn tablespace_before(archive: &Archive, segment: Segment, through: Lsn) ->
     if before.end(archive.segment_size) <= through {
         return Ok(None);
     }
-    let header = archive.segment_header(before).await?;
+    let header = match archive.segment_header(before).await {
+        // Recovery has it from elsewhere.
+        Err(error) if error.kind() != Kind::Temporary => return Ok(None),
+        header => header?,
+    };
     let rmgr = header.and_then(|h| h.summary).map(|summary| summary.unfinished_rmgr);
     if rmgr.is_some_and(|rmgr| rmgr != 0 && rmgr != u32::from(rmgr::TBLSPC) + 1) {
         return Ok(None);
     }
     // Where nobody has it, recovery has it from elsewhere, and has passed it.
-    let content = archive.segment_or_parts(before).await?;
+    let mut content = archive.segment_or_parts(before).await?;
+    // A timeline begins with a copy of what its parent had of the segment.
+    if content.is_none()
+        && let Some(parent) = archive
+            .history(segment.timeline)
+            .await?
+            .and_then(|h| h.ancestors.last().copied())
+    {
+        let timeline = parent.timeline;
+        content = archive.segment_or_parts(Segment { timeline, ..before }).await?;
+    }
     let whole = content.filter(|content| content.len() as u64 == archive.segment_size);
     Ok(whole.map(|content| (before, content)))
 }

@@ -7,6 +7,7 @@
 
 pub mod archive;
 pub mod background;
+mod beside;
 pub mod coverage;
 pub mod fetch;
 pub mod get;

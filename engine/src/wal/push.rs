@@ -167,22 +167,31 @@ async fn push_segment(
     path: &Path,
     wants_hash: bool,
 ) -> Result<Pushed> {
-    let sealed = archive.seal_file(segment, path.to_owned(), wants_hash).await?;
+    let (sealed, beside) = tokio::join!(
+        archive.seal_file(segment, path.to_owned(), wants_hash),
+        archive.check_beside(segment, path.to_owned(), archive.segment_size),
+    );
+    let sealed = sealed?;
     let hash = sealed.hash;
     let (stopped_at, why) = (Lsn(sealed.summary.stopped_at), sealed.summary.stopped_why.clone());
     let stored = match stopped_at.0 != 0 {
-        false => archive.put_sealed(sealed).await?,
+        false => {
+            beside?;
+            archive.put_sealed(sealed).await?
+        }
         true => {
             let size = archive.segment_size;
             let content = read_file(path)?;
             let from = stopped_at.0.saturating_sub(segment.start(size).0) as usize;
             let zeros = content.get(from..).is_some_and(|rest| rest.iter().all(|&b| b == 0));
             if zeros && sealed.summary.switched {
+                beside?;
                 archive.put_sealed(sealed).await?
             } else if let Some(end) = ended_inside(archive, segment, stopped_at).await? {
                 // A standby that archives (archive_mode = always) hands over the last segment of a timeline
                 // under its complete name.
                 let len = (end.0 - segment.start(size).0) as usize;
+                archive.check_beside(segment, path.to_owned(), len as u64).await?;
                 archive.put_piece(segment, 0, content[..len].to_vec()).await?.0
             } else {
                 return Err(not_filled(name, stopped_at, &why, zeros));

@@ -145,6 +145,21 @@ pub fn may_be_wrong(summary: &proto::WalSummary) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::postgres::walker::made::{SEGMENT, Wal};
+
+    /// A clock that was set back, or two backends that took their times in one order and wrote in the other.
+    #[test]
+    fn times_that_go_back_are_between_the_least_and_the_greatest() {
+        const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
+        let mut wal = Wal::new(16 * SEGMENT);
+        for seconds in [30i64, 10, 20] {
+            wal.record_with(1, 0, &(seconds * 1_000_000).to_le_bytes());
+        }
+        wal.pad();
+        let summary = summarize(&wal.bytes, Lsn(16 * SEGMENT), SEGMENT);
+        assert_eq!(summary.min_time_us, POSTGRES_EPOCH_US + 10_000_000);
+        assert_eq!(summary.max_time_us, POSTGRES_EPOCH_US + 30_000_000);
+    }
 
     #[test]
     fn any_cut_gives_the_same_summary() {

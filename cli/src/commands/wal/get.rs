@@ -41,6 +41,7 @@ pub async fn run(context: Arc<Context>, args: GetArgs) -> Result<Outcome> {
                     .map_err(|_| Error::usage(format!("--timeline {number:?}: a number or latest")))?,
             ),
         },
+        stops: args.stops,
     };
     let configured = context.wal(&args.stanza).prefetch;
     let prefetch = configured.map_or(Ok(PREFETCH_BYTES), |text| config::size("prefetch", &text))?;

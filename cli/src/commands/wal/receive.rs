@@ -215,7 +215,6 @@ impl Receiver {
     }
 }
 
-/// A slot's name from parts. Where something does not fit into one, a short hash keeps names apart.
 /// The slot of the receiver into one of `repositories` repositories; `named` is what was chosen.
 pub fn slot_of(named: Option<&str>, stanza: &str, repository: &str, repositories: usize) -> String {
     match (named, repositories) {
@@ -225,6 +224,7 @@ pub fn slot_of(named: Option<&str>, stanza: &str, repository: &str, repositories
     }
 }
 
+/// A slot's name from parts. Where something does not fit into one, a short hash keeps names apart.
 fn slot_name(parts: &[&str]) -> String {
     let plain = parts.join("_");
     let fits = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';

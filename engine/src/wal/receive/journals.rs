@@ -155,9 +155,11 @@ async fn wait_for_receiver(stanza: &Arc<Stanza>, folder: PathBuf, compression: C
         end.lsn
     );
     loop {
-        let known = Known::of(&archive, last).await?;
-        if last.start(cluster.segment_size).0 + known.end as u64 >= end.lsn.0 {
-            return Ok(());
+        // Its pieces are joined, and replaced by the segment, under our eyes.
+        match Known::of(&archive, last).await {
+            Ok(known) if last.start(cluster.segment_size).0 + known.end as u64 >= end.lsn.0 => return Ok(()),
+            Err(error) if !matches!(error.kind(), Kind::Temporary | Kind::NotFound) => return Err(error),
+            _ => {}
         }
         if began.elapsed() > PATIENCE {
             return Err(Error::temporary(format!(

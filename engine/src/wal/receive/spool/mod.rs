@@ -244,9 +244,15 @@ impl Spool {
         self.release(&mut state, timeline, whole);
     }
 
-    /// All of a timeline that has ended is durable in the repository.
-    pub fn stored_timeline(&self, timeline: u32) {
-        self.release(&mut self.state(), timeline, Lsn(u64::MAX));
+    /// All of a timeline that has ended, at `lsn`, is durable in the repository. If it goes on after all, from another
+    /// host, what has come since is not.
+    pub fn stored_timeline(&self, timeline: u32, lsn: Lsn) {
+        let mut state = self.state();
+        let end = match state.ended.contains(&timeline) {
+            true => Lsn(u64::MAX),
+            false => lsn,
+        };
+        self.release(&mut state, timeline, end);
     }
 
     fn release(&self, state: &mut State, timeline: u32, end: Lsn) {

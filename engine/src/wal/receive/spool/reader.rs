@@ -117,6 +117,6 @@ impl Reader {
 
     /// The repository has all of this timeline.
     pub fn stored_timeline(&self) {
-        self.spool.stored_timeline(self.at.timeline);
+        self.spool.stored_timeline(self.at.timeline, self.at.lsn);
     }
 }

@@ -286,6 +286,24 @@ mod tests {
         assert_eq!(spool.scan().unwrap().end(), Some(at(9 * SIZE + 100)));
     }
 
+    /// A timeline was taken for ended, and goes on after all: what has come since was not stored with it.
+    #[tokio::test]
+    async fn a_timeline_that_goes_on_is_released_as_far_as_it_was_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = spool(folder.path()).await;
+        let mut writer = spool.writer(CLUSTER, at(8 * SIZE), false).unwrap();
+        writer.append(&[vec![7; SIZE as usize].into()]).unwrap();
+        spool.end_timeline(1);
+        let mut writer = spool.writer(CLUSTER, at(9 * SIZE), false).unwrap();
+        writer.append(&[vec![9; 100].into()]).unwrap();
+        spool.stored_timeline(1, Lsn(9 * SIZE));
+        assert_eq!(spool.begin(), Some(at(9 * SIZE)));
+        assert_eq!(spool.end(), Some(at(9 * SIZE + 100)));
+        spool.end_timeline(1);
+        spool.stored_timeline(1, Lsn(9 * SIZE + 100));
+        assert_eq!(spool.begin(), None);
+    }
+
     /// Nothing counts that went into a journal which is not there any more.
     #[tokio::test]
     async fn what_is_written_to_a_journal_that_is_gone_is_an_error() {
