@@ -24,7 +24,7 @@ fuzz_target!(|data: &[u8]| {
         0 => (16 * SEGMENT, pages(magic, 16 * SEGMENT, data), None),
         _ => {
             let (content, written) = Records::of(magic, data);
-            (START, content, Some(written))
+            (START, content, written)
         }
     };
     let mut seen = Vec::new();
@@ -73,16 +73,19 @@ struct Records {
     prev: u64,
     /// Where those begin that are complete.
     written: Vec<Lsn>,
+    /// Behind a switch, the rest of a segment counts for nothing.
+    has_switch: bool,
 }
 
 impl Records {
     /// Each four bytes of the input say what a record is, and what follows is its body.
-    fn of(magic: u16, mut data: &[u8]) -> (Vec<u8>, Vec<Lsn>) {
+    fn of(magic: u16, mut data: &[u8]) -> (Vec<u8>, Option<Vec<Lsn>>) {
         let mut this = Self {
             magic,
             bytes: Vec::new(),
             prev: 0,
             written: Vec::new(),
+            has_switch: false,
         };
         while let [rmgr, info, low, high, rest @ ..] = data {
             let len = usize::from(*low) | usize::from(high & 0x3F) << 8;
@@ -94,7 +97,7 @@ impl Records {
             }
         }
         this.bytes.resize(this.bytes.len().next_multiple_of(PAGE).max(PAGE), 0);
-        (this.bytes, this.written)
+        (this.bytes, (!this.has_switch).then_some(this.written))
     }
 
     /// One that `is_cut` ends with its first page, and the next page says so.
@@ -124,6 +127,7 @@ impl Records {
         }
         self.prev = at;
         self.written.push(Lsn(at));
+        self.has_switch |= rmgr == 0 && info & 0xF0 == 0x40;
         self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
     }
 

@@ -598,7 +598,11 @@ fn a_receiver_into_s3_takes_little_memory() -> Result<()> {
     s.use_s3(&s3.endpoint(), "s3://bucket/x", "")?;
     s.ok(&["stanza", "create", "acme"])?;
     let spool = s.path("spool");
-    receives_in_little_memory(&s, "s3", &[&["--flush-interval", "200ms"], &["--spool", &spool]])
+    receives_in_little_memory(
+        &s,
+        "s3",
+        &[&["--flush-interval", "200ms"], &["--synchronous"], &["--spool", &spool]],
+    )
 }
 
 const MUCH_WAL: Shape<'static> = Shape {
