@@ -62,12 +62,15 @@ pub async fn run(context: &Arc<Context>, stanza: &str) -> Result<Outcome> {
     let repositories = context.repositories(Some(stanza))?;
     context.backup_repositories(stanza)?;
     if server.is_some() {
-        let required = repositories.iter().filter(|name| !context.is_optional(name));
-        for repository in required {
-            // A receiver may have been started for this repository alone.
-            let named = context.wal(stanza).slot;
-            let names = [repositories.len(), 1].map(|n| slot_of(named.as_deref(), stanza, repository, n));
-            let said = slot::look(&context.conninfo(stanza)?, &names).await;
+        let required: Vec<&String> = repositories.iter().filter(|name| !context.is_optional(name)).collect();
+        let wal = context.wal(stanza);
+        for repository in &required {
+            let mut names = vec![slot_of(wal.slot.as_deref(), stanza, repository, repositories.len())];
+            // A receiver may have been started for the one that is required alone.
+            if required.len() == 1 {
+                names.push(slot_of(wal.slot.as_deref(), stanza, repository, 1));
+            }
+            let said = slot::look(&context.conninfo(stanza)?, &names, !wal.standbys.is_empty()).await;
             lines.extend(said.map(|said| line(&format!("receiver into {repository}"), said)));
         }
     }
@@ -344,7 +347,11 @@ async fn stanza_in(context: &Context, repository: &str, stanza: &str, server: Op
             w.timeline == server.timeline && w.system_identifier == server.cluster.system_identifier.to_string()
         });
         if let Some((first, last)) = windows.find_map(|w| w.hole.as_ref().zip(w.hole_end.as_ref())) {
-            let gaps = info.wal.iter().flat_map(|line| &line.ranges);
+            let of_server = info.wal.iter().filter(|line| {
+                line.timeline == server.timeline
+                    && line.system_identifier == server.cluster.system_identifier.to_string()
+            });
+            let gaps = of_server.flat_map(|line| &line.ranges);
             let more = match gaps.filter(|range| range.after == Some("gap")).count() {
                 0 | 1 => String::new(),
                 gaps => format!("; there are {gaps} gaps, see `fairvault info`"),

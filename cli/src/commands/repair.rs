@@ -69,6 +69,10 @@ async fn drop_entry(context: &Context, args: &RepairArgs, number: u64) -> Result
     let shown = access.repository.folder(&args.stanza).shown().to_owned();
     let found = entry::find(&access, number).await?;
     let (object, problem) = (found.object.clone(), found.problem.clone());
+    let all = match found.is_all() {
+        true => "is kept",
+        false => "its first 16 MiB are kept",
+    };
     let mut kept = None;
     if !args.dry_run {
         let hash = &hex::encode(fairvault_format::sha256(&found.content))[..8];
@@ -89,7 +93,7 @@ async fn drop_entry(context: &Context, args: &RepairArgs, number: u64) -> Result
         Output::Text => {
             output::line(format_args!("{shown}\n  {object}: {problem}"));
             output::line(match &kept {
-                Some(kept) => format!("  it was dropped, and is kept in {kept}; the log can be read again"),
+                Some(kept) => format!("  it was dropped, and {all} in {kept}; the log can be read again"),
                 None => "  it would be dropped".to_owned(),
             });
         }

@@ -10,8 +10,8 @@ use crate::output;
 /// What a server has of a slot.
 struct Slot {
     is_active: bool,
-    /// The server is a standby: its slot is moved along by the receiver, and used by nobody.
-    in_recovery: bool,
+    /// The server is a standby, on which the receiver moves it along, and nobody uses it.
+    is_kept: bool,
     /// `reserved`, `extended`, `unreserved` or `lost`; empty before anything was reserved.
     wal_status: String,
     /// Bytes of WAL since the oldest that it keeps.
@@ -22,11 +22,14 @@ struct Slot {
     safe: Option<u64>,
 }
 
-/// Says how far the receiver behind the slot with one of these names is; `None` if the server has no such slot. Whoever may
-/// not ask is told so: that is no fault.
-pub async fn look(info: &ConnInfo, names: &[String]) -> Option<Result<String>> {
+/// Says how far the receiver behind the first of these slots is that is there; `None` if none is. Whoever may not ask is told
+/// so: that is no fault. `on_standbys`: the receiver moves slots of this name along on standbys, where nobody uses them.
+pub async fn look(info: &ConnInfo, names: &[String], on_standbys: bool) -> Option<Result<String>> {
     match read(info, names).await {
-        Ok(slot) => slot.map(|(name, slot)| judge(&slot, &name)),
+        Ok(slot) => slot.map(|(name, mut slot)| {
+            slot.is_kept &= on_standbys;
+            judge(&slot, &name)
+        }),
         Err(error) => Some(Ok(format!("its replication slot was not looked at: {error}"))),
     }
 }
@@ -38,8 +41,9 @@ async fn read(info: &ConnInfo, names: &[String]) -> Result<Option<(String, Slot)
     let query = format!(
         "select active, coalesce(wal_status, ''), coalesce(restart_lsn::text, ''), safe_wal_size, \
          case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_flush_lsn() end - restart_lsn, \
-         slot_name, pg_is_in_recovery() from pg_replication_slots where slot_name in ({}) order by active desc limit 1",
-        names.join(", ")
+         slot_name, pg_is_in_recovery() from pg_replication_slots where slot_name in ({}) order by slot_name <> {} limit 1",
+        names.join(", "),
+        names.first().map_or("''", String::as_str)
     );
     let rows = connection.query(&query).await?;
     let Some(row) = rows.into_iter().next() else {
@@ -50,7 +54,7 @@ async fn read(info: &ConnInfo, names: &[String]) -> Result<Option<(String, Slot)
     let bytes = |at: usize| number(at).map(|n| n.max(0).cast_unsigned());
     let slot = Slot {
         is_active: field(0).as_deref() == Some("t"),
-        in_recovery: field(6).as_deref() == Some("t"),
+        is_kept: field(6).as_deref() == Some("t"),
         wal_status: field(1).unwrap_or_default(),
         restart: field(2).unwrap_or_default(),
         safe: bytes(3),
@@ -77,7 +81,7 @@ fn judge(slot: &Slot, name: &str) -> Result<String> {
             true => "raise max_slot_wal_keep_size now; then see why `fairvault wal receive` does not keep up",
             false => "start `fairvault wal receive` now, or raise max_slot_wal_keep_size",
         })),
-        _ if slot.in_recovery => Ok(format!("slot {name} is kept on this standby, {behind} behind")),
+        _ if slot.is_kept => Ok(format!("slot {name} is kept on this standby, {behind} behind")),
         _ if !slot.is_active => Err(Error::failed(format!(
             "no receiver uses replication slot {name}, and the server keeps {behind} of WAL for it"
         ))
@@ -105,7 +109,7 @@ mod tests {
     fn slot(is_active: bool, wal_status: &str) -> Slot {
         Slot {
             is_active,
-            in_recovery: false,
+            is_kept: false,
             wal_status: wal_status.to_owned(),
             behind: Some(3 << 20),
             restart: "0/3000000".to_owned(),

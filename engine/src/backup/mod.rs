@@ -293,7 +293,9 @@ async fn transfer(
         WalMethod::Stream => {
             // Not by the name that a receiver has: no commit may wait for this, or count by it.
             let mut conninfo = options.conninfo.clone();
-            conninfo.application_name += "_backup";
+            // A name has 63 bytes at most.
+            let kept = conninfo.application_name.chars().take(48);
+            conninfo.application_name = kept.chain("_backup".chars()).collect();
             let mut connection = Connection::open(&conninfo, Mode::Replication).await?;
             if connection.identify().await?.system_identifier != server.system_identifier {
                 return Err(Error::failed("the second connection reached another server")

@@ -117,13 +117,16 @@ impl Past {
     }
 }
 
+/// Backups that may have been taken by a clock that is ahead: where they are always that rare, they were not.
+const DOUBTS: usize = 2;
+
 /// Entries of the backups, all that were ever committed, that are younger than what the policy keeps.
 fn young(committed: &[CommittedBackup], policy: &Policy, now_us: i64) -> HashSet<u64> {
     let kept_us = policy.minimum_retention_s.saturating_mul(1_000_000);
     let times = believed(committed.iter().map(|backup| info(backup).stopped_us).collect(), now_us);
     // A backup that was taken long after the one before may have been taken by a clock that is ahead.
     let is_in_doubt = |pair: &&[i64]| pair[1].saturating_sub(pair[0]) > QUIET_US;
-    let doubts = times.windows(2).rev().take_while(is_in_doubt).count();
+    let doubts = times.windows(2).rev().take(DOUBTS).take_while(is_in_doubt).count();
     let newest = times.iter().rev().nth(doubts).copied().unwrap_or_default();
     let ages = committed.iter().zip(&times);
     ages.filter(|(_, time)| kept_us > 0 && **time > newest.saturating_sub_unsigned(kept_us))

@@ -100,6 +100,11 @@ pub async fn find(access: &Access, seq: u64) -> Result<NoEntry> {
 }
 
 impl NoEntry {
+    /// Whether `content` is all of it.
+    pub fn is_all(&self) -> bool {
+        self.len == self.content.len() as u64
+    }
+
     /// Takes it away, and says so in the log.
     pub async fn drop(mut self) -> Result<()> {
         let stanza = self.log.stanza().clone();
@@ -120,8 +125,12 @@ impl NoEntry {
             what: "repair".to_owned(),
             subject: self.object.clone(),
             result: format!(
-                "what lay here was no entry, and was dropped: {} bytes, SHA-256 {}",
+                "what lay here was no entry, and was dropped: {} bytes, SHA-256 of {} {}",
                 self.len,
+                match self.is_all() {
+                    true => "them".to_owned(),
+                    false => format!("the first {}", self.content.len()),
+                },
                 hex::encode(sha256(&self.content))
             ),
             bytes: self.len,

@@ -163,8 +163,8 @@ impl Archives {
     }
 }
 
-/// Reports the holes behind the start of a backup along a history, where later WAL is there: as findings if somebody was
-/// to bring it.
+/// Reports the first hole behind the start of a backup along a history, and the others before the next backup, where later
+/// WAL is there: as findings if somebody was to bring it.
 fn report_holes(
     archive: &Archive,
     coverage: &Coverage,
@@ -178,6 +178,15 @@ fn report_holes(
     let mut timelines = history.ancestors.iter().map(|a| a.timeline).chain([history.timeline]);
     let is_promised = info.wal_method == "archive"
         || timelines.any(|timeline| coverage.bridges(timeline, all.iter()).contains(&true));
+    let belongs = |other: &&BackupInfo| {
+        let ended = history.end_of(other.start_timeline);
+        ended.is_ok_and(|end| end.is_none_or(|end| Lsn(other.start_lsn) < end))
+    };
+    let later = all
+        .iter()
+        .filter(|other| other.start_lsn > info.start_lsn)
+        .filter(belongs);
+    let next_backup = later.map(|other| other.start_lsn).min().unwrap_or(u64::MAX);
     let mut from = Lsn(info.start_lsn);
     loop {
         let reach = coverage.reach(history, from);
@@ -204,8 +213,8 @@ fn report_holes(
             }
         }
         match coverage.next_any(history, reach.missing.number + 1) {
-            Some(next) => from = Lsn(next.saturating_mul(size)),
-            None => return,
+            Some(next) if next.saturating_mul(size) < next_backup => from = Lsn(next.saturating_mul(size)),
+            _ => return,
         }
     }
 }

@@ -2,58 +2,62 @@
 //! commits were acknowledged by, would be taken for parts of it and deleted.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::io::Read;
 use std::path::PathBuf;
 
-use fairvault_format::header::Kind as ObjectKind;
-
 use super::archive::{Archive, other_content};
-use super::fetch::Piece;
+use super::known::Known;
 use super::whole::blocking;
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::postgres::segment::Segment;
 
-/// Bytes that are hashed at once.
+/// Bytes that are compared at once.
 const RUN: usize = 256 << 10;
+/// Times that pieces are looked for while a receiver joins them.
+const LOOKS: usize = 4;
 
 impl Archive {
-    /// Fails if the first `len` bytes of a file are not what a receiver has stored of `segment`. WAL that differs
-    /// somewhere differs from there on, so the last piece tells.
+    /// Fails if the first `len` bytes of a file differ from what a receiver has stored of `segment`. What cannot be
+    /// compared, because a piece is damaged or of other keys, is said: the segment as a whole is then worth more.
     pub async fn check_beside(&self, segment: Segment, path: PathBuf, len: u64) -> Result<()> {
-        let end = segment.start(self.segment_size).0 + len;
-        let pieces = self.piece_list(segment).await?.into_iter();
-        let Some(last) = pieces.filter(|piece| piece.end <= end).max_by_key(|piece| piece.end) else {
-            return Ok(());
+        let mut looks = 0;
+        let known = loop {
+            looks += 1;
+            match Known::pieces(self, segment).await {
+                // Pieces were joined, or replaced by the segment.
+                Err(error) if error.kind() == Kind::Temporary && looks < LOOKS => {}
+                Err(error) if matches!(error.kind(), Kind::Damaged | Kind::Refused) => {
+                    tracing::warn!(
+                        "{} is not compared with what was received of it: {error}",
+                        segment.name(self.segment_size)
+                    );
+                    return Ok(());
+                }
+                known => break known?,
+            }
         };
-        let compared = self.is_in_file(segment, path, &last).await;
-        match compared.context(|| format!("comparing with {}/{}", self.stanza.shown(), last.object))? {
+        let Some(last) = known.pieces.last() else { return Ok(()) };
+        let shown = last.object.clone();
+        let compare = move || is_in_file(known, &path, len);
+        match blocking("comparing WAL", compare).await? {
             true => Ok(()),
-            false => Err(other_content(&self.stanza, &last.object)),
+            false => Err(other_content(&self.stanza, &shown)),
         }
     }
+}
 
-    async fn is_in_file(&self, segment: Segment, path: PathBuf, piece: &Piece) -> Result<bool> {
-        let (epoch, header) = match self.header_of(ObjectKind::WalPiece, &piece.object).await {
-            // The segment was completed meanwhile, which is what a push meets then.
-            Err(error) if error.kind() == Kind::NotFound => return Ok(true),
-            found => found?,
-        };
-        let key = self.stanza.keys_of(epoch)?.id_key;
-        let from = piece.start - segment.start(self.segment_size).0;
-        let len = piece.end - piece.start;
-        let id = blocking("hashing WAL", move || {
-            let failed = |e| Error::io(format_args!("reading {}", path.display()), e);
-            let file = File::open(&path).map_err(failed)?;
-            let mut hasher = blake3::Hasher::new_keyed(&key);
-            let (mut at, mut run) = (0, vec![0; RUN]);
-            while at < len {
-                let now = (len - at).min(RUN as u64) as usize;
-                file.read_exact_at(&mut run[..now], from + at).map_err(failed)?;
-                hasher.update(&run[..now]);
-                at += now as u64;
-            }
-            Ok(*hasher.finalize().as_bytes())
-        });
-        Ok(header.content_id == id.await?)
+fn is_in_file(mut known: Known, path: &std::path::Path, len: u64) -> Result<bool> {
+    let failed = |e| Error::io(format_args!("reading {}", path.display()), e);
+    let mut file = File::open(path).map_err(failed)?;
+    let (mut at, mut run) = (0, vec![0; RUN]);
+    let end = len.min(known.end as u64) as usize;
+    while at < end && !known.is_compared() {
+        let now = &mut run[..RUN.min(end - at)];
+        file.read_exact(now).map_err(failed)?;
+        if known.compare(at, now).is_err() {
+            return Ok(false);
+        }
+        at += now.len();
     }
+    Ok(true)
 }

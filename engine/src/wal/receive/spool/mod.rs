@@ -245,14 +245,25 @@ impl Spool {
     }
 
     /// All of a timeline that has ended, at `lsn`, is durable in the repository. If it goes on after all, from another
-    /// host, what has come since is not.
+    /// host, only segments that are complete go.
     pub fn stored_timeline(&self, timeline: u32, lsn: Lsn) {
         let mut state = self.state();
-        let end = match state.ended.contains(&timeline) {
-            true => Lsn(u64::MAX),
-            false => lsn,
-        };
-        self.release(&mut state, timeline, end);
+        let Some(cluster) = state.cluster else { return };
+        let goes_on = |part: &Part| part.timeline == timeline && part.end > lsn;
+        if !state.ended.contains(&timeline) || state.parts.iter().any(goes_on) {
+            let whole = Segment::of(timeline, lsn, cluster.segment_size).start(cluster.segment_size);
+            return self.release(&mut state, timeline, whole);
+        }
+        self.release(&mut state, timeline, lsn);
+        // Nobody writes to one that was begun at the end.
+        self.remove(&mut state, |part| part.timeline == timeline && part.end <= lsn);
+    }
+
+    /// Whether the spool has WAL of a timeline behind `lsn`, and not what comes there.
+    pub fn has_hole(&self, at: Position) -> bool {
+        let state = self.state();
+        let mut parts = state.parts.iter().filter(|part| part.timeline == at.timeline);
+        parts.clone().all(|part| part.end <= at.lsn || at.lsn < part.start) && parts.any(|part| at.lsn < part.start)
     }
 
     fn release(&self, state: &mut State, timeline: u32, end: Lsn) {

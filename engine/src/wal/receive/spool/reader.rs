@@ -64,6 +64,12 @@ impl Reader {
             if let Some(found) = self.find()? {
                 return Ok(Some(found));
             }
+            if self.at.lsn < self.until && self.spool.has_hole(self.at) {
+                return Err(Error::temporary(format!(
+                    "the spool has no WAL at {}, and has some behind it",
+                    self.at.lsn
+                )));
+            }
             if self.at.lsn >= self.until || self.spool.has_ended(self.at.timeline) {
                 return Ok(None);
             }

@@ -299,9 +299,36 @@ mod tests {
         spool.stored_timeline(1, Lsn(9 * SIZE));
         assert_eq!(spool.begin(), Some(at(9 * SIZE)));
         assert_eq!(spool.end(), Some(at(9 * SIZE + 100)));
+        // In mid-segment: what is there of it in pieces stays, whether it goes on or ends once more meanwhile.
+        let mut writer = spool.writer(CLUSTER, at(9 * SIZE + 100), false).unwrap();
+        writer.append(&[vec![9; 50].into()]).unwrap();
+        spool.stored_timeline(1, Lsn(9 * SIZE + 100));
+        assert_eq!(spool.begin(), Some(at(9 * SIZE)));
         spool.end_timeline(1);
         spool.stored_timeline(1, Lsn(9 * SIZE + 100));
+        assert_eq!(spool.begin(), Some(at(9 * SIZE)));
+        // All of it, and what was only begun.
+        let mut writer = spool.writer(CLUSTER, at(9 * SIZE + 150), false).unwrap();
+        writer.begin().unwrap();
+        spool.end_timeline(1);
+        spool.stored_timeline(1, Lsn(9 * SIZE + 150));
         assert_eq!(spool.begin(), None);
+    }
+
+    /// Nobody waits for what will not come, or takes it for the end.
+    #[tokio::test]
+    async fn a_hole_in_the_spool_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = spool(folder.path()).await;
+        let mut writer = spool.writer(CLUSTER, at(8 * SIZE + 500), false).unwrap();
+        writer.append(&[vec![7; 100].into()]).unwrap();
+        let mut reader = spool.reader(at(8 * SIZE), None);
+        assert!(reader.next().await.is_err());
+        spool.end_timeline(1);
+        assert!(reader.next().await.is_err());
+        let mut reader = spool.reader(at(8 * SIZE + 500), None);
+        assert_eq!(reader.next().await.unwrap().unwrap().0, Lsn(8 * SIZE + 500));
+        assert!(reader.next().await.unwrap().is_none());
     }
 
     /// Nothing counts that went into a journal which is not there any more.
