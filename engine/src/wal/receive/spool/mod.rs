@@ -305,6 +305,10 @@ impl Spool {
         }
         state.bytes = state.bytes.saturating_sub(given_up);
         state.parts.retain(|part| !beyond(part));
+        // Of one that lies across, what comes before is all that counts.
+        for part in state.parts.iter_mut().filter(|part| part.timeline == timeline) {
+            part.end = part.end.min(end);
+        }
         self.changed.send_replace(());
         Ok(())
     }

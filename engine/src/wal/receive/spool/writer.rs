@@ -315,6 +315,26 @@ mod tests {
         assert_eq!(spool.begin(), None);
     }
 
+    /// Of a timeline that was closed inside a journal, what comes before is stored, and then all of it goes.
+    #[tokio::test]
+    async fn a_timeline_that_was_closed_is_released() {
+        let folder = tempfile::tempdir().unwrap();
+        let spool = spool(folder.path()).await;
+        let mut writer = spool.writer(CLUSTER, at(8 * SIZE), false).unwrap();
+        writer.append(&[vec![7; 2 * SIZE as usize].into()]).unwrap();
+        spool.end_timeline(1);
+        let closed = Lsn(8 * SIZE + 500);
+        spool.give_up(1, closed).unwrap();
+        assert_eq!(spool.end(), Some(at(8 * SIZE + 500)));
+        let mut reader = spool.reader(at(8 * SIZE), Some(closed));
+        while reader.next().await.unwrap().is_some() {}
+        reader.stored_timeline();
+        assert_eq!(spool.begin(), None);
+        let aside = std::fs::read_dir(folder.path().join("spool")).unwrap().flatten();
+        let aside = aside.filter(|entry| entry.file_name().to_string_lossy().ends_with(".closed"));
+        assert_eq!(aside.count(), 2);
+    }
+
     /// Nobody waits for what will not come, or takes it for the end.
     #[tokio::test]
     async fn a_hole_in_the_spool_is_an_error() {
