@@ -36,8 +36,8 @@ pub async fn look(info: &ConnInfo, names: &[String], on_standbys: bool) -> Optio
 
 async fn read(info: &ConnInfo, names: &[String]) -> Result<Option<(String, Slot)>> {
     let mut connection = Connection::open(info, Mode::Sql).await?;
-    // Names consist of lower-case letters, digits and '_'.
-    let names: Vec<String> = names.iter().map(|name| format!("'{name}'")).collect();
+    let quoted = |name: &String| format!("'{}'", name.replace('\'', "''"));
+    let names: Vec<String> = names.iter().map(quoted).collect();
     let query = format!(
         "select active, coalesce(wal_status, ''), coalesce(restart_lsn::text, ''), safe_wal_size, \
          case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_flush_lsn() end - restart_lsn, \

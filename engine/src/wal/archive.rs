@@ -516,7 +516,7 @@ impl Archive {
         }
     }
 
-    /// Creates a segment's object; the same content under the name is success, other content is an error. `ours` is
+    /// Creates a segment's object, or that of a piece; the same content under the name is success, other content is an error. `ours` is
     /// what was sealed.
     pub(super) async fn create_same(
         &self,

@@ -262,8 +262,10 @@ impl Spool {
     /// Whether the spool has WAL of a timeline behind `lsn`, and not what comes there.
     pub fn has_hole(&self, at: Position) -> bool {
         let state = self.state();
+        let is_behind = |part: &Part| at.lsn < part.start;
+        let holds = |part: &Part| part.start <= at.lsn && at.lsn < part.end;
         let mut parts = state.parts.iter().filter(|part| part.timeline == at.timeline);
-        parts.clone().all(|part| part.end <= at.lsn || at.lsn < part.start) && parts.any(|part| at.lsn < part.start)
+        !parts.clone().any(holds) && parts.any(is_behind)
     }
 
     fn release(&self, state: &mut State, timeline: u32, end: Lsn) {
