@@ -4,26 +4,21 @@
 //! block, or initialises it. Free-space and visibility maps repair themselves. Anything else is damage.
 
 use std::collections::HashSet;
-use std::time::Duration;
 
 use fairvault_format::proto;
 
 use super::pipeline::BadPage;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::postgres::files::Fork;
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
 use crate::postgres::walker::{BlockRef, WAL_PAGE, Walker};
-use crate::replication::connection::{Connection, Mode};
 use crate::replication::conninfo::ConnInfo;
-use crate::replication::wal_stream::{WalItem, WalStream};
+use crate::replication::reread::Reread;
 use crate::wal::archive::Archive;
 
-/// How long the server may send no WAL.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Key of a block: tablespace, database, relation, block.
-type Block = (u32, u32, u32, u32);
+/// Key of a block: tablespace, database, relation, number of the fork, block.
+type Block = (u32, u32, u32, u8, u32);
 
 /// Judges pages with the WAL in the repository; with that of the server where this host's key does not read what is stored.
 pub async fn judge(
@@ -44,9 +39,21 @@ pub async fn judge(
             .segment
             .wrapping_mul(blocks_per_segment)
             .wrapping_add(page.block);
-        (page.file.tablespace, page.file.database, page.file.relation, block)
+        let fork = match page.file.fork {
+            Fork::Main => 0,
+            Fork::Fsm => 1,
+            Fork::Vm => 2,
+            Fork::Init => 3,
+        };
+        (
+            page.file.tablespace,
+            page.file.database,
+            page.file.relation,
+            fork,
+            block,
+        )
     };
-    let wanted: HashSet<Block> = bad.iter().filter(|p| p.file.fork == Fork::Main).map(key).collect();
+    let wanted: HashSet<Block> = bad.iter().map(key).collect();
     let mut restored: HashSet<Block> = HashSet::new();
     let mut broken_off = None;
     let mut walker = Walker::new(
@@ -59,9 +66,9 @@ pub async fn judge(
                 return;
             }
             let Some(decoded) = record.decode() else { return };
-            let whole = |b: &&BlockRef| b.restores_whole && b.fork == 0;
+            let whole = |b: &&BlockRef| b.restores_whole;
             for b in decoded.blocks.iter().filter(whole) {
-                let block = (b.tablespace, b.database, b.relation, b.block);
+                let block = (b.tablespace, b.database, b.relation, b.fork, b.block);
                 if wanted.contains(&block) {
                     restored.insert(block);
                 }
@@ -93,7 +100,7 @@ pub async fn judge(
     }
     let verdict = |page: &BadPage| match page.file.fork {
         Fork::Fsm | Fork::Vm => "benign: a map that repairs itself".to_owned(),
-        Fork::Main if restored.contains(&key(page)) => {
+        Fork::Main | Fork::Init if restored.contains(&key(page)) => {
             "benign: torn while it was read, and the WAL of the backup restores it".to_owned()
         }
         _ => match &broken_off {
@@ -122,37 +129,14 @@ async fn from_server(
     stop: Lsn,
     feed: &mut impl FnMut(&[u8]),
 ) -> Result<()> {
-    let mut connection = Connection::open(server, Mode::Replication).await?;
-    if connection.identify().await?.system_identifier != archive.system_identifier {
-        return Err(Error::failed("the connection for it reached another server"));
-    }
-    let mut position = Segment::of(timeline, start, archive.segment_size).start(archive.segment_size);
-    let mut stream = WalStream::start(connection, None, position, timeline).await?;
+    let from = Segment::of(timeline, start, archive.segment_size).start(archive.segment_size);
+    let mut stream = Reread::open(server, archive.system_identifier, timeline, from).await?;
     let mut held: Vec<u8> = Vec::new();
-    // Keepalives alone bring it nowhere: without WAL for that long, it ends.
-    let mut deadline = tokio::time::Instant::now() + PATIENCE;
-    while position < stop {
-        let item = tokio::time::timeout_at(deadline, stream.next()).await;
-        let item = item.map_err(|_| Error::failed(format!("the server sends nothing behind {position}")))??;
-        match item {
-            WalItem::Data { start, bytes } if start == position => {
-                position.0 += bytes.len() as u64;
-                deadline = tokio::time::Instant::now() + PATIENCE;
-                held.extend_from_slice(&bytes);
-                let whole = held.len() / WAL_PAGE * WAL_PAGE;
-                feed(&held[..whole]);
-                held.drain(..whole);
-            }
-            WalItem::Data { start, .. } => {
-                return Err(Error::failed(format!("the server sent {start}, expected {position}")));
-            }
-            WalItem::Idle { .. } => stream.report(position, Lsn(0), false).await?,
-            WalItem::TimelineEnd => {
-                return Err(Error::failed(format!(
-                    "timeline {timeline} ends at {position}, before the backup does"
-                )));
-            }
-        }
+    while stream.position() < stop {
+        held.extend_from_slice(&stream.next(stop).await?);
+        let whole = held.len() / WAL_PAGE * WAL_PAGE;
+        feed(&held[..whole]);
+        held.drain(..whole);
     }
     stream.stop().await;
     held.resize(held.len().next_multiple_of(WAL_PAGE), 0);

@@ -13,5 +13,6 @@ pub mod connection;
 pub mod conninfo;
 pub mod keepalive;
 pub mod passfile;
+pub mod reread;
 pub mod tls;
 pub mod wal_stream;

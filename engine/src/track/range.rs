@@ -1,7 +1,5 @@
 //! The block map of a range of WAL: from the archive, and what is not there yet from the server.
 
-use std::time::Duration;
-
 use fairvault_format::proto;
 use futures::StreamExt;
 use tokio::sync::Semaphore;
@@ -13,9 +11,8 @@ use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
 use crate::postgres::walker::WAL_PAGE;
-use crate::replication::connection::{Connection, Mode};
 use crate::replication::conninfo::ConnInfo;
-use crate::replication::wal_stream::{WalItem, WalStream};
+use crate::replication::reread::Reread;
 use crate::wal::archive::Archive;
 use crate::wal::summary::Summarizer;
 
@@ -23,8 +20,6 @@ use crate::wal::summary::Summarizer;
 const FETCH: usize = 8;
 /// Of these, segments that are held as a whole.
 const WALKS: usize = 2;
-/// How long the server may send nothing.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// There is a record at the end of the range: this much of it must have come, so that it is known to begin there.
 const RECORD_HEADER: u64 = 24;
 
@@ -135,45 +130,24 @@ async fn from_server(
     mut chain: Chain,
 ) -> Result<Chain> {
     let size = archive.segment_size;
-    let mut connection = Connection::open(server, Mode::Replication).await?;
-    if connection.identify().await?.system_identifier != archive.system_identifier {
-        return Err(Error::failed("the connection for it reached another server"));
-    }
     let mut position = segment.start(size);
-    let mut stream = WalStream::start(connection, None, position, segment.timeline).await?;
+    let mut stream = Reread::open(server, archive.system_identifier, segment.timeline, position).await?;
     let mut summarizer = Summarizer::new(position, size);
-    let needed = range.to.0 + RECORD_HEADER;
-    // Keepalives alone bring it nowhere.
-    let mut deadline = tokio::time::Instant::now() + PATIENCE;
-    while position.0 < needed {
-        let item = tokio::time::timeout_at(deadline, stream.next()).await;
-        let item = item.map_err(|_| Error::failed(format!("the server sends nothing behind {position}")))??;
-        match item {
-            WalItem::Data { start, bytes } if start == position => {
-                deadline = tokio::time::Instant::now() + PATIENCE;
-                let mut rest = &bytes[..];
-                while !rest.is_empty() {
-                    let room = (segment.end(size).0 - position.0) as usize;
-                    let (now, behind) = rest.split_at(room.min(rest.len()));
-                    summarizer.feed(now);
-                    position.0 += now.len() as u64;
-                    rest = behind;
-                    if position == segment.end(size) {
-                        let whole = std::mem::replace(&mut summarizer, Summarizer::new(position, size));
-                        push(&mut chain, whole, segment, size, range)?;
-                        segment = segment.next();
-                    }
-                }
+    let needed = Lsn(range.to.0 + RECORD_HEADER);
+    while position < needed {
+        let bytes = stream.next(needed).await?;
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            let room = (segment.end(size).0 - position.0) as usize;
+            let (now, behind) = rest.split_at(room.min(rest.len()));
+            summarizer.feed(now);
+            position.0 += now.len() as u64;
+            rest = behind;
+            if position == segment.end(size) {
+                let whole = std::mem::replace(&mut summarizer, Summarizer::new(position, size));
+                push(&mut chain, whole, segment, size, range)?;
+                segment = segment.next();
             }
-            WalItem::Data { start, .. } => {
-                return Err(Error::failed(format!("the server sent {start}, expected {position}")));
-            }
-            WalItem::Idle { end, .. } if end.0 < needed => {
-                stream.report(position, Lsn(0), true).await?;
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            WalItem::Idle { .. } => stream.report(position, Lsn(0), false).await?,
-            WalItem::TimelineEnd => return Err(Error::failed("the timeline ends before it")),
         }
     }
     stream.stop().await;

@@ -7,8 +7,6 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
-
 use super::archive::Archive;
 use super::known::Known;
 use super::receive::{check_not_behind, is_removed, not_the_same};
@@ -16,13 +14,11 @@ use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
 use crate::replication::connection::Connection;
-use crate::replication::wal_stream::{WalItem, WalStream};
+use crate::replication::reread::Reread;
 
 /// How often what is stored is looked at while it changes, and after what time again.
 const LOOKS: usize = 5;
 const PAUSE: Duration = Duration::from_millis(200);
-/// How long the server may send nothing.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Fails, with [`Kind::Refused`], if what is stored of the segment that holds `at` is not what the server has of it. All
 /// is well if nothing is stored of it, or if the server no longer has it: then `archive_command` has stored its own.
@@ -97,56 +93,28 @@ async fn check_beginning(archive: &Archive, connection: Connection, segment: Seg
         return Ok(());
     };
     let end = flush.min(Lsn(begin.0 + stored.len() as u64));
-    let mut stream = WalStream::start(connection, None, begin, segment.timeline).await?;
-    let mut position = begin;
-    while position < end {
-        let bytes = next(&mut stream, position, end).await?;
+    let mut stream = Reread::start(connection, segment.timeline, begin).await?;
+    while stream.position() < end {
+        let position = stream.position();
+        let mut bytes = stream.next(end).await?;
+        bytes.truncate((end.0 - position.0) as usize);
         let at = (position.0 - begin.0) as usize;
         if stored[at..at + bytes.len()] != bytes[..] {
             return Err(not_the_same(position, Lsn(position.0 + bytes.len() as u64)));
         }
-        position.0 += bytes.len() as u64;
     }
     stream.stop().await;
     Ok(())
 }
 
-/// What the server sends from `position` on, and not beyond `end`.
-async fn next(stream: &mut WalStream, position: Lsn, end: Lsn) -> Result<Bytes> {
-    let deadline = tokio::time::Instant::now() + PATIENCE;
-    loop {
-        let item = tokio::time::timeout_at(deadline, stream.next()).await;
-        let nothing = || {
-            Error::temporary(format!(
-                "the server sends no WAL behind {position}, and has it up to {end}"
-            ))
-        };
-        match item.map_err(|_| nothing())?? {
-            WalItem::Data { start, mut bytes } if start == position => {
-                bytes.truncate((end.0 - position.0) as usize);
-                return Ok(bytes);
-            }
-            WalItem::Data { start, .. } => {
-                return Err(Error::failed(format!("the server sent {start}, expected {position}")));
-            }
-            WalItem::Idle { .. } => stream.report(position, Lsn(0), false).await?,
-            WalItem::TimelineEnd => {
-                return Err(Error::temporary(format!(
-                    "the timeline ended at {position} while its WAL was compared"
-                )));
-            }
-        }
-    }
-}
-
 async fn read(connection: Connection, segment: Segment, begin: Lsn, end: Lsn, known: &mut Known) -> Result<()> {
-    let mut position = begin;
-    let mut stream = WalStream::start(connection, None, position, segment.timeline).await?;
+    let mut stream = Reread::start(connection, segment.timeline, begin).await?;
     while !known.is_compared() {
-        let bytes = next(&mut stream, position, end).await?;
+        let position = stream.position();
+        let mut bytes = stream.next(end).await?;
+        bytes.truncate((end.0 - position.0) as usize);
         let compared = known.compare((position.0 - begin.0) as usize, &bytes);
         compared.map_err(|(from, to)| not_the_same(Lsn(begin.0 + from as u64), Lsn(begin.0 + to as u64)))?;
-        position.0 += bytes.len() as u64;
     }
     stream.stop().await;
     Ok(())
