@@ -17,8 +17,9 @@ import re
 import struct
 import sys
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator, NoReturn, Optional
+from typing import Any, BinaryIO, Callable, Iterator, NoReturn, Optional
 
 import google_crc32c
 import zstandard
@@ -43,6 +44,8 @@ HEADER_LEN, SECTION_HEADER_LEN, TAG_LEN = 80, 16, 16
 DATA, METADATA = 0, 1
 PACK, ROOT, LOG_ENTRY, WAL_SEGMENT, WAL_PIECE, WAL_FILE, PIECE_SEAL = 1, 3, 4, 6, 7, 8, 11
 KNOWN_KINDS = range(1, 12)
+# Whose block maps count (11): 1 is faulty, and of later ones nothing is known here.
+MAP_PARSERS, MAX_BLOCK = {2}, 0xFFFFFFFF
 WRITER_MAY = {"begin", "announce", "commit", "abort", "archive_epoch", "incarnation", "operation"}
 # Limits (12).
 MAX_PACK, MAX_FRAMES, MAX_CHUNK, MAX_SEGMENT_CHUNK = 64 * MIB, 1_048_576, 512 * KIB, 4 * MIB
@@ -251,6 +254,7 @@ class Stanza:
         self.backups: dict[str, Any] = {}  # commits that stand, in their order
         self.lives: list[int] = []  # system identifiers, newest last
         self.sessions: dict[bytes, bool] = {}  # whether the session is open
+        self.distrusted: set[int] = set()  # parsers of WAL
         previous, seq = bytes(32), 1
         while (self.folder / f"log/{seq:020d}").exists():
             previous, seq = self._read_entry(seq, previous, f"log/{seq:020d}"), seq + 1
@@ -308,6 +312,8 @@ class Stanza:
             self.lives.append(body.system_identifier)
         elif kind == "key_epoch" and body.epoch > self.newest_epoch:
             self._add_epoch(body, where)
+        elif kind == "distrust_parser":
+            self.distrusted.add(body.parser_version)
 
     def _place(self, commit: Any) -> None:
         """Add a backup behind the others; a copy where its original would be."""
@@ -510,6 +516,19 @@ class Wal:
             return self._pieces(stored)
         return self._object(stored, kind)[1] if stored else pieces
 
+    def block_map(self) -> Optional[list[str]]:
+        """The block map in the header of a segment, or of the seal of its pieces, in lines; None if it is not here."""
+        allowed(self.is_segment, f"{self.name} is not the name of a segment")
+        stored = self._newest(self.folder, self.name)
+        if stored is None:
+            return None
+        is_seal = self._is_seal(stored)
+        with open_named(self.stanza.folder / stored, stored) as stream:
+            _, plain = next(self.keys.sections(stream, PIECE_SEAL if is_seal else WAL_SEGMENT, stored, stored))
+        wal = decode("PieceSeal", plain, stored).header if is_seal else decode("WalHeader", plain, stored)
+        self._check_place(wal, stored)
+        return map_lines(wal.summary, self.stanza.distrusted, stored)
+
     def _is_seal(self, context: str) -> bool:
         """Whether the object under a segment's name is a seal of pieces."""
         with open_named(self.stanza.folder / context, context) as stream:
@@ -522,11 +541,15 @@ class Wal:
         newest = max(found, key=lambda name: int(name.rpartition(".")[2]), default=None)
         return newest and f"{folder}/{newest}"
 
-    def _check(self, wal: Any, epoch: int, content: bytes, where: str) -> None:
-        """Compare a WAL header with the place where it was found and with the content."""
+    def _check_place(self, wal: Any, where: str) -> None:
+        """Compare a WAL header with the place where it was found."""
         name = re.sub(r"\.partial-[0-9a-f]{8}$", ".partial", self.name)
         require((wal.name, wal.system_identifier, wal.timeline) == (name, int(self.incarnation, 16), int(name[:8], 16)),
                 f"{where}: is of another place ({wal.name})")
+
+    def _check(self, wal: Any, epoch: int, content: bytes, where: str) -> None:
+        """The same, and compare it with the content."""
+        self._check_place(wal, where)
         require(len(content) == wal.content_len, f"{where}: the content is not as long as its header says")
         require(self.keys.content_id(epoch, content) == wal.content_id, f"{where}: the content's id is wrong")
 
@@ -571,12 +594,42 @@ class Wal:
             self._check(seal.header, header.epoch, bytes(content), f"{context}, as sealed")
         return bytes(content) if names else None
 
-def read_wal(stanza: Stanza, name: str) -> bytes:
-    """The content of an archived WAL file, of whichever incarnation has it."""
+def map_lines(summary: Any, distrusted: set[int], where: str) -> list[str]:
+    """A segment's block map (11), checked; a relation is tablespace/database/relation."""
+    allowed(summary.HasField("map"), f"{where}: holds no block map")
+    found, changes, last = summary.map, summary.map.changes, (-1, -1, -1)
+    allowed(found.parser_version in MAP_PARSERS and found.parser_version not in distrusted,
+            f"{where}: its block map is of parser {found.parser_version}, and counts as absent")
+    lines = [f"parser {found.parser_version}, server {found.server_major}"]
+    if summary.first_record:
+        lines.append(f"records from {lsn(summary.first_record)} to {lsn(found.last_record)}, "
+                     f"behind {lsn(found.first_previous)}")
+    if changes.unknown:
+        lines.append(f"everything: {changes.unknown}")
+    for change in changes.relations:
+        relation, blocks = (change.tablespace, change.database, change.relation), list(accumulate(change.blocks))
+        require(relation > last, f"{where}: relation {relation} is out of order")
+        require(0 not in change.blocks[1:] and max(blocks, default=0) <= MAX_BLOCK,
+                f"{where}: the blocks of relation {relation} do not ascend, or are too many")
+        cut = f" from {change.limit}" if change.is_cut else ""
+        named = " blocks " + " ".join(map(str, blocks)) if blocks else ""
+        lines.append(f"relation {'/'.join(map(str, relation))}{cut}{named}")
+        last = relation
+    lines += [f"database {change.tablespace}/{change.database}" for change in changes.databases]
+    if found.drops_unfinished:
+        lines.append("the record before goes on nowhere")
+    if found.head:
+        lines.append(f"head {found.head.hex()}")
+    if summary.unfinished:
+        lines.append(f"tail {found.tail.hex()}, of the record at {lsn(summary.next_record)}")
+    return lines
+
+def read_wal(stanza: Stanza, name: str, read: Callable[[Wal], Any] = Wal.content) -> Any:
+    """The content of an archived WAL file, or what else `read` says of it, of whichever incarnation has it."""
     allowed(re.fullmatch(r"[0-9A-F]{24}(\.partial(-[0-9a-f]{8})?|\.[0-9A-F]{8}\.backup)?|[0-9A-F]{8}\.history", name),
             f"{name!r} is not the name of a WAL file")
     incarnations = [p.name for p in stanza.folder.glob("wal/*") if re.fullmatch(r"[0-9A-Fa-f]{16}", p.name)]
-    contents = [Wal(stanza, incarnation, name).content() for incarnation in incarnations]
+    contents = [read(Wal(stanza, incarnation, name)) for incarnation in incarnations]
     found = [content for content in contents if content is not None]
     allowed(len(found) == 1, f"{name}: {'in more than one incarnation' if found else 'not in the archive'}")
     return found[0]
@@ -604,6 +657,8 @@ def run(arguments: argparse.Namespace) -> None:
         wanted = next(reversed(stanza.backups), "latest") if arguments.backup == "latest" else arguments.backup
         allowed(wanted in stanza.backups, f"no backup {wanted}")
         Restore(stanza, stanza.backups[wanted], Path(arguments.target_dir)).run()
+    elif arguments.command == "map":
+        sys.stdout.write("".join(line + "\n" for line in read_wal(stanza, arguments.file_name, Wal.block_map)))
     else:
         Path(arguments.output).write_bytes(read_wal(stanza, arguments.file_name))
 
@@ -612,7 +667,8 @@ def main() -> NoReturn:
     parser = argparse.ArgumentParser(description="Independent reader of fairvault repositories, format version 1.")
     parser.add_argument("repository", metavar="REPO_DIR")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, arguments in (("list", ()), ("restore", ("backup", "target_dir")), ("wal", ("file_name", "output"))):
+    for command, arguments in (("list", ()), ("restore", ("backup", "target_dir")), ("wal", ("file_name", "output")),
+                               ("map", ("file_name",))):
         sub = commands.add_parser(command)
         for argument in ("stanza", *arguments):
             sub.add_argument(argument, metavar="BACKUP_ID|latest" if argument == "backup" else argument.upper())

@@ -3,17 +3,20 @@
 mod stores;
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 
 use anyhow::{Context, Result, ensure};
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::postgres::segment::Segment;
 use fairvault_engine::postgres::walker::Walker;
 use fairvault_engine::stanza::create::create;
+use fairvault_engine::track::PARSER_VERSION;
 use fairvault_engine::track::map::{BlockMap, RelationId};
 use fairvault_engine::track::records;
 use fairvault_engine::wal::archive::Archive;
 use fairvault_engine::wal::summary::summarize;
 use fairvault_format::proto;
+use fairvault_tests::tools::reader;
 use fairvault_tests::{Fixture, Scratch, Server, Shape};
 use prost::Message;
 
@@ -216,6 +219,93 @@ fn maps_of_a_pgbench_load_are_small() -> Result<()> {
     ensure!(wal > 3 * SEGMENT, "{wal} bytes of WAL");
     ensure!(maps * 1000 <= wal, "{maps} bytes for {wal}");
     println!("{maps} bytes for {} MiB of WAL", wal >> 20);
+    Ok(())
+}
+
+/// What the independent reader is to say of a segment's block map: from its WAL, with no map that was ever encoded.
+fn lines(content: &[u8], start: Lsn) -> Result<String> {
+    let (mut map, mut first) = (BlockMap::default(), None);
+    let mut walker = Walker::new(start, SEGMENT);
+    walker.feed(content, |record| {
+        first.get_or_insert((record.lsn, record.prev));
+        records::note(&mut map, record);
+    });
+    let mut out = format!("parser {PARSER_VERSION}, server {}\n", walker.major());
+    if let (Some((first, previous)), Some(last)) = (first, walker.last_record()) {
+        writeln!(out, "records from {first} to {last}, behind {previous}")?;
+    }
+    if let Some(why) = map.unknown() {
+        writeln!(out, "everything: {why}")?;
+    }
+    for (id, changes) in map.relations() {
+        write!(out, "relation {}/{}/{}", id.tablespace, id.database, id.relation)?;
+        if let Some(limit) = changes.limit() {
+            write!(out, " from {limit}")?;
+        }
+        let blocks: Vec<String> = changes.blocks(0, u32::MAX).map(|block| block.to_string()).collect();
+        if !blocks.is_empty() {
+            write!(out, " blocks {}", blocks.join(" "))?;
+        }
+        out.push('\n');
+    }
+    for (tablespace, database) in map.databases() {
+        writeln!(out, "database {tablespace}/{database}")?;
+    }
+    if walker.drops_unfinished() {
+        out.push_str("the record before goes on nowhere\n");
+    }
+    let (head, tail) = (
+        walker.head().context("a short head")?,
+        walker.tail().context("a short tail")?,
+    );
+    if !head.is_empty() {
+        writeln!(out, "head {}", hex::encode(head))?;
+    }
+    if walker.unfinished().is_some() {
+        writeln!(
+            out,
+            "tail {}, of the record at {}",
+            hex::encode(tail),
+            walker.next_record()
+        )?;
+    }
+    Ok(out)
+}
+
+#[test]
+fn the_independent_reader_says_of_archived_maps_what_their_wal_says() -> Result<()> {
+    let s = Fixture::new(
+        "mapread",
+        Shape {
+            archiving: true,
+            settings: "autovacuum = off\n",
+            ..Default::default()
+        },
+    )?;
+    work(&s.server, &s.scratch)?;
+    s.flush_archive(&s.server)?;
+    let (mut count, mut all) = (0, String::new());
+    for object in s.objects("wal") {
+        let name = object.file_name().context("a name")?.to_string_lossy().into_owned();
+        let Some(segment) = name.strip_suffix(".0001").filter(|segment| segment.len() == 24) else {
+            continue;
+        };
+        let fetched = s.path(segment);
+        s.ok(&["wal", "get", "acme", segment, &fetched])?;
+        let number = u64::from_str_radix(&segment[16..], 16)?;
+        let expected = lines(&std::fs::read(&fetched)?, Lsn(number * SEGMENT))?;
+        let said = reader(&[&s.path("vault"), "map", "acme", segment, "--key-file", &s.path("key")])?;
+        ensure!(
+            said == expected,
+            "{segment}: the reader says\n{said}\nand the WAL\n{expected}"
+        );
+        all.push_str(&said);
+        count += 1;
+    }
+    ensure!(count > 0);
+    for what in [" blocks ", " from 0", "\ndatabase 1663/"] {
+        ensure!(all.contains(what), "{what:?} is nowhere in {count} segments");
+    }
     Ok(())
 }
 

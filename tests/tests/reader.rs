@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use fairvault_tests::tools::reader;
 use fairvault_tests::{Scratch, Server, run};
 
@@ -128,5 +128,78 @@ fn engine_and_independent_reader_agree() -> Result<()> {
         with(&["wal", "get", "acme", &segment, &format!("{dir}/wal-engine")])?;
         ensure!(std::fs::read(scratch.join("wal-python"))? == std::fs::read(scratch.join("wal-engine"))?);
     }
+    Ok(())
+}
+
+/// What the map of `format-spec/vectors/v1/wal-map` was made of (format-spec/tests/golden.rs, and the engine's
+/// track/segment/tests.rs, which makes it of WAL).
+const GOLDEN_MAP: &str = "\
+parser 2, server 15
+records from 0/200038 to 0/200258, behind 0/1FFFD8
+relation 1663/5/16384 blocks 0 1 300 131079
+relation 1663/5/16385 from 7 blocks 2
+relation 1663/5/16386 from 0 blocks 0
+relation 1664/0/1262 blocks 3
+database 1663/6
+head 09000000fe03000000eeeeee
+tail 31000000000000005802200000000000, of the record at 0/2FFFF0
+";
+
+/// The same of `piece-seal`.
+const GOLDEN_SEAL: &str = "\
+parser 2, server 15
+records from 0/300028 to 0/300060, behind 0/200258
+everything: the record at 0/300060 (resource manager 30, info 00) is not understood
+relation 1663/5/16384 blocks 5
+the record before goes on nowhere
+";
+
+/// Golden vectors are of one repository: put in their places, the independent reader opens it.
+#[test]
+fn the_reader_says_what_golden_block_maps_hold() -> Result<()> {
+    let scratch = Scratch::new("readermap")?;
+    let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("../format-spec/vectors/v1");
+    let wal = |number: u32| format!("acme/wal/0000000000001234/00000001/0000000100000000{number:08X}.0001");
+    for (vector, object) in [
+        ("fairvault.json", "fairvault.json".to_owned()),
+        ("slot-key", "acme/keys/00000001/main".to_owned()),
+        ("log-1-genesis", format!("acme/log/{:020}", 1)),
+        ("log-2-begin", format!("acme/log/{:020}", 2)),
+        ("wal-map", wal(2)),
+        ("piece-seal", wal(3)),
+        // Under another name, it is nothing.
+        ("wal-map", wal(4)),
+        ("wal-segment", wal(1)),
+    ] {
+        let path = scratch.join("vault").join(object);
+        std::fs::create_dir_all(path.parent().context("a folder")?)?;
+        std::fs::copy(vectors.join(vector), path)?;
+    }
+    scratch.write("key", format!("fairvault-key-1:{}\n", "15".repeat(32)).as_bytes())?;
+    let (vault, key) = (
+        scratch.join("vault").display().to_string(),
+        scratch.join("key").display().to_string(),
+    );
+    let map = |number: u32| {
+        let segment = format!("0000000100000000{number:08X}");
+        reader(&[&vault, "map", "acme", &segment, "--key-file", &key])
+    };
+    let (said, of_seal) = (map(2)?, map(3)?);
+    ensure!(said == GOLDEN_MAP, "{said}");
+    ensure!(of_seal == GOLDEN_SEAL, "{of_seal}");
+    for (number, why) in [
+        (4, "does not open"),
+        // An older vector, whose header does not say of which cluster it is.
+        (1, "is of another place"),
+        (5, "not in the archive"),
+    ] {
+        let refusal = map(number).err().context("it was read")?.to_string();
+        ensure!(refusal.contains(why), "{refusal}");
+    }
+    // The content, too.
+    let out = scratch.join("content").display().to_string();
+    let segment = "000000010000000000000002";
+    reader(&[&vault, "wal", "acme", segment, &out, "--key-file", &key])?;
+    ensure!(std::fs::read(&out)? == vec![0xAB; 1 << 20]);
     Ok(())
 }

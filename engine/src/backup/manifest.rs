@@ -1,5 +1,8 @@
 //! From the pipeline's results to manifest segments and a root.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 
 use fairvault_format::header::Kind as ObjectKind;

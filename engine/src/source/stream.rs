@@ -16,6 +16,10 @@ use crate::postgres::files::relation_file;
 use crate::postgres::lsn::Lsn;
 use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT};
 use crate::replication::base_backup::{BaseBackup, Item};
+use crate::track::selection::Selection;
+
+/// Of the LSN that a page begins with.
+const LSN_BYTES: usize = 8;
 
 /// What a source found out besides the files.
 #[derive(Debug)]
@@ -53,6 +57,8 @@ struct Current {
     /// The chunk that is being filled, and where it is in the file.
     buffer: BytesMut,
     runs: Vec<Run>,
+    /// What came of the LSN of a page that is passed over: a message may end inside it.
+    lsn: Vec<u8>,
 }
 
 /// Reads the base backup to its end.
@@ -141,6 +147,7 @@ fn begin(feed: &mut Feed, prefix: &str, header: Header) -> Result<Option<Current
         size,
         buffer: BytesMut::new(),
         runs: Vec::new(),
+        lsn: Vec::with_capacity(LSN_BYTES),
     }))
 }
 
@@ -172,7 +179,10 @@ async fn append(feed: &Feed, file: &mut Current, mut bytes: &[u8]) -> Result<()>
         let (now, rest) = bytes.split_at(take);
         match is_wanted {
             true => keep(file, now),
-            false => pass_over(feed, file, now)?,
+            false => pass_over(feed.selection(), file, now)?,
+        }
+        if !is_wanted {
+            feed.passed_over(take as u64);
         }
         file.position += take as u64;
         bytes = rest;
@@ -197,14 +207,20 @@ fn keep(file: &mut Current, bytes: &[u8]) {
 }
 
 /// What the parent has: it came all the same, so that it can be seen whether that is true.
-fn pass_over(feed: &Feed, file: &Current, bytes: &[u8]) -> Result<()> {
-    feed.passed_over(bytes.len() as u64);
+fn pass_over(selection: &Selection, file: &mut Current, bytes: &[u8]) -> Result<()> {
     let block = u64::from(BLOCK_BYTES);
-    let begins = file.position.is_multiple_of(block);
-    match (&feed.selection().basis, relation_file(&file.path)) {
-        (Some(basis), Some(relation)) if begins => {
+    let begun = (file.position % block) as usize;
+    if begun >= LSN_BYTES {
+        return Ok(());
+    }
+    if begun == 0 {
+        file.lsn.clear();
+    }
+    file.lsn.extend_from_slice(&bytes[..bytes.len().min(LSN_BYTES - begun)]);
+    match (&selection.basis, relation_file(&file.path)) {
+        (Some(basis), Some(relation)) if file.lsn.len() == LSN_BYTES => {
             let number = relation.segment * BLOCKS_PER_SEGMENT + (file.position / block) as u32;
-            basis.check_page(&file.path, &relation, number, bytes)
+            basis.check_page(&file.path, &relation, number, &file.lsn)
         }
         _ => Ok(()),
     }
@@ -223,6 +239,30 @@ async fn flush(feed: &Feed, file: &mut Current) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_that_comes_in_pieces_is_looked_at_as_well() {
+        let page: Vec<u8> = (0..BLOCK_BYTES).map(|at| at as u8 | 1).collect();
+        for cuts in [&[][..], &[3], &[1, 2, 7], &[8], &[3, 4000]] {
+            let mut file = Current {
+                number: 0,
+                path: "base/5/77".into(),
+                wanted: Wanted::All,
+                position: u64::from(BLOCK_BYTES),
+                size: 3 * u64::from(BLOCK_BYTES),
+                buffer: BytesMut::new(),
+                runs: Vec::new(),
+                lsn: vec![7; 5],
+            };
+            let mut from = 0;
+            for &to in cuts.iter().chain([&(BLOCK_BYTES as usize)]) {
+                pass_over(&Selection::default(), &mut file, &page[from..to]).unwrap();
+                file.position += (to - from) as u64;
+                from = to;
+            }
+            assert_eq!(file.lsn, page[..LSN_BYTES], "cut at {cuts:?}");
+        }
+    }
 
     #[test]
     fn names_that_lead_elsewhere_are_refused() {

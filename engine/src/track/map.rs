@@ -97,7 +97,10 @@ impl BlockMap {
 
     /// Nothing is known of what changed.
     pub fn everything(&mut self, why: impl Into<String>) {
-        self.everything.get_or_insert_with(|| why.into());
+        // A stored map tells this by its reason.
+        let why = Some(why.into()).filter(|why| !why.is_empty());
+        self.everything
+            .get_or_insert_with(|| why.unwrap_or_else(|| "for no reason that is told".to_owned()));
     }
 
     /// Why nothing is known, if that is so.

@@ -3,6 +3,9 @@
 //! What always holds: of a file that is not read as a whole, each block is read or is in the parent as it was when this
 //! backup began. Files that are not main forks of relations are always read.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -82,7 +85,8 @@ impl Basis {
         }
         let mut budget = (self.parent.plain_bytes / REWRITE_PART).max(REWRITE_BYTES);
         let thin = manifest.frames.iter().zip(used).map(|(frame, used)| {
-            let is_thin = used * LEAST_USED < u64::from(frame.plain_len) && used <= budget;
+            // What is read again anyway takes nothing of the budget.
+            let is_thin = is_good(frame.pack) && used * LEAST_USED < u64::from(frame.plain_len) && used <= budget;
             budget -= if is_thin { used } else { 0 };
             is_thin
         });
@@ -124,6 +128,8 @@ impl Basis {
         }
         let first = relation.segment.checked_mul(BLOCKS_PER_SEGMENT)?;
         let count = (size / block) as u32;
+        // Blocks that have no number are none of a relation.
+        first.checked_add(count)?;
         // From where the parent's file ended, and from where the relation was cut, all blocks are read.
         let mut known = count.min((before.size / block) as u32);
         let changes = self.map.changes(id(&relation));

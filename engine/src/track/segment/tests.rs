@@ -1,10 +1,15 @@
 //! Chains of segments that are made by hand: what holds together, and what does not.
 
+use fairvault_format::header::Kind;
+use fairvault_format::keys::{EpochKeys, Scope};
+use fairvault_format::names;
 use fairvault_format::proto::WalSummary;
+use fairvault_format::wal::open_header;
 
 use super::*;
 use crate::postgres::walker::made::{SEGMENT, Wal};
-use crate::postgres::walker::{OVERWRITE_CONTRECORD, WAL_PAGE};
+use crate::postgres::walker::{OVERWRITE_CONTRECORD, WAL_PAGE, rmgr};
+use crate::track::map::Changes;
 use crate::wal::summary::Summarizer;
 
 const ID: RelationId = RelationId {
@@ -169,4 +174,146 @@ fn a_record_that_a_crash_cut_off_is_dropped() {
     let mut silent = all[1].clone();
     silent.map.get_or_insert_default().drops_unfinished = false;
     assert!(chain([&all[0], &silent], next).is_err());
+}
+
+/// One record that ends at `end`, which is in the same segment.
+fn fill_to(wal: &mut Wal, end: u64) {
+    let page = WAL_PAGE as u64;
+    let headers = (end - 1) / page - wal.position() / page;
+    // Page headers in between have 24 bytes, a record's header has 24, its tag and length 5.
+    let main = end - wal.position() - headers * 24 - 24 - 5;
+    wal.record(HEAP, 0, main as usize);
+    assert_eq!(wal.position(), end);
+}
+
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// Three segments; of the second one, the golden vector `wal-map` has the map.
+fn of_the_golden_vector() -> Wal {
+    let of = |id: RelationId, block: u32| {
+        let mut body = naming(block, 0);
+        body[4..16].copy_from_slice(&words(&[id.tablespace, id.database, id.relation]));
+        body
+    };
+    let cut = RelationId { relation: 16385, ..ID };
+    let made = RelationId { relation: 16386, ..ID };
+    let mut wal = Wal::new(SEGMENT);
+    wal.fill(40);
+    assert_eq!(wal.record_of(HEAP, 0, &naming(9, 3)), 0x1FFFD8);
+    for block in [300, 0, 131_079, 1] {
+        wal.record_of(HEAP, 0, &of(ID, block));
+    }
+    wal.record_with(rmgr::SMGR, 0x11, &words(&[1663, 5, 16386, 0]));
+    wal.record_of(HEAP, 0, &of(made, 0));
+    wal.record_with(rmgr::SMGR, 0x21, &words(&[7, 1663, 5, 16385, 7]));
+    wal.record_of(HEAP, 0, &of(cut, 2));
+    let shared = RelationId {
+        tablespace: 1664,
+        database: 0,
+        relation: 1262,
+    };
+    wal.record_of(HEAP, 0, &of(shared, 3));
+    wal.record_with(rmgr::DBASE, 0x01, &words(&[6, 1663, 1, 1663]));
+    fill_to(&mut wal, 3 * SEGMENT - 16);
+    assert_eq!(wal.record_of(HEAP, 0, &naming(4, 0)), 0x2FFFF0);
+    wal.pad();
+    wal
+}
+
+/// What version 0.1.0 wrote is what this parser makes of the same WAL, and is understood as it was meant.
+#[test]
+fn the_map_of_the_golden_vector_is_what_its_wal_makes() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../format-spec/vectors/v1/wal-map");
+    let stored = std::fs::read(path).expect("the vector is there");
+    // As in format-spec/tests/golden.rs.
+    let keys = EpochKeys {
+        epoch: 1,
+        data_key: Some([1; 32]),
+        data_private_key: None,
+        id_key: [2; 32],
+        meta_key: [3; 32],
+        writer_seed: Some([4; 32]),
+        operator_seed: Some([5; 32]),
+        public_keys: Default::default(),
+    };
+    let scope = Scope {
+        repository: [0x11; 16],
+        stanza: [0x22; 16],
+    };
+    let context = names::wal_file(0x1234, 1, "000000010000000000000002", 1);
+    let header = open_header(&keys, &scope, Kind::WalSegment, &stored, &context).expect("the vector opens");
+    let golden = header.summary.expect("it has a summary");
+
+    let wal = of_the_golden_vector();
+    let (all, to) = (summaries(&wal), wal.prev);
+    assert_eq!(all.len(), 3);
+    // A later parser makes the same of what is here.
+    let mut made = all[1].clone();
+    made.parser_version = golden.parser_version;
+    made.map.get_or_insert_default().parser_version = 2;
+    assert_eq!(made, golden);
+
+    let map = chain([&all[0], &golden, &all[2]], to).expect("it holds").finish();
+    assert!(map.unknown().is_none());
+    let blocks = |id| map.changes(id).map(|c| c.blocks(0, u32::MAX).collect::<Vec<u32>>());
+    let limit = |id| map.changes(id).and_then(Changes::limit);
+    let of = |relation| RelationId { relation, ..ID };
+    // Blocks 9 and 4 are of records that are in two segments each.
+    assert_eq!(blocks(ID), Some(vec![0, 1, 4, 9, 300, 131_079]));
+    assert_eq!((blocks(of(16385)), limit(of(16385))), (Some(vec![2]), Some(7)));
+    assert_eq!((blocks(of(16386)), limit(of(16386))), (Some(vec![0]), Some(0)));
+    let shared = RelationId {
+        tablespace: 1664,
+        database: 0,
+        relation: 1262,
+    };
+    assert_eq!((blocks(shared), limit(shared), limit(ID)), (Some(vec![3]), None, None));
+    assert_eq!(map.relations().count(), 4);
+    assert_eq!(map.databases().collect::<Vec<_>>(), [(1663, 6)]);
+    // The parser that made it is relied on, unless somebody says otherwise.
+    let golden = golden.map.expect("it has a map");
+    let distrust = |parser_version| proto::DistrustParser {
+        parser_version,
+        reason: String::new(),
+    };
+    assert!(is_usable(&golden, &[]) && is_usable(&golden, &[distrust(1)]));
+    assert!(!is_usable(&golden, &[distrust(2)]));
+    for parser_version in [0, 1, PARSER_VERSION + 1] {
+        let other = SegmentMap {
+            parser_version,
+            ..golden.clone()
+        };
+        assert!(!is_usable(&other, &[]), "{parser_version}");
+    }
+}
+
+/// Differences, limits and doubt: what is kept of a map says the same when it is read.
+#[test]
+fn a_map_is_read_as_it_was_written() {
+    let mut map = BlockMap::default();
+    for (relation, limit, blocks) in [
+        (1, None, vec![0]),
+        (2, None, vec![u32::MAX - 1]),
+        (3, Some(0), vec![]),
+        (4, Some(9), vec![0, 63, 64, 127, 128, 131_072, u32::MAX - 1]),
+    ] {
+        let changes = map.relation(RelationId { relation, ..ID });
+        blocks.into_iter().for_each(|block| changes.add(block));
+        if let Some(limit) = limit {
+            changes.limit_to(limit);
+        }
+    }
+    map.database(1663, 6);
+    let mut again = BlockMap::default();
+    add_message(&mut again, &to_message(&map)).expect("it holds");
+    assert_eq!(again, map);
+    map.everything("a record is not understood");
+    let mut doubted = BlockMap::default();
+    add_message(&mut doubted, &to_message(&map)).expect("it holds");
+    assert_eq!(doubted, map);
+    // Adding to what is known already loses nothing.
+    add_message(&mut again, &to_message(&map)).expect("it holds");
+    assert_eq!(again, map);
 }
