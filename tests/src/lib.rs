@@ -7,6 +7,7 @@
 pub mod dice;
 pub mod fixture;
 pub mod physical;
+pub mod policy;
 pub mod proxy;
 pub mod receiver;
 pub mod rgw;

@@ -37,6 +37,8 @@ pub struct S3Request<'a> {
     pub method: &'a str,
     /// `/bucket/name?query`.
     pub path: &'a str,
+    /// What is asked for about settings; empty where content is sent.
+    pub body: &'a str,
 }
 
 /// How it treats connections, now and from now on.
@@ -301,6 +303,9 @@ fn unsigned(path: &str) -> String {
     format!("{name}?{}", rest.join("&"))
 }
 
+/// The longest body that is looked at.
+const SHORT_BODY: u64 = 16 << 10;
+
 /// Passes on what is allowed, and answers the rest as S3 does.
 fn guard(
     mut from: Box<dyn Half>,
@@ -327,15 +332,21 @@ fn guard(
         let key = signed
             .filter_map(|text| Some(text.split_once("Credential=")?.1))
             .find_map(|rest| rest.split(['/', '%']).next());
+        let length = value("content-length").parse().unwrap_or(0);
+        let mut body = Read::take(&mut *from, length);
+        let mut short = Vec::new();
+        if path.contains('?') && length <= SHORT_BODY {
+            body.read_to_end(&mut short)?;
+        }
         let request = S3Request {
             method,
             path,
             key: key.unwrap_or_default(),
+            body: &String::from_utf8_lossy(&short),
         };
-        let length = value("content-length").parse().unwrap_or(0);
-        let mut body = Read::take(&mut *from, length);
         if allows(&request) {
             to.write_all(head.replacen(path, &unsigned(path), 1).as_bytes())?;
+            to.write_all(&short)?;
             std::io::copy(&mut body, &mut *to)?;
             continue;
         }

@@ -1,23 +1,35 @@
 //! What each role may do in a bucket is enough for what it does: a writer that deletes nothing, a reader that writes
 //! nothing, a collector with credentials of its own.
 
-use anyhow::{Result, ensure};
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
+use anyhow::{Result, bail, ensure};
 use fairvault_tests::fixture::{Fixture, SMALL, Shape, refused};
+use fairvault_tests::policy::{self, Policy};
 use fairvault_tests::proxy::{Proxy, S3Request, Target};
 use fairvault_tests::s3::S3;
 
-/// The policies of docs/access.md.
+/// By access key.
+static POLICIES: LazyLock<BTreeMap<&str, Policy>> = LazyLock::new(|| documented().unwrap_or_default());
+
+/// The policies of docs/access.md, which are about `s3://bucket/prefix`.
+fn documented() -> Result<BTreeMap<&'static str, Policy>> {
+    let blocks = policy::blocks("docs/access.md")?;
+    let [reader, writer, deleter] = &blocks[..] else {
+        bail!("{} policies instead of three", blocks.len());
+    };
+    Ok(BTreeMap::from([
+        ("reader", Policy::of(&[reader.as_str()], "")?),
+        ("writer", Policy::of(&[reader.as_str(), writer.as_str()], "")?),
+        ("deleter", Policy::of(&[reader.as_str(), deleter.as_str()], "")?),
+    ]))
+}
+
 fn allows(request: &S3Request<'_>) -> bool {
-    let (path, query) = request.path.split_once('?').unwrap_or((request.path, ""));
-    let reads = matches!(request.method, "GET" | "HEAD");
-    let deletes = request.method == "DELETE" || request.method == "POST" && query.starts_with("delete");
-    let is_below = |folders: &[&str]| folders.iter().any(|folder| path.contains(&format!("/acme/{folder}/")));
-    match request.key {
-        "writer" => !deletes,
-        "reader" => reads,
-        "deleter" => reads || deletes || is_below(&["log", "snapshots", "index", "leases"]),
-        _ => false,
-    }
+    let acts = policy::acts(request);
+    let own = POLICIES.get(request.key);
+    own.is_some_and(|own| acts.iter().all(|act| own.allows(act)))
 }
 
 struct Bucket {
@@ -32,7 +44,7 @@ impl Bucket {
         let mut s = Fixture::new(name, shape)?;
         let s3 = S3::start(&s.scratch, "bucket")?;
         let proxy = Proxy::start(Target::Guarded(s3.port, allows))?;
-        s.use_s3(&format!("http://127.0.0.1:{}", proxy.port), "s3://bucket/x", more)?;
+        s.use_s3(&format!("http://127.0.0.1:{}", proxy.port), "s3://bucket/prefix", more)?;
         let this = Self { s, proxy, _s3: s3 };
         this.use_key("writer", "")?;
         this.s.ok(&["stanza", "create", "acme"])?;
@@ -113,6 +125,27 @@ fn a_writer_never_deletes_and_the_collector_has_credentials_of_its_own() -> Resu
     s.ok(&["gc", "acme", "--patience", "1s", "--progress", "none"])?;
     s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])
         .map(|_| ())
+}
+
+#[test]
+fn a_stanza_is_erased_with_the_collectors_credentials() -> Result<()> {
+    let bucket = Bucket::new("accesserase", "")?;
+    let (s, proxy) = (&bucket.s, &bucket.proxy);
+    proxy.denied();
+    let secret = s.path("s3.secret");
+    let deleter = format!("deleter = {{ access_key = \"deleter\", secret_key_file = \"{secret}\" }}");
+    bucket.use_key("writer", &deleter)?;
+    let (exit, text) = s.fairvault(&["key", "erase", "acme", "--confirm", "acme"]);
+    let denied = proxy.denied();
+    ensure!(
+        denied.is_empty(),
+        "erasing needs more than the policy gives: {denied:?}"
+    );
+    ensure!(
+        exit == 0 && text.contains("1 slots and 0 older versions"),
+        "{exit} {text}"
+    );
+    refused(s.fairvault(&["info", "acme"]), 1, "was erased at")
 }
 
 #[test]

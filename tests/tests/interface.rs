@@ -6,6 +6,7 @@ use std::fmt::Write;
 
 use anyhow::{Context, Result, ensure};
 use fairvault_tests::fixture::{Fixture, Shape};
+use fairvault_tests::s3::S3;
 use fairvault_tests::snapshot::{compare, shape};
 use fairvault_tests::{Scratch, code, output, run};
 
@@ -272,4 +273,68 @@ fn the_members_of_json_objects_are_the_documented_ones() -> Result<()> {
         false,
     )?;
     compare("tests/snapshots/json.txt", &text)
+}
+
+/// What a command that succeeds prints as JSON, as the snapshots have it.
+fn members(s: &Fixture, arguments: &[&str]) -> Result<String> {
+    let all = [arguments, &["--output", "json"]].concat();
+    let out = output(&mut s.command(&all))?;
+    let said = fairvault_tests::text(&out);
+    ensure!(out.status.success(), "{arguments:?}: {said}");
+    let printed = String::from_utf8_lossy(&out.stdout);
+    let line = printed.lines().rfind(|line| line.starts_with('{')).context(said)?;
+    let verb: Vec<&str> = arguments.iter().take_while(|word| **word != "acme").copied().collect();
+    let shape = shape(&serde_json::from_str(line)?);
+    Ok(format!("\n## {}\n{shape}", verb.join(" ")))
+}
+
+#[test]
+fn the_members_about_copies_locks_and_the_end_are_the_documented_ones() -> Result<()> {
+    let quiet = ["--progress", "none"];
+    let mut text = String::from("The members of more JSON objects that commands print, and of what types they are.\n");
+
+    // Two repositories; the second keeps one full backup, so that one is left out.
+    let shape = Shape {
+        stanza: false,
+        ..Default::default()
+    };
+    let s = Fixture::new("jsoncopy", shape)?;
+    let dir = s.path("").trim_end_matches('/').to_owned();
+    let configuration = format!(
+        "cache = \"{dir}/cache\"\n[repo.main]\nurl = \"file://{dir}/vault\"\n[repo.second]\nurl = \"file://{dir}/second\"\n\
+         [defaults]\nrepos = [\"main\", \"second\"]\n[stanza.acme]\nconninfo = \"host={dir} port=5432 user=postgres\"\n\
+         key = {{ file = \"{dir}/key\" }}\nrepo_retention.second = {{ full = 1 }}\n"
+    );
+    s.scratch.write("fairvault.toml", configuration.as_bytes())?;
+    s.ok(&["stanza", "create", "acme"])?;
+    s.backup_id(&["--type", "full"])?;
+    s.backup_id(&["--type", "full"])?;
+    text += &members(&s, &[&["copy", "--dry-run", "acme"], &quiet[..]].concat())?;
+    text += &members(&s, &[&["copy", "acme"], &quiet[..]].concat())?;
+
+    // A bucket that can lock objects.
+    let shape = Shape {
+        stanza: false,
+        ..Default::default()
+    };
+    let mut locked = Fixture::new("jsonlock", shape)?;
+    let s3 = S3::start(&locked.scratch, "other")?;
+    let lock = "x-amz-bucket-object-lock-enabled: true";
+    s3.curl(&["-fsS", "-X", "PUT", "-H", lock, &format!("{}/locked", s3.endpoint())])?;
+    locked.use_s3(&s3.endpoint(), "s3://locked/some/prefix", "")?;
+    locked.ok(&["stanza", "create", "acme"])?;
+    text += &members(&locked, &[&["lock", "acme", "--days", "1"], &quiet[..]].concat())?;
+
+    // Keys, and the end of it.
+    let new_key = s.path("another.key");
+    text += &members(&s, &["key", "generate", &new_key])?.replace(&new_key, "FILE");
+    text += &members(&s, &["key", "add-slot", "acme", "other", "--secret-file", &new_key])?;
+    text += &members(&s, &["key", "remove-slot", "acme", "other"])?;
+    let kit = s.path("kit");
+    text += &members(&s, &["key", "export", "acme", &kit])?;
+    let slots = s.objects("keys");
+    std::fs::rename(slots.first().context("a slot")?, s.path("slot.lost"))?;
+    text += &members(&s, &["key", "import", "acme", &kit])?;
+    text += &members(&s, &["key", "erase", "acme", "--confirm", "acme"])?;
+    compare("tests/snapshots/json-copy-lock-erase.txt", &text)
 }

@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use fairvault_tests::fixture::{Fixture, SMALL, Shape, field, refused, signal};
+use fairvault_tests::proxy::{Proxy, Target};
+use fairvault_tests::s3::S3;
+use serde_json::Value;
 
 const ARCHIVING: Shape<'static> = Shape {
     archiving: true,
@@ -335,4 +338,119 @@ fn a_backup_at_work_is_waited_for_and_a_dead_one_is_not() -> Result<()> {
     s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
     backup(&s, "incr")?;
     restores(&s, "copy", &[], 4)
+}
+
+#[test]
+fn the_most_particular_retention_is_obeyed() -> Result<()> {
+    let s = Fixture::new("particular", SMALL)?;
+    for _ in 0..4 {
+        s.backup_id(&["--type", "full"])?;
+    }
+    let mut text = std::fs::read_to_string(s.scratch.join("fairvault.toml"))?;
+    let stay = |text: &str| -> Result<usize> {
+        s.scratch.write("fairvault.toml", text.as_bytes())?;
+        Ok(s.ok(&["expire", "acme", "--dry-run"])?.matches("  stays  ").count())
+    };
+    ensure!(stay(&text)? == 4, "nobody has asked for less");
+    text += "[defaults]\nretention = { full = 1 }\n";
+    ensure!(stay(&text)? == 1, "[defaults]");
+    text = text.replace("[stanza.acme]", "retention = { full = 2 }\n[stanza.acme]");
+    ensure!(stay(&text)? == 2, "[repo.main]");
+    text = text.replace("[defaults]", "retention = { full = 3 }\n[defaults]");
+    ensure!(stay(&text)? == 3, "[stanza.acme]");
+    // That of another repository is not meant.
+    text = text.replace("[defaults]", "repo_retention.second = { full = 1 }\n[defaults]");
+    ensure!(stay(&text)? == 3, "repo_retention.second");
+    text = text.replace("[defaults]", "repo_retention.main = { full = 4 }\n[defaults]");
+    ensure!(stay(&text)? == 4, "repo_retention.main");
+    Ok(())
+}
+
+/// What a collection says that it did.
+fn collected(s: &Fixture) -> Result<Value> {
+    // Hearts beat every 20 seconds.
+    let quiet = ["--patience", "25s", "--progress", "none", "--output", "json"];
+    let said = s.ok(&[&["gc", "acme"], &quiet[..]].concat())?;
+    let line = said.lines().find(|line| line.starts_with("{\""));
+    let line = line.context(said.clone())?;
+    Ok(serde_json::from_str::<Value>(line)?["report"].clone())
+}
+
+#[test]
+fn a_restore_at_work_keeps_what_it_reads_although_that_has_expired() -> Result<()> {
+    let shape = Shape {
+        stanza: false,
+        ..ARCHIVING
+    };
+    let mut s = Fixture::new("gcreader", shape)?;
+    let s3 = S3::start(&s.scratch, "bucket")?;
+    let proxy = Proxy::start(Target::Port(s3.port))?;
+    let rules = "retention = { full = 1, wal = \"0s\" }";
+    s.use_s3(&s3.endpoint(), "s3://bucket/some/prefix", rules)?;
+    // What archive_command reads, and what another host does, whose line can be made slow.
+    let config = std::fs::read_to_string(s.scratch.join("s3.toml"))?;
+    s.scratch.write("fairvault.toml", config.as_bytes())?;
+    let slow = config.replace(&s3.endpoint(), &format!("http://127.0.0.1:{}", proxy.port));
+    s.scratch.write("slow.toml", slow.as_bytes())?;
+    s.ok(&["stanza", "create", "acme"])?;
+    let first = backup(&s, "full")?;
+    s.flush_archive(&s.server)?;
+    // Under new keys, nothing that the first backup has stored is used by the second.
+    s.ok(&["key", "rotate", "acme"])?;
+    backup(&s, "full")?;
+    s.flush_archive(&s.server)?;
+
+    proxy.rate(500_000);
+    let (said, to) = (s.path("restore.log"), s.path("copy"));
+    let log = std::fs::File::create(&said)?;
+    let mut command = s.scratch.command("env");
+    command
+        .arg(format!("HOME={}", s.path("")))
+        .arg("FAIRVAULT_FAULT=quick hearts")
+        .arg(s.path("fairvault"))
+        .args(["--config", &s.path("slow.toml"), "--cache", &s.path("other")])
+        .args(["restore", "acme", "--to", &to, "--backup", &first])
+        .args(["--target", "immediate", "--target-action", "promote"])
+        .args(["--progress", "plain"])
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    let mut restore = command.spawn()?;
+    let text = || std::fs::read_to_string(&said).unwrap_or_default();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !text().contains("copying") {
+        ensure!(restore.try_wait()?.is_none() && Instant::now() < deadline, "{}", text());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // It reads on, and does not get through.
+    proxy.rate(10_000);
+    s.ok(&["expire", "acme"])?;
+    ensure!(!s.ok(&["info", "acme"])?.contains(&first));
+    let during = collected(&s)?;
+    ensure!(restore.try_wait()?.is_none(), "nobody was at work any more: {}", text());
+    let kept = during["kept"].to_string();
+    ensure!(
+        kept.contains(&format!("backup {first} has expired and is being read: restore on")),
+        "{during}"
+    );
+    ensure!(
+        during["packs"]["objects"] == 0 && during["roots"]["objects"] == 0,
+        "{during}"
+    );
+    proxy.rate(0);
+    let ended = restore.wait()?;
+    ensure!(ended.success(), "{ended}: {}", text());
+    let copy = s.start("copy", 5433)?;
+    ensure!(s.rows(&copy)? == "1", "{}", s.rows(&copy)?);
+    copy.stop(&s.scratch, "fast")?;
+
+    // Now nobody reads it: all of that goes.
+    let after = collected(&s)?;
+    let gone = |what: &str| after[what]["objects"].as_u64();
+    ensure!(
+        gone("packs") > Some(0) && gone("roots") == Some(1) && gone("wal") > Some(0),
+        "{after}"
+    );
+    s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    refused(s.restore("late", &["--backup", &first]), 3, "no backup")
 }

@@ -23,7 +23,7 @@ use crate::output;
 /// Runs a verb.
 pub async fn run(context: &Context, command: KeyCommand) -> Result<Outcome> {
     match command {
-        KeyCommand::Generate { file } => generate(&file),
+        KeyCommand::Generate { file } => generate(context, &file),
         KeyCommand::List { stanza } => list(context, &stanza).await,
         KeyCommand::Check { stanza } => check(context, &stanza).await,
         KeyCommand::Export { stanza, file } => export(context, &stanza, &file).await,
@@ -46,7 +46,7 @@ pub async fn run(context: &Context, command: KeyCommand) -> Result<Outcome> {
     }
 }
 
-fn generate(path: &std::path::Path) -> Result<Outcome> {
+fn generate(context: &Context, path: &Path) -> Result<Outcome> {
     let what = || format!("making the key file {}", path.display());
     let text = Secret::key_text(&env::salt(&SystemEnv)?);
     let mut file = std::fs::OpenOptions::new()
@@ -58,6 +58,10 @@ fn generate(path: &std::path::Path) -> Result<Outcome> {
     writeln!(file, "{}", text.as_str())
         .and_then(|()| file.sync_all())
         .map_err(|e| Error::io(what(), e))?;
+    if context.global.output == Output::Json {
+        output::json("key-generate", &serde_json::json!({ "file": path }));
+        return Ok(Outcome::Done);
+    }
     output::line(format_args!(
         "{} is made (mode 0600). Keep a copy away from this machine and away from the repository: without it nothing can be restored.",
         path.display()
@@ -115,10 +119,14 @@ async fn list(context: &Context, stanza: &str) -> Result<Outcome> {
 
 async fn add_slot(context: &Context, stanza: &str, name: &str, secret_file: &Path, opens: Opens) -> Result<Outcome> {
     let secret = secret_from_file(secret_file)?;
+    let mut all = Vec::new();
     for repository in context.repositories(Some(stanza))? {
         let access = context.access(&repository, stanza, false, true)?;
         let mut log = open(&access).await?;
-        match slots::add(&mut log, &access, name, &secret, opens).await? {
+        let count = slots::add(&mut log, &access, name, &secret, opens).await?;
+        all.push(serde_json::json!({ "repository": repository, "objects": count }));
+        match count {
+            _ if context.global.output == Output::Json => {}
             0 => output::line(format_args!(
                 "{repository}: nothing to do, slot {name} opens all of stanza {stanza}"
             )),
@@ -128,11 +136,18 @@ async fn add_slot(context: &Context, stanza: &str, name: &str, secret_file: &Pat
             _ => output::line(format_args!("{repository}: slot {name} opens stanza {stanza} now")),
         }
     }
+    if context.global.output == Output::Json {
+        let write_only = opens == Opens::Writing;
+        output::json(
+            "key-add-slot",
+            &serde_json::json!({ "stanza": stanza, "slot": name, "write_only": write_only, "added": all }),
+        );
+    }
     Ok(Outcome::Done)
 }
 
 async fn remove_slot(context: &Context, stanza: &str, name: &str) -> Result<Outcome> {
-    let mut removed = 0;
+    let mut removed = Vec::new();
     let mut not_found = None;
     for repository in context.repositories(Some(stanza))? {
         let (mut log, access) = context.open_to_delete(&repository, stanza).await?;
@@ -144,16 +159,24 @@ async fn remove_slot(context: &Context, stanza: &str, name: &str) -> Result<Outc
             }
             count => count?,
         };
-        removed += count;
-        output::line(format_args!(
-            "{repository}: slot {name} is removed ({count} objects). That takes nothing back: whoever has its secret and a copy of \
-             it, or a host that remembers it, still opens what there is. If the secret is no longer trusted: fairvault key rotate {stanza}"
-        ));
+        removed.push(serde_json::json!({ "repository": repository, "objects": count }));
+        if context.global.output == Output::Text {
+            output::line(format_args!(
+                "{repository}: slot {name} is removed ({count} objects). That takes nothing back: whoever has its secret and a copy of \
+                 it, or a host that remembers it, still opens what there is. If the secret is no longer trusted: fairvault key rotate {stanza}"
+            ));
+        }
     }
-    match not_found {
-        Some(error) if removed == 0 => Err(error),
-        _ => Ok(Outcome::Done),
+    if let (Some(error), true) = (not_found, removed.is_empty()) {
+        return Err(error);
     }
+    if context.global.output == Output::Json {
+        output::json(
+            "key-remove-slot",
+            &serde_json::json!({ "stanza": stanza, "slot": name, "removed": removed }),
+        );
+    }
+    Ok(Outcome::Done)
 }
 
 /// In every repository, or nothing is begun in any.
@@ -165,16 +188,20 @@ async fn rotate(context: &Context, args: &RotateArgs) -> Result<Outcome> {
         drop_slots: args.drop_slots,
         public_key: args.public_key,
     };
-    let mut planned = Vec::new();
+    let (mut planned, mut current) = (Vec::new(), Vec::new());
+    let prints = context.global.output == Output::Text;
     for repository in context.repositories(Some(stanza))? {
         let access = context.access(&repository, stanza, false, true)?;
         let context = || format!("repository {repository}; nothing was rotated");
         let mut log = match open(&access).await {
             // An earlier run got as far as here.
             Err(error) if error.kind() == Kind::Refused && is_done(&access, &options).await => {
-                output::line(format_args!(
-                    "{repository}: nothing to do, the new secret opens it, and the configured one does not open what comes"
-                ));
+                if prints {
+                    output::line(format_args!(
+                        "{repository}: nothing to do, the new secret opens it, and the configured one does not open what comes"
+                    ));
+                }
+                current.push(repository);
                 continue;
             }
             opened => opened.context(context)?,
@@ -186,7 +213,7 @@ async fn rotate(context: &Context, args: &RotateArgs) -> Result<Outcome> {
     for (repository, access, log, plan) in planned {
         let done = rotate::rotate(&log, &access, &options, plan).await;
         let done = done.context(|| format!("rotating the keys in repository {repository}"))?;
-        if context.global.output == Output::Text {
+        if prints {
             output::line(format_args!(
                 "{repository}: key epoch {} follows on {}, opened by slot {}. What is there stays readable; the next full backup \
                  stores everything anew",
@@ -207,7 +234,10 @@ async fn rotate(context: &Context, args: &RotateArgs) -> Result<Outcome> {
         );
     }
     if context.global.output == Output::Json {
-        output::json("key-rotate", &serde_json::json!({ "stanza": stanza, "rotated": all }));
+        output::json(
+            "key-rotate",
+            &serde_json::json!({ "stanza": stanza, "rotated": all, "current": current }),
+        );
     } else if args.new_secret_file.is_some() {
         output::line("Configure the new secret now, on every host of the stanza: the old one is refused from here on.");
     }
@@ -316,6 +346,10 @@ async fn export(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
     let mut file = file.map_err(|e| Error::io(what(), e).remedy("an existing file is never overwritten"))?;
     let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
     written.map_err(|e| Error::io(what(), e))?;
+    if context.global.output == Output::Json {
+        output::json("key-export", &serde_json::json!({ "stanza": stanza, "file": path }));
+        return Ok(Outcome::Done);
+    }
     output::line(format_args!(
         "{} is written. Keep it apart from the key or passphrase that it needs",
         path.display()
@@ -339,7 +373,7 @@ async fn import(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
         }
         slots.push((decoded, bytes));
     }
-    let mut count = 0;
+    let mut all = Vec::new();
     for repository in context.repositories(Some(stanza))? {
         let store = context.open_repository(&repository, false)?;
         let id = fairvault_engine::stanza::read_repository(&store).await?.id()?;
@@ -350,6 +384,7 @@ async fn import(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
         for (slot, bytes) in own {
             let name = names::slot(slot.epoch, &slot.name);
             match store.create(&name, bytes.clone().into(), limits::SLOT_BYTES).await? {
+                Created::Won if context.global.output == Output::Json => {}
                 Created::Won => output::line(format_args!("{repository}: {name} is there")),
                 Created::Lost(_) => {
                     return Err(Error::refused(format!(
@@ -358,11 +393,14 @@ async fn import(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
                     )));
                 }
             }
-            count += 1;
+            all.push(serde_json::json!({ "repository": repository, "slot": name }));
         }
     }
-    match count {
-        0 => Err(bad("it holds no slot of a configured repository")),
-        _ => Ok(Outcome::Done),
+    if all.is_empty() {
+        return Err(bad("it holds no slot of a configured repository"));
     }
+    if context.global.output == Output::Json {
+        output::json("key-import", &serde_json::json!({ "stanza": stanza, "imported": all }));
+    }
+    Ok(Outcome::Done)
 }

@@ -289,7 +289,13 @@ fn by_calendar(backups: &[Candidate], times: &[i64], retention: &Retention, keep
                 free.insert(n);
             }
         }
-        for (name, n) in newest.into_iter().rev().take(count as usize) {
+        // Down to the last of `count` periods that have a good one.
+        let mut found = 0;
+        for (name, n) in newest.into_iter().rev() {
+            if found == count {
+                break;
+            }
+            found += u32::from(backups[n].is_good());
             keep(n, format!("the newest of {word} {name}"));
         }
     }
@@ -532,5 +538,137 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(kept(&all, &retention), ["0full", "2full"]);
+    }
+
+    /// Backups that ended at these times.
+    fn dated(list: &[(&str, &str)]) -> Vec<Candidate> {
+        let ages: Vec<(&str, i64)> = list
+            .iter()
+            .map(|(kind, time)| (*kind, NOW - time.parse::<Timestamp>().unwrap().as_microsecond()))
+            .collect();
+        backups(&ages)
+    }
+
+    #[test]
+    fn by_age_each_kind_goes_by_itself() {
+        let all = backups(&[
+            ("full", 40 * DAY),
+            ("diff", 20 * DAY),
+            ("diff", 14 * DAY),
+            ("diff", 14 * DAY - 1),
+            ("incr", 10 * DAY),
+            ("incr", 6 * DAY),
+            ("full", DAY),
+        ]);
+        let retention = Retention {
+            full: Some(Keep::Count(1)),
+            diff: age(14),
+            incr: age(7),
+            ..Default::default()
+        };
+        // The full before them has gone; what is as old as the limit is not younger.
+        assert_eq!(kept(&all, &retention), ["3diff", "5incr", "6full"]);
+        let decided = decide(&all, &retention, Floor::default(), NOW);
+        assert_eq!(decided[3].why, "diff, younger than 14 d");
+        assert_eq!(decided[2].why, "diff, 14 d old: no rule keeps it");
+        // One without a rule of its own follows the full before it: here that goes, and then it stays.
+        let follows = Retention {
+            incr: None,
+            ..retention
+        };
+        assert_eq!(kept(&all, &follows), ["3diff", "6full"]);
+        let longer = Retention {
+            full: age(41),
+            ..follows
+        };
+        assert_eq!(kept(&all, &longer), ["0full", "3diff", "4incr", "5incr", "6full"]);
+    }
+
+    #[test]
+    fn what_has_no_full_before_it_counts_as_one() {
+        let all = backups(&[("incr", 50 * DAY), ("incr", 10 * DAY), ("full", DAY)]);
+        let by = |full| Retention {
+            full,
+            ..Default::default()
+        };
+        assert_eq!(kept(&all, &by(age(30))), ["1incr", "2full"]);
+        assert_eq!(kept(&all, &by(Some(Keep::Count(1)))), ["2full"]);
+        assert_eq!(kept(&all, &by(Some(Keep::Count(2)))).len(), 3);
+        let monthly = Retention {
+            calendar: Calendar {
+                monthly: 1,
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        assert_eq!(kept(&all, &monthly), ["2full"]);
+    }
+
+    #[test]
+    fn days_weeks_months_and_years_begin_where_the_zone_says() {
+        let none = Calendar::default();
+        let daily = Calendar { daily: 9, ..none };
+        let weekly = Calendar { weekly: 9, ..none };
+        let monthly = Calendar { monthly: 9, ..none };
+        let yearly = Calendar { yearly: 9, ..none };
+        let all_three = ["0incr", "1incr", "2incr"];
+        let two = ["0incr", "2incr"];
+        // In Berlin it is midnight between the first and the second, an hour earlier than in UTC, in summer two. The
+        // third is today's, and of the second's week and year.
+        for (calendar, first, second, in_berlin) in [
+            (daily, "2026-11-21T22:30:00Z", "2026-11-21T23:30:00Z", &all_three[..]),
+            (daily, "2026-07-14T21:30:00Z", "2026-07-14T22:30:00Z", &all_three[..]),
+            (weekly, "2026-11-22T22:30:00Z", "2026-11-22T23:30:00Z", &two[..]),
+            (monthly, "2026-08-31T21:30:00Z", "2026-08-31T22:30:00Z", &all_three[..]),
+            (yearly, "2025-12-31T22:30:00Z", "2025-12-31T23:30:00Z", &two[..]),
+        ] {
+            let all = dated(&[("incr", first), ("incr", second), ("incr", "2026-11-24T11:00:00Z")]);
+            let in_zone = |timezone| Retention {
+                calendar,
+                timezone,
+                ..Default::default()
+            };
+            let berlin = TimeZone::get("Europe/Berlin").unwrap();
+            assert_eq!(kept(&all, &in_zone(Some(berlin))), in_berlin, "{first}");
+            // Of no zone, it is UTC.
+            assert_eq!(kept(&all, &in_zone(None)), ["1incr", "2incr"], "{first}");
+        }
+    }
+
+    #[test]
+    fn a_week_in_two_years_is_one() {
+        // A Sunday; of the next week, a day of 2025 and one of 2026; and today.
+        let all = dated(&[
+            ("incr", "2025-12-28T12:00:00Z"),
+            ("incr", "2025-12-30T12:00:00Z"),
+            ("incr", "2026-01-02T12:00:00Z"),
+            ("incr", "2026-11-24T11:00:00Z"),
+        ]);
+        let weeks = |weekly| Retention {
+            calendar: Calendar {
+                weekly,
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        assert_eq!(kept(&all, &weeks(9)), ["0incr", "2incr", "3incr"]);
+        assert_eq!(kept(&all, &weeks(2)), ["2incr", "3incr"]);
+    }
+
+    #[test]
+    fn a_period_of_which_nothing_can_be_restored_takes_the_place_of_none() {
+        let mut all = backups(&[("full", 3 * DAY), ("full", 2 * DAY), ("full", DAY), ("full", HOUR)]);
+        all[2].damage = Some("a pack is gone".to_owned());
+        let retention = Retention {
+            calendar: Calendar {
+                daily: 2,
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        // What becomes of the damaged one itself is another matter.
+        let mut left = kept(&all, &retention);
+        left.retain(|id| id != "2full");
+        assert_eq!(left, ["1full", "3full"]);
     }
 }

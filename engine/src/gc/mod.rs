@@ -30,6 +30,7 @@ use crate::commit::Log;
 use crate::commit::lease;
 use crate::error::Result;
 use crate::progress::Progress;
+use crate::stanza::slots;
 use usage::Usage;
 pub use versions::Versions;
 
@@ -91,6 +92,9 @@ pub struct Report {
 pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Report> {
     progress.phase("reading the log");
     let stanza = log.stanza().clone();
+    if !options.dry_run {
+        slots::check_operator(&stanza, "what nothing needs is deleted")?;
+    }
     let mut log = Log::replay_backups(stanza.clone()).await?;
     let mut report = Report::default();
     if !options.dry_run {

@@ -102,7 +102,7 @@ fn taken(stanza: &Stanza, name: &str) -> Error {
 }
 
 /// Fails unless the given key has what an operator signs with; `what` is what needs that.
-pub(super) fn check_operator(stanza: &Stanza, what: &str) -> Result<()> {
+pub(crate) fn check_operator(stanza: &Stanza, what: &str) -> Result<()> {
     match stanza.keys().operator_seed.is_some() {
         true => Ok(()),
         false => Err(Error::refused(format!(

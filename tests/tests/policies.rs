@@ -1,0 +1,355 @@
+//! The policies of docs/immutability.md, as they stand there: with them each role can do what it is for, and whoever
+//! has stolen it nothing that another one is for.
+
+#[allow(dead_code)]
+mod bucket;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{LazyLock, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use fairvault_engine::store::Store;
+use fairvault_engine::store::url::RepositoryUrl;
+use fairvault_engine::store::versions::{DAY_US, Deleted, Lock, Mode};
+use fairvault_tests::fixture::{Fixture, SMALL, Shape, refused};
+use fairvault_tests::policy::{self, Act, LOCKED_DAYS, Policy};
+use fairvault_tests::proxy::{Proxy, S3Request, Target};
+use fairvault_tests::s3::S3;
+
+use bucket::World;
+
+const BUCKET: &str = "acme-backups";
+
+/// By role.
+static POLICIES: LazyLock<BTreeMap<&str, Policy>> = LazyLock::new(|| documented().unwrap_or_default());
+/// What was done, and with whose access key.
+static DONE: Mutex<BTreeSet<(String, &str)>> = Mutex::new(BTreeSet::new());
+
+fn documented() -> Result<BTreeMap<&'static str, Policy>> {
+    let blocks = policy::blocks("docs/immutability.md")?;
+    let [writer, deleter, keeper] = &blocks[..] else {
+        bail!("{} policies instead of three", blocks.len());
+    };
+    Ok(BTreeMap::from([
+        ("writer", Policy::of(&[writer.as_str()], BUCKET)?),
+        ("deleter", Policy::of(&[deleter.as_str()], BUCKET)?),
+        ("keeper", Policy::of(&[keeper.as_str()], BUCKET)?),
+    ]))
+}
+
+/// Access keys are roles with a number: tests run side by side.
+fn allows(request: &S3Request<'_>) -> bool {
+    let role = request.key.trim_end_matches(|c: char| c.is_ascii_digit());
+    let acts = policy::acts(request);
+    let is_allowed = POLICIES
+        .get(role)
+        .is_some_and(|own| acts.iter().all(|act| own.allows(act)));
+    if is_allowed {
+        let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
+        done.extend(acts.iter().map(|act| (request.key.to_owned(), act.action)));
+    }
+    is_allowed
+}
+
+/// What was done with an access key.
+fn done_by(key: &str) -> BTreeSet<&'static str> {
+    let done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
+    done.iter()
+        .filter(|(by, _)| by == key)
+        .map(|(_, action)| *action)
+        .collect()
+}
+
+/// A stanza in a bucket that can lock objects and does not do so by itself; all that fairvault asks for is guarded.
+struct Place {
+    w: World,
+    proxy: Proxy,
+    number: u32,
+    /// The configuration of somebody who may do everything.
+    original: String,
+    _s3: S3,
+}
+
+impl Place {
+    fn new(name: &str, number: u32, more: &str) -> Result<Self> {
+        let shape = Shape {
+            archiving: true,
+            stanza: false,
+            ..SMALL
+        };
+        let mut s = Fixture::new(name, shape)?;
+        let s3 = S3::start(&s.scratch, "other")?;
+        let lock = "x-amz-bucket-object-lock-enabled: true";
+        s3.curl(&["-fsS", "-X", "PUT", "-H", lock, &format!("{}/{BUCKET}", s3.endpoint())])?;
+        let proxy = Proxy::start(Target::Guarded(s3.port, allows))?;
+        let url = format!("s3://{BUCKET}/prod");
+        s.use_s3(&format!("http://127.0.0.1:{}", proxy.port), &url, more)?;
+        let original = std::fs::read_to_string(s.scratch.join("s3.toml"))?;
+        let store = open(&s3.endpoint(), "test")?;
+        let this = Self {
+            w: World { s, store },
+            proxy,
+            number,
+            original,
+            _s3: s3,
+        };
+        this.configure("writer", &["deleter", "keeper"])?;
+        this.w.s.ok(&["stanza", "create", "acme"])?;
+        this.nothing_was_denied("making a stanza")?;
+        Ok(this)
+    }
+
+    fn key(&self, role: &str) -> String {
+        format!("{role}{}", self.number)
+    }
+
+    /// From now on with the credentials of `role`, and those of others for what they are for; so is `archive_command`.
+    fn configure(&self, role: &str, others: &[&str]) -> Result<()> {
+        let secret = self.w.s.path("s3.secret");
+        let mut lines = format!("access_key = \"{}\"\n", self.key(role));
+        for other in others {
+            let key = self.key(other);
+            lines += &format!("{other} = {{ access_key = \"{key}\", secret_key_file = \"{secret}\" }}\n");
+        }
+        let text = self.original.replace("access_key = \"test\"\n", &lines);
+        ensure!(text != self.original, "{text}");
+        for name in ["s3.toml", "fairvault.toml"] {
+            self.w.s.scratch.write(name, text.as_bytes())?;
+        }
+        Ok(())
+    }
+
+    fn nothing_was_denied(&self, what: &str) -> Result<()> {
+        let denied = self.proxy.denied();
+        ensure!(
+            denied.is_empty(),
+            "{what} needs more than the policies give: {denied:?}"
+        );
+        Ok(())
+    }
+
+    /// The repository as somebody sees it who has stolen the credentials of `role`.
+    fn stolen(&self, role: &str) -> Result<Store> {
+        open(&format!("http://127.0.0.1:{}", self.proxy.port), &self.key(role))
+    }
+}
+
+fn open(endpoint: &str, access_key: &str) -> Result<Store> {
+    let url = RepositoryUrl {
+        url: format!("s3://{BUCKET}/prod"),
+        endpoint: Some(endpoint.to_owned()),
+        region: Some("us-east-1".into()),
+        access_key: Some(access_key.to_owned()),
+        secret_key: Some("test".into()),
+        ..Default::default()
+    };
+    Ok(url.open(false)?)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_role_can_do_what_it_is_for() -> Result<()> {
+    let place = Place::new("roles", 1, "retention = { full = 1 }")?;
+    let (w, s) = (&place.w, &place.w.s);
+    let (first, _) = w.backup()?;
+    s.ok(&["hold", "acme", &first, "--reason", "a test"])?;
+    s.ok(&["unhold", "acme", &first])?;
+    s.ok(&["check", "acme"])?;
+    s.ok(&["verify", "acme", "--progress", "none"])?;
+    let (exit, text) = s.restore("copy", &[]);
+    ensure!(exit == 0, "{text}");
+    place.nothing_was_denied("a writer")?;
+
+    // Only the keeper locks.
+    let (exit, done) = w.report(&["lock", "--days", "60"])?;
+    ensure!(exit == 0 && done["extended"] == done["needed"], "{exit} {done}");
+    ensure!(done["extended"]["objects"].as_u64() > Some(8), "{done}");
+    place.nothing_was_denied("lock")?;
+
+    // New keys: nothing of the first backup is used by the second.
+    s.ok(&["key", "rotate", "acme"])?;
+    w.backup()?;
+    s.ok(&["expire", "acme"])?;
+    place.nothing_was_denied("a writer")?;
+    let (exit, done) = w.gc()?;
+    ensure!(
+        exit == 0 && done["packs"]["objects"].as_u64() > Some(0),
+        "{exit} {done}"
+    );
+    // What `lock` has locked stays; leases of the writer, which may not delete them, go for good.
+    let versions = &done["versions"];
+    ensure!(versions["locked"]["objects"].as_u64() > Some(0), "{done}");
+    ensure!(versions["deleted"]["objects"].as_u64() > Some(0), "{done}");
+    place.nothing_was_denied("gc")?;
+
+    // A manifest is hidden: it is locked all the same, which reads it, and is brought back.
+    let objects = w.objects().await?;
+    let is_manifest = |name: &str| name.starts_with("acme/roots/");
+    let root = objects.iter().find(|o| is_manifest(&o.name) && o.is_visible());
+    let root = root.context("no manifest")?.name.clone();
+    w.store.delete(std::slice::from_ref(&root)).await?;
+    let hidden = root.trim_start_matches("acme/").to_owned();
+    let (exit, done) = w.report(&["lock", "--days", "60"])?;
+    ensure!(
+        exit == 4 && done["hidden"].to_string().contains(&hidden),
+        "{exit} {done}"
+    );
+    let (exit, done) = w.report(&["repair"])?;
+    ensure!(
+        exit == 0 && done["hidden"].to_string().contains(&hidden),
+        "{exit} {done}"
+    );
+    place.nothing_was_denied("lock or repair")?;
+
+    let spare = s.path("spare");
+    s.ok(&["key", "generate", &spare])?;
+    s.ok(&["key", "add-slot", "acme", "spare", "--secret-file", &spare])?;
+    s.ok(&["key", "remove-slot", "acme", "spare"])?;
+    place.nothing_was_denied("adding or removing a slot")?;
+
+    // That went by these credentials, each for its own.
+    let writer = done_by("writer1");
+    for action in ["s3:PutObject", "s3:GetObjectVersion", "s3:ListBucketVersions"] {
+        ensure!(writer.contains(action), "{action}: {writer:?}");
+    }
+    let deleter = done_by("deleter1");
+    for action in [
+        "s3:DeleteObject",
+        "s3:DeleteObjectVersion",
+        "s3:GetObjectRetention",
+        "s3:PutObject",
+    ] {
+        ensure!(deleter.contains(action), "{action}: {deleter:?}");
+    }
+    let keeper = done_by("keeper1");
+    for action in ["s3:PutObjectRetention", "s3:GetObjectRetention", "s3:GetObjectVersion"] {
+        ensure!(keeper.contains(action), "{action}: {keeper:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_stolen_does_not_do_what_others_are_for() -> Result<()> {
+    let place = Place::new("stolen", 2, "")?;
+    let (w, s) = (&place.w, &place.w.s);
+    w.backup()?;
+    let (exit, done) = w.report(&["lock", "--days", "30"])?;
+    ensure!(exit == 0, "{done}");
+    place.nothing_was_denied("lock")?;
+    let before = w.contents().await?;
+    let objects = w.objects().await?;
+    // Of each folder the newest: WAL from before the backup is locked by nobody.
+    let of = |folder: &str| {
+        let below = format!("acme/{folder}/");
+        let found = objects.iter().rfind(|object| object.name.starts_with(&below));
+        found.with_context(|| format!("nothing in {below}"))
+    };
+    let now_us = SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros() as i64;
+    let for_days = |days: i64| Lock {
+        mode: Mode::Compliance,
+        until_us: now_us + days * DAY_US,
+    };
+    let garbage = || Bytes::from_static(b"garbage");
+    let free = |folder: &str| format!("acme/{folder}/{}", "f".repeat(64));
+
+    for role in ["writer", "deleter", "keeper"] {
+        let store = place.stolen(role)?;
+        for folder in ["packs", "roots", "index", "keys", "log", "wal"] {
+            let object = of(folder)?;
+            let version = object.contents().next().context("no content")?;
+            // Versions go by nobody: those of the deleter are locked.
+            let deleted = store.delete_version(&object.name, &version.id).await?;
+            ensure!(matches!(deleted, Deleted::Refused(_)), "{role} deleted {}", object.name);
+            if role != "deleter" {
+                let deleted = store.delete(std::slice::from_ref(&object.name)).await;
+                ensure!(deleted.is_err(), "{role} hid {}", object.name);
+            }
+            // Nor does anybody end a lock; who may extend it, not for ever.
+            let locked = |days| store.set_lock(&object.name, &version.id, for_days(days));
+            ensure!(locked(1).await.is_err(), "{role} ended the lock of {}", object.name);
+            ensure!(locked(102).await.is_err(), "{role} locked {} for long", object.name);
+            ensure!(locked(90).await.is_ok() == (role == "keeper"), "{role} {}", object.name);
+            let is_own = match role {
+                "writer" => true,
+                "deleter" => ["log", "index"].contains(&folder),
+                _ => false,
+            };
+            let put = store.put_hashed(&free(folder), garbage().into()).await;
+            ensure!(put.is_ok() == is_own, "{role} {folder}: {put:?}");
+        }
+    }
+    let after = w.contents().await?;
+    ensure!(after.is_superset(&before), "a version is lost");
+    ensure!(!place.proxy.denied().is_empty());
+
+    // The same of commands: in words that name the right, or whose credentials it takes.
+    let lock = |days| s.fairvault(&["lock", "acme", "--days", days, "--progress", "none"]);
+    refused(lock("120"), 1, "s3:PutObjectRetention")?;
+    place.configure("writer", &[])?;
+    refused(lock("95"), 1, "s3:GetObjectRetention")?;
+    place.configure("keeper", &["deleter", "keeper"])?;
+    for words in [
+        &["backup", "acme", "--fast", "--progress", "none"][..],
+        &["hold", "acme", "latest", "--reason", "a test"],
+    ] {
+        refused(s.fairvault(words), 1, "refused the credentials")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_stanza_is_erased_with_the_deleters_credentials() -> Result<()> {
+    let place = Place::new("erases", 3, "")?;
+    let (exit, text) = place.w.s.fairvault(&["key", "erase", "acme", "--confirm", "acme"]);
+    place.nothing_was_denied("key erase")?;
+    ensure!(
+        exit == 0 && text.contains("1 slots and 1 older versions"),
+        "{exit} {text}"
+    );
+    refused(place.w.s.fairvault(&["info", "acme"]), 1, "was erased at")
+}
+
+#[test]
+fn no_role_changes_the_bucket_or_ends_a_lock() -> Result<()> {
+    let policies = documented()?;
+    for (role, own) in &policies {
+        for action in [
+            "s3:PutBucketVersioning",
+            "s3:PutBucketObjectLockConfiguration",
+            "s3:PutLifecycleConfiguration",
+            "s3:PutBucketPolicy",
+            "s3:DeleteBucket",
+            "s3:BypassGovernanceRetention",
+            "s3:PutObjectLegalHold",
+        ] {
+            for name in ["", "prod/fairvault.json", "prod/acme/log/00000000000000000001"] {
+                ensure!(!own.allows(&Act::new(action, BUCKET, name)), "{role} {action} {name}");
+            }
+        }
+        ensure!(
+            !own.allows(&Act::new("s3:GetObject", "another", "prod/fairvault.json")),
+            "{role}"
+        );
+        ensure!(
+            own.allows(&Act::new("s3:GetObject", BUCKET, "prod/fairvault.json")),
+            "{role}"
+        );
+        ensure!(own.allows(&Act::new("s3:ListBucket", BUCKET, "")), "{role}");
+    }
+    let may = |role: &str, action, name: &str| policies[role].allows(&Act::new(action, BUCKET, name));
+    ensure!(may("writer", "s3:PutObject", "prod/acme/packs/00/x") && !may("writer", "s3:DeleteObject", "prod/acme/x"));
+    ensure!(may("deleter", "s3:PutObject", "prod/acme/log/1") && !may("deleter", "s3:PutObject", "prod/acme/packs/1"));
+    ensure!(!may("deleter", "s3:PutObject", "prod/acme/keys/00000001/log"));
+    ensure!(!may("keeper", "s3:PutObject", "prod/acme/log/1") && !may("keeper", "s3:DeleteObject", "prod/acme/log/1"));
+    let locks = |days: &str| {
+        let act = Act::new("s3:PutObjectRetention", BUCKET, "prod/acme/log/1");
+        policies["keeper"].allows(&act.with(LOCKED_DAYS, days))
+    };
+    ensure!(locks("100") && !locks("101") && !locks("100000000000000000000") && !locks(""));
+    ensure!(
+        !may("keeper", "s3:PutObjectRetention", "prod/acme/log/1"),
+        "for how long is not said"
+    );
+    Ok(())
+}

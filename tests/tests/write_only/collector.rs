@@ -1,0 +1,140 @@
+//! Who decides what goes, and who deletes it: the operator's key, of which collection needs no part that opens content.
+
+use anyhow::{Result, ensure};
+use fairvault_engine::stanza::{Stanza, slots};
+use fairvault_engine::store::url::RepositoryUrl;
+use fairvault_format::keys::Secret;
+use fairvault_tests::fixture::{Shape, refused};
+use fairvault_tests::run;
+
+use crate::fixture::{ARCHIVING, QUIET, WriteOnly};
+use crate::stores;
+
+const GC: [&str; 6] = ["gc", "acme", "--patience", "1s", "--progress", "none"];
+
+/// Full backups with WAL between them. WAL that recovery into later WAL does not start from expires at once.
+fn world(name: &str, retention: &str, backups: usize) -> Result<(WriteOnly, Vec<String>)> {
+    let s = WriteOnly::new(
+        name,
+        Shape {
+            more: retention,
+            ..ARCHIVING
+        },
+    )?;
+    s.sql("create table t (x text)")?;
+    let mut ids = Vec::new();
+    for _ in 0..backups {
+        s.fill(1000)?;
+        ids.push(s.backup_id(&["--type", "full"])?);
+        for _ in 0..2 {
+            s.fill(1)?;
+            s.flush_archive(&s.server)?;
+        }
+    }
+    Ok((s, ids))
+}
+
+/// Everything that a collection may delete.
+fn stored(s: &WriteOnly) -> Vec<std::path::PathBuf> {
+    ["packs", "roots", "index", "wal"]
+        .iter()
+        .flat_map(|folder| s.objects(folder))
+        .collect()
+}
+
+#[test]
+fn what_the_operator_decides_a_host_does_not() -> Result<()> {
+    let (s, ids) = world("hostdecides", "retention = { full = 1, wal = \"0s\" }", 2)?;
+    let word = "the operator key";
+    // What would be decided, a host may look at.
+    let plan = s.ok(&["expire", "acme", "--dry-run"])?;
+    ensure!(plan.contains("no rule keeps it"), "{plan}");
+    refused(s.fairvault(&["expire", "acme"]), 1, word)?;
+    refused(s.fairvault(&["policy", "acme", "--minimum-retention", "0s"]), 1, word)?;
+    refused(
+        s.fairvault(&["stanza", "fence", "acme", "--reason", "a trial"]),
+        1,
+        word,
+    )?;
+    let info = s.ok(&["info", "acme"])?;
+    ensure!(ids.iter().all(|id| info.contains(id.as_str())), "{info}");
+
+    s.by_operator(&["expire", "acme"])?;
+    let before = stored(&s);
+    let plan = s.ok(&[&GC[..], &["--dry-run"]].concat())?;
+    ensure!(plan.contains("would be deleted"), "{plan}");
+    refused(s.fairvault(&GC), 1, "the operator")?;
+    ensure!(stored(&s) == before, "a host has deleted something");
+    s.by_operator(&GC)?;
+    ensure!(s.objects("roots").len() == 1);
+    s.all_good()
+}
+
+#[test]
+fn a_host_deletes_no_wal_where_nothing_else_goes() -> Result<()> {
+    let (s, ids) = world("hostwal", "retention = { full = 2, wal = \"0s\" }", 2)?;
+    let plan = s.by_operator(&["expire", "acme"])?;
+    ensure!(plan.contains("WAL of timeline 1 from"), "{plan}");
+    ensure!(plan.matches("  stays  ").count() == ids.len(), "{plan}");
+    let before = stored(&s);
+    refused(s.fairvault(&GC), 1, "the operator")?;
+    ensure!(stored(&s) == before, "a host has deleted something");
+    s.by_operator(&GC)?;
+    ensure!(stored(&s).len() < before.len());
+    s.all_good()
+}
+
+/// Makes a slot that signs as the operator does and opens no content. The format knows such, and no command makes one.
+async fn add_collector(s: &WriteOnly) -> Result<()> {
+    let secret = |name: &str| -> Result<Secret> { Ok(Secret::from_text(&std::fs::read(s.path(name))?)?) };
+    let url = RepositoryUrl {
+        url: format!("file://{}", s.path("vault")),
+        ..Default::default()
+    };
+    let access = stores::access(&url.open(false)?, Some(secret("key")?));
+    let stanza = Stanza::open(&access).await?;
+    let mut keys = stanza.keys().clone();
+    keys.public_keys = keys.public_keys();
+    keys.data_private_key = None;
+    ensure!(!keys.can_read() && keys.data_key.is_none() && keys.operator_seed.is_some());
+    let made = slots::put(&stanza, &keys, "collector", Some(&secret("collector.key")?)).await?;
+    ensure!(made == slots::Put::New, "{made:?}");
+    // Whoever runs this test is not the one who runs backups.
+    let vault = s.path("vault");
+    let mut owner = std::process::Command::new("chown");
+    run(owner.args(["-R", "--reference", &vault, &vault]))?;
+    Ok(())
+}
+
+#[test]
+fn collection_needs_no_data_key() -> Result<()> {
+    let (s, ids) = world("nodatakey", "retention = { full = 1, wal = \"0s\" }", 3)?;
+    let (key, cache) = (s.path("collector.key"), s.path("collector"));
+    s.ok(&["key", "generate", &key])?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(add_collector(&s))?;
+    let as_collector = |words: &[&str]| s.fairvault(&[words, &["--key-file", &key, "--cache", &cache]].concat());
+    // It reads nothing.
+    let to = s.path("r");
+    let restore = [&["restore", "acme", "--to", &to], &QUIET[..]].concat();
+    refused(as_collector(&restore), 1, "can write only")?;
+
+    let (exit, said) = as_collector(&["expire", "acme"]);
+    ensure!(exit == 0 && said.contains("WAL of timeline 1 from"), "{exit} {said}");
+    let (before, wal) = (stored(&s), s.objects("wal").len());
+    let (exit, said) = as_collector(&GC);
+    ensure!(exit == 0 && said.contains("manifests deleted"), "{exit} {said}");
+    ensure!(
+        stored(&s).len() < before.len() && s.objects("roots").len() == 1,
+        "{said}"
+    );
+    ensure!(s.objects("wal").len() < wal, "{said}");
+    let (exit, said) = as_collector(&GC);
+    ensure!(exit == 0 && said.contains("nothing deleted"), "{exit} {said}");
+    // What is left is whole, and the host goes on.
+    s.all_good()?;
+    s.restores("left", &["--backup", &ids[2]], "3006")?;
+    let said = s.ok(&[&["backup", "acme", "--fast"], &QUIET[..]].concat())?;
+    ensure!(!said.contains("everything is read"), "{said}");
+    s.all_good()
+}
