@@ -1,21 +1,31 @@
 //! Micro benchmarks of the CPU stages, on one core, in bytes of plaintext a second: `cargo bench -p fairvault-benches`.
 
 use std::hint::black_box;
+use std::sync::Arc;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use fairvault_benches::{CHUNK, RUN, RUN_START, heap, index, text, wal as run_of_wal};
+use fairvault_engine::backup::cut::cuts;
 use fairvault_engine::codec::{Codec, Content};
+use fairvault_engine::dedup::{Index, SessionChunks};
+use fairvault_engine::env::SystemEnv;
+use fairvault_engine::pack::Packer;
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::postgres::page;
 use fairvault_engine::source::tar::Parser;
+use fairvault_engine::stanza::create::{Cluster, create};
+use fairvault_engine::stanza::{Access, Stanza};
+use fairvault_engine::store::url::RepositoryUrl;
 use fairvault_engine::wal::summary::summarize;
-use fairvault_format::frame::{FRAME_HEADER_LEN, FrameKey, FrameReader};
-use fairvault_format::header::{Kind, ObjectHeader};
-use fairvault_format::keys::{EpochKeys, Scope};
+use fairvault_format::frame::{FRAME_HEADER_LEN, FRAME_OVERHEAD, FrameKey, FrameReader};
+use fairvault_format::header::{HEADER_LEN, Kind, ObjectHeader};
+use fairvault_format::keys::{EpochKeys, Scope, Secret};
+use fairvault_format::object::codec::RAW;
 use fairvault_format::pack::{DirectoryEntry, seal_tail};
 use fairvault_format::pages::{Decoder, Encoder, PAGE};
 use fairvault_format::records::{self, Checked};
-use fairvault_format::{proto, sha256, wal};
+use fairvault_format::{limits, proto, sha256, wal};
+use tokio::sync::mpsc;
 
 const SCOPE: Scope = Scope {
     repository: [1; 16],
@@ -183,6 +193,69 @@ fn seal(c: &mut Criterion) {
     group.finish();
 }
 
+/// A stanza in memory.
+fn stanza() -> Arc<Stanza> {
+    let url = RepositoryUrl {
+        url: "memory://".to_owned(),
+        ..Default::default()
+    };
+    let access = Access {
+        repository: url.open(true).expect("a store in memory"),
+        stanza: "bench".to_owned(),
+        secret: Some(Secret::Key([1; 32])),
+        memory: None,
+        may_stretch: true,
+        env: Arc::new(SystemEnv),
+    };
+    let cluster = Cluster {
+        system_identifier: 7,
+        major: 17,
+        wal_segment_size: 16 << 20,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let log = runtime.expect("a runtime").block_on(create(&access, cluster, "main"));
+    log.expect("a stanza").stanza().clone()
+}
+
+fn packs(c: &mut Criterion) {
+    let mut group = c.benchmark_group("packs");
+    // Whatever it is, each byte is looked at once.
+    let plain = [text(), heap()].concat();
+    group.throughput(Throughput::Bytes(plain.len() as u64));
+    group.bench_function("cutting a manifest segment", |b| {
+        b.iter(|| cuts(black_box(&plain)).count())
+    });
+    let (finished_in, mut finished) = mpsc::channel(1);
+    let packer = Packer::new(stanza(), Arc::new(SessionChunks::new(Index::default())), finished_in);
+    group.sample_size(20);
+    for (name, len) in [("512 KiB", CHUNK), ("8 KiB", 8 << 10)] {
+        // As many as fill one pack: the last one ends it.
+        let count = (limits::PACK_TARGET_BYTES as usize - HEADER_LEN).div_ceil(len + FRAME_OVERHEAD);
+        let frame = |_| {
+            let mut frame = Vec::with_capacity(len + FRAME_OVERHEAD);
+            frame.resize(FRAME_HEADER_LEN, 0);
+            frame.extend_from_slice(&plain[..len]);
+            frame
+        };
+        group.throughput(Throughput::Bytes((count * len) as u64));
+        group.bench_function(BenchmarkId::new("a pack of frames", name), |b| {
+            b.iter_batched(
+                || (0..count).map(frame).collect::<Vec<_>>(),
+                |frames| {
+                    for frame in frames {
+                        let place = packer.add([7; 32], RAW, len as u32, frame);
+                        place.expect("there is room for a pack");
+                    }
+                    // Whoever drops it makes room for the next one, and is not measured.
+                    finished.try_recv().expect("the pack is full")
+                },
+                BatchSize::PerIteration,
+            );
+        });
+    }
+    group.finish();
+}
+
 fn streams(c: &mut Criterion) {
     let mut group = c.benchmark_group("streams");
     let plain = text();
@@ -235,5 +308,5 @@ fn streams(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(stages, checks, transform, records, codec, seal, streams);
+criterion_group!(stages, checks, transform, records, codec, seal, packs, streams);
 criterion_main!(stages);

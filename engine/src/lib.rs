@@ -6,6 +6,7 @@
 
 pub mod audit;
 pub mod backup;
+mod cached;
 pub mod codec;
 pub mod commit;
 pub mod copy;

@@ -122,6 +122,30 @@ impl S3 {
         run(command.args(arguments))
     }
 
+    /// Bytes of the objects of a bucket whose names begin so.
+    pub fn stored(&self, bucket: &str, prefix: &str) -> Result<u64> {
+        let mut total = 0;
+        let mut after = String::new();
+        loop {
+            let url = format!("{}/{bucket}?list-type=2&prefix={prefix}{after}", self.endpoint());
+            let text = self.curl(&["-fs", &url])?;
+            let inside = |name: &str| -> Vec<String> {
+                let opening = format!("<{name}>");
+                let parts = text.split(&opening).skip(1);
+                parts
+                    .map(|part| part.split('<').next().unwrap_or_default().to_owned())
+                    .collect()
+            };
+            for size in inside("Size") {
+                total += size.parse::<u64>()?;
+            }
+            match inside("NextContinuationToken").pop() {
+                Some(token) => after = format!("&continuation-token={}", encode(&token)),
+                None => return Ok(total),
+            }
+        }
+    }
+
     /// Its URL.
     pub fn endpoint(&self) -> String {
         match self.ca {
@@ -129,6 +153,15 @@ impl S3 {
             Some(_) => format!("https://localhost:{}", self.port),
         }
     }
+}
+
+/// Of a query, what is not a letter or a digit in hex.
+fn encode(text: &str) -> String {
+    let byte = |byte: u8| match byte.is_ascii_alphanumeric() {
+        true => char::from(byte).to_string(),
+        false => format!("%{byte:02X}"),
+    };
+    text.bytes().map(byte).collect()
 }
 
 impl Drop for S3 {

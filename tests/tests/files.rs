@@ -3,13 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
-use std::process::Stdio;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use fairvault_tests::fixture::{files, refused, signal};
-use fairvault_tests::{Fixture, Shape, run};
+use fairvault_tests::{Fixture, Shape, output, run};
 
 /// What a restored directory holds: for each path, its mode and content.
 fn content(folder: &Path) -> Result<BTreeMap<String, (u32, Vec<u8>)>> {
@@ -408,5 +408,108 @@ fn a_role_without_rights_is_told_which() -> Result<()> {
     ])?;
     let (exit, text) = s.restore("r", &["--backup", &id]);
     ensure!(exit == 0, "{text}");
+    Ok(())
+}
+
+/// How much of a file the kernel has in its cache, bytes.
+fn cached(file: &Path) -> Result<u64> {
+    let arguments = ["--bytes", "--noheadings", "--raw", "--output", "RES"];
+    let text = run(Command::new("fincore").args(arguments).arg(file))?;
+    // Nothing is said of nothing.
+    Ok(match text.trim() {
+        "" => 0,
+        number => number.parse()?,
+    })
+}
+
+/// Whether reads can be told to leave nothing in the cache, as far as that is known.
+fn has_uncached_reads(folder: &Path) -> Result<bool> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let parts = release.trim().split(['.', '-']);
+    let version: Vec<u32> = parts.map_while(|part| part.parse().ok()).collect();
+    let is_known = version.first_chunk::<2>().is_some_and(|version| *version >= [6, 18]);
+    let file_system = run(Command::new("stat")
+        .args(["--file-system", "--format", "%T"])
+        .arg(folder))?;
+    Ok(is_known && matches!(file_system.trim(), "ext2/ext3" | "xfs"))
+}
+
+#[test]
+fn a_backup_leaves_the_kernels_cache_as_it_was() -> Result<()> {
+    if output(Command::new("fincore").arg("--version")).is_err() {
+        eprintln!("there is no fincore (util-linux), which says what is in the kernel's cache");
+        return Ok(());
+    }
+    let s = Fixture::new(
+        "cache",
+        Shape {
+            settings: "autovacuum = off\n",
+            ..Default::default()
+        },
+    )?;
+    let mut files: Vec<PathBuf> = Vec::new();
+    for table in ["warm", "cold", "mixed"] {
+        s.sql(&format!(
+            "create table {table} as select i, md5(i::text) from generate_series(1, 200000) i"
+        ))?;
+        let path = s.sql(&format!("select pg_relation_filepath('{table}')"))?;
+        files.push(s.server.data.join(path));
+    }
+    // Hints and all: nobody writes to these files any more.
+    s.sql("vacuum (freeze) warm, cold, mixed")?;
+    s.sql("checkpoint")?;
+    for file in &files {
+        // Synced, so that nothing must stay, and dropped.
+        let of = format!("of={}", file.display());
+        run(Command::new("dd").args([
+            of.as_str(),
+            "if=/dev/null",
+            "oflag=nocache",
+            "conv=notrunc,fdatasync",
+            "count=0",
+        ]))?;
+        ensure!(
+            cached(file)? == 0,
+            "{} cannot be taken out of the cache",
+            file.display()
+        );
+    }
+    let [warm, cold, mixed] = &files[..] else {
+        anyhow::bail!("{files:?}")
+    };
+    let size = std::fs::metadata(warm)?.len();
+    std::fs::read(warm)?;
+    std::fs::read(mixed)?;
+    // The first page of each chunk goes; the others are those that the server uses.
+    let chunks = size.div_ceil(512 << 10);
+    for chunk in 0..chunks {
+        let (from, skip) = (format!("if={}", mixed.display()), format!("skip={}", chunk * 64));
+        run(Command::new("dd").args([
+            from.as_str(),
+            "of=/dev/null",
+            "iflag=nocache",
+            "bs=8K",
+            "count=1",
+            &skip,
+        ]))?;
+    }
+    let before = [cached(warm)?, cached(cold)?, cached(mixed)?];
+    ensure!(
+        before[0] >= size && before[1] == 0 && (size / 2..size).contains(&before[2]),
+        "{before:?} of {size}"
+    );
+    s.backup_id(&["--source", "local"])?;
+    let after = [cached(warm)?, cached(cold)?, cached(mixed)?];
+    ensure!(after[0] >= before[0], "what was there is gone: {before:?}, {after:?}");
+    // Without uncached reads, a few pages may stay.
+    ensure!(
+        after[1] <= size / 16,
+        "what was not there has come: {before:?}, {after:?}"
+    );
+    if has_uncached_reads(s.scratch.path())? {
+        ensure!(after == before, "{before:?}, {after:?}");
+    } else {
+        eprintln!("what becomes of files of which some pages are cached is not tested on this kernel");
+    }
     Ok(())
 }

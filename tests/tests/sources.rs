@@ -2,9 +2,13 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use fairvault_engine::postgres::control::ControlFile;
+use fairvault_engine::postgres::lsn::Lsn;
+use fairvault_tests::fixture::signal;
 use fairvault_tests::{Fixture, Shape, code, run, tools};
 
 /// Waits until files of a backup are read.
@@ -80,6 +84,92 @@ fn a_page_that_was_torn_while_its_file_was_read_is_benign() -> Result<()> {
 #[test]
 fn a_page_that_was_torn_while_it_was_read_over_sql_is_benign() -> Result<()> {
     torn("sql")
+}
+
+/// Whether the files that are read last are being read, and those before them were: the process has that one open, or
+/// the server has been asked for it.
+fn reads_last(s: &Fixture, backup: &Child, source: &str, before: &str, last: &str) -> Result<bool> {
+    if source == "local" {
+        let open = |path: &str| -> Result<bool> {
+            let file = s.server.data.join(path).canonicalize()?;
+            let mut links = std::fs::read_dir(format!("/proc/{}/fd", backup.id()))?.flatten();
+            Ok(links.any(|link| std::fs::read_link(link.path()).is_ok_and(|to| to == file)))
+        };
+        return Ok(open(last)? && !open(before)?);
+    }
+    // A query's text begins with the first range that it asks for.
+    let asked = format!("select count(*) > 0 from pg_stat_activity where query like 'COPY%VALUES (0, ''{last}''%'");
+    Ok(s.sql(&asked)? == "t")
+}
+
+/// Stops the process while the last files are read, lets the server make a checkpoint, and expects that one in the
+/// pg_control of the copy, which is read after everything else.
+fn control_is_last(source: &str) -> Result<()> {
+    let s = Fixture::new(&format!("control-{source}"), Shape::default())?;
+    run(s.scratch.command("mkdir").arg(s.path("ts")))?;
+    s.sql(&format!("create tablespace ts location '{}'", s.path("ts")))?;
+    // Tablespaces are read behind global/. Each table has more chunks than may wait to be read.
+    let mut paths = Vec::new();
+    for table in ["t", "u"] {
+        s.sql(&format!(
+            "create table {table} tablespace ts as select i, md5(i::text) from generate_series(1, 300000) i"
+        ))?;
+        paths.push(s.sql(&format!("select pg_relation_filepath('{table}')"))?);
+    }
+    ensure!(paths[0] < paths[1], "{paths:?}");
+    s.sql("checkpoint")?;
+    let arguments = ["backup", "acme", "--fast", "--source", source, "--max-rate", "8MiB"];
+    let mut backup = s
+        .command(&arguments)
+        .args(["--progress", "none"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !reads_last(&s, &backup, source, &paths[0], &paths[1])? {
+        ensure!(
+            backup.try_wait()?.is_none() && Instant::now() < deadline,
+            "{source}: it was missed"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    signal(&backup, "STOP")?;
+    // It has not come to the end in the meantime: the session still waits for what comes behind all files.
+    wait_for_copying(&s, &s.server, source)?;
+    ensure!(
+        reads_last(&s, &backup, source, &paths[0], &paths[1])?,
+        "{source}: too late"
+    );
+    s.sql("create table v as select 1 as x")?;
+    s.sql("checkpoint")?;
+    let newest = s.sql("select checkpoint_lsn from pg_control_checkpoint()")?;
+    let newest: Lsn = newest.parse().map_err(anyhow::Error::msg)?;
+    signal(&backup, "CONT")?;
+    let ended = backup.wait_with_output()?;
+    ensure!(ended.status.success(), "{}", fairvault_tests::text(&ended));
+    let map = format!("all={}", s.path("r-ts"));
+    let (exit, text) = s.restore("r", &["--tablespace-map", &map]);
+    ensure!(exit == 0, "{text}");
+    let control = ControlFile::parse(&std::fs::read(s.path("r/global/pg_control"))?)?;
+    ensure!(
+        control.checkpoint >= newest,
+        "{source}: pg_control knows the checkpoint at {}, and that at {newest} came before the last file was read",
+        control.checkpoint
+    );
+    let copy = s.start("r", 5450)?;
+    ensure!(copy.sql(&s.scratch, "select (select count(*) from u), (select x from v)")? == "300000|1");
+    Ok(())
+}
+
+#[test]
+fn pg_control_is_read_after_all_files() -> Result<()> {
+    control_is_last("local")
+}
+
+#[test]
+fn pg_control_is_read_after_all_files_over_sql() -> Result<()> {
+    control_is_last("sql")
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! A backup counts only once its log entry is committed, and it is committed only when all WAL from its
 //! start to its stop is in the repository.
 
-mod cut;
+pub mod cut;
 pub mod judge;
 pub mod manifest;
 pub mod parent;

@@ -125,8 +125,12 @@ async fn open_local(server: &Server, options: &Options, label: &str, readers: us
     let directory = local::find(&mut connection, directory, server.system_identifier).await?;
     check_grants(&mut connection, LOCAL).await?;
     let session = BackupMode::start(connection, label, options.fast).await?;
-    let rate = rate(options);
-    Local::open(session, directory, Reading { readers, rate }).await
+    let reading = Reading {
+        readers,
+        rate: rate(options),
+        checksums: server.checksums,
+    };
+    Local::open(session, directory, reading).await
 }
 
 /// The server in backup mode, if the role may read its files.
@@ -135,7 +139,12 @@ async fn open_sql(server: &Server, options: &Options, label: &str, readers: usiz
     check_grants(&mut connection, ALL).await?;
     let session = BackupMode::start(connection, label, options.fast).await?;
     let info = options.conninfo.clone();
-    Sql::open(session, info, server.directory_mode, readers, rate(options)).await
+    let reading = Reading {
+        readers,
+        rate: rate(options),
+        checksums: server.checksums,
+    };
+    Sql::open(session, info, server.directory_mode, reading).await
 }
 
 /// Whether the sources that need more than a replication connection can be used, and if not, why: `local`, then `sql`.

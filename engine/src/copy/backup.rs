@@ -31,8 +31,9 @@ use crate::dedup::{Claim, Index, Known, SessionChunks, confirm_packs};
 use crate::error::{Error, Result};
 use crate::pack::Packer;
 use crate::progress::Progress;
-use crate::restore::data::{RANGES, open_frame, ranges};
+use crate::restore::data::{RANGES, open_frame};
 use crate::restore::plan::{FrameRef, Outline};
+use crate::restore::ranges::ranges;
 use crate::restore::target::info;
 use crate::stanza::Stanza;
 
@@ -294,7 +295,7 @@ async fn content(shared: &Arc<Shared>, source: &Arc<Stanza>, outline: &Outline, 
         let frames = frames.into_iter().filter(|frame| met.insert(frame.id)).collect();
         let needed = not_there(shared, frames, twins, &mut handles);
         let frames: Vec<FrameRef> = needed.iter().map(|(frame, _)| *frame).collect();
-        let fetching = ranges(&frames, &vec![true; frames.len()])
+        let fetching = ranges(&frames, (0..frames.len() as u32).collect())
             .into_iter()
             .map(async |range| {
                 let pack = outline.packs[range.pack as usize];

@@ -1,140 +1,222 @@
-//! What of a directory that is already there is right: content is compared chunk by chunk, by id.
+//! What of a directory that is already there is right: content is compared chunk by chunk, by id; of chunks that
+//! differ, it is noted page by page what is there, so that only pages that differ are written.
+//!
+//! What always holds: a frame is handed on once, when all that it could be compared with has been looked at.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use tokio::sync::mpsc;
+
+use super::crc::Parts;
+use super::data::PAGE_BYTES;
 use super::direct::Input;
 use super::plan::{Placement, Plan};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::stanza::Stanza;
 
-/// For each placement of the plan whether the file has the right content there, and the CRC-32C of that. `there` says
-/// which files may have any.
-pub async fn right(
-    stanza: &Arc<Stanza>,
-    plan: &Arc<Plan>,
-    paths: &Arc<[PathBuf]>,
-    there: &Arc<[bool]>,
-    progress: &Arc<Progress>,
-) -> Result<Vec<Option<u32>>> {
-    let stop = StopOnDrop::default();
-    let comparison = Comparison {
-        stanza: stanza.clone(),
-        plan: plan.clone(),
-        paths: paths.clone(),
-        there: there.clone(),
-        progress: progress.clone(),
-        stopped: stop.0.clone(),
-    };
-    tokio::task::spawn_blocking(move || comparison.run())
-        .await
-        .map_err(|e| Error::failed("comparing files panicked").caused_by(e))?
+/// Placements that a worker takes at once.
+const RUN: usize = 16;
+/// Content of frames that are handed on together, bytes: of those that are close in their pack, one range is asked for.
+const TOGETHER_BYTES: u64 = 64 << 20;
+
+/// Hash of a page, long enough that none is taken for another.
+type PageHash = [u8; 16];
+
+/// What was found so far.
+pub struct Found {
+    /// By placement: whether its file has the right content there.
+    right: Vec<AtomicBool>,
+    /// Pages of those that are whole chunks and not right, by placement.
+    pages: Mutex<HashMap<u32, Vec<PageHash>>>,
 }
 
-/// Threads cannot be dropped: they look whether anybody still waits.
-#[derive(Default)]
-struct StopOnDrop(Arc<AtomicBool>);
+impl Found {
+    /// Nothing has been found.
+    pub fn none(placements: usize) -> Self {
+        Self {
+            right: std::iter::repeat_with(AtomicBool::default).take(placements).collect(),
+            pages: Mutex::default(),
+        }
+    }
 
-impl Drop for StopOnDrop {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
+    /// Whether nothing needs to be written for a placement.
+    pub fn is_right(&self, placement: usize) -> bool {
+        self.right[placement].load(Ordering::Acquire)
+    }
+
+    /// The pages of `content` that are not already there; `None` if that is not known.
+    pub fn differing(&self, placement: usize, content: &[u8]) -> Option<Vec<bool>> {
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        let there = pages.remove(&(placement as u32))?;
+        drop(pages);
+        let hashes = hashes(content);
+        Some(hashes.iter().zip(&there).map(|(a, b)| a != b).collect())
     }
 }
 
-struct Comparison {
-    stanza: Arc<Stanza>,
-    plan: Arc<Plan>,
-    paths: Arc<[PathBuf]>,
-    there: Arc<[bool]>,
-    progress: Arc<Progress>,
-    stopped: Arc<AtomicBool>,
+fn hashes(content: &[u8]) -> Vec<PageHash> {
+    let hash = |page: &[u8]| {
+        let mut hash = PageHash::default();
+        hash.copy_from_slice(&blake3::hash(page).as_bytes()[..16]);
+        hash
+    };
+    content.chunks(PAGE_BYTES).map(hash).collect()
+}
+
+/// What is compared with what.
+pub struct Comparison {
+    /// Repository.
+    pub stanza: Arc<Stanza>,
+    /// Files and frames.
+    pub plan: Arc<Plan>,
+    /// Where content belongs, in the order of frames.
+    pub placements: Arc<[Placement]>,
+    /// Where files are.
+    pub paths: Arc<[PathBuf]>,
+    /// Which files may have any of it.
+    pub there: Arc<[bool]>,
+    /// CRCs of what is right.
+    pub parts: Arc<Parts>,
+    /// Counters.
+    pub progress: Arc<Progress>,
+    /// What is found.
+    pub found: Arc<Found>,
+}
+
+/// Frames on their way to whoever fetches them.
+struct Ready {
+    to: mpsc::Sender<Vec<u32>>,
+    waiting: Mutex<(Vec<u32>, u64)>,
+}
+
+impl Ready {
+    /// Hands on what waits together with `frames`, if that is enough.
+    fn add(&self, plan: &Plan, frames: &[u32], enough: u64) -> Result<()> {
+        let bytes: u64 = frames
+            .iter()
+            .map(|&f| u64::from(plan.frames[f as usize].plain_len))
+            .sum();
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.0.extend(frames);
+        waiting.1 += bytes;
+        if waiting.1 < enough || waiting.0.is_empty() {
+            return Ok(());
+        }
+        let (batch, _) = std::mem::take(&mut *waiting);
+        drop(waiting);
+        // Whoever does not take it any more has failed, or was interrupted.
+        self.to.blocking_send(batch).map_err(|_| Error::interrupted())
+    }
 }
 
 impl Comparison {
-    fn run(&self) -> Result<Vec<Option<u32>>> {
+    /// Looks at everything; frames that are needed go to `to`, some while others are still looked at.
+    pub fn run(&self, to: mpsc::Sender<Vec<u32>>) -> Result<()> {
         let Self {
-            stanza,
             plan,
-            paths,
+            placements,
             there,
-            progress,
-            stopped,
+            ..
         } = self;
-        // Placements of one file, one after the other, so that it is read from front to back.
-        let mut order: Vec<u32> = (0..plan.placements.len() as u32)
-            .filter(|&number| {
-                let placement = &plan.placements[number as usize];
-                there[placement.file as usize] && is_whole(plan, placement)
-            })
+        let mut left: Vec<AtomicU32> = Vec::new();
+        left.resize_with(plan.frames.len(), AtomicU32::default);
+        let needed: Vec<AtomicBool> = plan.frames.iter().map(|_| AtomicBool::new(false)).collect();
+        let mut order: Vec<u32> = Vec::new();
+        for (number, placement) in placements.iter().enumerate() {
+            match there[placement.file as usize] && is_whole(plan, placement) {
+                true => {
+                    *left[placement.frame as usize].get_mut() += 1;
+                    order.push(number as u32);
+                }
+                false => needed[placement.frame as usize].store(true, Ordering::Relaxed),
+            }
+        }
+        let ready = Ready {
+            to,
+            waiting: Mutex::default(),
+        };
+        let at_once: Vec<u32> = (0..plan.frames.len() as u32)
+            .filter(|&f| needed[f as usize].load(Ordering::Relaxed) && left[f as usize].load(Ordering::Relaxed) == 0)
             .collect();
+        ready.add(plan, &at_once, 0)?;
+        // Placements of one file, one after the other, so that it is read from front to back.
         order.sort_unstable_by_key(|&number| {
-            let placement = &plan.placements[number as usize];
+            let placement = &placements[number as usize];
             (placement.file, placement.file_offset)
         });
         let next = AtomicUsize::new(0);
-        let worker = || -> Result<Vec<(u32, u32)>> {
-            let mut right = Vec::new();
+        let worker = || -> Result<()> {
             let mut open: Option<(u32, Input)> = None;
+            let mut frames = Vec::new();
             loop {
-                if stopped.load(Ordering::Relaxed) {
-                    return Err(Error::interrupted());
-                }
                 let from = next.fetch_add(RUN, Ordering::Relaxed);
-                let Some(run) = order
-                    .get(from..order.len().min(from + RUN))
-                    .filter(|run| !run.is_empty())
-                else {
-                    return Ok(right);
+                let Some(run) = order.get(from..order.len().min(from + RUN)) else {
+                    return Ok(());
                 };
+                frames.clear();
                 for &number in run {
-                    let placement = &plan.placements[number as usize];
-                    let file = match &mut open {
-                        Some((file_number, file)) if *file_number == placement.file => file,
-                        other => {
-                            let path = &paths[placement.file as usize];
-                            let file = Input::open(path)
-                                .map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
-                            &mut other.insert((placement.file, file)).1
-                        }
-                    };
-                    // What cannot be read is written anew.
-                    let Ok(content) = file.read(placement.len as usize, placement.file_offset) else {
-                        continue;
-                    };
-                    let frame = &plan.frames[placement.frame as usize];
-                    let epoch = plan.packs[frame.pack as usize].header.epoch;
-                    if stanza.keys_of(epoch)?.chunk_id(content) == frame.id {
-                        right.push((number, crc32c::crc32c(content)));
-                        progress.read_bytes.add(placement.len.into());
-                        progress.deduplicated_bytes.add(placement.len.into());
+                    let frame = placements[number as usize].frame as usize;
+                    if !self.look(number, &mut open)? {
+                        needed[frame].store(true, Ordering::Release);
                     }
+                    let is_last = left[frame].fetch_sub(1, Ordering::AcqRel) == 1;
+                    if is_last && needed[frame].load(Ordering::Acquire) {
+                        frames.push(frame as u32);
+                    }
+                }
+                ready.add(plan, &frames, TOGETHER_BYTES)?;
+                if ready.to.is_closed() {
+                    return Err(Error::interrupted());
                 }
             }
         };
         let workers = std::thread::available_parallelism().map_or(2, usize::from);
-        let found: Vec<Result<Vec<(u32, u32)>>> = std::thread::scope(|scope| {
+        std::thread::scope(|scope| {
             let handles: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
-            let joined = handles.into_iter().map(|handle| {
+            handles.into_iter().try_for_each(|handle| {
                 handle
                     .join()
                     .unwrap_or_else(|_| Err(Error::failed("comparing files panicked")))
-            });
-            joined.collect()
-        });
-        let mut all = vec![None; plan.placements.len()];
-        for numbers in found {
-            for (number, crc) in numbers? {
-                all[number as usize] = Some(crc);
+            })
+        })?;
+        ready.add(plan, &[], 0)
+    }
+
+    /// Whether a placement's content is there; what is there instead is noted.
+    fn look(&self, number: u32, open: &mut Option<(u32, Input)>) -> Result<bool> {
+        let placement = &self.placements[number as usize];
+        let file = match open {
+            Some((file_number, file)) if *file_number == placement.file => file,
+            other => {
+                let path = &self.paths[placement.file as usize];
+                let file = Input::open(path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
+                &mut other.insert((placement.file, file)).1
             }
+        };
+        // What cannot be read is written anew.
+        let Ok(content) = file.read(placement.len as usize, placement.file_offset) else {
+            return Ok(false);
+        };
+        let frame = &self.plan.frames[placement.frame as usize];
+        let epoch = self.plan.packs[frame.pack as usize].header.epoch;
+        if self.stanza.keys_of(epoch)?.chunk_id(content) != frame.id {
+            let mut pages = self.found.pages.lock().unwrap_or_else(PoisonError::into_inner);
+            pages.insert(number, hashes(content));
+            return Ok(false);
         }
-        Ok(all)
+        self.found.right[number as usize].store(true, Ordering::Release);
+        if self.plan.files[placement.file as usize].composed {
+            self.parts.add_crc(placement, crc32c::crc32c(content));
+        }
+        self.progress.read_bytes.add(placement.len.into());
+        self.progress.deduplicated_bytes.add(placement.len.into());
+        Ok(true)
     }
 }
-
-/// Placements that a worker takes at once.
-const RUN: usize = 16;
 
 /// Only a whole chunk has an id.
 fn is_whole(plan: &Plan, placement: &Placement) -> bool {

@@ -11,31 +11,27 @@ use fairvault_format::frame::{FrameKey, FrameReader};
 use fairvault_format::index::PackRef;
 use fairvault_format::names;
 use fairvault_format::proto::FileKind;
-use futures::StreamExt;
-use tokio::sync::Semaphore;
+use futures::{Stream, StreamExt, stream};
+use tokio::sync::{Semaphore, mpsc};
 
+use super::Options;
+use super::compare::{Comparison, Found};
 use super::crc::Parts;
 use super::direct::{DIRECT_BYTES, Output};
 use super::files::{Prepared, create, prepare, sync_file};
 use super::layout::Layout;
 use super::plan::{FrameRef, Placement, Plan};
+use super::ranges::{Range, batches, ranges};
 use super::spans::spans;
 use super::spare::Spares;
-use super::{Options, compare};
 use crate::error::{Context, Error, Kind, Result};
 use crate::progress::Progress;
 use crate::stanza::Stanza;
 
-/// Bytes asked for at once.
-const RANGE_BYTES: u64 = 8 << 20;
-/// Unneeded bytes between two frames that are fetched along rather than asked around.
-const GAP_BYTES: u32 = 256 << 10;
 /// Ranges under way: this bounds memory.
 pub const RANGES: usize = 4;
-/// Content that is decoded and written in one piece of work, bytes.
-const BATCH_BYTES: u64 = 4 << 20;
-/// The smallest hole.
-const HOLE_BYTES: usize = 8192;
+/// The smallest hole, and what is compared where a chunk differs; bytes.
+pub const PAGE_BYTES: usize = 8192;
 /// Files that are synced at the same time.
 const SYNCS: usize = 16;
 
@@ -106,47 +102,6 @@ pub fn open_frame<'a>(
     Ok(chunk)
 }
 
-/// A range of a pack and the frames in it.
-#[derive(Debug, Clone)]
-pub struct Range {
-    /// Pack.
-    pub pack: u32,
-    /// Its first byte in the pack.
-    pub from: u32,
-    /// Behind its last byte.
-    pub to: u32,
-    /// Numbers of the frames.
-    pub frames: Vec<u32>,
-}
-
-/// Cuts the needed frames into ranges, in pack order.
-pub fn ranges(frames: &[FrameRef], needed: &[bool]) -> Vec<Range> {
-    let mut order: Vec<u32> = (0..frames.len() as u32).filter(|&f| needed[f as usize]).collect();
-    order.sort_unstable_by_key(|&f| (frames[f as usize].pack, frames[f as usize].offset));
-    let mut out: Vec<Range> = Vec::new();
-    for number in order {
-        let frame = &frames[number as usize];
-        let end = frame.offset + frame.stored_len;
-        match out.last_mut() {
-            Some(last)
-                if last.pack == frame.pack
-                    && frame.offset <= last.to.saturating_add(GAP_BYTES)
-                    && u64::from(end - last.from) <= RANGE_BYTES =>
-            {
-                last.to = last.to.max(end);
-                last.frames.push(number);
-            }
-            _ => out.push(Range {
-                pack: frame.pack,
-                from: frame.offset,
-                to: end,
-                frames: vec![number],
-            }),
-        }
-    }
-    out
-}
-
 struct Work {
     stanza: Arc<Stanza>,
     plan: Arc<Plan>,
@@ -156,14 +111,20 @@ struct Work {
     /// Pages of zeros are left out, but of files that had any content.
     holes: Option<Arc<[bool]>>,
     /// By frame.
-    placements: Vec<Placement>,
+    placements: Arc<[Placement]>,
     placed_from: Vec<u32>,
+    /// What of that is there already.
+    found: Arc<Found>,
     /// By frame: what is written in one piece, gaps included.
     spans: HashMap<u32, Placement>,
     paths: Arc<[PathBuf]>,
     /// By file, whether it has been made.
     made: Vec<Mutex<bool>>,
-    parts: Parts,
+    /// By file, whether anything was written to it.
+    changed: Vec<AtomicBool>,
+    /// Bytes that were not there already.
+    written: AtomicU64,
+    parts: Arc<Parts>,
     progress: Arc<Progress>,
     /// Twice as many pieces of work at once as there are cores: half of them may be waiting for the disk.
     cores: Semaphore,
@@ -189,25 +150,12 @@ pub async fn write_all(
     let Prepared { there, made } = preparing.await.map_err(panicked)??;
     let there: Arc<[bool]> = there.into();
     let mut placements = plan.placements.clone();
-    let parts = Parts::default();
-    if delta {
-        let right = compare::right(&stanza, plan, &paths, &there, &progress).await?;
-        let mut right = right.into_iter();
-        placements.retain(|placement| match right.next().flatten() {
-            Some(crc) => {
-                parts.add_crc(placement, crc);
-                false
-            }
-            None => true,
-        });
-    }
-    let mut written = count(plan, &there, &placements);
-    progress.files.add(written.files + written.kept);
-    placements.sort_unstable_by_key(|p| p.frame);
-    let mut needed = vec![false; plan.frames.len()];
+    placements.sort_by_key(|p| p.frame);
+    let placements: Arc<[Placement]> = placements.into();
+    let regular = plan.files.iter().filter(|file| file.kind() == FileKind::FileRegular);
+    progress.files.add(regular.count() as u64);
     let mut placed_from = vec![0u32; plan.frames.len() + 1];
-    for placement in &placements {
-        needed[placement.frame as usize] = true;
+    for placement in placements.iter() {
         placed_from[placement.frame as usize + 1] += 1;
     }
     for i in 1..placed_from.len() {
@@ -218,66 +166,88 @@ pub async fn write_all(
         true => HashMap::new(),
         false => spans(&plan.files, &placements),
     };
-    let [first, second] = [true, false].map(|is_span| {
-        let frames = needed.iter().enumerate();
-        let needed: Vec<bool> = frames
-            .map(|(frame, &needed)| needed && spans.contains_key(&(frame as u32)) == is_span)
-            .collect();
-        ranges(&plan.frames, &needed)
-    });
     let work = Arc::new(Work {
         stanza,
         plan: plan.clone(),
         spares: spares.clone(),
         is_away: AtomicBool::new(false),
-        holes: sparse.then_some(there),
+        holes: sparse.then(|| there.clone()),
+        found: Arc::new(Found::none(placements.len())),
         placements,
         placed_from,
         spans,
         paths,
         made,
-        parts,
+        changed: plan.files.iter().map(|_| AtomicBool::new(false)).collect(),
+        written: AtomicU64::new(0),
+        parts: Arc::default(),
         progress,
         cores: Semaphore::new(2 * std::thread::available_parallelism().map_or(2, usize::from)),
         readers: Mutex::default(),
         direct_from: AtomicU64::new(DIRECT_BYTES),
     });
-    // What lies in the gaps of the spans comes after them.
-    for ranges in [first, second] {
-        let fetching = ranges.into_iter().map(|range| fetch(work.clone(), range));
-        let mut running = futures::stream::iter(fetching).buffer_unordered(RANGES);
-        while let Some(result) = running.next().await {
-            result?;
+    match delta {
+        true => write_what_differs(&work, &there).await?,
+        false => {
+            // What lies in the gaps of the spans comes after them.
+            for is_span in [true, false] {
+                let frames = (0..plan.frames.len() as u32).filter(|frame| work.is_placed(*frame));
+                let frames = frames.filter(|frame| work.spans.contains_key(frame) == is_span);
+                fetch_all(&work, stream::iter([frames.collect()])).await?;
+            }
         }
     }
     let synced = work.clone();
     let syncing = tokio::task::spawn_blocking(move || synced.sync_files());
     syncing.await.map_err(panicked)??;
-    written.crcs = work.parts.finish(plan);
-    Ok(written)
-}
-
-fn panicked(error: tokio::task::JoinError) -> Error {
-    Error::failed("writing files panicked").caused_by(error)
-}
-
-/// What is going to be written.
-fn count(plan: &Plan, there: &[bool], placements: &[Placement]) -> Written {
-    let mut written = Written::default();
-    let mut changes = vec![false; plan.files.len()];
-    for placement in placements {
-        changes[placement.file as usize] = true;
-        written.bytes += u64::from(placement.len);
-    }
+    let mut written = Written {
+        bytes: work.written.load(Ordering::Relaxed),
+        crcs: work.parts.finish(plan),
+        ..Default::default()
+    };
     for (number, file) in plan.files.iter().enumerate() {
         if file.kind() == FileKind::FileRegular {
-            match there[number] && !changes[number] {
+            match there[number] && !work.changed[number].load(Ordering::Relaxed) {
                 true => written.kept += 1,
                 false => written.files += 1,
             }
         }
     }
-    written
+    Ok(written)
+}
+
+/// Compares what is there, and meanwhile fetches what differs.
+async fn write_what_differs(work: &Arc<Work>, there: &Arc<[bool]>) -> Result<()> {
+    let comparison = Comparison {
+        stanza: work.stanza.clone(),
+        plan: work.plan.clone(),
+        placements: work.placements.clone(),
+        paths: work.paths.clone(),
+        there: there.clone(),
+        parts: work.parts.clone(),
+        progress: work.progress.clone(),
+        found: work.found.clone(),
+    };
+    // Its thread ends when nobody takes what it sends.
+    let (to, mut differing) = mpsc::channel(1);
+    let comparing = tokio::task::spawn_blocking(move || comparison.run(to));
+    fetch_all(work, stream::poll_fn(|context| differing.poll_recv(context))).await?;
+    comparing.await.map_err(panicked)?
+}
+
+/// Fetches frames and writes their content; of those that come together and are close in their pack, one range is
+/// asked for.
+async fn fetch_all(work: &Arc<Work>, frames: impl Stream<Item = Vec<u32>>) -> Result<()> {
+    let ranges = frames.flat_map(|frames| stream::iter(ranges(&work.plan.frames, frames)));
+    let mut running = std::pin::pin!(ranges.map(|range| fetch(work.clone(), range)).buffer_unordered(RANGES));
+    while let Some(result) = running.next().await {
+        result?;
+    }
+    Ok(())
+}
+
+fn panicked(error: tokio::task::JoinError) -> Error {
+    Error::failed("writing files panicked").caused_by(error)
 }
 
 async fn fetch(work: Arc<Work>, range: Range) -> Result<()> {
@@ -336,27 +306,6 @@ async fn rescue(work: &Arc<Work>, frames: Vec<u32>, why: &Error) -> Result<()> {
 /// Frames that could not be opened, and why the first of them could not.
 type Lost = Option<(Vec<u32>, Error)>;
 
-/// Cuts a range so that each part decodes to a few MiB: a range may decode to very much.
-fn batches(frames: &[FrameRef], range: Range) -> impl Iterator<Item = Range> {
-    let mut parts: Vec<Range> = Vec::new();
-    let mut bytes = BATCH_BYTES;
-    for &number in &range.frames {
-        let len = u64::from(frames[number as usize].plain_len);
-        if bytes + len > BATCH_BYTES {
-            bytes = 0;
-            parts.push(Range {
-                frames: Vec::new(),
-                ..range
-            });
-        }
-        bytes += len;
-        if let Some(part) = parts.last_mut() {
-            part.frames.push(number);
-        }
-    }
-    parts.into_iter()
-}
-
 impl Work {
     /// Makes a file, unless somebody has.
     fn make(&self, number: usize) -> Result<()> {
@@ -398,42 +347,76 @@ impl Work {
         Ok(lost)
     }
 
-    /// Writes a frame's content to where it belongs.
+    /// Where a frame's content belongs: positions in `placements`.
+    fn placed(&self, frame: u32) -> std::ops::Range<usize> {
+        let [from, to] = [frame, frame + 1].map(|f| self.placed_from[f as usize] as usize);
+        from..to
+    }
+
+    fn is_placed(&self, frame: u32) -> bool {
+        !self.placed(frame).is_empty()
+    }
+
+    /// Writes a frame's content to where it belongs and is not yet.
     fn write(&self, open: &mut Option<(u32, Output)>, number: u32, chunk: &[u8]) -> Result<()> {
-        let (a, b) = (
-            self.placed_from[number as usize] as usize,
-            self.placed_from[number as usize + 1] as usize,
-        );
-        let placements = &self.placements[a..b];
-        for p in placements {
-            self.parts.add(
-                &self.plan,
-                p,
-                &chunk[p.frame_offset as usize..(p.frame_offset + p.len) as usize],
-            );
+        let span = self.spans.get(&number);
+        for at in self.placed(number).filter(|&at| !self.found.is_right(at)) {
+            let p = &self.placements[at];
+            let content = &chunk[p.frame_offset as usize..(p.frame_offset + p.len) as usize];
+            self.parts.add(&self.plan, p, content);
             self.progress.read_bytes.add(p.len.into());
-        }
-        let span = self.spans.get(&number).map(std::slice::from_ref);
-        for p in span.unwrap_or(placements) {
-            let path = &self.paths[p.file as usize];
-            let what = |e| Error::io(format_args!("writing {}", path.display()), e);
-            let file = match &mut *open {
-                Some((file_number, file)) if *file_number == p.file => file,
-                other => {
-                    self.make(p.file as usize)?;
-                    let is_large = self.plan.files[p.file as usize].size >= self.direct_from.load(Ordering::Relaxed);
-                    &mut other.insert((p.file, Output::open(path, is_large))).1
-                }
+            self.changed[p.file as usize].store(true, Ordering::Relaxed);
+            let runs = match self.found.differing(at, content) {
+                Some(differs) => runs(content, |page, _| differs[page]),
+                None if self.leaves_holes(p.file) => runs(content, |_, page| page.iter().any(|&byte| byte != 0)),
+                None => std::iter::once(0..content.len()).collect(),
             };
-            let content = &chunk[p.frame_offset as usize..p.frame_offset as usize + p.len as usize];
-            let leaves_holes = self.holes.as_ref().is_some_and(|there| !there[p.file as usize]);
-            for run in runs(content, leaves_holes) {
-                let at = run.start;
-                let wrote = file.write(&content[run], p.frame_offset + at as u32, p.file_offset + at as u64);
-                if !wrote.map_err(what)? {
-                    // This file system does not do it.
-                    self.direct_from.store(u64::MAX, Ordering::Relaxed);
-                }
+            let bytes: usize = runs.iter().map(std::ops::Range::len).sum();
+            self.written.fetch_add(bytes as u64, Ordering::Relaxed);
+            if span.is_none() {
+                self.write_runs(open, p, content, &runs)?;
+            }
+        }
+        match span {
+            Some(p) => {
+                let content = &chunk[p.frame_offset as usize..(p.frame_offset + p.len) as usize];
+                self.write_runs(open, p, content, std::slice::from_ref(&(0..content.len())))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Whether pages of zeros are left out of a file.
+    fn leaves_holes(&self, file: u32) -> bool {
+        self.holes.as_ref().is_some_and(|there| !there[file as usize])
+    }
+
+    fn write_runs(
+        &self,
+        open: &mut Option<(u32, Output)>,
+        p: &Placement,
+        content: &[u8],
+        runs: &[std::ops::Range<usize>],
+    ) -> Result<()> {
+        let path = &self.paths[p.file as usize];
+        let file = match &mut *open {
+            Some((file_number, file)) if *file_number == p.file => file,
+            other => {
+                self.make(p.file as usize)?;
+                let is_large = self.plan.files[p.file as usize].size >= self.direct_from.load(Ordering::Relaxed);
+                &mut other.insert((p.file, Output::open(path, is_large))).1
+            }
+        };
+        for run in runs {
+            let at = run.start;
+            let wrote = file.write(
+                &content[run.clone()],
+                p.frame_offset + at as u32,
+                p.file_offset + at as u64,
+            );
+            if !wrote.map_err(|e| Error::io(format_args!("writing {}", path.display()), e))? {
+                // This file system does not do it.
+                self.direct_from.store(u64::MAX, Ordering::Relaxed);
             }
         }
         Ok(())
@@ -467,16 +450,13 @@ impl Work {
     }
 }
 
-/// What of some content is to be written: all of it, or the runs of pages that are not only zeros.
-fn runs(content: &[u8], leaves_holes: bool) -> Vec<std::ops::Range<usize>> {
-    if !leaves_holes {
-        return std::iter::once(0..content.len()).collect();
-    }
+/// The runs of pages of some content that are wanted, by number and content.
+fn runs(content: &[u8], wanted: impl Fn(usize, &[u8]) -> bool) -> Vec<std::ops::Range<usize>> {
     let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
-    for (number, page) in content.chunks(HOLE_BYTES).enumerate() {
-        let from = number * HOLE_BYTES;
+    for (number, page) in content.chunks(PAGE_BYTES).enumerate() {
+        let from = number * PAGE_BYTES;
         match runs.last_mut() {
-            _ if page.iter().all(|&byte| byte == 0) => {}
+            _ if !wanted(number, page) => {}
             Some(last) if last.end == from => last.end += page.len(),
             _ => runs.push(from..from + page.len()),
         }

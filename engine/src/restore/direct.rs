@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use fairvault_format::frame::CHUNK_ALIGN;
 
+use crate::cached::read_past;
+
 /// Files of this size and more are written past the kernel's cache: what is restored is larger than that, more often
 /// than not, and copying into it costs more than all else.
 pub const DIRECT_BYTES: u64 = 1 << 20;
@@ -82,9 +84,12 @@ pub struct Input {
 }
 
 impl Input {
-    /// Opens a file; past the cache if it is large and the file system does that.
+    /// Opens a file; what is not in the cache is read past it, if kernel and file system do that, for files of any size
+    /// or only for large ones.
     pub fn open(path: &Path) -> std::io::Result<Self> {
         let cached = File::open(path)?;
+        // The kernel must not read ahead: that would stay in its cache.
+        let _ = rustix::fs::fadvise(&cached, 0, None, rustix::fs::Advice::Random);
         let direct = match cached.metadata()?.len() >= DIRECT_BYTES {
             true => open_direct(OpenOptions::new().read(true), path),
             false => None,
@@ -103,6 +108,11 @@ impl Input {
         }
         let from = self.buffer.as_ptr().align_offset(CHUNK_ALIGN) % CHUNK_ALIGN;
         let bytes = &mut self.buffer[from..from + len];
+        match read_past(&self.cached, bytes, at)? {
+            Some(done) if done == len => return Ok(bytes),
+            Some(_) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            None => {}
+        }
         let is_aligned = len.is_multiple_of(CHUNK_ALIGN) && at.is_multiple_of(CHUNK_ALIGN as u64);
         let direct = self.direct.as_ref().filter(|_| is_aligned);
         if direct.is_none_or(|file| file.read_exact_at(bytes, at).is_err()) {

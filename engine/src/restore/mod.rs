@@ -12,6 +12,7 @@ mod files;
 pub mod layout;
 pub mod pgmanifest;
 pub mod plan;
+pub mod ranges;
 pub mod reader;
 pub mod settings;
 mod spans;

@@ -1,6 +1,7 @@
 //! Bytes out of a cluster. Every source feeds the same pipeline: entries of the file tree, and chunks of
 //! file content that begin at multiples of the chunk size.
 
+mod again;
 pub mod backup_mode;
 mod copy_rows;
 pub mod local;

@@ -13,8 +13,10 @@ use fairvault_format::limits::CHUNK_BYTES;
 use fairvault_format::proto::{self, FileKind};
 use tokio::task::JoinSet;
 
+use super::again::{READS, torn};
 use super::backup_mode::{BackupMode, CONTROL_READS, finish};
 use super::copy_rows::Rows;
+use super::local::Reading;
 use super::pace::Pace;
 use super::stream::Ended;
 use super::walk::{CONTROL, EMPTY, is_left_out};
@@ -42,6 +44,7 @@ pub struct Sql {
     mode: u32,
     readers: Vec<Connection>,
     pace: Arc<Pace>,
+    checksums: bool,
 }
 
 /// A file as the server lists it.
@@ -54,13 +57,7 @@ struct Listed {
 
 impl Sql {
     /// Looks for tablespaces. The server is in backup mode.
-    pub async fn open(
-        mut session: BackupMode,
-        info: ConnInfo,
-        mode: u32,
-        connections: usize,
-        rate: Option<u64>,
-    ) -> Result<Self> {
+    pub async fn open(mut session: BackupMode, info: ConnInfo, mode: u32, reading: Reading) -> Result<Self> {
         let version_folder = session.version_folder().await?;
         let query =
             "SELECT oid, pg_tablespace_location(oid) FROM pg_tablespace WHERE oid NOT IN (1663, 1664) ORDER BY oid";
@@ -78,7 +75,7 @@ impl Sql {
             });
         }
         let mut readers = Vec::new();
-        for _ in 0..connections {
+        for _ in 0..reading.readers {
             readers.push(reader(&info, &mut session).await?);
         }
         Ok(Self {
@@ -87,7 +84,8 @@ impl Sql {
             version_folder,
             mode,
             readers,
-            pace: Arc::new(Pace::new(rate)),
+            pace: Arc::new(Pace::new(reading.rate)),
+            checksums: reading.checksums,
         })
     }
 
@@ -110,6 +108,7 @@ impl Sql {
             mode,
             readers: connections,
             pace,
+            checksums,
         } = self;
         let has_summaries = session.connection.major() >= 17;
         let found = list(&mut session.connection, &listed, &version_folder).await?;
@@ -144,7 +143,7 @@ impl Sql {
                 });
             }
         }
-        let queue = Arc::new(Queue::new(files));
+        let queue = Arc::new(Queue::new(files, checksums));
         let mut readers = JoinSet::new();
         for connection in connections {
             readers.spawn(read_ranges(connection, queue.clone(), feed.outlet(), pace.clone()));
@@ -289,6 +288,8 @@ async fn list(
 struct Queue {
     left: Mutex<Left>,
     ended: Mutex<Ends>,
+    /// Pages that are wrong are asked for again.
+    checksums: bool,
 }
 
 /// What became of files other than what was listed.
@@ -303,6 +304,8 @@ struct Ends {
 struct Left {
     files: std::vec::IntoIter<File>,
     current: Option<File>,
+    /// To be asked for once more.
+    again: Vec<Asked>,
 }
 
 /// A file, and what nobody has asked for yet of it.
@@ -329,12 +332,30 @@ struct Asked {
     path: Arc<str>,
     runs: Box<[Run]>,
     whole: bool,
+    /// How much is likely to come, bytes: a file that is asked for as a whole may be small.
+    likely: u64,
     /// What came, while rows are missing.
     content: Vec<u8>,
     missing: usize,
+    /// How often it was asked for before.
+    before: usize,
 }
 
 impl Asked {
+    /// The same once more.
+    fn again(&self) -> Self {
+        Self {
+            number: self.number,
+            path: self.path.clone(),
+            missing: self.runs.len(),
+            runs: self.runs.clone(),
+            whole: self.whole,
+            likely: self.likely,
+            content: Vec::new(),
+            before: self.before + 1,
+        }
+    }
+
     fn len(&self) -> usize {
         self.runs.iter().map(|run| run.len as usize).sum()
     }
@@ -351,25 +372,30 @@ impl File {
             Chunks::Of(chunks) => (chunks.next()?, false),
             Chunks::None => return None,
         };
+        let len: u64 = runs.iter().map(|run| u64::from(run.len)).sum();
         Some(Asked {
             number: self.number,
             path: self.path.clone(),
             missing: runs.len(),
+            likely: len.min(self.size.max(u64::from(BLOCK_BYTES))),
             runs: runs.into(),
             whole,
             content: Vec::new(),
+            before: 0,
         })
     }
 }
 
 impl Queue {
-    fn new(files: Vec<File>) -> Self {
+    fn new(files: Vec<File>, checksums: bool) -> Self {
         Self {
             left: Mutex::new(Left {
                 files: files.into_iter(),
                 current: None,
+                again: Vec::new(),
             }),
             ended: Mutex::default(),
+            checksums,
         }
     }
 
@@ -378,16 +404,34 @@ impl Queue {
         let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut asked, mut bytes, mut rows) = (Vec::new(), 0, 0);
         while bytes < QUERY_BYTES && rows < QUERY_RANGES {
+            if let Some(chunk) = left.again.pop() {
+                bytes += chunk.likely;
+                rows += chunk.runs.len();
+                asked.push(chunk);
+                continue;
+            }
             let Some(mut file) = left.current.take().or_else(|| left.files.next()) else {
                 break;
             };
             let Some(chunk) = file.next() else { continue };
-            bytes += (chunk.len() as u64).min(file.size.max(u64::from(BLOCK_BYTES)));
+            bytes += chunk.likely;
             rows += chunk.runs.len();
             asked.push(chunk);
             left.current = Some(file);
         }
         asked
+    }
+
+    /// Whether what came of a chunk goes on. If a page in it is wrong, it is asked for again a few times; who asks this
+    /// takes the next query afterwards, so that no chunk is forgotten.
+    fn is_final(&self, chunk: &Asked, bytes: &[u8]) -> bool {
+        let may_be_torn = self.checksums && !chunk.whole && chunk.before < READS;
+        if !may_be_torn || torn(&chunk.path, &chunk.runs, bytes).is_empty() {
+            return true;
+        }
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        left.again.push(chunk.again());
+        false
     }
 
     fn note(&self, note: impl FnOnce(&mut Ends)) {
@@ -408,8 +452,7 @@ async fn read_ranges(mut connection: Connection, queue: Arc<Queue>, outlet: Outl
             if asked.is_empty() {
                 break;
             }
-            pace.wait_async(asked.iter().map(|chunk| chunk.len() as u64).sum())
-                .await;
+            pace.wait_async(asked.iter().map(|chunk| chunk.likely).sum()).await;
             connection.send_query(&query(&asked)).await?;
             under_way.push_back(asked);
         }
@@ -460,6 +503,7 @@ async fn answer(connection: &mut Connection, mut asked: Vec<Asked>, queue: &Queu
             let (chunk, run) = places[row];
             if let Some(bytes) = take(&mut asked[chunk], run, content, queue)?
                 && !bytes.is_empty()
+                && queue.is_final(&asked[chunk], &bytes)
             {
                 let chunk = &asked[chunk];
                 let mut runs = chunk.runs.clone();
@@ -535,5 +579,49 @@ fn grants(error: Error) -> Error {
     match error.to_string().contains("SQLSTATE 42501") {
         true => error.remedy("`fairvault check` prints what to grant"),
         false => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How often a file's one chunk is asked for whose content is always this.
+    fn times(path: &str, content: &[u8], checksums: bool) -> usize {
+        let size = content.len() as u64;
+        let file = File {
+            number: 3,
+            path: path.into(),
+            size,
+            chunks: match is_whole(path, size) {
+                true => Chunks::Whole,
+                false => Chunks::Of(Wanted::All.chunks(size)),
+            },
+        };
+        let queue = Queue::new(vec![file], checksums);
+        let mut times = 0;
+        loop {
+            let asked = queue.next();
+            let [chunk] = &asked[..] else { return times };
+            assert_eq!((chunk.number, &*chunk.path, chunk.missing), (3, path, 1));
+            assert_eq!(
+                chunk.likely,
+                size.max(u64::from(BLOCK_BYTES)),
+                "what a limit of the rate counts"
+            );
+            times += 1;
+            queue.is_final(chunk, content);
+        }
+    }
+
+    #[test]
+    fn a_chunk_with_a_torn_page_is_asked_for_again_a_few_times() {
+        let wrong = [7; 2 * BLOCK_BYTES as usize];
+        assert_eq!(times("base/5/77", &wrong, true), 1 + READS);
+        // There is nothing to be wrong.
+        assert_eq!(times("base/5/77", &wrong, false), 1);
+        assert_eq!(times("base/5/77", &[0; 2 * BLOCK_BYTES as usize], true), 1);
+        assert_eq!(times("pg_xact/0000", &wrong, true), 1);
+        assert_eq!(times("PG_VERSION", b"15\n", true), 1);
     }
 }

@@ -251,4 +251,33 @@ mod tests {
             assert!(!out(path), "{path}");
         }
     }
+
+    #[test]
+    fn pg_control_is_not_among_the_files_that_are_read_in_turn() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path();
+        for name in ["base/5", "global", "pg_wal/archive_status"] {
+            std::fs::create_dir_all(at.join(name)).unwrap();
+        }
+        let files = [
+            "PG_VERSION",
+            "base/5/1259",
+            "base/5/pg_control",
+            CONTROL,
+            "global/1262",
+            "pg_wal/000000010000000000000001",
+            "postmaster.pid",
+        ];
+        for name in files {
+            std::fs::write(at.join(name), "x").unwrap();
+        }
+        let tree = walk(at, &[], "PG_15_202209061", false).unwrap();
+        let mut paths: Vec<&str> = tree.files.iter().map(|file| &*file.path).collect();
+        paths.sort_unstable();
+        assert_eq!(paths, ["PG_VERSION", "base/5/1259", "base/5/pg_control", "global/1262"]);
+        assert!(tree.strange.is_empty(), "{:?}", tree.strange);
+        let mut folders: Vec<&str> = tree.folders.iter().map(|folder| &*folder.path).collect();
+        folders.sort_unstable();
+        assert_eq!(folders, ["base", "base/5", "global", "pg_wal", "pg_wal/archive_status"]);
+    }
 }

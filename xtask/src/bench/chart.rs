@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::compare::Row;
+use super::report::Row;
 
 const BAR: usize = 16;
 const LEFT: usize = 330;

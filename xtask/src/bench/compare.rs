@@ -1,8 +1,7 @@
 //! `cargo xtask bench compare`: base backups and restores of several data sets, beside pgBackRest,
 //! pg_basebackup and Barman on the same server, each with two workers.
 //!
-//! Every run begins with an empty repository and an empty directory, a delta restore with an empty kernel's cache of
-//! files. Nothing is deleted before all is measured: file systems pay for what was deleted a moment ago (discarded
+//! Every run begins with an empty repository and an empty directory. Nothing is deleted before all is measured: file systems pay for what was deleted a moment ago (discarded
 //! blocks, inodes that must not be used again yet). Each round runs every tool once, in turn; what is shown are the
 //! medians, and their ratios to pgBackRest at zstd level 3.
 
@@ -10,11 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::s3::S3;
 use fairvault_tests::{Fixture, Shape, run, tools};
 
 use super::data::{ALL, Data};
-use super::{chart, elsewhere, results, size_of, timed};
+use super::report::{Row, report};
+use super::{elsewhere, size_of, timed};
 
 /// A tool with its settings.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -69,25 +70,24 @@ pub struct Cost {
     pub stored: f64,
     /// Read from files and pipes by the tool's own processes, MiB: not what comes from a server.
     pub read: f64,
-}
-
-/// The medians of a tool on a data set and place.
-pub struct Row {
-    /// Data set and place.
-    pub data: String,
-    /// What was done.
-    pub action: &'static str,
-    /// Tool.
-    pub tool: &'static str,
-    /// Medians.
-    pub cost: Cost,
+    /// To and from an S3 server, MiB.
+    pub network: f64,
+    /// Requests to an S3 server, where they were counted.
+    pub requests: u64,
 }
 
 /// Barman for object stores, pinned.
 const BARMAN: [&str; 3] = ["barman==3.19.1", "boto3==1.44.8", "psycopg2-binary"];
 
+const MIB: f64 = 1_048_576.0;
+
 /// What is measured.
-const ACTIONS: [&str; 3] = ["full backup", "restore", "delta restore, 1 % damaged"];
+const ACTIONS: [&str; 4] = [
+    "full backup",
+    "restore",
+    "delta restore, 1 % damaged",
+    "delta restore, nothing cached",
+];
 
 /// Builds with optimisation, and runs there.
 pub fn run_it(size: u32, rounds: usize, only: Option<&str>) -> Result<()> {
@@ -128,17 +128,17 @@ fn compare(data: &Data, size: u32, rounds: usize, rows: &mut Vec<Row>) -> Result
     // WAL of before is no part of a backup.
     s.sql("select pg_switch_wal(); checkpoint")?;
     let bytes: f64 = s.sql("select sum(pg_database_size(oid)) from pg_database")?.parse()?;
-    println!("{:.0} MiB in databases", bytes / 1_048_576.0);
+    println!("{:.0} MiB in databases", bytes / MIB);
     let s3 = S3::start_tls(&s.scratch, "bucket")?;
     for place in [None, Some(&s3)] {
         let title = format!("{}, {}", data.name, if place.is_some() { "S3" } else { "directory" });
         // pg_basebackup knows folders only, barman-cloud object stores.
         let in_place = |tool: &&Tool| match place {
             None => **tool != Tool::Barman,
-            Some(_) => matches!(tool, Tool::PeerZstd | Tool::Ours | Tool::Barman),
+            Some(_) => matches!(tool, Tool::PeerZstd | Tool::Ours | Tool::OursZstd | Tool::Barman),
         };
         let tools: Vec<Tool> = Tool::ALL.iter().filter(in_place).copied().collect();
-        let mut costs: Vec<[Vec<Cost>; 3]> = tools.iter().map(|_| Default::default()).collect();
+        let mut costs: Vec<[Vec<Cost>; ACTIONS.len()]> = tools.iter().map(|_| Default::default()).collect();
         for round in 0..rounds {
             for (tool, costs) in tools.iter().zip(&mut costs) {
                 let run = Run {
@@ -148,7 +148,7 @@ fn compare(data: &Data, size: u32, rounds: usize, rows: &mut Vec<Row>) -> Result
                     id: format!("{}{round}{}", *tool as u8, u8::from(place.is_some())),
                     more: "",
                 };
-                run.all(costs)?;
+                run.all(place, costs)?;
             }
         }
         for (action, name) in ACTIONS.iter().enumerate() {
@@ -161,6 +161,36 @@ fn compare(data: &Data, size: u32, rounds: usize, rows: &mut Vec<Row>) -> Result
                 });
             }
         }
+    }
+    drop(s3);
+    count_requests(data, &s, rows)
+}
+
+/// A backup and a restore by fairvault, for their requests: those of before were encrypted.
+fn count_requests(data: &Data, s: &Fixture, rows: &mut Vec<Row>) -> Result<()> {
+    let s3 = S3::start(&s.scratch, "bucket")?;
+    let proxy = Proxy::start(Target::Port(s3.port))?;
+    let run = Run {
+        s,
+        tool: Tool::Ours,
+        s3: Some(format!("http://127.0.0.1:{}", proxy.port)),
+        id: "counted".to_owned(),
+        more: "",
+    };
+    run.prepare()?;
+    for (action, command) in ACTIONS.iter().zip([run.backup("full"), run.restore(false)]) {
+        let before = proxy.requests();
+        let mut cost = run.measure(command)?;
+        // The proxy is between them: all went over the network twice, and took its time.
+        cost.network /= 2.0;
+        cost.requests = proxy.requests() - before;
+        println!("{action}: {} requests", cost.requests);
+        rows.push(Row {
+            data: format!("{}, S3, requests counted", data.name),
+            action,
+            tool: run.tool.name(),
+            cost,
+        });
     }
     Ok(())
 }
@@ -177,6 +207,8 @@ fn median(costs: &[Cost]) -> Cost {
         memory: of(|c| c.memory),
         stored: of(|c| c.stored),
         read: of(|c| c.read),
+        network: of(|c| c.network),
+        requests: costs.iter().map(|c| c.requests).max().unwrap_or_default(),
     }
 }
 
@@ -195,47 +227,50 @@ pub struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// A backup, a restore, a restore over damage.
-    fn all(&self, costs: &mut [Vec<Cost>; 3]) -> Result<()> {
+    /// A backup, a restore, and restores over damage.
+    fn all(&self, s3: Option<&S3>, costs: &mut [Vec<Cost>; ACTIONS.len()]) -> Result<()> {
         let [repository, restored] = ["repo", "restored"].map(|name| self.s.scratch.join(&self.name(name)));
         self.prepare()?;
         // Each tool finds the cluster in the kernel's cache.
-        for file in fairvault_tests::fixture::files(&self.s.server.data) {
-            // One that has gone meanwhile needs no warmth.
-            if let Ok(mut file) = std::fs::File::open(file) {
-                std::io::copy(&mut file, &mut std::io::sink())?;
-            }
-        }
+        warm(&self.s.server.data)?;
         let mut cost = self.measure(self.backup("full"))?;
-        if self.s3.is_none() {
-            cost.stored = size_of(&repository) as f64 / 1_048_576.0;
-        }
+        let stored = match s3 {
+            None => size_of(&repository),
+            Some(s3) => s3.stored("bucket", &format!("{}/", self.name("repo")))?,
+        };
+        cost.stored = stored as f64 / MIB;
         self.note(0, cost, costs);
         if self.tool != Tool::BaseBackup {
             let cost = self.measure(self.restore(false))?;
             self.note(1, cost, costs);
         }
         if !matches!(self.tool, Tool::BaseBackup | Tool::Barman) {
+            // What a restore before has left in the kernel's cache is another matter for each tool: once it is all
+            // there, and once nothing.
             damage(&restored)?;
-            // What a restore before has left in the kernel's cache is another matter for each tool.
+            warm(&restored)?;
+            let cost = self.measure(self.restore(true))?;
+            self.note(2, cost, costs);
+            damage(&restored)?;
             run(&mut Command::new("sync"))?;
             std::fs::write("/proc/sys/vm/drop_caches", "1")?;
             let cost = self.measure(self.restore(true))?;
-            self.note(2, cost, costs);
+            self.note(3, cost, costs);
         }
         Ok(())
     }
 
-    fn note(&self, action: usize, cost: Cost, costs: &mut [Vec<Cost>; 3]) {
+    fn note(&self, action: usize, cost: Cost, costs: &mut [Vec<Cost>; ACTIONS.len()]) {
         println!(
-            "{:<28} {:<26} {:>7.2} s wall {:>7.2} s CPU {:>5.0} MiB peak {:>8.1} MiB stored {:>7.0} MiB read",
+            "{:<28} {:<26} {:>7.2} s wall {:>7.2} s CPU {:>5.0} MiB peak {:>8.1} MiB stored {:>7.0} MiB read {:>7.0} MiB over the network",
             self.tool.name(),
             ACTIONS[action],
             cost.wall,
             cost.cpu,
             cost.memory,
             cost.stored,
-            cost.read
+            cost.read,
+            cost.network
         );
         costs[action].push(cost);
     }
@@ -433,17 +468,19 @@ impl Run<'_> {
         if let Some(folder) = command.get_current_dir() {
             timed_command.current_dir(folder);
         }
-        let before = read_by_children()?;
+        let (read_before, network_before) = (read_by_children()?, over_loopback()?);
         let (wall, cpu) = timed(|| run(&mut timed_command).map(drop))?;
-        let read = (read_by_children()? - before) / 1_048_576.0;
+        let read = (read_by_children()? - read_before) / MIB;
+        let network = (over_loopback()? - network_before) / MIB;
         let text = std::fs::read_to_string(&file)?;
         let peak: f64 = text.lines().last().context("no peak")?.trim().parse()?;
         Ok(Cost {
             wall,
             cpu,
             memory: peak / 1024.0,
-            stored: 0.0,
             read,
+            network,
+            ..Default::default()
         })
     }
 }
@@ -453,6 +490,27 @@ fn read_by_children() -> Result<f64> {
     let text = std::fs::read_to_string("/proc/self/io")?;
     let line = text.lines().find_map(|line| line.strip_prefix("rchar: "));
     Ok(line.context("no rchar in /proc/self/io")?.trim().parse()?)
+}
+
+/// Bytes that this machine has sent to itself: servers of databases are spoken to by other means.
+fn over_loopback() -> Result<f64> {
+    let text = std::fs::read_to_string("/proc/net/dev")?;
+    let line = text.lines().find_map(|line| line.trim().strip_prefix("lo:"));
+    let bytes = line
+        .and_then(|line| line.split_whitespace().next())
+        .context("no lo in /proc/net/dev")?;
+    Ok(bytes.parse()?)
+}
+
+/// Brings a folder's files into the kernel's cache.
+fn warm(folder: &Path) -> Result<()> {
+    for file in fairvault_tests::fixture::files(folder) {
+        // One that has gone meanwhile needs no warmth.
+        if let Ok(mut file) = std::fs::File::open(file) {
+            std::io::copy(&mut file, &mut std::io::sink())?;
+        }
+    }
+    Ok(())
 }
 
 /// Overwrites one page in a hundred of the relation files, always the same ones.
@@ -472,50 +530,5 @@ fn damage(folder: &Path) -> Result<()> {
             }
         }
     }
-    Ok(())
-}
-
-fn report(rows: &[Row], size: u32) -> Result<()> {
-    let mut table = String::from(
-        "| data, place | action | tool | wall s | CPU s | peak MiB | stored MiB | read MiB | wall | CPU | stored | read |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n",
-    );
-    let mut json = Vec::new();
-    for row in rows {
-        let base = rows
-            .iter()
-            .find(|base| base.tool == Tool::PeerZstd.name() && base.data == row.data && base.action == row.action)
-            .map(|base| base.cost)
-            .unwrap_or_default();
-        let ratio = |ours: f64, theirs: f64| match theirs > 0.0 && ours > 0.0 {
-            true => format!("{:.2}", ours / theirs),
-            false => String::new(),
-        };
-        let cost = row.cost;
-        table += &format!(
-            "| {} | {} | {} | {:.2} | {:.2} | {:.0} | {:.1} | {:.0} | {} | {} | {} | {} |\n",
-            row.data,
-            row.action,
-            row.tool,
-            cost.wall,
-            cost.cpu,
-            cost.memory,
-            cost.stored,
-            cost.read,
-            ratio(cost.wall, base.wall),
-            ratio(cost.cpu, base.cpu),
-            ratio(cost.stored, base.stored),
-            ratio(cost.read, base.read)
-        );
-        json.push(serde_json::json!({
-            "data": row.data, "action": row.action, "tool": row.tool, "wall_s": cost.wall, "cpu_s": cost.cpu,
-            "peak_mib": cost.memory, "stored_mib": cost.stored, "read_mib": cost.read,
-        }));
-    }
-    let folder = results()?;
-    std::fs::write(folder.join("compare.md"), &table)?;
-    let json = serde_json::json!({ "size": size, "rows": json });
-    std::fs::write(folder.join("compare.json"), format!("{json}\n"))?;
-    std::fs::write(folder.join("compare.svg"), chart::bars(rows, Tool::PeerZstd.name()))?;
-    println!("\n{table}\nwritten to {}", folder.display());
     Ok(())
 }

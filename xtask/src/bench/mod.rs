@@ -6,6 +6,7 @@ pub mod compare;
 mod data;
 pub mod incremental;
 pub mod replay;
+mod report;
 pub mod scale;
 pub mod sync;
 pub mod wal;
