@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use fairvault_benches::{CHUNK, RUN, RUN_START, heap, index, text, wal as run_of_wal};
+use fairvault_benches::{CHUNK, RUN, RUN_START, heap, index, names, ragged, text, wal as run_of_wal};
 use fairvault_engine::backup::cut::cuts;
 use fairvault_engine::codec::{Codec, Content};
 use fairvault_engine::dedup::{Index, SessionChunks};
@@ -69,7 +69,13 @@ fn checks(c: &mut Criterion) {
 fn transform(c: &mut Criterion) {
     let mut group = c.benchmark_group("pages");
     group.throughput(Throughput::Bytes(CHUNK as u64));
-    for (name, plain) in chunks().into_iter().take(2) {
+    let chunks = [
+        ("heap", heap()),
+        ("index", index()),
+        ("heap, NULLs and all lengths", ragged()),
+        ("index, texts", names()),
+    ];
+    for (name, plain) in chunks {
         let (mut encoder, mut out) = (Encoder::default(), Vec::new());
         let plan = encoder.propose(&plain, 4, 4);
         assert_eq!(

@@ -83,6 +83,58 @@ pub fn index() -> Vec<u8> {
     pages.flatten().collect()
 }
 
+/// A chunk of a table whose tuples have NULLs and texts of all lengths, so that no two are alike.
+pub fn ragged() -> Vec<u8> {
+    let mut numbers = Numbers(3);
+    let pages = (0..(CHUNK / PAGE) as u32).map(|block| {
+        page(0, |number| {
+            let nulls = numbers.next() as u8 & 0b1110;
+            let mut tuple = Vec::with_capacity(160);
+            tuple.extend((700 + numbers.next() as u32 % 3).to_le_bytes());
+            tuple.extend([0; 8]);
+            tuple.extend(((block >> 16) as u16).to_le_bytes());
+            tuple.extend((block as u16).to_le_bytes());
+            tuple.extend(number.to_le_bytes());
+            tuple.extend([4, 0, 3, 9, 24, !nulls]);
+            tuple.extend((numbers.next() as u32).to_le_bytes());
+            for column in 1..4 {
+                if nulls & 1 << column == 0 {
+                    let len = (numbers.next() % 40) as usize;
+                    tuple.push((len as u8 + 1) << 1 | 1);
+                    tuple.extend(std::iter::repeat_with(|| b'a' + (numbers.next() % 26) as u8).take(len));
+                }
+            }
+            tuple
+        })
+    });
+    pages.flatten().collect()
+}
+
+/// A chunk of a B-tree on texts of all lengths in order.
+pub fn names() -> Vec<u8> {
+    let mut numbers = Numbers(4);
+    let mut id = 0u64;
+    let pages = (0..CHUNK / PAGE).map(|_| {
+        page(16, |number| {
+            id += 1 + numbers.next() % 50;
+            let key = format!(
+                "customer-{id:09}{}",
+                &"-abcdefghijklmnop"[..(numbers.next() % 17) as usize]
+            );
+            let len = (8 + 1 + key.len()).next_multiple_of(8);
+            let mut item = Vec::with_capacity(len);
+            item.extend((numbers.next() as u32 % 10_000).to_le_bytes());
+            item.extend(number.to_le_bytes());
+            item.extend((len as u16 | 0x4000).to_le_bytes());
+            item.push((key.len() as u8 + 1) << 1 | 1);
+            item.extend(key.bytes());
+            item.resize(len, 0);
+            item
+        })
+    });
+    pages.flatten().collect()
+}
+
 /// A chunk of a text.
 pub fn text() -> Vec<u8> {
     (0u64..)

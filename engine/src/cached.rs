@@ -26,7 +26,7 @@ pub fn read_past(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<
             Ok(0) => break,
             Ok(n) => done += n,
             Err(Errno::INTR) => {}
-            Err(Errno::OPNOTSUPP) => return Ok(None),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => return Ok(None),
             Err(error) => return Err(error.into()),
         }
     }
@@ -60,7 +60,7 @@ mod tests {
     #[test]
     fn kernels_that_drop_what_is_being_written_are_not_asked_to() {
         let is_safe = |release: &str| version(release).is_some_and(|version| version >= SAFE_SINCE);
-        for release in ["6.18.44-fc-v657\n", "6.16.0", "6.100.1", "7.0-rc1\n"] {
+        for release in ["6.18.4-1-generic\n", "6.16.0", "6.100.1", "7.0-rc1\n"] {
             assert!(is_safe(release), "{release}");
         }
         for release in [

@@ -131,7 +131,7 @@ fn engine_and_independent_reader_agree() -> Result<()> {
     Ok(())
 }
 
-/// What the map of `format-spec/vectors/v1/wal-map` was made of (format-spec/tests/golden.rs, and the engine's
+/// What the map of `format-spec/vectors/v1/wal-map` was made of (format-spec/tests/golden/of_wal.rs, and the engine's
 /// track/segment/tests.rs, which makes it of WAL).
 const GOLDEN_MAP: &str = "\
 parser 2, server 15

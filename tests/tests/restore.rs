@@ -1,6 +1,8 @@
 //! Restores that must be refused, repeated, mapped or followed across timelines.
 
 use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use fairvault_tests::fixture::{field, files, refused};
@@ -40,12 +42,15 @@ fn directories_that_are_not_ours_are_left_alone() -> Result<()> {
 
     // Delta puts back what was changed, removes what came later, and keeps the rest.
     std::fs::write(s.path("new/base/stranger"), b"x")?;
+    run(s.scratch.command("mkdir").args(["-p", &s.path("new/base/strange/folder")]))?;
+    s.scratch.write("new/base/strange/folder/file", b"x")?;
     let victim = format!("new/{}", s.sql("select pg_relation_filepath('t')")?);
     let before = std::fs::read(s.path(&victim))?;
     std::fs::write(s.path(&victim), b"garbage")?;
     let (exit, text) = s.restore("new", &["--delta", "--output", "json"]);
     ensure!(exit == 0 && !text.contains("\"kept_files\":0"), "{text}");
     ensure!(!Path::new(&s.path("new/base/stranger")).exists());
+    ensure!(!Path::new(&s.path("new/base/strange")).exists());
     ensure!(std::fs::read(s.path(&victim))?.len() == before.len());
     let copy = s.start("new", 5450)?;
     ensure!(copy.sql(&s.scratch, "select count(*) from t")? == "1000");
@@ -133,7 +138,8 @@ fn pages(count: u32) -> Vec<u8> {
     (0..count).flat_map(|page| page.to_le_bytes().repeat(2048)).collect()
 }
 
-/// After incrementals, a file's content lies in parts of many frames: whole ones are compared, others are written.
+/// After incrementals, a file's content lies in parts of many frames: whole chunks are compared by id, parts of them by
+/// what the repository has of them. A restore that is killed meanwhile can be run again.
 #[test]
 fn delta_puts_right_what_incrementals_have_made() -> Result<()> {
     use std::os::unix::fs::FileExt;
@@ -160,13 +166,34 @@ fn delta_puts_right_what_incrementals_have_made() -> Result<()> {
     for page in (0..pages).step_by(37) {
         file.write_all_at(b"changed", page * 8192 + 8000)?;
     }
+    let bad = s.path("bad");
+    let arguments = ["restore", "acme", "--to", &bad, "--delta", "--progress", "none"];
+    for pause in [10, 40, 80, 120] {
+        let mut child = s
+            .command(&arguments)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        std::thread::sleep(Duration::from_millis(pause));
+        child.kill()?;
+        child.wait()?;
+    }
     let (exit, text) = s.restore("bad", &["--delta"]);
     ensure!(exit == 0, "{text}");
-    for good in files(&s.scratch.join("good")) {
-        let bad = s.scratch.join("bad").join(good.strip_prefix(s.scratch.join("good"))?);
-        ensure!(std::fs::read(&good)? == std::fs::read(&bad)?, "{}", bad.display());
-    }
-    Ok(())
+    let is_same = || -> Result<()> {
+        for good in files(&s.scratch.join("good")) {
+            let bad = s.scratch.join("bad").join(good.strip_prefix(s.scratch.join("good"))?);
+            ensure!(std::fs::read(&good)? == std::fs::read(&bad)?, "{}", bad.display());
+        }
+        Ok(())
+    };
+    is_same()?;
+    // Where all is right, nothing of the cluster is written, whatever it is made of.
+    let (exit, text) = s.restore("bad", &["--delta", "--output", "json"]);
+    ensure!(exit == 0, "{text}");
+    let written: u64 = field(&text, "bytes")?.parse()?;
+    ensure!(written < 64 << 10, "{text}");
+    is_same()
 }
 
 #[test]

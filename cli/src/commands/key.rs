@@ -59,7 +59,10 @@ fn generate(context: &Context, path: &Path) -> Result<Outcome> {
         .and_then(|()| file.sync_all())
         .map_err(|e| Error::io(what(), e))?;
     if context.global.output == Output::Json {
-        output::json("key-generate", &serde_json::json!({ "file": path }));
+        output::json(
+            "key-generate",
+            &serde_json::json!({ "file": path.display().to_string() }),
+        );
         return Ok(Outcome::Done);
     }
     output::line(format_args!(
@@ -347,7 +350,10 @@ async fn export(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
     let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
     written.map_err(|e| Error::io(what(), e))?;
     if context.global.output == Output::Json {
-        output::json("key-export", &serde_json::json!({ "stanza": stanza, "file": path }));
+        output::json(
+            "key-export",
+            &serde_json::json!({ "stanza": stanza, "file": path.display().to_string() }),
+        );
         return Ok(Outcome::Done);
     }
     output::line(format_args!(
@@ -393,7 +399,7 @@ async fn import(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
                     )));
                 }
             }
-            all.push(serde_json::json!({ "repository": repository, "slot": name }));
+            all.push(serde_json::json!({ "repository": repository, "object": name }));
         }
     }
     if all.is_empty() {

@@ -100,7 +100,7 @@ fn print_plan(plan: &Plan, options: &Options, json: bool) {
         output::json(
             "restore-plan",
             &serde_json::json!({
-                "backup": plan.info.id, "directory": options.directory, "target": describe(plan),
+                "backup": plan.info.id, "directory": options.directory.display().to_string(), "target": describe(plan),
                 "timeline": plan.reachable.history.timeline, "through_lsn": plan.reachable.through.to_string(),
                 "files": plan.files.len(), "bytes": bytes, "stored_bytes": stored, "tablespaces": spaces, "notes": plan.reachable.notes,
             }),
@@ -191,7 +191,7 @@ pub async fn run(context: &Arc<Context>, args: RestoreArgs) -> Result<Outcome> {
         output::json(
             "restore",
             &serde_json::json!({
-                "backup": report.plan.info.id, "directory": options.directory, "target": describe(&report.plan),
+                "backup": report.plan.info.id, "directory": options.directory.display().to_string(), "target": describe(&report.plan),
                 "repository": report.repository, "passed_over": fell_over,
                 "timeline": report.plan.reachable.history.timeline, "through_lsn": report.plan.reachable.through.to_string(),
                 "files": report.files, "bytes": report.bytes, "kept_files": report.kept_files,

@@ -9,6 +9,7 @@ use fairvault_format::proto;
 
 use super::pipeline::BadPage;
 use crate::error::Result;
+use crate::postgres::BLOCKS_PER_SEGMENT;
 use crate::postgres::files::Fork;
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
@@ -28,7 +29,6 @@ pub async fn judge(
     start: Lsn,
     stop: Lsn,
     bad: &[BadPage],
-    blocks_per_segment: u32,
 ) -> Result<Vec<proto::PageFailure>> {
     if bad.is_empty() {
         return Ok(Vec::new());
@@ -37,19 +37,13 @@ pub async fn judge(
         let block = page
             .file
             .segment
-            .wrapping_mul(blocks_per_segment)
+            .wrapping_mul(BLOCKS_PER_SEGMENT)
             .wrapping_add(page.block);
-        let fork = match page.file.fork {
-            Fork::Main => 0,
-            Fork::Fsm => 1,
-            Fork::Vm => 2,
-            Fork::Init => 3,
-        };
         (
             page.file.tablespace,
             page.file.database,
             page.file.relation,
-            fork,
+            page.file.fork.number(),
             block,
         )
     };

@@ -32,7 +32,7 @@ use crate::commit::session::{Session, timed_id};
 use crate::dedup::{Index, SessionChunks, confirm_packs};
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
 use crate::pack::Packer;
-use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT};
+use crate::postgres::BLOCK_BYTES;
 use crate::progress::Progress;
 use crate::replication::connection::{Connection, Mode};
 use crate::replication::conninfo::ConnInfo;
@@ -471,7 +471,6 @@ async fn transfer(
         start,
         ended.stop,
         &packed.bad_pages,
-        BLOCKS_PER_SEGMENT,
     )
     .await?;
     let missed = match &audit {

@@ -164,7 +164,8 @@ fn process(shared: &Shared, codec: &mut Codec, chunk: &Chunk, results: &mut Resu
 }
 
 fn check_pages(shared: &Shared, chunk: &Chunk, bad: &mut Vec<BadPage>) -> Result<()> {
-    if !shared.checksums && shared.basis.is_none() {
+    let verifies = shared.checksums && !chunk.is_verified;
+    if !verifies && shared.basis.is_none() {
         return Ok(());
     }
     let Some(file) = relation_file(&chunk.path) else {
@@ -178,7 +179,7 @@ fn check_pages(shared: &Shared, chunk: &Chunk, bad: &mut Vec<BadPage>) -> Result
         for (index, page) in content.chunks_exact(BLOCK_BYTES as usize).enumerate() {
             let block = first + index as u32;
             let in_relation = file.segment.wrapping_mul(BLOCKS_PER_SEGMENT).wrapping_add(block);
-            let verdict = match shared.checksums {
+            let verdict = match verifies {
                 true => page::verify(page, in_relation),
                 false => page::Verdict::Good,
             };

@@ -9,8 +9,9 @@ use crate::progress::Progress;
 use crate::replication::base_backup::{self, BaseBackup};
 use crate::replication::connection::Connection;
 use crate::replication::conninfo::ConnInfo;
+use crate::source::Reading;
 use crate::source::backup_mode::{ALL, BackupMode, LOCAL, check_grants};
-use crate::source::local::{self, Local, Reading};
+use crate::source::local::{self, Local};
 use crate::source::sql::Sql;
 use crate::source::{Feed, stream};
 
@@ -118,6 +119,14 @@ async fn connect(server: &Server, options: &Options) -> Result<Connection> {
     }
 }
 
+fn reading(server: &Server, options: &Options, readers: usize) -> Reading {
+    Reading {
+        readers,
+        rate: rate(options),
+        checksums: server.checksums,
+    }
+}
+
 /// The data directory on this machine, its server in backup mode.
 async fn open_local(server: &Server, options: &Options, label: &str, readers: usize) -> Result<Local> {
     let mut connection = connect(server, options).await?;
@@ -125,12 +134,7 @@ async fn open_local(server: &Server, options: &Options, label: &str, readers: us
     let directory = local::find(&mut connection, directory, server.system_identifier).await?;
     check_grants(&mut connection, LOCAL).await?;
     let session = BackupMode::start(connection, label, options.fast).await?;
-    let reading = Reading {
-        readers,
-        rate: rate(options),
-        checksums: server.checksums,
-    };
-    Local::open(session, directory, reading).await
+    Local::open(session, directory, reading(server, options, readers)).await
 }
 
 /// The server in backup mode, if the role may read its files.
@@ -138,13 +142,8 @@ async fn open_sql(server: &Server, options: &Options, label: &str, readers: usiz
     let mut connection = connect(server, options).await?;
     check_grants(&mut connection, ALL).await?;
     let session = BackupMode::start(connection, label, options.fast).await?;
-    let info = options.conninfo.clone();
-    let reading = Reading {
-        readers,
-        rate: rate(options),
-        checksums: server.checksums,
-    };
-    Sql::open(session, info, server.directory_mode, reading).await
+    let (info, mode) = (options.conninfo.clone(), server.directory_mode);
+    Sql::open(session, info, mode, reading(server, options, readers)).await
 }
 
 /// Whether the sources that need more than a replication connection can be used, and if not, why: `local`, then `sql`.

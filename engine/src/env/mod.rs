@@ -54,7 +54,7 @@ pub fn id(env: &dyn Env) -> Result<[u8; 16]> {
     Ok(id)
 }
 
-/// A deliberate bug, to show that tests find it: in builds with debug assertions only, and only if `FAIRVAULT_FAULT`
+/// A deliberate bug, to show that tests find it, or less patience, so that tests need not wait: in builds with debug assertions only, and only if `FAIRVAULT_FAULT`
 /// names it.
 pub(crate) fn has_fault(name: &str) -> bool {
     use std::sync::LazyLock;

@@ -13,6 +13,18 @@ pub enum Fork {
     Init,
 }
 
+impl Fork {
+    /// Its number, as WAL has it.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Main => 0,
+            Self::Fsm => 1,
+            Self::Vm => 2,
+            Self::Init => 3,
+        }
+    }
+}
+
 /// A relation file, by its path in the data directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct RelationFile {

@@ -30,7 +30,9 @@ impl Reread {
     pub async fn open(server: &ConnInfo, system_identifier: u64, timeline: u32, from: Lsn) -> Result<Self> {
         let mut connection = Connection::open(server, Mode::Replication).await?;
         if connection.identify().await?.system_identifier != system_identifier {
-            return Err(Error::failed("the connection for it reached another server"));
+            return Err(Error::failed(
+                "the connection for reading WAL again reached another server",
+            ));
         }
         Self::start(connection, timeline, from).await
     }

@@ -30,9 +30,12 @@ type PageHash = [u8; 16];
 pub struct Found {
     /// By placement: whether its file has the right content there.
     right: Vec<AtomicBool>,
-    /// Pages of those that are whole chunks and not right, by placement.
+    /// Pages of those that are not known to be right, by placement.
     pages: Mutex<HashMap<u32, Vec<PageHash>>>,
 }
+
+/// Placements whose pages are noted: what is beyond is written as a whole. This bounds memory (64 MiB).
+const NOTED: usize = 64 << 10;
 
 impl Found {
     /// Nothing has been found.
@@ -46,6 +49,15 @@ impl Found {
     /// Whether nothing needs to be written for a placement.
     pub fn is_right(&self, placement: usize) -> bool {
         self.right[placement].load(Ordering::Acquire)
+    }
+
+    /// Notes what is there instead of a placement's content.
+    fn note(&self, placement: u32, content: &[u8]) {
+        let hashes = hashes(content);
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        if pages.len() < NOTED {
+            pages.insert(placement, hashes);
+        }
     }
 
     /// The pages of `content` that are not already there; `None` if that is not known.
@@ -79,6 +91,8 @@ pub struct Comparison {
     pub paths: Arc<[PathBuf]>,
     /// Which files may have any of it.
     pub there: Arc<[bool]>,
+    /// They are what an earlier restore has left that failed.
+    pub is_resumed: bool,
     /// CRCs of what is right.
     pub parts: Arc<Parts>,
     /// Counters.
@@ -127,7 +141,7 @@ impl Comparison {
         let needed: Vec<AtomicBool> = plan.frames.iter().map(|_| AtomicBool::new(false)).collect();
         let mut order: Vec<u32> = Vec::new();
         for (number, placement) in placements.iter().enumerate() {
-            match there[placement.file as usize] && is_whole(plan, placement) {
+            match there[placement.file as usize] {
                 true => {
                     *left[placement.frame as usize].get_mut() += 1;
                     order.push(number as u32);
@@ -149,7 +163,7 @@ impl Comparison {
             (placement.file, placement.file_offset)
         });
         let next = AtomicUsize::new(0);
-        let worker = || -> Result<()> {
+        let work = || -> Result<()> {
             let mut open: Option<(u32, Input)> = None;
             let mut frames = Vec::new();
             loop {
@@ -174,6 +188,14 @@ impl Comparison {
                 }
             }
         };
+        let worker = || -> Result<()> {
+            let result = work();
+            if result.is_err() {
+                // Nobody looks at the rest.
+                next.store(order.len(), Ordering::Relaxed);
+            }
+            result
+        };
         let workers = std::thread::available_parallelism().map_or(2, usize::from);
         std::thread::scope(|scope| {
             let handles: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
@@ -193,7 +215,8 @@ impl Comparison {
             Some((file_number, file)) if *file_number == placement.file => file,
             other => {
                 let path = &self.paths[placement.file as usize];
-                let file = Input::open(path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
+                let file = Input::open(path, self.is_resumed)
+                    .map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
                 &mut other.insert((placement.file, file)).1
             }
         };
@@ -203,9 +226,10 @@ impl Comparison {
         };
         let frame = &self.plan.frames[placement.frame as usize];
         let epoch = self.plan.packs[frame.pack as usize].header.epoch;
-        if self.stanza.keys_of(epoch)?.chunk_id(content) != frame.id {
-            let mut pages = self.found.pages.lock().unwrap_or_else(PoisonError::into_inner);
-            pages.insert(number, hashes(content));
+        // Only a whole chunk has an id; of a part of one, it is seen page by page when the right content has come.
+        let is_whole = placement.frame_offset == 0 && placement.len == frame.plain_len;
+        if !is_whole || self.stanza.keys_of(epoch)?.chunk_id(content) != frame.id {
+            self.found.note(number, content);
             return Ok(false);
         }
         self.found.right[number as usize].store(true, Ordering::Release);
@@ -216,9 +240,4 @@ impl Comparison {
         self.progress.deduplicated_bytes.add(placement.len.into());
         Ok(true)
     }
-}
-
-/// Only a whole chunk has an id.
-fn is_whole(plan: &Plan, placement: &Placement) -> bool {
-    placement.frame_offset == 0 && placement.len == plan.frames[placement.frame as usize].plain_len
 }

@@ -187,7 +187,7 @@ pub async fn write_all(
         direct_from: AtomicU64::new(DIRECT_BYTES),
     });
     match delta {
-        true => write_what_differs(&work, &there).await?,
+        true => write_what_differs(&work, &there, layout.is_resumed).await?,
         false => {
             // What lies in the gaps of the spans comes after them.
             for is_span in [true, false] {
@@ -217,13 +217,14 @@ pub async fn write_all(
 }
 
 /// Compares what is there, and meanwhile fetches what differs.
-async fn write_what_differs(work: &Arc<Work>, there: &Arc<[bool]>) -> Result<()> {
+async fn write_what_differs(work: &Arc<Work>, there: &Arc<[bool]>, is_resumed: bool) -> Result<()> {
     let comparison = Comparison {
         stanza: work.stanza.clone(),
         plan: work.plan.clone(),
         placements: work.placements.clone(),
         paths: work.paths.clone(),
         there: there.clone(),
+        is_resumed,
         parts: work.parts.clone(),
         progress: work.progress.clone(),
         found: work.found.clone(),
@@ -232,7 +233,9 @@ async fn write_what_differs(work: &Arc<Work>, there: &Arc<[bool]>) -> Result<()>
     let (to, mut differing) = mpsc::channel(1);
     let comparing = tokio::task::spawn_blocking(move || comparison.run(to));
     fetch_all(work, stream::poll_fn(|context| differing.poll_recv(context))).await?;
-    comparing.await.map_err(panicked)?
+    comparing
+        .await
+        .map_err(|e| Error::failed("comparing files panicked").caused_by(e))?
 }
 
 /// Fetches frames and writes their content; of those that come together and are close in their pack, one range is
@@ -365,12 +368,14 @@ impl Work {
             let content = &chunk[p.frame_offset as usize..(p.frame_offset + p.len) as usize];
             self.parts.add(&self.plan, p, content);
             self.progress.read_bytes.add(p.len.into());
-            self.changed[p.file as usize].store(true, Ordering::Relaxed);
             let runs = match self.found.differing(at, content) {
                 Some(differs) => runs(content, |page, _| differs[page]),
                 None if self.leaves_holes(p.file) => runs(content, |_, page| page.iter().any(|&byte| byte != 0)),
                 None => std::iter::once(0..content.len()).collect(),
             };
+            if !runs.is_empty() {
+                self.changed[p.file as usize].store(true, Ordering::Relaxed);
+            }
             let bytes: usize = runs.iter().map(std::ops::Range::len).sum();
             self.written.fetch_add(bytes as u64, Ordering::Relaxed);
             if span.is_none() {

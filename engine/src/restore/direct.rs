@@ -74,22 +74,32 @@ fn open_direct(_: &mut OpenOptions, _: &Path) -> Option<File> {
     None
 }
 
-/// A file that is being read.
+/// Read at once where less is asked for: what is asked for next lies behind it.
+const WINDOW: usize = 512 << 10;
+
+/// A file that is being read from front to back.
 pub struct Input {
     /// Past the kernel's cache.
     direct: Option<File>,
     /// Through it.
     cached: File,
     buffer: Vec<u8>,
+    /// What of the file is in the buffer, from its first aligned byte on.
+    start: u64,
+    len: usize,
 }
 
 impl Input {
     /// Opens a file; what is not in the cache is read past it, if kernel and file system do that, for files of any size
-    /// or only for large ones.
-    pub fn open(path: &Path) -> std::io::Result<Self> {
+    /// or only for large ones. After a restore that failed, `is_resumed`, the disk is asked: what could not be written
+    /// there may lie in the cache as if it had been.
+    pub fn open(path: &Path, is_resumed: bool) -> std::io::Result<Self> {
         let cached = File::open(path)?;
         // The kernel must not read ahead: that would stay in its cache.
         let _ = rustix::fs::fadvise(&cached, 0, None, rustix::fs::Advice::Random);
+        if is_resumed {
+            let _ = rustix::fs::fadvise(&cached, 0, None, rustix::fs::Advice::DontNeed);
+        }
         let direct = match cached.metadata()?.len() >= DIRECT_BYTES {
             true => open_direct(OpenOptions::new().read(true), path),
             false => None,
@@ -98,28 +108,66 @@ impl Input {
             direct,
             cached,
             buffer: Vec::new(),
+            start: 0,
+            len: 0,
         })
     }
 
     /// Reads exactly `len` bytes.
     pub fn read(&mut self, len: usize, at: u64) -> std::io::Result<&[u8]> {
-        if self.buffer.len() < len + CHUNK_ALIGN {
-            self.buffer.resize(len + CHUNK_ALIGN, 0);
+        if at < self.start || at + len as u64 > self.start + self.len as u64 {
+            self.fill(at, len)?;
         }
-        let from = self.buffer.as_ptr().align_offset(CHUNK_ALIGN) % CHUNK_ALIGN;
-        let bytes = &mut self.buffer[from..from + len];
-        match read_past(&self.cached, bytes, at)? {
-            Some(done) if done == len => return Ok(bytes),
-            Some(_) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            None => {}
-        }
-        let is_aligned = len.is_multiple_of(CHUNK_ALIGN) && at.is_multiple_of(CHUNK_ALIGN as u64);
-        let direct = self.direct.as_ref().filter(|_| is_aligned);
-        if direct.is_none_or(|file| file.read_exact_at(bytes, at).is_err()) {
-            self.cached.read_exact_at(bytes, at)?;
-        }
-        Ok(bytes)
+        let from = (at - self.start) as usize;
+        let there = &self.buffer[self.aligned()..][..self.len];
+        there
+            .get(from..from + len)
+            .ok_or_else(|| std::io::ErrorKind::UnexpectedEof.into())
     }
+
+    fn aligned(&self) -> usize {
+        self.buffer.as_ptr().align_offset(CHUNK_ALIGN) % CHUNK_ALIGN
+    }
+
+    /// Reads at least these bytes, if the file has them.
+    fn fill(&mut self, at: u64, len: usize) -> std::io::Result<()> {
+        self.start = at - at % CHUNK_ALIGN as u64;
+        self.len = 0;
+        let wanted = (len + (at - self.start) as usize).max(WINDOW);
+        let wanted = wanted.next_multiple_of(CHUNK_ALIGN);
+        if self.buffer.len() < wanted + CHUNK_ALIGN {
+            self.buffer.resize(wanted + CHUNK_ALIGN, 0);
+        }
+        let from = self.aligned();
+        let bytes = &mut self.buffer[from..from + wanted];
+        self.len = match (read_past(&self.cached, bytes, self.start)?, &self.direct) {
+            (Some(done), _) => done,
+            (None, Some(direct)) => match read_all(direct, bytes, self.start) {
+                Ok(done) => done,
+                Err(_) => read_all(&self.cached, bytes, self.start)?,
+            },
+            (None, None) => read_all(&self.cached, bytes, self.start)?,
+        };
+        Ok(())
+    }
+}
+
+/// Reads as much as there is.
+fn read_all(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<usize> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match file.read_at(&mut bytes[done..], at + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        // Past the cache, only the end of a file is not aligned.
+        if !done.is_multiple_of(CHUNK_ALIGN) {
+            break;
+        }
+    }
+    Ok(done)
 }
 
 /// Makes room for all of a file, so that a full disk is noticed now, and writers need not wait for each other later.
@@ -134,4 +182,38 @@ pub fn make_room(file: &File, size: u64, with_room: bool) -> std::io::Result<()>
         }
     }
     file.set_len(size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_read_as_they_are_wherever_they_lie() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let all: Vec<u8> = (0..3_000_001u32).map(|at| (at * 7 % 251) as u8).collect();
+        std::fs::write(&path, &all).unwrap();
+        for is_resumed in [false, true] {
+            let mut file = Input::open(&path, is_resumed).unwrap();
+            for (at, len) in [
+                (0, 8192),
+                (8192, 8192),
+                (500_000, 100_000),
+                (524_288, 524_288),
+                (1_048_577, 3),
+                (1_048_580, 1_500_000),
+                (2_999_999, 2),
+                (3_000_001, 0),
+                (10, 10),
+            ] {
+                let found = file.read(len, at as u64).unwrap();
+                assert!(found == &all[at..at + len], "{len} bytes at {at}");
+            }
+            for (at, len) in [(2_999_999, 3), (3_000_001, 1), (9_000_000, 8192)] {
+                let error = file.read(len, at).unwrap_err();
+                assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof, "{len} bytes at {at}");
+            }
+        }
+    }
 }

@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 pub struct Layout {
     /// Data directory.
     pub directory: PathBuf,
+    /// An earlier restore has not come to its end there.
+    pub is_resumed: bool,
 }
 
 impl Layout {
@@ -108,7 +110,10 @@ pub fn prepare(plan: &Plan, options: &Options) -> Result<Layout> {
     }
     write_marker(plan, &directory)?;
     make_tree(plan, &directory)?;
-    Ok(Layout { directory })
+    Ok(Layout {
+        directory,
+        is_resumed: resuming,
+    })
 }
 
 /// Marks the directory as half-restored, and the tablespace folders as ours to fill.

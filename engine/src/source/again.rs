@@ -1,8 +1,9 @@
 //! Pages that are read once more because their checksum is wrong: mostly the server was writing them just then.
 //!
 //! What always holds: they are read again before the source reads `pg_control` and ends backup mode, as everything else
-//! is: later, a page could be newer than what the backup ends with. A page takes the place of a wrong one only if its
-//! own checksum is right; what stays wrong goes on as it was read first, and the WAL judges it (`backup::judge`).
+//! is: later, a page could be newer than what the backup ends with. With `local`, a page takes the place of a wrong one
+//! only if its own checksum is right; `sql` asks for the whole chunk again, and takes what comes. What is still wrong
+//! after a few times is judged by the WAL (`backup::judge`).
 
 use std::time::Duration;
 
@@ -58,13 +59,14 @@ fn is_wrong(page: &[u8], block: u32) -> bool {
     matches!(page::verify(page, block), Verdict::Bad { .. })
 }
 
-/// Reads those of a chunk again with `read`, which fills a buffer from an offset of the file. Blocks.
+/// Reads those of a chunk again with `read`, which fills a buffer from an offset of the file. Returns whether all are
+/// right now. Blocks.
 pub fn mend(
     path: &str,
     runs: &[Run],
     bytes: &mut [u8],
     mut read: impl FnMut(&mut [u8], u64) -> Result<()>,
-) -> Result<()> {
+) -> Result<bool> {
     let mut left = torn(path, runs, bytes);
     for _ in 0..READS {
         if left.is_empty() {
@@ -82,7 +84,7 @@ pub fn mend(
         }
         left = still;
     }
-    Ok(())
+    Ok(left.is_empty())
 }
 
 #[cfg(test)]
@@ -155,7 +157,7 @@ mod tests {
             }
             Ok(())
         };
-        mend(PATH, &runs(), &mut bytes, read).unwrap();
+        assert!(mend(PATH, &runs(), &mut bytes, read).unwrap());
         assert_eq!(reads, HashMap::from([(1, 1), (5, 2)]));
         let expected = [&good[..PAGE], &newer, &good[2 * PAGE..]].concat();
         assert!(bytes == expected);
@@ -172,7 +174,7 @@ mod tests {
             into.fill(reads as u8);
             Ok(())
         };
-        mend(PATH, &runs(), &mut bytes, read).unwrap();
+        assert!(!mend(PATH, &runs(), &mut bytes, read).unwrap());
         assert_eq!(reads, READS);
         assert!(bytes == before);
         let failing = |_: &mut [u8], _: u64| Err(Error::failed("the disk is gone"));

@@ -157,6 +157,7 @@ async fn whole(feed: &mut Feed, entry: Entry, content: Vec<u8>) -> Result<()> {
         path,
         runs: Box::new([Run { offset: 0, len }]),
         bytes: content.into(),
+        is_verified: false,
     })
     .await
 }

@@ -20,7 +20,7 @@ use super::backup_mode::{BackupMode, CONTROL_READS, finish};
 use super::pace::Pace;
 use super::stream::Ended;
 use super::walk::{CONTROL, Found, Tree, entry, walk};
-use super::{Chunk, Entry, Feed, Run};
+use super::{Chunk, Entry, Feed, Reading, Run};
 use crate::cached::{read_cached, read_past};
 use crate::error::{Error, Result};
 use crate::postgres::control::ControlFile;
@@ -39,17 +39,6 @@ pub struct Local {
     /// Tablespaces for the manifest.
     pub listed: Vec<proto::Tablespace>,
     reading: Reading,
-}
-
-/// How to read.
-#[derive(Debug, Clone, Copy)]
-pub struct Reading {
-    /// Threads, or connections.
-    pub readers: usize,
-    /// Bytes a second.
-    pub rate: Option<u64>,
-    /// The cluster has checksums: pages that are wrong are read again.
-    pub checksums: bool,
 }
 
 /// The data directory of the connection's server, if it is on this machine and can be read; fails with the reason if
@@ -398,14 +387,20 @@ impl Reader {
             read(now, run.offset)?;
             rest = behind;
         }
+        let mut is_verified = false;
         if self.checksums {
-            mend(&job.open.path, &job.runs, &mut bytes, read)?;
+            let again = |bytes: &mut [u8], offset: u64| {
+                self.pace.wait(bytes.len() as u64);
+                read(bytes, offset)
+            };
+            is_verified = mend(&job.open.path, &job.runs, &mut bytes, again)?;
         }
         self.outlet.send(Chunk {
             file: job.open.number,
             path: job.open.path.clone(),
             runs: job.runs.clone(),
             bytes: bytes.into(),
+            is_verified,
         })
     }
 }

@@ -24,6 +24,17 @@ use crate::progress::Progress;
 use crate::track::selection::Selection;
 pub use wanted::{Run, Wanted};
 
+/// How to read.
+#[derive(Debug, Clone, Copy)]
+pub struct Reading {
+    /// Threads, or connections.
+    pub readers: usize,
+    /// Bytes a second.
+    pub rate: Option<u64>,
+    /// The cluster has checksums: pages that are wrong are read again.
+    pub checksums: bool,
+}
+
 /// A file, folder or link, without its content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -56,6 +67,8 @@ pub struct Chunk {
     pub runs: Box<[Run]>,
     /// Content of the runs, one after the other.
     pub bytes: Bytes,
+    /// The source has found the checksum of every page right.
+    pub is_verified: bool,
 }
 
 /// What a source says when the stage behind it is gone; the cause is that stage's.

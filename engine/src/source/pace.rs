@@ -37,3 +37,30 @@ impl Pace {
         from.saturating_duration_since(now)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readers_wait_for_what_all_of_them_have_read() {
+        let pace = Pace::new(Some(1 << 20));
+        // The first may read at once; each other one when the rate allows what was read before.
+        assert_eq!(pace.pause(1 << 20), Duration::ZERO);
+        let second = pace.pause(2 << 20);
+        let third = pace.pause(1);
+        for (pause, seconds) in [(second, 1.0), (third, 3.0)] {
+            let pause = pause.as_secs_f64();
+            assert!(pause <= seconds && pause > seconds - 0.9, "{pause} of {seconds}");
+        }
+    }
+
+    #[test]
+    fn without_a_rate_nobody_waits() {
+        for rate in [None, Some(0)] {
+            let pace = Pace::new(rate);
+            assert_eq!(pace.pause(u64::MAX), Duration::ZERO);
+            assert_eq!(pace.pause(1), Duration::ZERO);
+        }
+    }
+}

@@ -16,11 +16,10 @@ use tokio::task::JoinSet;
 use super::again::{READS, torn};
 use super::backup_mode::{BackupMode, CONTROL_READS, finish};
 use super::copy_rows::Rows;
-use super::local::Reading;
 use super::pace::Pace;
 use super::stream::Ended;
 use super::walk::{CONTROL, EMPTY, is_left_out};
-use super::{Chunk, Entry, Feed, Outlet, Run, Wanted};
+use super::{Chunk, Entry, Feed, Outlet, Reading, Run, Wanted};
 use crate::error::{Error, Result};
 use crate::postgres::BLOCK_BYTES;
 use crate::postgres::control::ControlFile;
@@ -424,7 +423,7 @@ impl Queue {
 
     /// Whether what came of a chunk goes on. If a page in it is wrong, it is asked for again a few times; who asks this
     /// takes the next query afterwards, so that no chunk is forgotten.
-    fn is_final(&self, chunk: &Asked, bytes: &[u8]) -> bool {
+    fn take_or_ask_again(&self, chunk: &Asked, bytes: &[u8]) -> bool {
         let may_be_torn = self.checksums && !chunk.whole && chunk.before < READS;
         if !may_be_torn || torn(&chunk.path, &chunk.runs, bytes).is_empty() {
             return true;
@@ -503,7 +502,7 @@ async fn answer(connection: &mut Connection, mut asked: Vec<Asked>, queue: &Queu
             let (chunk, run) = places[row];
             if let Some(bytes) = take(&mut asked[chunk], run, content, queue)?
                 && !bytes.is_empty()
-                && queue.is_final(&asked[chunk], &bytes)
+                && queue.take_or_ask_again(&asked[chunk], &bytes)
             {
                 let chunk = &asked[chunk];
                 let mut runs = chunk.runs.clone();
@@ -516,6 +515,7 @@ async fn answer(connection: &mut Connection, mut asked: Vec<Asked>, queue: &Queu
                         path: chunk.path.clone(),
                         runs,
                         bytes,
+                        is_verified: false,
                     })
                     .await?;
             }
@@ -610,7 +610,7 @@ mod tests {
                 "what a limit of the rate counts"
             );
             times += 1;
-            queue.is_final(chunk, content);
+            queue.take_or_ask_again(chunk, content);
         }
     }
 

@@ -232,6 +232,7 @@ async fn flush(feed: &Feed, file: &mut Current) -> Result<()> {
         path: file.path.clone(),
         runs: std::mem::take(&mut file.runs).into(),
         bytes: std::mem::take(&mut file.buffer).freeze(),
+        is_verified: false,
     })
     .await
 }

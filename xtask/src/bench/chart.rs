@@ -7,7 +7,7 @@ use super::report::Row;
 const BAR: usize = 16;
 const LEFT: usize = 330;
 const WIDTH: usize = 560;
-const COLOURS: [&str; 5] = ["#9aa5b1", "#1f6feb", "#c9d1d9", "#79b8ff", "#d0a98f"];
+const COLOURS: [&str; 6] = ["#9aa5b1", "#1f6feb", "#c9d1d9", "#79b8ff", "#d0a98f", "#b8a9c9"];
 
 /// Wall times as ratios to those of `base`.
 pub fn bars(rows: &[Row], base: &str) -> String {
@@ -21,7 +21,10 @@ pub fn bars(rows: &[Row], base: &str) -> String {
     let mut y = 60;
     let mut last = "";
     let mut last_action = "";
-    for row in rows {
+    // What was only counted has nothing to be compared with.
+    let is_base = |row: &Row, other: &Row| other.tool == base && other.data == row.data && other.action == row.action;
+    let compared = rows.iter().filter(|row| rows.iter().any(|other| is_base(row, other)));
+    for row in compared {
         if (row.data.as_str(), row.action) != (last, last_action) {
             (last, last_action) = (&row.data, row.action);
             y += 14;
@@ -34,9 +37,7 @@ pub fn bars(rows: &[Row], base: &str) -> String {
             );
             y += BAR + 2;
         }
-        let theirs = rows
-            .iter()
-            .find(|other| other.tool == base && other.data == row.data && other.action == row.action);
+        let theirs = rows.iter().find(|other| is_base(row, other));
         let ratio = theirs.map_or(0.0, |theirs| row.cost.wall / theirs.cost.wall);
         let colour = COLOURS[tools.iter().position(|tool| *tool == row.tool).unwrap_or(0) % COLOURS.len()];
         let width = (ratio / 3.0).min(1.0) * WIDTH as f64;

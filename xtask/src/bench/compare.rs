@@ -1,9 +1,9 @@
 //! `cargo xtask bench compare`: base backups and restores of several data sets, beside pgBackRest,
 //! pg_basebackup and Barman on the same server, each with two workers.
 //!
-//! Every run begins with an empty repository and an empty directory. Nothing is deleted before all is measured: file systems pay for what was deleted a moment ago (discarded
-//! blocks, inodes that must not be used again yet). Each round runs every tool once, in turn; what is shown are the
-//! medians, and their ratios to pgBackRest at zstd level 3.
+//! Every run begins with an empty repository and an empty directory. Nothing is deleted before all is measured: file
+//! systems pay for what was deleted a moment ago (discarded blocks, inodes that must not be used again yet). Each round
+//! runs every tool once, in turn; what is shown are the medians, and their ratios to pgBackRest at zstd level 3.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,7 +14,7 @@ use fairvault_tests::s3::S3;
 use fairvault_tests::{Fixture, Shape, run, tools};
 
 use super::data::{ALL, Data};
-use super::report::{Row, report};
+use super::report::{About, Row, report};
 use super::{elsewhere, size_of, timed};
 
 /// A tool with its settings.
@@ -86,7 +86,7 @@ const ACTIONS: [&str; 4] = [
     "full backup",
     "restore",
     "delta restore, 1 % damaged",
-    "delta restore, nothing cached",
+    "delta restore, 1 % damaged, nothing cached",
 ];
 
 /// Builds with optimisation, and runs there.
@@ -110,7 +110,17 @@ pub fn run_it(size: u32, rounds: usize, only: Option<&str>) -> Result<()> {
         .try_for_each(|data| compare(data, size, rounds, &mut rows));
     tools::unmount_sid();
     compared?;
-    report(&rows, size)
+    let about = About {
+        size,
+        rounds,
+        data: only,
+        versions: [
+            run(Command::new(fairvault_tests::scratch::binary()?).arg("--version"))?,
+            run(Command::new("chroot").arg(tools::sid()).args(["pgbackrest", "version"]))?,
+            std::fs::read_to_string("/proc/sys/kernel/osrelease")?,
+        ],
+    };
+    report(&rows, &about)
 }
 
 fn compare(data: &Data, size: u32, rounds: usize, rows: &mut Vec<Row>) -> Result<()> {
@@ -163,7 +173,44 @@ fn compare(data: &Data, size: u32, rounds: usize, rows: &mut Vec<Row>) -> Result
         }
     }
     drop(s3);
+    backups_from_disk(data, &s, rows)?;
     count_requests(data, &s, rows)
+}
+
+/// Backups of a cluster of which nothing is in the kernel's cache.
+fn backups_from_disk(data: &Data, s: &Fixture, rows: &mut Vec<Row>) -> Result<()> {
+    for tool in [Tool::PeerZstd, Tool::Ours, Tool::BaseBackup] {
+        let run = Run {
+            s,
+            tool,
+            s3: None,
+            id: format!("cold{}", tool as u8),
+            more: "",
+        };
+        run.prepare()?;
+        empty_cache()?;
+        let cost = run.measure(run.backup("full"))?;
+        let action = "full backup, nothing cached";
+        println!(
+            "{:<28} {action:<26} {:>7.2} s wall {:>7.2} s CPU",
+            tool.name(),
+            cost.wall,
+            cost.cpu
+        );
+        rows.push(Row {
+            data: format!("{}, directory", data.name),
+            action,
+            tool: tool.name(),
+            cost,
+        });
+    }
+    Ok(())
+}
+
+/// Nothing of any file is in the kernel's cache afterwards.
+fn empty_cache() -> Result<()> {
+    run(&mut Command::new("sync"))?;
+    Ok(std::fs::write("/proc/sys/vm/drop_caches", "1")?)
 }
 
 /// A backup and a restore by fairvault, for their requests: those of before were encrypted.
@@ -252,8 +299,7 @@ impl Run<'_> {
             let cost = self.measure(self.restore(true))?;
             self.note(2, cost, costs);
             damage(&restored)?;
-            run(&mut Command::new("sync"))?;
-            std::fs::write("/proc/sys/vm/drop_caches", "1")?;
+            empty_cache()?;
             let cost = self.measure(self.restore(true))?;
             self.note(3, cost, costs);
         }
@@ -459,9 +505,10 @@ impl Run<'_> {
         // What a run before has left to be written is not this one's.
         run(&mut Command::new("sync"))?;
         let file = self.s.scratch.join("peak");
-        let mut timed_command = Command::new("/usr/bin/time");
+        // The same two cores for all, however many there are.
+        let mut timed_command = Command::new("taskset");
         timed_command
-            .args(["-f", "%M", "-o"])
+            .args(["-c", "0,1", "/usr/bin/time", "-f", "%M", "-o"])
             .arg(&file)
             .arg(command.get_program());
         timed_command.args(command.get_args());

@@ -1,6 +1,6 @@
 //! What `bench compare` writes: a table, JSON and a chart, with ratios to the peer.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::compare::{Cost, Tool};
 use super::{chart, results};
@@ -17,6 +17,21 @@ pub struct Row {
     pub cost: Cost,
 }
 
+/// What was run.
+pub struct About<'a> {
+    /// Of the data sets.
+    pub size: u32,
+    /// Of which medians are shown.
+    pub rounds: usize,
+    /// The only data set, if not all.
+    pub data: Option<&'a str>,
+    /// fairvault's, pgBackRest's, the kernel's.
+    pub versions: [String; 3],
+}
+
+/// What no process of ours may take, MiB.
+const PEAK: f64 = 256.0;
+
 type Value = fn(&Cost) -> f64;
 
 /// The columns of ratios.
@@ -26,11 +41,12 @@ const RATIOS: [(&str, Value); 6] = [
     ("peak", |c| c.memory),
     ("stored", |c| c.stored),
     ("read", |c| c.read),
-    ("network", |c| c.network),
+    // What is left of other things, where no store is spoken to, is nothing to be compared.
+    ("network", |c| if c.network > 1.0 { c.network } else { 0.0 }),
 ];
 
-/// Writes all, and prints the table.
-pub fn report(rows: &[Row], size: u32) -> Result<()> {
+/// Writes all, and prints the table. Fails if fairvault took more memory than it may.
+pub fn report(rows: &[Row], about: &About<'_>) -> Result<()> {
     let mut table = String::from(
         "| data, place | action | tool | wall s | CPU s | peak MiB | stored MiB | read MiB | network MiB | requests |",
     );
@@ -84,10 +100,26 @@ pub fn report(rows: &[Row], size: u32) -> Result<()> {
         }));
     }
     let folder = results()?;
-    std::fs::write(folder.join("compare.md"), &table)?;
-    let json = serde_json::json!({ "size": size, "rows": json });
-    std::fs::write(folder.join("compare.json"), format!("{json}\n"))?;
-    std::fs::write(folder.join("compare.svg"), chart::bars(rows, Tool::PeerZstd.name()))?;
+    let file = |ending: &str| match about.data {
+        None => folder.join(format!("compare.{ending}")),
+        Some(data) => folder.join(format!("compare-{data}.{ending}")),
+    };
+    let versions: Vec<&str> = about.versions.iter().map(|version| version.trim()).collect();
+    let json = serde_json::json!({ "size": about.size, "rounds": about.rounds, "versions": versions, "rows": json });
+    std::fs::write(file("md"), &table)?;
+    std::fs::write(file("json"), format!("{json}\n"))?;
+    std::fs::write(file("svg"), chart::bars(rows, Tool::PeerZstd.name()))?;
     println!("\n{table}\nwritten to {}", folder.display());
+    let ours = [Tool::Ours, Tool::OursZstd].map(Tool::name);
+    let mut large = rows
+        .iter()
+        .filter(|row| ours.contains(&row.tool) && row.cost.memory > PEAK);
+    let first = large.next();
+    ensure!(
+        first.is_none(),
+        "{} of {} took more than {PEAK} MiB",
+        first.map_or("", |row| row.action),
+        first.map_or("", |row| row.data.as_str())
+    );
     Ok(())
 }

@@ -227,7 +227,7 @@ fn of_the_golden_vector() -> Wal {
 fn the_map_of_the_golden_vector_is_what_its_wal_makes() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../format-spec/vectors/v1/wal-map");
     let stored = std::fs::read(path).expect("the vector is there");
-    // As in format-spec/tests/golden.rs.
+    // As in format-spec/tests/golden/.
     let keys = EpochKeys {
         epoch: 1,
         data_key: Some([1; 32]),
