@@ -1,6 +1,7 @@
 //! A repository that version 0.1.0 has written is read, restored, continued and collected by every later version.
 //!
-//! `tests/fixtures/v1` is never written again. `FAIRVAULT_FIXTURES=write` makes one where there is none.
+//! `tests/fixtures/v1` is never written again. `FAIRVAULT_FIXTURES=write` makes one where there is none. It was written
+//! before keys could be rotated, slots could write only, WAL could expire and stanzas could be upgraded.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -8,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use fairvault_format::sha256;
-use fairvault_tests::fixture::{Fixture, Shape, field, files};
+use fairvault_tests::fixture::{Fixture, Shape, field, files, refused};
 use fairvault_tests::receiver::wait_until_durable;
 use fairvault_tests::tools::reader;
 use fairvault_tests::{Receiver, Server, run};
@@ -242,6 +243,70 @@ fn an_old_repository_is_collected() -> Result<()> {
     ensure!(digest(&s.scratch.join("copy"))? == (last.files, last.digest.clone()));
     restore(&s, "latest", &[])?;
     ensure!(query(&s, &s.start("latest", 5433)?)? == content.word("latest")?);
+    Ok(())
+}
+
+/// What was written before keys could be rotated is of the first epoch: it stays restorable when another one rules, also
+/// one with a public key, and the stanza goes on. Finds a reader that takes an epoch for granted, and a rotation that loses
+/// slots, backups or WAL of the one before.
+#[test]
+fn an_old_repository_gets_new_keys() -> Result<()> {
+    for public in [false, true] {
+        let (s, content) = (old(if public { "oldpublic" } else { "oldkeys" })?, Content::read()?);
+        let (new, vault) = (s.path("new"), s.path("vault"));
+        s.ok(&["key", "generate", &new])?;
+        let rotate = ["key", "rotate", "acme", "--new-secret-file", &new];
+        let more: &[&str] = if public { &["--public-key"] } else { &[] };
+        let said = s.ok(&[&rotate[..], more].concat())?;
+        ensure!(said.contains("key epoch 2 follows on 1"), "{said}");
+        refused(s.fairvault(&["info", "acme"]), 1, "were rotated")?;
+        let config = std::fs::read_to_string(&s.options[1])?;
+        let named = |name: &str| format!("key = {{ file = \"{}\" }}", s.path(name));
+        ensure!(config.contains(&named("key")), "{config}");
+        std::fs::write(&s.options[1], config.replace(&named("key"), &named("new")))?;
+
+        // The new secret opens all of it, and nothing of it has changed.
+        let check = s.ok(&["key", "check", "acme"])?;
+        ensure!(check.contains("opens key epoch 1 (a manifest"), "{check}");
+        let verify = ["verify", "acme", "--level", "data", "--progress", "none"];
+        ensure!(s.ok(&verify)?.contains("all good"));
+        let backups = content.backups()?;
+        for (number, backup) in backups.iter().enumerate() {
+            let name = format!("copy{number}");
+            restore(&s, &name, &[&["--backup", &backup.id], AT_ONCE.as_slice()].concat())?;
+            let expected = (backup.files, backup.digest.clone());
+            ensure!(digest(&s.scratch.join(&name))? == expected, "{}", backup.id);
+            let by_reader = s.scratch.join(&format!("reader{number}"));
+            let to = by_reader.display().to_string();
+            reader(&[&vault, "restore", "acme", &backup.id, &to, "--key-file", &new])?;
+            ensure!(digest(&by_reader)? == expected, "{} by the reader", backup.id);
+        }
+
+        // It goes on under the new keys.
+        restore(&s, "on", &["--archiving", "keep"])?;
+        s.configure("on", &s.archiving())?;
+        let server = s.start("on", 5432)?;
+        ensure!(query(&s, &server)? == content.word("latest")?);
+        server.sql(&s.scratch, "insert into t values (9999, 'later')")?;
+        s.flush_archive(&server)?;
+        let full = s.backup_id(&["--type", "full"])?;
+        server.sql(&s.scratch, "insert into t values (10000, 'latest')")?;
+        let last = s.backup_id(&["--type", "incr"])?;
+        let info = s.ok(&["info", "acme", "--output", "json"])?;
+        ensure!(info.contains(&format!("\"parent\":\"{full}\"")), "{info}");
+        ensure!(
+            info.matches("\"restorable\":true").count() == backups.len() + 2,
+            "{info}"
+        );
+        s.flush_archive(&server)?;
+        let expected = query(&s, &server)?;
+        server.stop(&s.scratch, "fast")?;
+        ensure!(s.ok(&verify)?.contains("all good"));
+        restore(&s, "again", &["--backup", &last])?;
+        let again = s.start("again", 5433)?;
+        ensure!(query(&s, &again)? == expected);
+        again.stop(&s.scratch, "fast")?;
+    }
     Ok(())
 }
 

@@ -234,6 +234,47 @@ async fn versions_are_collected(server: &Server) -> Result<()> {
     Ok(())
 }
 
+/// A manifest that somebody hides is no reason to let go of what the signed policy protects.
+async fn what_is_protected_and_hidden_is_not_collected(server: &Server) -> Result<()> {
+    let w = World::new("protected", server, false, "retention = { full = 1 }")?;
+    w.backup()?;
+    w.until_packs_are_unused()?;
+    // One backup is live, the newest; the others have expired, and are protected from now on.
+    let visible = async || -> Result<Vec<Object>> {
+        let mut roots = w.store.all_versions("acme/roots/").await?;
+        roots.retain(Object::is_visible);
+        roots.sort_by_key(|root| root.versions[0].modified_us);
+        Ok(roots)
+    };
+    let roots = visible().await?;
+    let (_, expired) = roots.split_last().context("a manifest")?;
+    ensure!(!expired.is_empty());
+    w.s.ok(&["policy", "acme", "--minimum-retention", "1d"])?;
+    for root in expired {
+        w.store.delete(std::slice::from_ref(&root.name)).await?;
+    }
+    let packs = async || -> Result<BTreeSet<String>> {
+        let packs = w.store.all_versions("acme/packs/").await?;
+        let visible = packs.into_iter().filter(Object::is_visible);
+        Ok(visible.map(|pack| pack.name).collect())
+    };
+    let before = packs().await?;
+    let (exit, done) = w.gc()?;
+    ensure!(exit == 0 && done["packs"]["objects"] == 0, "{exit} {done}");
+    ensure!(packs().await? == before);
+    let (exit, repaired) = w.report(&["repair"])?;
+    ensure!(exit == 0 && visible().await?.len() == roots.len(), "{repaired}");
+    // Without the policy they go.
+    w.s.ok(&["policy", "acme", "--minimum-retention", "0s"])?;
+    let (exit, done) = w.gc()?;
+    ensure!(
+        exit == 0 && done["packs"]["objects"].as_u64() > Some(0) && visible().await?.len() == 1,
+        "{exit} {done}"
+    );
+    w.s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    Ok(())
+}
+
 async fn locks_are_left_and_extended(server: &Server) -> Result<()> {
     let w = World::new("extended", server, true, "retention = { full = 1 }")?;
     let (first, _) = w.backup()?;
@@ -574,6 +615,13 @@ async fn versions_are_collected_on_ministack() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_protected_and_hidden_is_not_collected_on_ministack() -> Result<()> {
+    let scratch = Scratch::new("protectedstore")?;
+    let server = S3::start(&scratch, "other")?;
+    what_is_protected_and_hidden_is_not_collected(&Server::of(&server)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn locks_are_left_and_extended_on_ministack() -> Result<()> {
     let scratch = Scratch::new("extendstore")?;
     let server = S3::start(&scratch, "other")?;
@@ -624,6 +672,7 @@ async fn all_of_it_on_radosgw() -> Result<()> {
     };
     nothing_locked_is_lost(&server).await?;
     versions_are_collected(&server).await?;
+    what_is_protected_and_hidden_is_not_collected(&server).await?;
     locks_are_left_and_extended(&server).await?;
     locks_last_as_long_as_the_retention(&server).await?;
     wal_that_has_expired_stays_away(&server, false).await?;

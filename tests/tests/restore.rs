@@ -42,7 +42,10 @@ fn directories_that_are_not_ours_are_left_alone() -> Result<()> {
 
     // Delta puts back what was changed, removes what came later, and keeps the rest.
     std::fs::write(s.path("new/base/stranger"), b"x")?;
-    run(s.scratch.command("mkdir").args(["-p", &s.path("new/base/strange/folder")]))?;
+    run(s
+        .scratch
+        .command("mkdir")
+        .args(["-p", &s.path("new/base/strange/folder")]))?;
     s.scratch.write("new/base/strange/folder/file", b"x")?;
     let victim = format!("new/{}", s.sql("select pg_relation_filepath('t')")?);
     let before = std::fs::read(s.path(&victim))?;

@@ -1,9 +1,10 @@
 //! Whatever a server does between and during backups, every backup that was built on another one is, page by page, what
-//! PostgreSQL's own replay of all WAL makes of the first full backup.
+//! PostgreSQL's own replay of all WAL makes of the first full backup; and, where the server stands still, what its own
+//! files are.
 //!
 //! Seeded: `FAIRVAULT_TORTURE_SEED` and `FAIRVAULT_TORTURE_ROUNDS`; every failure names the seed.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -11,10 +12,50 @@ use anyhow::{Context, Result, bail, ensure};
 use fairvault_tests::dice::{Dice, number};
 use fairvault_tests::fixture::field;
 use fairvault_tests::physical::differences;
+use fairvault_tests::server::sid_program;
 use fairvault_tests::{Fixture, Server, Shape, code, run, tools};
 
 const TABLES: u64 = 4;
 const DATABASES: u64 = 2;
+const SOURCES: [&str; 3] = ["local", "sql", "stream"];
+/// Of every access method; bloom is an extension, whose pages are logged by generic records. None that is packaged has a
+/// resource manager of its own.
+const INDEXES: [&str; 8] = [
+    "btree (a)",
+    "hash (b)",
+    "gin (c)",
+    "gist (p)",
+    "brin (id)",
+    "spgist (b)",
+    "btree (b, d)",
+    "bloom (a)",
+];
+
+/// What a round is about, besides its backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Occasion {
+    /// The first full backup.
+    First,
+    /// Nothing else.
+    Nothing,
+    /// Another full backup, on which later ones build.
+    Full,
+    /// A standby stands still while the primary goes on, and both are backed up.
+    Lag,
+    /// The standby becomes the primary: everything is read, and then backups build on each other again.
+    Promotion,
+    /// The server stops at the moment of comparison, and its own files are compared.
+    Still,
+}
+
+/// In five rounds, each comes up once; versions begin with different ones.
+const OCCASIONS: [Occasion; 5] = [
+    Occasion::Nothing,
+    Occasion::Full,
+    Occasion::Lag,
+    Occasion::Promotion,
+    Occasion::Still,
+];
 
 struct Torture {
     s: Fixture,
@@ -28,6 +69,16 @@ struct Torture {
     truth: Option<Server>,
     /// A standby, from the first backup of it on.
     standby: Option<Server>,
+    /// How many there were; the newest has this number in its name.
+    standbys: u32,
+    /// The primary's folder of the tablespace.
+    space: PathBuf,
+    /// The primary's timeline.
+    timeline: u32,
+    /// No backup of this timeline is there to build on.
+    is_new_timeline: bool,
+    /// The newest backup that was built on nothing.
+    base: String,
     points: u32,
     incremental: u32,
     /// A deliberate bug in what archives and backs up.
@@ -36,20 +87,25 @@ struct Torture {
 
 impl Torture {
     fn new(major: u32, seed: u64, fault: &'static str) -> Result<Self> {
+        // Without checksums, hints are set without WAL. One seed of three, and with each seed some versions.
+        let has_checksums = !(seed + u64::from(major)).is_multiple_of(3);
+        let initdb: &[&str] = match (has_checksums, major) {
+            (true, _) => &["-k", "--wal-segsize=1"],
+            (false, ..18) => &["--wal-segsize=1", "--no-locale"],
+            (false, _) => &["--no-data-checksums", "--wal-segsize=1", "--no-locale"],
+        };
         let s = Fixture::new(
             &format!("torture{major}"),
             Shape {
                 major,
                 archiving: true,
                 settings: "max_prepared_transactions = 5\nmax_wal_size = 64MB\nautovacuum_naptime = 1s\nwal_keep_size = 64MB\n",
-                initdb: if seed.is_multiple_of(3) {
-                    &["--wal-segsize=1", "--no-locale"]
-                } else {
-                    &["-k", "--wal-segsize=1"]
-                },
+                initdb,
                 ..Default::default()
             },
         )?;
+        let checksums = s.sql("show data_checksums")?;
+        ensure!((checksums == "on") == has_checksums, "checksums are {checksums}");
         let push = format!("{} {} wal push acme %p", s.path("fairvault"), s.options.join(" "));
         s.sql(&format!(
             "alter system set archive_command = 'env \"FAIRVAULT_FAULT={}\" {push}'",
@@ -58,10 +114,11 @@ impl Torture {
         s.sql("select pg_reload_conf()")?;
         run(s.scratch.command("mkdir").arg(s.path("ts")))?;
         s.sql(&format!("create tablespace ts location '{}'", s.path("ts")))?;
-        s.sql("create sequence numbers; create table los (id oid)")?;
+        s.sql("create extension bloom; create sequence numbers; create table los (id oid)")?;
         s.sql("create table wide (id int, t text); alter table wide alter t set storage plain")?;
         s.sql("create table busy (id int primary key, n int, t text) with (fillfactor = 70)")?;
         s.sql("insert into busy select i, 0, repeat('x', 100) from generate_series(1, 3000) i")?;
+        let space = s.scratch.join("ts");
         Ok(Self {
             s,
             dice: Dice(seed),
@@ -70,6 +127,11 @@ impl Torture {
             prepared: Vec::new(),
             truth: None,
             standby: None,
+            standbys: 0,
+            space,
+            timeline: 1,
+            is_new_timeline: false,
+            base: String::new(),
             points: 0,
             incremental: 0,
             fault,
@@ -92,18 +154,12 @@ impl Torture {
             self.tables[n] = true;
             let space = ["", "tablespace ts"][self.dice.roll(2) as usize];
             let kind = ["", "", "unlogged"][self.dice.roll(3) as usize];
+            // What is long in the last column is stored out of line, as it is.
             self.sql(&format!(
-                "create {kind} table {t} (id bigserial, a int, b text, c jsonb, p point, d timestamptz default now()) {space}"
+                "create {kind} table {t} (id bigserial, a int, b text, c jsonb, p point, d timestamptz default now(), w text) \
+                 {space}; alter table {t} alter w set storage external"
             ))?;
-            for index in [
-                "btree (a)",
-                "hash (b)",
-                "gin (c)",
-                "gist (p)",
-                "brin (id)",
-                "spgist (b)",
-                "btree (b, d)",
-            ] {
+            for index in INDEXES {
                 if self.dice.roll(2) == 0 {
                     self.sql(&format!("create index on {t} using {index}"))?;
                 }
@@ -111,34 +167,55 @@ impl Torture {
             return self.grow(&t);
         }
         let part = 1 + self.dice.roll(30);
-        let what = match self.dice.roll(26) {
+        let what = match self.dice.roll(30) {
             0..=4 => return self.grow(&t),
             5 | 6 => format!("update {t} set b = b || 'u' where id % {part} = 0"),
             7 | 8 => format!("update {t} set a = a + 1, p = point(a, id) where id % {part} = 0"),
-            9 => format!("delete from {t} where id % {part} = 0"),
-            10 => format!("delete from {t} where id > (select max(id) / 2 from {t})"),
-            11 => format!("vacuum {t}"),
-            12 => format!("vacuum (freeze) {t}"),
-            13 => format!("vacuum full {t}"),
-            14 => format!("truncate {t}"),
-            15 => format!("reindex table {t}"),
-            16 => {
+            9 => format!("update {t} set w = w || 'u' where id % {part} = 0"),
+            10 => format!("delete from {t} where id % {part} = 0"),
+            11 => format!("delete from {t} where id > (select max(id) / 2 from {t})"),
+            12..=14 => {
+                let how = self.dice.pick(&[
+                    "",
+                    "(freeze)",
+                    "(full)",
+                    "(full, analyze)",
+                    "(disable_page_skipping, truncate off)",
+                    "(index_cleanup on, parallel 2)",
+                ]);
+                format!("vacuum {how} {t}")
+            }
+            15 => format!("truncate {t}"),
+            16 => format!("reindex table {} {t}", self.dice.pick(&["", "concurrently"])),
+            17 => {
+                let key = self.dice.pick(&["a", "d", "id"]);
+                self.sql(&format!("create index if not exists {t}_by_{key} on {t} ({key})"))?;
+                format!("cluster {t} using {t}_by_{key}")
+            }
+            18 => {
+                let index = self.dice.pick(&INDEXES);
+                format!("drop index if exists {t}_other; create index {t}_other on {t} using {index}")
+            }
+            19 => {
                 self.tables[n] = false;
                 format!("drop table {t}")
             }
-            17 => format!(
+            20 => format!(
                 "alter table {t} set tablespace {}",
                 self.dice.pick(&["ts", "pg_default"])
             ),
-            18 => format!("alter table {t} set {}", self.dice.pick(&["logged", "unlogged"])),
-            19 => return self.database(),
-            20 => return self.transactions(&t),
-            21 => "select nextval('numbers') from generate_series(1, 100)".to_owned(),
-            22 => "insert into los select lo_from_bytea(0, repeat('lo', 5000)::bytea) from generate_series(1, 5)"
+            21 => format!("alter table {t} set {}", self.dice.pick(&["logged", "unlogged"])),
+            22 => return self.database(),
+            23 | 24 => return self.transactions(&t),
+            25 => {
+                let values = "select nextval('numbers') from generate_series(1, 100)";
+                (*self.dice.pick(&[values, "alter sequence numbers restart"])).to_owned()
+            }
+            26 => "insert into los select lo_from_bytea(0, repeat('lo', 5000)::bytea) from generate_series(1, 5)"
                 .to_owned(),
-            23 => "select lo_unlink(id) from los where id::bigint % 2 = 0; delete from los where id::bigint % 2 = 0"
+            27 => "select lo_unlink(id) from los where id::bigint % 2 = 0; delete from los where id::bigint % 2 = 0"
                 .to_owned(),
-            24 => "checkpoint".to_owned(),
+            28 => "checkpoint".to_owned(),
             _ => return self.crash(),
         };
         self.sql(&what).map(drop)
@@ -161,19 +238,23 @@ impl Torture {
 
     fn grow(&mut self, t: &str) -> Result<()> {
         let rows = 10 + self.dice.roll(3000);
-        let wide = ["", "|| repeat(md5((i * 7)::text), 100)"][(self.dice.roll(6) == 0) as usize];
-        let rows = if wide.is_empty() { rows } else { rows / 20 + 1 };
+        // Long values are compressed where they are, or stored out of line.
+        let (b, w, rows) = match self.dice.roll(8) {
+            0 => ("|| repeat(md5((i * 7)::text), 100)", "null", rows / 20 + 1),
+            1 | 2 => ("", "repeat(md5((i * 7)::text), 100)", rows / 20 + 1),
+            _ => ("", "null", rows),
+        };
         let select = format!(
-            "select i % 97, md5(i::text) {wide}, json_build_object('k', i % 13, 'v', md5(i::text))::jsonb, point(i % 100, i) \
-             from generate_series(1, {rows}) i"
+            "select i % 97, md5(i::text) {b}, json_build_object('k', i % 13, 'v', md5(i::text))::jsonb, \
+             point(i % 100, i), {w}::text from generate_series(1, {rows}) i"
         );
         // COPY extends by many pages at a time.
         match self.dice.roll(2) {
-            0 => self.sql(&format!("insert into {t} (a, b, c, p) {select}")).map(drop),
+            0 => self.sql(&format!("insert into {t} (a, b, c, p, w) {select}")).map(drop),
             _ => {
                 let file = self.s.path("rows");
                 self.sql(&format!("copy ({select}) to '{file}'"))?;
-                self.sql(&format!("copy {t} (a, b, c, p) from '{file}'")).map(drop)
+                self.sql(&format!("copy {t} (a, b, c, p, w) from '{file}'")).map(drop)
             }
         }
     }
@@ -212,7 +293,7 @@ impl Torture {
             return self.sql(&format!("{end} prepared '{name}'")).map(drop);
         }
         let number = self.dice.roll(1_000_000);
-        let what = match self.dice.roll(4) {
+        let what = match self.dice.roll(6) {
             0 => {
                 self.prepared.push(format!("p{number}"));
                 format!(
@@ -220,11 +301,27 @@ impl Torture {
                      insert into busy values (10000 + {number}, 1, 'p'); prepare transaction 'p{number}'"
                 )
             }
-            1 => format!(
+            1 => {
+                self.sql(&format!(
+                    "create table q{number} as select generate_series(1, 500) as i"
+                ))?;
+                self.prepared.push(format!("p{number}"));
+                format!(
+                    "begin; drop table q{number}; create table r{number} as select generate_series(1, 500) as i; \
+                     prepare transaction 'p{number}'"
+                )
+            }
+            // More subtransactions than shared memory has room for, in a commit that drops files as well.
+            2 => format!(
+                "do $$ begin truncate {t}; for i in 1..200 loop begin insert into {t} (a, b) values (i, 'sub'); \
+                 if i % 3 = 0 then raise exception 'none of it'; end if; \
+                 exception when raise_exception then null; end; end loop; end $$"
+            ),
+            3 => format!(
                 "begin; truncate {t}; create table q{number} as select generate_series(1, 500) as i; \
                  insert into {t} (a, b) select i, 'aborted' from generate_series(1, 2000) i; rollback"
             ),
-            2 => format!(
+            4 => format!(
                 "begin; insert into {t} (a, b) select i, 'one' from generate_series(1, 200) i; savepoint s; truncate {t}; \
                  insert into {t} (a, b) select i, 'two' from generate_series(1, 900) i; rollback to s; \
                  insert into {t} (a, b) select i, 'three' from generate_series(1, 200) i; commit"
@@ -247,9 +344,12 @@ impl Torture {
         let standby = match &self.standby {
             Some(standby) => standby,
             None => {
-                println!("    a standby");
-                let map = format!("all={}", s.path("standby-ts"));
-                let server = s.standby("standby", 5462, &["--tablespace-map", &map], "")?;
+                self.standbys += 1;
+                let name = format!("standby{}", self.standbys);
+                println!("    {name}");
+                let map = format!("all={}", s.path(&format!("{name}-ts")));
+                let more = ["--tablespace-map", &map, "--archiving", "keep"];
+                let server = s.standby(&name, 5462, &more, "wal_retrieve_retry_interval = '200ms'")?;
                 self.standby.insert(server)
             }
         };
@@ -258,6 +358,57 @@ impl Torture {
         standby.wait_for(&s.scratch, &format!("select pg_last_wal_replay_lsn() >= '{at}'"), "t")?;
         standby.sql(&s.scratch, "checkpoint")?;
         Ok(standby.conninfo())
+    }
+
+    /// The same, and from then on it stands still while the primary goes on.
+    fn fall_behind(&mut self) -> Result<String> {
+        let conninfo = self.catch_up()?;
+        let standby = self.standby.as_ref().context("a standby")?;
+        standby.sql(&self.s.scratch, "select pg_wal_replay_pause()")?;
+        standby.wait_for(&self.s.scratch, "select pg_get_wal_replay_pause_state()", "paused")?;
+        for _ in 0..1 + self.dice.roll(3) {
+            self.step()?;
+        }
+        Ok(conninfo)
+    }
+
+    /// Nothing is written any more that nobody asks for, until the next start, and what was written is archived.
+    fn quiet(&self) -> Result<()> {
+        let s = &self.s;
+        s.sql("alter system set autovacuum = off")?;
+        s.sql("select pg_reload_conf()")?;
+        let busy = "select count(*) from pg_stat_activity where backend_type like 'autovacuum%' or application_name = 'pgbench'";
+        s.server.wait_for(&s.scratch, busy, "0")?;
+        s.sql("alter system reset autovacuum")?;
+        s.flush_archive(&s.server).map(drop)
+    }
+
+    /// The primary is lost, and the standby takes its place.
+    fn promote(&mut self) -> Result<()> {
+        // All of its whole segments are archived, and the standby has the rest.
+        self.quiet()?;
+        self.catch_up()?;
+        let how = *self.dice.pick(&["fast", "immediate"]);
+        println!("    the primary stops ({how}), and its standby is promoted");
+        let standby = self.standby.take().context("a standby")?;
+        let s = &mut self.s;
+        s.server.stop(&s.scratch, how)?;
+        s.promote(&standby)?;
+        // It goes on where everybody expects the primary.
+        standby.stop(&s.scratch, "fast")?;
+        let name = format!("standby{}", self.standbys);
+        let server = s.copy(&name, s.server.port);
+        let old = std::mem::replace(&mut s.server, server);
+        let old_space = std::mem::replace(&mut self.space, s.scratch.join(&format!("{name}-ts")));
+        for folder in [&old.data, &old_space] {
+            std::fs::remove_dir_all(folder)?;
+        }
+        s.server.start(&s.scratch)?;
+        let timeline: u32 = s.sql("select timeline_id from pg_control_checkpoint()")?.parse()?;
+        ensure!(timeline > self.timeline, "timeline {timeline} after {}", self.timeline);
+        self.timeline = timeline;
+        self.is_new_timeline = true;
+        Ok(())
     }
 
     /// Small changes all the time, while a backup is taken.
@@ -274,26 +425,44 @@ impl Torture {
         Ok(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?)
     }
 
-    fn round(&mut self) -> Result<()> {
+    fn occasion(&self, round: u64) -> Occasion {
+        if self.truth.is_none() {
+            return Occasion::First;
+        }
+        // A deliberate bug is found by backups that are built on each other, and these alone.
+        if !self.fault.is_empty() {
+            return Occasion::Nothing;
+        }
+        let number = round + u64::from(self.s.server.major());
+        OCCASIONS[(number % OCCASIONS.len() as u64) as usize]
+    }
+
+    fn round(&mut self, round: u64) -> Result<()> {
+        let occasion = self.occasion(round);
+        println!("  {occasion:?}");
         for _ in 0..3 + self.dice.roll(8) {
             self.step()?;
         }
-        let kind = match self.truth {
-            None => "full",
-            Some(_) => self.dice.pick(&["incr", "incr", "incr", "diff"]),
+        if occasion == Occasion::Promotion {
+            self.promote()?;
+        }
+        let kind = match occasion {
+            Occasion::First | Occasion::Full => "full",
+            _ => *self.dice.pick(&["incr", "incr", "incr", "diff"]),
         };
-        let source = *self.dice.pick(&["local", "sql", "stream"]);
-        let is_of_standby = self.truth.is_some() && self.dice.roll(5) == 0;
-        let of_standby = match is_of_standby {
-            true => Some(self.catch_up()?),
-            false => None,
+        let source = *self.dice.pick(&SOURCES);
+        let of_standby = match occasion {
+            Occasion::Lag => Some(self.fall_behind()?),
+            Occasion::Nothing | Occasion::Still if self.dice.roll(5) == 0 => Some(self.catch_up()?),
+            _ => None,
         };
         let mut load = self.load()?;
         std::thread::sleep(Duration::from_millis(100 + self.dice.roll(400)));
         // Now and then, somebody else takes one at the same time.
-        let other = match self.truth.is_some() && self.dice.roll(4) == 0 {
+        let may_be_two = matches!(occasion, Occasion::Nothing | Occasion::Full | Occasion::Still);
+        let other = match may_be_two && self.dice.roll(4) == 0 {
             true => {
-                let source = *self.dice.pick(&["local", "sql", "stream"]);
+                let source = *self.dice.pick(&SOURCES);
                 Some(self.backup("incr", source))
             }
             false => None,
@@ -301,17 +470,36 @@ impl Torture {
         let other = other.map(|mut command| command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn());
         let other = other.transpose()?;
         let mut command = self.backup(kind, source);
-        if let Some(conninfo) = &of_standby {
+        if let Some(conninfo) = of_standby.as_ref().filter(|_| occasion != Occasion::Lag) {
             command.args(["--conninfo", conninfo]);
         }
-        let taken = code(&mut command);
+        let mut outcomes = vec![(kind, source, code(&mut command))];
+        // The standby that stands still comes after the primary; the first one of a timeline is built on at once.
+        if matches!(occasion, Occasion::Lag | Occasion::Promotion) {
+            let source = *self.dice.pick(&SOURCES);
+            let mut command = self.backup("incr", source);
+            if let Some(conninfo) = &of_standby {
+                command.args(["--conninfo", conninfo]);
+            }
+            outcomes.push(("incr", source, code(&mut command)));
+        }
         let other = other.map(Child::wait_with_output).transpose()?;
         let _ = load.kill();
         load.wait()?;
-        let mut ids = vec![self.taken(kind, source, taken)?];
         if let Some(output) = other {
             let (exit, text) = (output.status.code().unwrap_or(-1), fairvault_tests::text(&output));
-            ids.push(self.taken("incr", "beside it", (exit, text))?);
+            outcomes.push(("incr", "beside it", (exit, text)));
+        }
+        let (mut ids, mut parents) = (Vec::new(), Vec::new());
+        for (kind, source, outcome) in outcomes {
+            let (id, parent) = self.taken(kind, source, outcome)?;
+            ids.push(id);
+            parents.push(parent);
+        }
+        if occasion == Occasion::Lag {
+            ensure!(parents[1] != ids[0], "{} is built on what is its future", ids[1]);
+            let standby = self.standby.as_ref().context("a standby")?;
+            standby.sql(&self.s.scratch, "select pg_wal_replay_resume()")?;
         }
         // Whoever works on goes on before the moment of comparison, or not.
         for _ in 0..self.dice.roll(3) {
@@ -319,12 +507,21 @@ impl Torture {
         }
         self.points += 1;
         let point = format!("point{}", self.points);
+        if occasion == Occasion::Still {
+            self.quiet()?;
+        }
         // A server that shuts down in recovery writes its pages out only if it has seen a checkpoint.
         self.sql("checkpoint")?;
         let at = self.sql(&format!("select pg_create_restore_point('{point}')"))?;
         println!("  {point} at {at}");
-        self.s.flush_archive(&self.s.server)?;
-        self.compare(&ids, &point)
+        if occasion != Occasion::Still {
+            self.s.flush_archive(&self.s.server)?;
+            return self.compare(&ids, &point, occasion);
+        }
+        // Whoever shuts down archives the segment that is not full, and changes no page.
+        self.s.server.stop(&self.s.scratch, "fast")?;
+        self.compare(&ids, &point, occasion)?;
+        self.s.server.start(&self.s.scratch)
     }
 
     /// A backup that somebody takes.
@@ -340,12 +537,11 @@ impl Torture {
         command
     }
 
-    /// Its id, once it was taken.
-    fn taken(&mut self, kind: &str, source: &str, (exit, text): (i32, String)) -> Result<String> {
+    /// Its id and its parent's, once it was taken.
+    fn taken(&mut self, kind: &str, source: &str, (exit, text): (i32, String)) -> Result<(String, String)> {
         ensure!(exit == 0, "{exit} {text}");
-        let id = field(&text, "id")?;
-        let has_parent = !field(&text, "parent")?.is_empty();
-        self.incremental += u32::from(has_parent);
+        let (id, parent) = (field(&text, "id")?, field(&text, "parent")?);
+        self.incremental += u32::from(!parent.is_empty());
         println!(
             "  {kind} from {source}: {id}, {} to {}, {} read, {} stored",
             field(&text, "start_lsn")?,
@@ -353,11 +549,23 @@ impl Torture {
             field(&text, "read_bytes")?,
             field(&text, "new_stored_bytes")?
         );
-        ensure!(has_parent == (kind != "full"), "{text}");
-        Ok(id)
+        let is_first = std::mem::take(&mut self.is_new_timeline);
+        if is_first || kind == "full" {
+            let why = field(&text, "no_parent_reason")?;
+            ensure!(parent.is_empty() && why.contains("timeline") == is_first, "{text}");
+            self.base.clone_from(&id);
+        } else {
+            let is_right = !parent.is_empty() && (kind != "diff" || parent == self.base);
+            ensure!(
+                is_right,
+                "the newest that was built on nothing is {}: {text}",
+                self.base
+            );
+        }
+        Ok((id, parent))
     }
 
-    fn compare(&mut self, ids: &[String], point: &str) -> Result<()> {
+    fn compare(&mut self, ids: &[String], point: &str, occasion: Occasion) -> Result<()> {
         let s = &self.s;
         let restored = |name: &str, port, id: &str| -> Result<Server> {
             let target = ["--target-name", point, "--target-action", "shutdown", "--backup", id];
@@ -379,6 +587,7 @@ impl Torture {
         let get = format!("{} {} wal get acme %f %p", s.path("fairvault"), s.options.join(" "));
         let with_point = text.lines().map(|line| match line.split(' ').next() {
             Some("recovery_target_name") => format!("recovery_target_name = '{point}'"),
+            Some("recovery_target_timeline") => format!("recovery_target_timeline = '{}'", self.timeline),
             Some("restore_command") => format!("restore_command = '{get}'"),
             _ => line.to_owned(),
         });
@@ -394,7 +603,19 @@ impl Torture {
                 "backup {id} differs from what replay makes:\n{}",
                 found.join("\n")
             );
-            look_inside(s, &copy).with_context(|| format!("backup {id}"))?;
+            if occasion == Occasion::Still {
+                let found = differences(&s.server.data, &copy.data, 10)?;
+                ensure!(
+                    found.is_empty(),
+                    "backup {id} differs from the server's own files:\n{}",
+                    found.join("\n")
+                );
+            }
+            // All copies are the same by now: one is enough, and of most versions now and then.
+            let is_looked_into = occasion == Occasion::Still || copy.major() == 15;
+            if is_looked_into && ids.last() == Some(id) {
+                look_inside(s, &copy).with_context(|| format!("backup {id}"))?;
+            }
             for name in ["copy", "copy-ts"] {
                 let _ = std::fs::remove_dir_all(s.scratch.join(name));
             }
@@ -405,35 +626,58 @@ impl Torture {
 
 /// What PostgreSQL's own tools say of a copy that was recovered: tables and indexes agree, and everything can be read.
 fn look_inside(s: &Fixture, copy: &Server) -> Result<()> {
-    // Other versions here come without these tools, or without amcheck.
-    if copy.major() != 15 {
-        return Ok(());
-    }
     s.configure("copy", "recovery_target_action = 'promote'\n")?;
     copy.start(&s.scratch)?;
     copy.wait_for(&s.scratch, "select pg_is_in_recovery()", "f")?;
-    let host = s.path("");
-    let tool = |name: &str, arguments: &[&str]| {
-        let mut command = copy.program(&s.scratch, name);
-        let port = copy.port.to_string();
+    // What is prepared holds locks that the tools would wait for.
+    for name in copy.sql(&s.scratch, "select gid from pg_prepared_xacts")?.lines() {
+        copy.sql(&s.scratch, &format!("commit prepared '{name}'"))?;
+    }
+    let (host, port) = (s.path(""), copy.port.to_string());
+    let judge = |mut command: Command, arguments: &[&str]| {
         run(command
             .args(["-h", &host, "-p", &port, "-U", "postgres"])
             .args(arguments))
     };
-    tool(
-        "pg_amcheck",
+    // This one works across versions.
+    judge(
+        s.scratch.command(tools::bin(15).join("pg_amcheck")),
         &["--all", "--install-missing", "--heapallindexed", "--parent-check"],
     )?;
-    let dump = tool("pg_dumpall", &[])?;
-    ensure!(
-        dump.contains("PostgreSQL database cluster dump complete"),
-        "the dump ends early"
-    );
+    let dump = match copy.major() {
+        ..=15 => Some(s.scratch.command(tools::bin(15).join("pg_dumpall"))),
+        // A newer one reads older servers; 16 has none of its own here.
+        major if tools::is_full() => Some(sid_program(major.max(17), "pg_dumpall")),
+        _ => None,
+    };
+    match dump {
+        Some(command) => {
+            let dump = judge(command, &[])?;
+            ensure!(
+                dump.contains("PostgreSQL database cluster dump complete"),
+                "the dump ends early"
+            );
+        }
+        None => read_all(s, copy)?,
+    }
     copy.stop(&s.scratch, "immediate")
+}
+
+/// Reads every row of every table, with what is stored out of line.
+fn read_all(s: &Fixture, copy: &Server) -> Result<()> {
+    let each = "do $$ declare r regclass; n bigint; begin \
+                for r in select oid from pg_class where relkind in ('r', 'm', 't', 'S') loop \
+                execute format('select count(whole_row::text) from %s as whole_row', r) into n; \
+                end loop; end $$";
+    let databases = copy.sql(&s.scratch, "select datname from pg_database where datallowconn")?;
+    databases
+        .lines()
+        .try_for_each(|database| copy.sql_in(&s.scratch, database, each).map(drop))
 }
 
 /// Recovers to the target, where the server shuts down.
 fn recover(s: &Fixture, server: &Server) -> Result<()> {
+    let before = server.log_text().len();
     server.try_start(&s.scratch, false)?;
     let began = Instant::now();
     std::thread::sleep(Duration::from_millis(300));
@@ -445,7 +689,8 @@ fn recover(s: &Fixture, server: &Server) -> Result<()> {
         );
         std::thread::sleep(Duration::from_millis(50));
     }
-    let log = server.log_text();
+    let all = server.log_text();
+    let log = all.get(before..).unwrap_or(&all);
     match log.contains("FATAL") || log.contains("PANIC") {
         true => bail!("{log}"),
         false => Ok(()),
@@ -464,12 +709,15 @@ fn verify(s: &Fixture, copy: &Server) -> Result<()> {
 fn torture(major: u32) -> Result<()> {
     let seed = number("FAIRVAULT_TORTURE_SEED", 1);
     let rounds = number("FAIRVAULT_TORTURE_ROUNDS", if tools::is_full() { 20 } else { 5 });
+    println!("version {major}, seed {seed}");
+    all_rounds(major, seed, rounds).with_context(|| format!("version {major}, seed {seed}"))
+}
+
+fn all_rounds(major: u32, seed: u64, rounds: u64) -> Result<()> {
     let mut torture = Torture::new(major, seed, "")?;
     for round in 0..=rounds {
         println!("round {round}");
-        torture
-            .round()
-            .with_context(|| format!("version {major}, seed {seed}, round {round}"))?;
+        torture.round(round).with_context(|| format!("round {round}"))?;
     }
     ensure!(torture.incremental > 0, "no backup was built on another one");
     let text = torture
@@ -481,9 +729,15 @@ fn torture(major: u32) -> Result<()> {
 
 /// A tracker with a bug is found out: by a page that is newer than its map, or by the comparison.
 fn planted(fault: &'static str) -> Result<()> {
-    let mut torture = Torture::new(15, 4, fault)?;
+    let seed = 4;
+    println!("{fault}, seed {seed}");
+    until_noticed(fault, seed).with_context(|| format!("{fault}, seed {seed}"))
+}
+
+fn until_noticed(fault: &'static str, seed: u64) -> Result<()> {
+    let mut torture = Torture::new(15, seed, fault)?;
     for round in 0..20 {
-        let Err(error) = torture.round() else { continue };
+        let Err(error) = torture.round(round) else { continue };
         let text = format!("{error:#}");
         ensure!(
             text.contains("differs from what replay makes") || text.contains("ALARM"),

@@ -21,8 +21,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
                  rounds (50) on each version
   bench compare [SIZE] [ROUNDS] [DATA] backups and restores beside pgBackRest, pg_basebackup and Barman, of data sets of SIZE (1)
                  times a few hundred MB, ROUNDS (3) times; DATA is pgbench, mixed, small or blobs; needs root
-  bench incr [SIZE] [many] incremental backups of SIZE (1) GB beside pgBackRest; with `many`, the last of 200 is restored;
-                 needs root
+  bench incr [SIZE] [many [PERCENT]] incremental backups of SIZE (1) GB beside pgBackRest; with `many`, the last of 200 is
+                 restored, each after changes on PERCENT (0.05) of the pages; needs root
   bench month    what a month of fulls, diffs and incrementals stores, beside pgBackRest; needs root
   bench wal [N]  archiving and fetching N segments (200) beside pgBackRest; needs root
   bench rpo      what a lost server costs: twenty deaths on each kind of repository, and the distribution
@@ -64,10 +64,11 @@ fn main() -> ExitCode {
         ["bench", "compare", size, rounds, data] => {
             number(size).and_then(|size| bench::compare::run_it(size, number(rounds)?, Some(data)))
         }
-        ["bench", "incr"] => bench::incremental::run_it(1, false),
-        ["bench", "incr", size] => number(size).and_then(|size| bench::incremental::run_it(size, false)),
-        ["bench", "incr", size, many] => {
-            number(size).and_then(|size| bench::incremental::run_it(size, *many == "many"))
+        ["bench", "incr"] => bench::incremental::run_it(1, None),
+        ["bench", "incr", size] => number(size).and_then(|size| bench::incremental::run_it(size, None)),
+        ["bench", "incr", size, "many"] => number(size).and_then(|size| bench::incremental::run_it(size, Some(0.05))),
+        ["bench", "incr", size, "many", percent] => {
+            number(size).and_then(|size| bench::incremental::run_it(size, Some(number(percent)?)))
         }
         ["bench", "month"] => bench::incremental::run_month(),
         ["bench", "wal"] => bench::wal::run_it(200),

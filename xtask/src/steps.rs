@@ -151,6 +151,7 @@ pub fn memory(millions: &str) -> Result<()> {
 /// Random changes and backups of every version, compared page by page.
 pub fn torture(rounds: &str, seed: &str) -> Result<()> {
     tools::install_npm_servers()?;
+    tools::install_sid()?;
     let variables = [
         ("FAIRVAULT_FULL", "1"),
         ("FAIRVAULT_TORTURE_ROUNDS", rounds),

@@ -114,7 +114,10 @@ pub async fn policy(context: &Arc<Context>, args: PolicyArgs) -> Result<Outcome>
             continue;
         };
         let policy = match (age, args.minimum_full) {
-            (None, None) => log.state().policy.clone().unwrap_or_default(),
+            (None, None) => {
+                log.prove().await?;
+                log.state().policy.clone().unwrap_or_default()
+            }
             _ => expire::set_policy(&mut log, age, args.minimum_full).await?,
         };
         let shown = log.stanza().shown();

@@ -160,13 +160,18 @@ async fn with_parent(
     start: Lsn,
 ) -> Result<Choice> {
     let stanza = log.stanza();
+    let size = archive.segment_size;
     let range = Range {
         timeline: info.start_timeline,
         from: Lsn(match has_fault("parent's stop") {
             true => info.stop_lsn,
             false => info.start_lsn,
         }),
-        to: start,
+        // Off by one: of a segment, all counts or nothing.
+        to: Lsn(match has_fault("a segment early") {
+            true => (start.0 / size).saturating_sub(1) * size,
+            false => start.0,
+        }),
     };
     let distrusted = &log.state().distrusted;
     let map = range::changes(archive, &options.conninfo, distrusted, range).await;

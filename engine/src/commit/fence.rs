@@ -42,7 +42,8 @@ pub fn by_whom(now: &proto::Snapshot) -> String {
 
 /// Ends all open sessions, and stops all writers that are at work; returns how many sessions that were.
 pub async fn fence_writers(log: &mut Log, reason: &str) -> Result<usize> {
-    log.refresh().await?;
+    // One that is not higher than the newest has no effect.
+    log.prove().await?;
     loop {
         let state = log.state();
         let sessions: Vec<Vec<u8>> = state

@@ -100,7 +100,33 @@ impl Log {
         unread.replayed().await
     }
 
-    /// The same of a log of which nothing was read yet.
+    /// Has the log's state from its entries. What an operator signs is decided by what entries say: a snapshot is not
+    /// signed, and whoever has a key that writes can make one that leaves out holds, fences and the signed policy. What
+    /// this host remembers may have begun with such a one, but for what it remembers of an earlier proof.
+    pub async fn prove(&mut self) -> Result<()> {
+        let mut this = Self::empty(self.stanza.clone());
+        match self.stanza.memory().and_then(|memory| memory.proven(&self.stanza)) {
+            Some(state) => {
+                this.adopt(state);
+                this.follow_keys().await?;
+                let before = this.clone();
+                this.refresh_proven().await?;
+                this.check_pins()?;
+                // What follows on the remembered entry proves it.
+                if this.state.seq == before.state.seq {
+                    before.check_remembered_head().await?;
+                }
+            }
+            None => this = Self::replay_backups(self.stanza.clone()).await?,
+        }
+        if let Some(memory) = this.stanza.memory() {
+            memory.remember_proven(&this.stanza, &this.state);
+        }
+        *self = this;
+        Ok(())
+    }
+
+    /// Reads all of a log of which nothing was read yet.
     pub(crate) async fn replayed(mut self) -> Result<Self> {
         let this = &mut self;
         this.refresh_proven().await?;

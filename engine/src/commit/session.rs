@@ -125,12 +125,14 @@ impl Session {
         Ok(())
     }
 
-    /// Commits the backup: from here on it counts.
+    /// Commits the backup: from here on it counts. If that is refused, the session has ended without one.
     pub async fn commit(self, log: &mut Log, root: [u8; 32], info: proto::BackupInfo) -> Result<()> {
         let facts = info.clone();
         let allowed = |now: &Snapshot| {
-            let origin = facts.copied_from.as_ref();
-            origin.map_or(Ok(()), |origin| state::is_new(now, origin))?;
+            match &facts.copied_from {
+                Some(origin) => state::is_new(now, origin)?,
+                None => state::trusts_parsers(now, &facts)?,
+            }
             if !env::has_fault("expired wal") {
                 state::has_its_wal(now, &facts)?;
             }
@@ -142,8 +144,18 @@ impl Session {
             index_runs: self.announced.iter().map(|run| run.to_vec()).collect(),
             info: Some(info),
         };
-        log.append(Entry::Commit(entry), allowed).await?;
-        Ok(())
+        let error = match log.append(Entry::Commit(entry), allowed).await {
+            Ok(_) => return Ok(()),
+            Err(error) => error,
+        };
+        // What was refused never counts: nobody has to wait for it.
+        if matches!(error.kind(), Kind::Refused | Kind::Held)
+            && state::is_open(log.state(), &self.id)
+            && let Err(why) = self.abort(log, &error.to_string()).await
+        {
+            tracing::warn!("the end of this session could not be noted; nothing is lost by it: {why}");
+        }
+        Err(error)
     }
 
     /// Ends the session without a backup.

@@ -300,6 +300,22 @@ pub fn is_new(state: &Snapshot, wanted: &CopiedFrom) -> Result<()> {
     }
 }
 
+/// Fails if a backup relies on a parser of WAL that was distrusted while it was taken. A copy is as good as its original.
+pub fn trusts_parsers(state: &Snapshot, info: &BackupInfo) -> Result<()> {
+    let mut distrusted = state.distrusted.iter();
+    match distrusted.find(|d| info.parser_versions.contains(&d.parser_version)) {
+        None => Ok(()),
+        Some(d) => Err(Error::new(
+            Kind::Held,
+            format!(
+                "backup {} relies on parser {}, which was distrusted meanwhile: {}",
+                info.id, d.parser_version, d.reason
+            ),
+        )
+        .remedy("take it again: it will not rely on that")),
+    }
+}
+
 /// The archive epoch that rules at a position.
 pub fn archive_epoch(state: &Snapshot, system_identifier: u64, timeline: u32, lsn: u64) -> u32 {
     state
@@ -313,7 +329,7 @@ pub fn archive_epoch(state: &Snapshot, system_identifier: u64, timeline: u32, ls
 
 #[cfg(test)]
 mod tests {
-    use fairvault_format::proto::{Genesis, Hold};
+    use fairvault_format::proto::{DistrustParser, Genesis, Hold};
 
     use super::*;
 
@@ -337,6 +353,27 @@ mod tests {
             backup: "a".into(),
             ..Default::default()
         }))
+    }
+
+    #[test]
+    fn what_relies_on_a_distrusted_parser_is_not_committed() {
+        let of = |parser_versions: &[u32]| BackupInfo {
+            parser_versions: parser_versions.to_vec(),
+            ..Default::default()
+        };
+        let mut state = Snapshot::default();
+        assert!(trusts_parsers(&state, &of(&[2])).is_ok());
+        state.distrusted.push(DistrustParser {
+            parser_version: 2,
+            reason: "it is wrong".into(),
+        });
+        let error = trusts_parsers(&state, &of(&[1, 2])).unwrap_err();
+        assert!(
+            error.kind() == Kind::Held && error.to_string().contains("it is wrong"),
+            "{error}"
+        );
+        // What reads everything relies on none, and on others it may.
+        assert!(trusts_parsers(&state, &of(&[])).is_ok() && trusts_parsers(&state, &of(&[1, 3])).is_ok());
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! Retention: which backups, and which WAL, are needed no more. What is decided here is written into the log;
 //! [`crate::gc`] deletes what nobody uses then.
+//!
+//! What always holds: it is decided by the entries of the log, each of which is signed by somebody who may say it, and by no
+//! snapshot of it.
 
 pub mod rules;
 pub mod wal;
@@ -79,7 +82,7 @@ pub struct Report {
 
 /// Decides, and writes it into the log.
 pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
-    log.refresh().await?;
+    log.prove().await?;
     let now_us = log.stanza().env().now_us();
     let mut report = Report::default();
     let mut candidates = candidates(log, &options.retention, now_us).await?;
@@ -360,7 +363,8 @@ pub async fn set_policy(
     minimum_retention_s: Option<u64>,
     minimum_full: Option<u32>,
 ) -> Result<proto::Policy> {
-    log.refresh().await?;
+    // What is not said stays as it is.
+    log.prove().await?;
     let mut policy = log.state().policy.clone().unwrap_or_default();
     policy.minimum_retention_s = minimum_retention_s.unwrap_or(policy.minimum_retention_s);
     policy.minimum_full = minimum_full.unwrap_or(policy.minimum_full);

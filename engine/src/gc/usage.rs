@@ -12,6 +12,7 @@ use super::Sizes;
 use super::history::Past;
 use crate::commit::Log;
 use crate::error::{Context, Error, Kind, Result};
+use crate::immutable::hidden::right_content;
 use crate::stanza::Stanza;
 
 /// A pack of which no backup uses more than one part in this many is left to run dry.
@@ -51,8 +52,7 @@ impl Usage {
         }
         for backup in past.protected() {
             match this.add(stanza, backup).await {
-                // Collected before the policy protected it.
-                Err(error) if error.kind() == Kind::NotFound => {}
+                Err(error) if error.kind() == Kind::NotFound => this.add_hidden(stanza, backup).await?,
                 added => added?,
             }
         }
@@ -66,6 +66,18 @@ impl Usage {
             format!("nothing is deleted, since it is not known what backup {id} uses")
         })?;
         self.add_list(&list);
+        Ok(())
+    }
+
+    /// Adds what a backup uses whose root cannot be seen. Either it was collected before the policy protected the backup, or
+    /// somebody has hidden it: then the bucket still has it, and what is hidden is no reason to delete anything.
+    async fn add_hidden(&mut self, stanza: &Stanza, backup: &CommittedBackup) -> Result<()> {
+        let Ok(hash) = <[u8; 32]>::try_from(backup.root.as_slice()) else {
+            return Ok(());
+        };
+        if let Some(bytes) = right_content(stanza.store(), &names::root(&hash)).await? {
+            self.add_list(&open(stanza, &hash, &bytes)?);
+        }
         Ok(())
     }
 

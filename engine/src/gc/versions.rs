@@ -66,7 +66,8 @@ impl Swept {
     fn of(log: &Log) -> Self {
         let mut this = Self::default();
         let mut marks = std::collections::HashMap::new();
-        for entry in log.entries() {
+        // What old keys or fenced hosts say was never swept.
+        for entry in log.entries().iter().filter(|entry| !log.is_void(entry.seq)) {
             match &entry.kind {
                 Some(Entry::GcMark(mark)) => _ = marks.insert(entry.seq, mark),
                 Some(Entry::GcSwept(swept)) => {

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use fairvault_format::header::{HEADER_LEN, Kind as ObjectKind, ObjectHeader};
+use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::names;
 use fairvault_format::proto::CommittedBackup;
 
@@ -15,6 +15,7 @@ use crate::commit::Log;
 use crate::commit::lease::Found;
 use crate::error::Result;
 use crate::expire::wal::{Kept, Needed};
+use crate::immutable::pieces::is_genuine;
 use crate::postgres::segment::{Segment, WalFile};
 use crate::restore::target::info;
 use crate::wal::archive::Archive;
@@ -122,7 +123,7 @@ async fn collect_of(archive: &Archive, expired: &Expired, options: &Options, rep
     }
     for (segment, of_segment) in pieces {
         // Pieces may be the segment: then the object in its name is a seal.
-        if whole.contains(&segment) && is_segment(archive, &segment).await? {
+        if whole.contains(&segment) && is_genuine(&archive.stanza, ObjectKind::WalSegment, &segment).await? {
             gone.extend(of_segment);
         }
     }
@@ -134,9 +135,4 @@ async fn collect_of(archive: &Archive, expired: &Expired, options: &Options, rep
         }
     }
     Ok(())
-}
-
-async fn is_segment(archive: &Archive, object: &str) -> Result<bool> {
-    let bytes = archive.stanza.store().get_range(object, 0..HEADER_LEN as u64).await?;
-    Ok(ObjectHeader::decode(&bytes, object)?.kind == ObjectKind::WalSegment)
 }

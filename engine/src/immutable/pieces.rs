@@ -6,6 +6,7 @@
 use fairvault_format::header::{Kind as ObjectKind, ObjectHeader};
 use fairvault_format::{names, wal};
 
+use crate::env::has_fault;
 use crate::error::{Error, Kind, Result};
 use crate::stanza::Stanza;
 use crate::store::versions::Object;
@@ -70,7 +71,7 @@ impl<'a> Pieces<'a> {
         if !hidden.is_empty() {
             let mut complete = Vec::new();
             for name in whole {
-                if self.is_genuine(ObjectKind::WalSegment, &name).await? {
+                if is_genuine(self.stanza, ObjectKind::WalSegment, &name).await? {
                     complete.push(name);
                 }
             }
@@ -85,7 +86,7 @@ impl<'a> Pieces<'a> {
         if !hidden.is_empty() {
             let mut known = Vec::new();
             for piece in &seen {
-                if self.is_genuine(ObjectKind::WalPiece, &piece.name).await? {
+                if is_genuine(self.stanza, ObjectKind::WalPiece, &piece.name).await? {
                     known.extend(range(piece));
                 }
             }
@@ -99,29 +100,33 @@ impl<'a> Pieces<'a> {
             .extend(seen.into_iter().filter(|piece| piece.versions.len() > 1));
         Ok(())
     }
+}
 
-    /// Whether an object is what its name says, and of this stanza: a segment may also be a seal of pieces.
-    async fn is_genuine(&self, kind: ObjectKind, name: &str) -> Result<bool> {
-        let store = self.stanza.store();
-        let scope = self.stanza.scope();
-        let opened = async {
-            let mut bytes = store.get_range(name, 0..HEADER_GUESS).await?;
-            let header = ObjectHeader::decode(&bytes, name)?;
-            if header.kind != kind {
-                return Ok(false);
-            }
-            let keys = self.stanza.keys_of(header.epoch)?;
-            let need = wal::header_len(keys, scope, kind, &bytes, name)?;
-            if need > bytes.len() {
-                bytes = store.get_range(name, 0..need as u64).await?;
-            }
-            wal::open_header(keys, scope, kind, &bytes, name)?;
-            Ok::<_, Error>(true)
-        };
-        match opened.await {
-            Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => Ok(false),
-            other => other,
+/// Whether an object is what its name says, and of this stanza: a segment may also be a seal of pieces. It is opened, which
+/// proves that it is this object: whoever asks lets go of what it stands for.
+pub async fn is_genuine(stanza: &Stanza, kind: ObjectKind, name: &str) -> Result<bool> {
+    let store = stanza.store();
+    let scope = stanza.scope();
+    let opened = async {
+        let mut bytes = store.get_range(name, 0..HEADER_GUESS).await?;
+        let header = ObjectHeader::decode(&bytes, name)?;
+        if header.kind != kind {
+            return Ok(false);
         }
+        if has_fault("unproven segment") {
+            return Ok(true);
+        }
+        let keys = stanza.keys_of(header.epoch)?;
+        let need = wal::header_len(keys, scope, kind, &bytes, name)?;
+        if need > bytes.len() {
+            bytes = store.get_range(name, 0..need as u64).await?;
+        }
+        wal::open_header(keys, scope, kind, &bytes, name)?;
+        Ok::<_, Error>(true)
+    };
+    match opened.await {
+        Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound) => Ok(false),
+        other => other,
     }
 }
 

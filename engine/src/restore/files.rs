@@ -36,12 +36,21 @@ pub fn prepare(plan: &Plan, paths: &[PathBuf], delta: bool, sparse: bool) -> Res
         let mut made = false;
         if file.kind() == FileKind::FileRegular {
             let path = &paths[number];
-            let is_file = || path.symlink_metadata().is_ok_and(|meta| meta.is_file());
-            let is_there = delta && covered[number] == file.size && is_file();
-            prepared.there[number] = is_there;
-            if is_there || file.size >= DIRECT_BYTES {
-                create(file, path, !is_there, !sparse)?;
-                made = true;
+            let of_use = delta && covered[number] == file.size;
+            let meta = of_use.then(|| path.symlink_metadata().ok()).flatten();
+            let meta = meta.filter(std::fs::Metadata::is_file);
+            prepared.there[number] = meta.is_some();
+            // One that is as it should be is not touched: each change to its inode would have to be written.
+            let is_ready = |meta: &std::fs::Metadata| {
+                meta.len() == file.size && meta.permissions().mode() & 0o7777 == modes(file).0
+            };
+            match &meta {
+                Some(meta) if is_ready(meta) => made = true,
+                None if file.size < DIRECT_BYTES => {}
+                _ => {
+                    create(file, path, meta.is_none(), !sparse)?;
+                    made = true;
+                }
             }
         }
         prepared.made.push(Mutex::new(made));

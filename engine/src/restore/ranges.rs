@@ -5,7 +5,7 @@
 use super::plan::FrameRef;
 
 /// Bytes asked for at once.
-const RANGE_BYTES: u64 = 16 << 20;
+const RANGE_BYTES: u64 = 8 << 20;
 /// Unneeded bytes between two frames that are fetched along rather than asked around.
 const GAP_BYTES: u32 = 256 << 10;
 /// Content that is decoded and written in one piece of work, bytes.
@@ -120,7 +120,7 @@ mod tests {
         let all: Vec<u32> = (0..20).collect();
         let found = cut(&frames, &all);
         let lengths: Vec<u32> = found.iter().map(|(_, from, to, _)| (to - from) / mib).collect();
-        assert_eq!(lengths, [16, 4]);
+        assert_eq!(lengths, [8, 8, 4]);
         assert_eq!(
             found
                 .iter()
@@ -128,7 +128,7 @@ mod tests {
                 .collect::<Vec<_>>(),
             all
         );
-        assert_eq!(cut(&[(0, 0, 17 * mib, 1), (0, 17 * mib, 1, 1)], &[0, 1]).len(), 2);
+        assert_eq!(cut(&[(0, 0, 9 * mib, 1), (0, 9 * mib, 1, 1)], &[0, 1]).len(), 2);
     }
 
     #[test]

@@ -245,17 +245,18 @@ impl Memory {
 
     /// The log's state as it was last seen.
     pub fn head(&self, stanza: &Stanza) -> Option<proto::Snapshot> {
-        let bytes = Self::read(&self.folder(stanza.shown()), "head")?;
-        let keys = stanza.keys_for(&bytes, "cached head").ok()?;
-        object::open_message(
-            keys,
-            stanza.scope(),
-            ObjectKind::Snapshot,
-            &bytes,
-            "head",
-            "cached head",
-        )
-        .ok()
+        self.state(stanza, "head")
+    }
+
+    /// The log's state as this host has last had it from all entries.
+    pub fn proven(&self, stanza: &Stanza) -> Option<proto::Snapshot> {
+        self.state(stanza, "proven")
+    }
+
+    fn state(&self, stanza: &Stanza, file: &str) -> Option<proto::Snapshot> {
+        let bytes = Self::read(&self.folder(stanza.shown()), file)?;
+        let keys = stanza.keys_for(&bytes, "cached state").ok()?;
+        object::open_message(keys, stanza.scope(), ObjectKind::Snapshot, &bytes, file, "cached state").ok()
     }
 
     /// Whether the remembered head was found in the repository within the last minute.
@@ -273,11 +274,20 @@ impl Memory {
 
     /// Remembers the log's state.
     pub fn remember_head(&self, stanza: &Stanza, state: &proto::Snapshot) {
+        self.remember_state(stanza, "head", state);
+    }
+
+    /// Remembers the log's state that all of its entries have made.
+    pub fn remember_proven(&self, stanza: &Stanza, state: &proto::Snapshot) {
+        self.remember_state(stanza, "proven", state);
+    }
+
+    fn remember_state(&self, stanza: &Stanza, file: &str, state: &proto::Snapshot) {
         let sealed = env::salt(stanza.env()).ok().and_then(|salt| {
-            object::seal_message(stanza.keys(), stanza.scope(), ObjectKind::Snapshot, salt, "head", state).ok()
+            object::seal_message(stanza.keys(), stanza.scope(), ObjectKind::Snapshot, salt, file, state).ok()
         });
         if let Some(bytes) = sealed {
-            self.write(&self.folder(stanza.shown()), "head", &bytes);
+            self.write(&self.folder(stanza.shown()), file, &bytes);
         }
     }
 }

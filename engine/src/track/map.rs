@@ -82,6 +82,8 @@ pub struct BlockMap {
     databases: BTreeSet<(u32, u32)>,
     /// Everything counts as changed, and why.
     everything: Option<String>,
+    /// Versions of the parsers that made it, as far as it was kept.
+    parsers: BTreeSet<u32>,
 }
 
 impl BlockMap {
@@ -106,6 +108,16 @@ impl BlockMap {
     /// Why nothing is known, if that is so.
     pub fn unknown(&self) -> Option<&str> {
         self.everything.as_deref()
+    }
+
+    /// A part of it was made by this version of the parser.
+    pub fn made_by(&mut self, parser_version: u32) {
+        self.parsers.insert(parser_version);
+    }
+
+    /// Versions of the parsers that made it, as far as it was kept, in order.
+    pub fn parsers(&self) -> impl Iterator<Item = u32> {
+        self.parsers.iter().copied()
     }
 
     /// Whether all of a relation's database changed.
@@ -141,6 +153,7 @@ impl BlockMap {
             self.relation(id).merge(changes);
         }
         self.databases.extend(&other.databases);
+        self.parsers.extend(&other.parsers);
         if let Some(why) = &other.everything {
             self.everything(why);
         }

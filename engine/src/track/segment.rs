@@ -146,6 +146,7 @@ impl Chain {
                     // It is longer than this segment, too.
                     None if summary.first_record == 0 && !summary.unfinished => {
                         self.open = Some((at, bytes));
+                        self.map.made_by(map.parser_version);
                         return Ok(());
                     }
                     None => return Err(format!("the record at {} is not whole", Lsn(at))),
@@ -164,6 +165,7 @@ impl Chain {
             self.last = map.last_record;
         }
         add_message(&mut self.map, &map.changes.clone().unwrap_or_default())?;
+        self.map.made_by(map.parser_version);
         if summary.unfinished {
             self.open = Some((summary.next_record, map.tail.clone()));
         }

@@ -215,6 +215,7 @@ impl Basis {
     pub fn parser_versions(&self) -> Vec<u32> {
         let mut versions = self.parent.parser_versions.clone();
         versions.push(super::PARSER_VERSION);
+        versions.extend(self.map.parsers());
         versions.sort_unstable();
         versions.dedup();
         versions

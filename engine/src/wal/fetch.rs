@@ -7,6 +7,7 @@ use fairvault_format::{limits, names, object as objects, proto, wal};
 use super::archive::Archive;
 use super::summary;
 use crate::error::{Error, Kind, Result};
+use crate::immutable::pieces::is_genuine;
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
 use crate::postgres::walker::Walker;
@@ -189,11 +190,10 @@ impl Archive {
         Ok((header.epoch, self.header_in(kind, &bytes, object)?))
     }
 
-    /// Whether the segment is there as a seal of pieces.
-    pub async fn is_sealed(&self, segment: Segment) -> Result<bool> {
+    /// Whether the segment is there as one object, and not as a seal of pieces: then these are needed no more.
+    pub async fn is_one_object(&self, segment: Segment) -> Result<bool> {
         let object = self.object_name(&WalFile::Segment(segment), &segment.name(self.segment_size));
-        let bytes = self.stanza.store().get_range(&object, 0..HEADER_GUESS).await?;
-        Ok(ObjectHeader::decode(&bytes, &object)?.kind == ObjectKind::PieceSeal)
+        is_genuine(&self.stanza, ObjectKind::WalSegment, &object).await
     }
 
     /// The whole segment, if it is there: as an object, or as sealed pieces.

@@ -8,13 +8,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use fairvault_engine::commit::Log;
 use fairvault_engine::env::SystemEnv;
-use fairvault_engine::stanza::Access;
 use fairvault_engine::stanza::create::Cluster;
+use fairvault_engine::stanza::{Access, Stanza};
+use fairvault_engine::store::url::RepositoryUrl;
 use fairvault_engine::store::{Store, StoreSettings};
 use fairvault_format::keys::{EpochKeys, Secret};
 use fairvault_format::log::seal_entry;
 use fairvault_format::names;
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
+use fairvault_tests::Fixture;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt};
 use object_store::path::Path;
@@ -45,6 +47,17 @@ pub fn access(store: &Store, secret: Option<Secret>) -> Access {
 /// A key file's secret.
 pub fn key(byte: u8) -> Option<Secret> {
     Some(Secret::Key([byte; 32]))
+}
+
+/// The log of a fixture's stanza, as whoever has its key reads it; the repository is a folder.
+pub async fn log_of(s: &Fixture) -> anyhow::Result<Log> {
+    let url = RepositoryUrl {
+        url: format!("file://{}", s.path("vault")),
+        ..Default::default()
+    };
+    let secret = Secret::from_text(&std::fs::read(s.path("key"))?)?;
+    let opened = access(&url.open(false)?, Some(secret));
+    Ok(Log::open(Stanza::open(&opened).await?).await?)
 }
 
 /// A store in memory.

@@ -12,6 +12,8 @@ use super::{elsewhere, results, size_of};
 const BLOCK: &str = "repo1-bundle=y\nrepo1-block=y\n";
 /// Incrementals whose last one is restored.
 const MANY: usize = 200;
+/// How often that, and a full backup, are.
+const RESTORES: usize = 3;
 
 /// A change of the data between two backups.
 struct Load {
@@ -51,9 +53,14 @@ const LOADS: [Load; 5] = [
 ];
 
 /// Builds with optimisation, and runs there. `size` is in GB; with `many`, the last of many small incrementals is
-/// restored beside a full backup.
-pub fn run_it(size: u32, many: bool) -> Result<()> {
-    if elsewhere(&["incr", &size.to_string(), if many { "many" } else { "few" }])? {
+/// restored beside a full backup, each after changes on so many percent of the pages.
+pub fn run_it(size: u32, many: Option<f64>) -> Result<()> {
+    let mut arguments = vec!["incr".to_owned(), size.to_string()];
+    if let Some(percent) = many {
+        arguments.extend(["many".to_owned(), percent.to_string()]);
+    }
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    if elsewhere(&arguments)? {
         return Ok(());
     }
     tools::install_debian()?;
@@ -160,7 +167,7 @@ fn at_work(s: &Fixture) -> Result<(Run<'_>, Run<'_>)> {
     Ok((peer, ours))
 }
 
-fn compare(size: u32, many: bool) -> Result<()> {
+fn compare(size: u32, many: Option<f64>) -> Result<()> {
     let s = set_up(size * 68)?;
     let (peer, ours) = at_work(&s)?;
     let mut table = String::from(
@@ -191,17 +198,31 @@ fn compare(size: u32, many: bool) -> Result<()> {
         "restore",
         [peer.measure(peer.restore(false))?, ours.measure(ours.restore(false))?],
     );
-    if many {
+    if let Some(percent) = many {
+        let load = Load {
+            name: "one of many",
+            pages: (percent * 100.0).round() as u32,
+            rows: 0,
+        };
         for number in 0..MANY {
-            change(&s, &LOADS[1], size, 10 + number as u32)?;
-            backup(&ours, "incr")?;
+            change(&s, &load, size, 10 + number as u32)?;
+            let cost = backup(&ours, "incr")?;
+            if (number + 1) % 20 == 0 {
+                println!("{}: {} of {MANY}, {:.1} MiB", load.name, number + 1, cost.stored);
+            }
         }
-        let last = restore_into(&ours, "last")?;
+        let last = newest(&ours)?;
         backup(&ours, "full")?;
-        let full = restore_into(&ours, "full")?;
+        let full = newest(&ours)?;
+        // In turn, so that both find the machine in the same state; the middle one of each counts.
+        let (mut of_last, mut of_full) = (Vec::new(), Vec::new());
+        for round in 0..RESTORES {
+            of_last.push(restore_into(&ours, &format!("last{round}"), &last)?);
+            of_full.push(restore_into(&ours, &format!("full{round}"), &full)?);
+        }
         row(
-            "restore of a full (left), and of the last of 200 incrementals",
-            [full, last],
+            &format!("restore of a full (left), and of the last of {MANY} incrementals of {percent} %"),
+            [middle(of_full), middle(of_last)],
         );
     }
     let file = results()?.join("incremental.md");
@@ -223,10 +244,25 @@ fn backup(run: &Run<'_>, kind: &str) -> Result<Cost> {
     Ok(cost)
 }
 
-fn restore_into(run: &Run<'_>, name: &str) -> Result<Cost> {
+/// The id of the newest backup; ids are times.
+fn newest(ours: &Run<'_>) -> Result<String> {
+    let info = run(&mut ours.command(&["info", "acme", "--output", "json"]))?;
+    let info: serde_json::Value = serde_json::from_str(&info)?;
+    let backups = info["stanzas"][0]["backups"].as_array().context("backups")?;
+    let ids = backups.iter().filter_map(|backup| backup["id"].as_str());
+    Ok(ids.max().context("a backup")?.to_owned())
+}
+
+fn restore_into(run: &Run<'_>, name: &str, id: &str) -> Result<Cost> {
     let to = run.s.path(name);
-    let command = run.command(&["restore", "acme", "--to", &to, "--progress", "none"]);
+    let command = run.command(&["restore", "acme", "--to", &to, "--backup", id, "--progress", "none"]);
     run.measure(command).context("restoring")
+}
+
+/// By wall time.
+fn middle(mut costs: Vec<Cost>) -> Cost {
+    costs.sort_by(|a, b| a.wall.total_cmp(&b.wall));
+    costs[costs.len() / 2]
 }
 
 fn change(s: &Fixture, load: &Load, size: u32, round: u32) -> Result<()> {
@@ -236,7 +272,7 @@ fn change(s: &Fixture, load: &Load, size: u32, round: u32) -> Result<()> {
             "select setseed({seed}); update pgbench_accounts set abalance = abalance + 1 where ctid = any (array( \
              select format('(%s,%s)', b, 1 + ({round} + b) % 50)::tid \
              from generate_series(0, pg_relation_size('pgbench_accounts') / 8192 - 1) b where random() < {part}))",
-            seed = f64::from(round % 100) / 100.0,
+            seed = f64::from(round % 1000) / 1000.0,
             part = f64::from(load.pages) / 10_000.0
         ))?;
     }

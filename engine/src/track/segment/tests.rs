@@ -89,6 +89,13 @@ fn a_record_may_go_on_through_a_whole_segment() {
         assert!(map.has(ID, block), "{block}");
     }
     assert!(!map.has(ID, 4));
+    // Whoever made any of them is known, although it said nothing but that a record goes on.
+    let mut kept = all;
+    for (segment, version) in kept.iter_mut().zip([7, 8, 9]) {
+        segment.map.get_or_insert_default().parser_version = version;
+    }
+    let map = chain(&kept, to).expect("it holds").finish();
+    assert!(map.parsers().eq([7, 8, 9]));
 }
 
 #[test]

@@ -580,6 +580,13 @@ fn what_an_audit_fetches_and_who_parsed_are_told() {
     assert_eq!(basis.parser_versions(), [PARSER_VERSION, PARSER_VERSION + 7]);
     let first = Made::of(1).basis(BlockMap::default());
     assert_eq!(first.parser_versions(), [PARSER_VERSION]);
+    // Maps that were kept may be of other parsers than this one.
+    let mut kept = changed(&[0]);
+    kept.made_by(PARSER_VERSION + 1);
+    assert_eq!(
+        Made::of(1).basis(kept).parser_versions(),
+        [PARSER_VERSION, PARSER_VERSION + 1]
+    );
 }
 
 /// A page with this LSN.

@@ -223,7 +223,7 @@ async fn store(
         Some(content) => {
             let stored = archive.put_runs(segment, summary, content).await?;
             // What was there already may be a seal of these very pieces.
-            if stored == Stored::New || !archive.is_sealed(segment).await? {
+            if stored == Stored::New || archive.is_one_object(segment).await? {
                 archive.delete_pieces(&pieces).await;
             }
         }
