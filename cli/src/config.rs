@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use fairvault_engine::error::{Error, Result};
 use serde::Deserialize;
+use zeroize::Zeroizing;
 
 /// Where configuration is looked for, in this order.
 pub const PATHS: [&str; 2] = ["/etc/fairvault/fairvault.toml", "./fairvault.toml"];
@@ -61,8 +62,11 @@ pub struct Repo {
     pub secret_key_file: Option<PathBuf>,
     /// Credentials that may delete: used by `gc` alone, which others leave deleting to.
     pub deleter: Option<Credentials>,
-    /// Credentials that may lock objects: used by `lock` alone.
+    /// Credentials that may lock objects: used by `lock`, and by `backup` for the packs that it relies on.
     pub keeper: Option<Credentials>,
+    /// A backup stores again what is locked for less long than it is kept, and needs nobody who extends locks.
+    #[serde(default)]
+    pub store_again: bool,
     /// What is kept, if the stanza does not say otherwise.
     pub retention: Option<Retention>,
     /// The store has no conditional create, and one writer is promised.
@@ -203,8 +207,9 @@ pub struct KeySource {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StanzaConfig {
-    /// Connection.
-    pub conninfo: Option<String>,
+    /// Connection; it may have a password.
+    #[serde(default, deserialize_with = "wiped")]
+    pub conninfo: Option<Zeroizing<String>>,
     /// Key.
     pub key: Option<KeySource>,
     /// Repositories.
@@ -279,6 +284,11 @@ pub struct WalConfig {
     pub spool: Option<PathBuf>,
 }
 
+/// A text that is wiped when it is dropped.
+fn wiped<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Option<Zeroizing<String>>, D::Error> {
+    Ok(Option::<String>::deserialize(from)?.map(Zeroizing::new))
+}
+
 impl Config {
     /// Reads `path`, or the first default path that exists; with neither, the configuration is empty.
     pub fn load(path: Option<&Path>) -> Result<Self> {
@@ -287,8 +297,9 @@ impl Config {
             None => PATHS.iter().map(PathBuf::from).find(|p| p.is_file()),
         };
         let text = match &found {
-            None => String::new(),
+            None => Zeroizing::default(),
             Some(path) => std::fs::read_to_string(path)
+                .map(Zeroizing::new)
                 .map_err(|e| Error::usage(format!("reading the configuration {}", path.display())).caused_by(e))?,
         };
         let shown = found
@@ -476,7 +487,8 @@ mod tests {
             variables,
         )
         .unwrap();
-        assert_eq!(config.stanza["a"].conninfo.as_deref(), Some("host=b"));
+        let conninfo = config.stanza["a"].conninfo.as_ref();
+        assert_eq!(conninfo.map(|text| text.as_str()), Some("host=b"));
         assert!(config.repo["r"].single_writer);
     }
 }

@@ -9,6 +9,8 @@ use fairvault_engine::commit::Log;
 use fairvault_engine::env::SystemEnv;
 use fairvault_engine::error::{Context as _, Error, Result};
 use fairvault_engine::expire::rules::{Calendar, Keep, Retention};
+use fairvault_engine::immutable::kept_for;
+use fairvault_engine::immutable::reliance::Reliance;
 use fairvault_engine::replication::conninfo::ConnInfo;
 use fairvault_engine::restore::settings::shell_word;
 use fairvault_engine::stanza::memory::Memory;
@@ -276,16 +278,36 @@ impl Context {
     ) -> Result<Access> {
         let mut access = self.access(repository, stanza, false, true)?;
         if let Some(credentials) = self.config.repo.get(repository).and_then(role) {
-            let url = RepositoryUrl {
-                access_key: Some(credentials.access_key.clone()),
-                secret_key: Some(read_trimmed(&credentials.secret_key_file)?),
-                has_deleter: false,
-                lock_file: self.lock_file(),
-                ..repository_url(self.repository(repository)?)?
-            };
-            access.repository = url.open(false)?;
+            access.repository = self.open_repository_as(repository, credentials)?;
         }
         Ok(access)
+    }
+
+    fn open_repository_as(&self, repository: &str, credentials: &Credentials) -> Result<Store> {
+        let url = RepositoryUrl {
+            access_key: Some(credentials.access_key.clone()),
+            secret_key: Some(read_trimmed(&credentials.secret_key_file)?),
+            has_deleter: false,
+            lock_file: self.lock_file(),
+            ..repository_url(self.repository(repository)?)?
+        };
+        url.open(false)
+    }
+
+    /// How long the packs must be locked that a backup relies on, where the configuration says who sees to that, and the
+    /// retention how long that is.
+    pub fn reliance(&self, repository: &str, stanza: &str) -> Result<Option<Reliance>> {
+        let Some(repo) = self.config.repo.get(repository) else {
+            return Ok(None);
+        };
+        let kept_s = match repo.keeper.is_some() || repo.store_again {
+            true => kept_for(&self.retention(repository, stanza)?, 0),
+            false => None,
+        };
+        let keeper = repo.keeper.as_ref().filter(|_| kept_s.is_some());
+        let keeper = keeper.map(|credentials| self.open_repository_as(repository, credentials));
+        let keeper = keeper.transpose()?;
+        Ok(kept_s.map(|kept_s| Reliance { kept_s, keeper }))
     }
 
     /// What is kept of a stanza in a repository: the most particular of what is configured.
@@ -337,12 +359,9 @@ impl Context {
 
     /// How to connect to a stanza's server.
     pub fn conninfo(&self, stanza: &str) -> Result<ConnInfo> {
-        let text = self
-            .global
-            .conninfo
-            .clone()
-            .or_else(|| self.stanza(stanza).and_then(|s| s.conninfo.clone()));
-        ConnInfo::parse(&text.unwrap_or_default())
+        let configured = || Some(self.stanza(stanza)?.conninfo.as_ref()?.as_str());
+        let text = self.global.conninfo.as_deref().or_else(configured);
+        ConnInfo::parse(text.unwrap_or_default())
     }
 
     /// Where background workers leave what they did.

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use fairvault_engine::error::{Error, Result};
 use fairvault_engine::store::url::{Check, RepositoryUrl};
+use zeroize::Zeroizing;
 
 use crate::config::{self, Checksum, Repo};
 
@@ -18,9 +19,10 @@ pub fn from_environment() -> RepositoryUrl {
 }
 
 /// A secret from a file, without the end of its line.
-pub fn read_trimmed(path: &Path) -> Result<String> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
-    Ok(text.trim_end().to_owned())
+pub fn read_trimmed(path: &Path) -> Result<Zeroizing<String>> {
+    let text = std::fs::read_to_string(path).map(Zeroizing::new);
+    let text = text.map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
+    Ok(Zeroizing::new(text.trim_end().to_owned()))
 }
 
 fn check(repo: &Repo) -> Result<Check> {

@@ -69,6 +69,24 @@ pub struct PublicKeys {
     pub operator: Option<[u8; 32]>,
 }
 
+/// As a message, too, an epoch's secrets are wiped.
+impl Drop for proto::KeyBundle {
+    fn drop(&mut self) {
+        for secret in [
+            &mut self.data_key,
+            &mut self.data_private_key,
+            &mut self.id_key,
+            &mut self.meta_key,
+            &mut self.writer_seed,
+            &mut self.operator_seed,
+        ] {
+            secret.zeroize();
+        }
+    }
+}
+
+impl ZeroizeOnDrop for proto::KeyBundle {}
+
 fn public_half(seed: &[u8; 32]) -> [u8; 32] {
     ed25519_dalek::SigningKey::from_bytes(seed).verifying_key().to_bytes()
 }
@@ -149,20 +167,9 @@ impl EpochKeys {
 
     /// Reads an encoded bundle.
     pub fn decode(bytes: &[u8], what: &str) -> Result<Self> {
-        let mut bundle = proto::KeyBundle::decode(bytes)
+        let bundle = proto::KeyBundle::decode(bytes)
             .map_err(|e| FormatError::damaged(what, format!("it holds no key bundle: {e}")))?;
-        let keys = Self::from_bundle(&bundle, what);
-        for secret in [
-            &mut bundle.data_key,
-            &mut bundle.data_private_key,
-            &mut bundle.id_key,
-            &mut bundle.meta_key,
-            &mut bundle.writer_seed,
-            &mut bundle.operator_seed,
-        ] {
-            secret.zeroize();
-        }
-        keys
+        Self::from_bundle(&bundle, what)
     }
 
     fn from_bundle(bundle: &proto::KeyBundle, what: &str) -> Result<Self> {

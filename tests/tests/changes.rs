@@ -190,7 +190,7 @@ fn scattered_pages_of_a_file_are_gathered_into_full_frames() -> Result<()> {
     let s = Fixture::new(
         "gathered",
         Shape {
-            settings: "autovacuum = off\n",
+            settings: "autovacuum = off\nwal_keep_size = 1GB\n",
             ..Default::default()
         },
     )?;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use fairvault_engine::store::Store;
 use fairvault_engine::store::versions::{DAY_US, Deleted, Mode, Object};
-use fairvault_tests::fixture::{Fixture, SMALL, refused};
+use fairvault_tests::fixture::{Fixture, SMALL, field, files, refused};
 use fairvault_tests::rgw::{self, ACCESS_KEY, Rgw};
 use fairvault_tests::s3::S3;
 use fairvault_tests::{Receiver, Scratch, tools};
@@ -429,6 +429,87 @@ async fn locks_last_as_long_as_the_retention(server: &Server) -> Result<()> {
     Ok(())
 }
 
+/// Adds a line to the repository's configuration.
+fn configure(w: &World, line: &str) -> Result<()> {
+    let path = w.s.scratch.join("s3.toml");
+    let text = std::fs::read_to_string(&path)?;
+    let changed = text.replace("[stanza.acme]", &format!("{line}\n[stanza.acme]"));
+    ensure!(changed != text, "{text}");
+    Ok(std::fs::write(&path, changed)?)
+}
+
+/// What a new backup relies on is locked for as long as that is kept, before it counts.
+async fn what_a_backup_relies_on_is_locked_for_it(server: &Server) -> Result<()> {
+    let w = World::new("relied", server, true, "retention = { full = \"20d\" }")?;
+    let secret = w.s.path("s3.secret");
+    w.backup()?;
+    let late = async || -> Result<(BTreeSet<String>, BTreeSet<String>)> {
+        let (mut late, mut early) = (BTreeSet::new(), BTreeSet::new());
+        for pack in w.store.all_versions("acme/packs/").await? {
+            let version = pack.contents().next().context(pack.name.clone())?;
+            let lock = w.store.lock_of(&pack.name, &version.id).await?;
+            let lasts = lock.is_some_and(|lock| lock.until_us > now_us() + 19 * DAY_US);
+            let ends = if lasts { &mut late } else { &mut early };
+            ends.insert(pack.name);
+        }
+        Ok((late, early))
+    };
+    let (none, before) = late().await?;
+    ensure!(none.is_empty() && !before.is_empty());
+    configure(
+        &w,
+        &format!("keeper = {{ access_key = \"{ACCESS_KEY}\", secret_key_file = \"{secret}\" }}"),
+    )?;
+    w.backup()?;
+    let (after, early) = late().await?;
+    ensure!(
+        after.iter().any(|pack| before.contains(pack)),
+        "nothing of the first is relied on, or its lock is as it was: {after:?}"
+    );
+    ensure!(after.iter().any(|pack| !before.contains(pack)), "{after:?}");
+    ensure!(
+        early.is_subset(&before),
+        "what was stored just now ends early: {early:?}"
+    );
+    Ok(())
+}
+
+/// Where nobody extends locks, what is locked for less long than a backup is kept is stored again.
+async fn what_is_not_locked_for_long_enough_is_stored_again(server: &Server) -> Result<()> {
+    let w = World::new("again", server, true, "retention = { full = \"20d\" }")?;
+    configure(&w, "store_again = true")?;
+    let words = [
+        "backup",
+        "acme",
+        "--type",
+        "full",
+        "--fast",
+        "--progress",
+        "none",
+        "--output",
+        "json",
+    ];
+    bucket::set_default(server, "again", 20)?;
+    refused(w.s.fairvault(&words), 1, "nothing that is there could be relied on")?;
+    bucket::set_default(server, "again", 60)?;
+    let stored = || -> Result<u64> { Ok(field(&w.s.ok(&words)?, "new_stored_bytes")?.parse()?) };
+    let first = stored()?;
+    // It is not known yet that the bucket's default was what it is when that was stored.
+    let again = stored()?;
+    ensure!(first > 0 && again * 2 > first, "{first} {again}");
+    // As on a host that has known it for long.
+    let mut seen = files(&w.s.scratch.join("cache"));
+    seen.retain(|path| path.ends_with("locks"));
+    ensure!(seen.len() == 1, "{seen:?}");
+    let mut known: Value = serde_json::from_slice(&std::fs::read(&seen[0])?)?;
+    known["since_us"] = 1.into();
+    std::fs::write(&seen[0], known.to_string())?;
+    let last = stored()?;
+    ensure!(last * 4 < first, "{first} {last}");
+    w.s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    Ok(())
+}
+
 /// A default that was raised locks nothing that was stored before.
 async fn a_raised_default_is_not_believed_of_what_is_older(server: &Server) -> Result<()> {
     let w = World::new("raised", server, true, "retention = { full = \"20d\", wal = \"5d\" }")?;
@@ -594,6 +675,14 @@ async fn slots_go_as_far_as_they_are_not_locked(server: &Server) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn backups_rely_on_what_is_locked_for_long_enough_on_ministack() -> Result<()> {
+    let scratch = Scratch::new("reliedstore")?;
+    let server = S3::start(&scratch, "other")?;
+    what_a_backup_relies_on_is_locked_for_it(&Server::of(&server)).await?;
+    what_is_not_locked_for_long_enough_is_stored_again(&Server::of(&server)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_locked_is_lost_on_ministack() -> Result<()> {
     let scratch = Scratch::new("lockstore")?;
     let server = S3::start(&scratch, "other")?;
@@ -675,6 +764,7 @@ async fn all_of_it_on_radosgw() -> Result<()> {
     what_is_protected_and_hidden_is_not_collected(&server).await?;
     locks_are_left_and_extended(&server).await?;
     locks_last_as_long_as_the_retention(&server).await?;
+    what_a_backup_relies_on_is_locked_for_it(&server).await?;
     wal_that_has_expired_stays_away(&server, false).await?;
     wal_that_has_expired_stays_away(&server, true).await?;
     a_raised_default_is_not_believed_of_what_is_older(&server).await?;

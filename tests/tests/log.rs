@@ -315,8 +315,8 @@ async fn a_log_that_is_signed_by_others_is_forged() -> Result<()> {
     let bundle = forged.to_bundle();
     let mut genesis = log.state().genesis.clone().context("genesis")?;
     if let Some(epoch) = &mut genesis.key_epoch {
-        epoch.writer_public_key = bundle.writer_public_key;
-        epoch.operator_public_key = bundle.operator_public_key;
+        epoch.writer_public_key = bundle.writer_public_key.clone();
+        epoch.operator_public_key = bundle.operator_public_key.clone();
     }
     let first = proto::LogEntry {
         seq: 1,

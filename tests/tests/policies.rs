@@ -142,7 +142,7 @@ fn open(endpoint: &str, access_key: &str) -> Result<Store> {
         endpoint: Some(endpoint.to_owned()),
         region: Some("us-east-1".into()),
         access_key: Some(access_key.to_owned()),
-        secret_key: Some("test".into()),
+        secret_key: Some("test".to_owned().into()),
         ..Default::default()
     };
     Ok(url.open(false)?)

@@ -172,7 +172,7 @@ async fn conformance_on_s3() -> Result<()> {
         endpoint: Some(server.endpoint()),
         region: Some("us-east-1".into()),
         access_key: Some("test".into()),
-        secret_key: Some("testsecret".into()),
+        secret_key: Some("testsecret".to_owned().into()),
         ..Default::default()
     };
     conformance(&url.open(false)?).await
@@ -192,7 +192,7 @@ async fn conformance_on_radosgw() -> Result<()> {
         endpoint: Some(server.endpoint()),
         region: Some("us-east-1".into()),
         access_key: Some(rgw::ACCESS_KEY.into()),
-        secret_key: Some(rgw::SECRET_KEY.into()),
+        secret_key: Some(rgw::SECRET_KEY.to_owned().into()),
         ..Default::default()
     };
     conformance(&url.open(false)?).await
@@ -226,7 +226,7 @@ async fn conformance_on_azure() -> Result<()> {
         url: "az://vault/some/prefix".into(),
         endpoint: Some(endpoint),
         access_key: Some(ACCOUNT.into()),
-        secret_key: Some(KEY.into()),
+        secret_key: Some(KEY.to_owned().into()),
         ..Default::default()
     };
     tokio::time::sleep(std::time::Duration::from_secs(3)).await;
@@ -284,7 +284,7 @@ async fn the_probe_sees_through_s3s_fs() -> Result<()> {
         endpoint: Some(format!("http://127.0.0.1:{port}")),
         region: Some("us-east-1".into()),
         access_key: Some("test".into()),
-        secret_key: Some("testsecret".into()),
+        secret_key: Some("testsecret".to_owned().into()),
         retry_timeout: Some(std::time::Duration::from_secs(10)),
         ..Default::default()
     };

@@ -159,7 +159,7 @@ impl Torture {
                 "create {kind} table {t} (id bigserial, a int, b text, c jsonb, p point, d timestamptz default now(), w text) \
                  {space}; alter table {t} alter w set storage external"
             ))?;
-            for index in INDEXES {
+            for index in self.indexes() {
                 if self.dice.roll(2) == 0 {
                     self.sql(&format!("create index on {t} using {index}"))?;
                 }
@@ -193,7 +193,8 @@ impl Torture {
                 format!("cluster {t} using {t}_by_{key}")
             }
             18 => {
-                let index = self.dice.pick(&INDEXES);
+                let indexes = self.indexes();
+                let index = self.dice.pick(indexes);
                 format!("drop index if exists {t}_other; create index {t}_other on {t} using {index}")
             }
             19 => {
@@ -396,6 +397,8 @@ impl Torture {
         s.promote(&standby)?;
         // It goes on where everybody expects the primary.
         standby.stop(&s.scratch, "fast")?;
+        // It would stop whatever runs in its folder.
+        drop(standby);
         let name = format!("standby{}", self.standbys);
         let server = s.copy(&name, s.server.port);
         let old = std::mem::replace(&mut s.server, server);
@@ -409,6 +412,14 @@ impl Torture {
         self.timeline = timeline;
         self.is_new_timeline = true;
         Ok(())
+    }
+
+    /// From 17 on, the initial fork of a bloom index of an unlogged table is not in the WAL: PostgreSQL itself loses it.
+    fn indexes(&self) -> &'static [&'static str] {
+        match self.s.server.major() {
+            ..17 => &INDEXES,
+            _ => &INDEXES[..INDEXES.len() - 1],
+        }
     }
 
     /// Small changes all the time, while a backup is taken.
@@ -666,7 +677,7 @@ fn look_inside(s: &Fixture, copy: &Server) -> Result<()> {
 /// Reads every row of every table, with what is stored out of line.
 fn read_all(s: &Fixture, copy: &Server) -> Result<()> {
     let each = "do $$ declare r regclass; n bigint; begin \
-                for r in select oid from pg_class where relkind in ('r', 'm', 't', 'S') loop \
+                for r in select oid from pg_class where relkind in ('r', 'm') loop \
                 execute format('select count(whole_row::text) from %s as whole_row', r) into n; \
                 end loop; end $$";
     let databases = copy.sql(&s.scratch, "select datname from pg_database where datallowconn")?;

@@ -144,8 +144,10 @@ pub async fn run(context: &Arc<Context>, args: BackupArgs) -> Result<Outcome> {
         },
         archive_timeout: context.archive_timeout(&args.stanza)?,
         annotations,
+        reliance: None,
     };
     let repositories = context.backup_repositories(&args.stanza)?;
+    options.reliance = context.reliance(&repositories[0], &args.stanza)?;
     let mut log = open(context, &args, &repositories[0]).await?;
     let taken = log.state().backups.iter().filter_map(|backup| backup.info.as_ref());
     // Without any backup there is nothing to decide.

@@ -17,7 +17,7 @@ use remembered::Draft;
 use source::Source;
 use wal::{WalTask, check_archived, store_histories, wait_for_archive};
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +31,8 @@ use crate::commit::lease::{Lease, NO_BACKUP};
 use crate::commit::session::{Session, timed_id};
 use crate::dedup::{Index, SessionChunks, confirm_packs};
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
+use crate::immutable::extend;
+use crate::immutable::reliance::{Reliance, ending};
 use crate::pack::Packer;
 use crate::postgres::BLOCK_BYTES;
 use crate::progress::Progress;
@@ -123,6 +125,8 @@ pub struct Options {
     pub archive_timeout: Duration,
     /// Free-form notes.
     pub annotations: BTreeMap<String, String>,
+    /// How long the packs that it relies on must be locked; without, locks are nobody's concern.
+    pub reliance: Option<Reliance>,
 }
 
 /// What a backup came to.
@@ -286,7 +290,16 @@ async fn transfer(
         workers => workers,
     };
     progress.phase("loading the index");
-    let index = Index::load(&stanza, log.state()).await?;
+    let policy = log.state().policy.clone().unwrap_or_default();
+    let reliance = options.reliance.clone().map(|reliance| Reliance {
+        kept_s: reliance.kept_s.max(policy.minimum_retention_s),
+        ..reliance
+    });
+    let ending = match &reliance {
+        Some(Reliance { kept_s, keeper: None }) => ending(&stanza, *kept_s).await?,
+        _ => HashSet::new(),
+    };
+    let index = Index::load_without(&stanza, log.state(), &ending).await?;
     tracing::debug!("{} chunks are known", index.len());
     let slot = format!("fairvault_{}", hex::encode(crate::env::id(stanza.env())?));
     let wal_connection = match server.wal {
@@ -487,6 +500,20 @@ async fn transfer(
 
     let (known, packs) = chunks.finish()?;
     confirm_packs(&stanza, &known, &packs).await?;
+    if let Some(Reliance {
+        kept_s,
+        keeper: Some(keeper),
+    }) = &reliance
+    {
+        let relied_on = packs.iter().map(|pack| pack.name).collect();
+        match extend::packs(&stanza, keeper, &relied_on, *kept_s).await {
+            Ok(extended) => tracing::debug!("the locks of {extended} packs were extended"),
+            Err(error) => notes.push(format!(
+                "the locks of what this backup relies on could not be extended, and some of them may end before it expires \
+                 (`fairvault lock`): {error}"
+            )),
+        }
+    }
     let entries = || packed.entries.iter().filter(|entry| !entry.is_gone);
     let info = proto::BackupInfo {
         id: id.to_owned(),

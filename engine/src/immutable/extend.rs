@@ -4,7 +4,7 @@
 //! locks end long before it expires; and keys and log are needed for as long as there is a backup. Here their locks are
 //! extended. Locks are never shortened.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use fairvault_format::names;
 use fairvault_format::proto::CommittedBackup;
@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::kept_for;
 use super::needs::Needs;
+use super::reliance;
 use super::seen::{self, Seen};
 use crate::commit::Log;
 use crate::error::{Error, Result};
@@ -20,6 +21,7 @@ use crate::expire::rules::Retention;
 use crate::gc::{Count, SNAPSHOTS};
 use crate::progress::Progress;
 use crate::restore::target::info;
+use crate::stanza::Stanza;
 use crate::store::Store;
 use crate::store::versions::{Bucket, DAY_US, Lock, Mode, Object};
 
@@ -143,6 +145,36 @@ pub async fn run(log: &Log, repository: &Store, options: &Options, progress: &Pr
         known.keep(log.stanza(), found);
     }
     Ok(report)
+}
+
+/// Extends the locks of packs that a backup is about to rely on, which may be older than it by weeks: for as long as it is
+/// kept. `keeper` is its repository, with credentials that may do that. Returns how many were extended.
+pub async fn packs(stanza: &Stanza, keeper: &Store, packs: &HashSet<[u8; 32]>, kept_s: u64) -> Result<u64> {
+    let bucket = locking(keeper).await?;
+    let store = keeper.folder(stanza.name());
+    let until_us = reliance::until_us(stanza, kept_s);
+    let known = Seen::load(stanza, bucket);
+    let (mut report, mut found) = (Report::default(), BTreeMap::new());
+    let folder = format!("{}/", names::PACKS);
+    let mut listing = store.versions(&folder);
+    while let Some(page) = listing.next().await? {
+        let is_relied_on = |object: &Object| names::parse_hash(&object.name).is_some_and(|pack| packs.contains(&pack));
+        let jobs = page.into_iter().filter(is_relied_on).map(|object| Job {
+            store: store.clone(),
+            object,
+            until_us,
+        });
+        extend(bucket, &known, jobs.collect(), false, &mut report, &mut found).await?;
+    }
+    known.keep_also(stanza, found);
+    match report.needed.objects == packs.len() as u64 {
+        true => Ok(report.extended.objects),
+        false => Err(Error::failed(format!(
+            "of {} packs, the bucket lists {}",
+            packs.len(),
+            report.needed.objects
+        ))),
+    }
 }
 
 /// The bucket, if it can lock objects.

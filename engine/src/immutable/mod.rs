@@ -9,6 +9,7 @@ pub mod extend;
 pub mod hidden;
 pub mod needs;
 pub(crate) mod pieces;
+pub mod reliance;
 mod seen;
 
 use crate::error::Result;

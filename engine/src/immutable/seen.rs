@@ -61,9 +61,19 @@ impl Seen {
 
     /// Remembers, of all that are needed, what was found: names and ends.
     pub fn keep(self, stanza: &Stanza, found: BTreeMap<String, i64>) {
-        let seen = Self { ends: found, ..self };
+        Self { ends: found, ..self }.note(stanza);
+    }
+
+    /// Remembers what was found beside what was known before.
+    pub fn keep_also(mut self, stanza: &Stanza, found: BTreeMap<String, i64>) {
+        self.ends.extend(found);
+        self.note(stanza);
+    }
+
+    /// Remembers it as it is.
+    pub fn note(&self, stanza: &Stanza) {
         if let Some(memory) = stanza.memory()
-            && let Ok(text) = serde_json::to_vec(&seen)
+            && let Ok(text) = serde_json::to_vec(self)
         {
             memory.take_note(stanza, FILE, &text);
         }

@@ -6,6 +6,7 @@ use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{self, ChannelBinding, ScramSha256};
 use postgres_protocol::message::backend::Message as M;
 use postgres_protocol::message::frontend;
+use zeroize::Zeroize;
 
 use super::codec::{Message, broken, server_error};
 use super::connection::Wire;
@@ -116,7 +117,10 @@ pub async fn authenticate(
             }
         }
         if !out.is_empty() {
-            wire.send(&out).await?;
+            let sent = wire.send(&out).await;
+            // It may hold the password.
+            out[..].zeroize();
+            sent?;
         }
     }
 }

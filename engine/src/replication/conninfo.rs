@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use zeroize::Zeroizing;
+
 use super::keepalive::Keepalive;
 use super::passfile;
 use crate::error::{Error, Result};
@@ -72,7 +74,7 @@ pub struct ConnInfo {
     /// Database.
     pub database: String,
     /// Password from conninfo or PGPASSWORD.
-    pub password: Option<String>,
+    pub password: Option<Zeroizing<String>>,
     /// Password file.
     pub passfile: Option<PathBuf>,
     /// TLS.
@@ -221,7 +223,9 @@ impl ConnInfo {
         Self::from_values(values, env)
     }
 
-    fn from_values(values: BTreeMap<String, String>, env: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
+    fn from_values(mut values: BTreeMap<String, String>, env: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
+        // Taken, and not copied: the rest is not wiped.
+        let password = values.remove("password").map(Zeroizing::new);
         let get = |key: &str| values.get(key).filter(|v| !v.is_empty()).cloned();
         let home = env("HOME").map(PathBuf::from);
         let in_home = |file: &str| {
@@ -284,7 +288,7 @@ impl ConnInfo {
             hosts: hosts(get("host"), get("hostaddr"), get("port"))?,
             database: get("dbname").unwrap_or_else(|| user.clone()),
             user,
-            password: get("password"),
+            password: password.filter(|password| !password.is_empty()),
             passfile: get("passfile")
                 .map(PathBuf::from)
                 .or_else(|| home.as_ref().map(|h| h.join(".pgpass"))),
@@ -303,7 +307,7 @@ impl ConnInfo {
     }
 
     /// The password for `host`: from conninfo, else from the password file.
-    pub fn password_for(&self, host: &Host, database: &str) -> Option<String> {
+    pub fn password_for(&self, host: &Host, database: &str) -> Option<Zeroizing<String>> {
         if self.password.is_some() {
             return self.password.clone();
         }
@@ -315,7 +319,7 @@ impl ConnInfo {
             );
             return None;
         }
-        let text = std::fs::read_to_string(path).ok()?;
+        let text = Zeroizing::new(std::fs::read_to_string(path).ok()?);
         let name = if host.is_socket() { "localhost" } else { &host.name };
         passfile::lookup(&text, &[name, &host.port.to_string(), database, &self.user])
     }
@@ -392,7 +396,8 @@ fn parse_pairs(text: &str) -> Result<BTreeMap<String, String>> {
                 .remedy("write key=value pairs, such as host=/run/postgresql user=backup, or a postgresql:// URI"));
         }
         while chars.next_if(|c| c.is_whitespace()).is_some() {}
-        let mut value = String::new();
+        // One that grows leaves parts of itself behind.
+        let mut value = String::with_capacity(text.len());
         let quoted = chars.next_if_eq(&'\'').is_some();
         loop {
             match chars.next_if(|&c| quoted || !c.is_whitespace()) {
@@ -458,7 +463,7 @@ fn parse_uri(text: &str) -> Result<BTreeMap<String, String>> {
 }
 
 fn decode_percent(text: &str) -> Option<String> {
-    let mut out = Vec::new();
+    let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();
     while let Some(b) = bytes.next() {
         if b == b'%' {
@@ -479,7 +484,7 @@ fn service_values(service: &str, env: &dyn Fn(&str) -> Option<String>) -> Result
         Some(PathBuf::from("/etc/postgresql-common/pg_service.conf")),
     ];
     for path in candidates.into_iter().flatten() {
-        let Ok(text) = std::fs::read_to_string(&path) else {
+        let Ok(text) = std::fs::read_to_string(&path).map(Zeroizing::new) else {
             continue;
         };
         let mut inside = false;
@@ -537,7 +542,7 @@ mod tests {
                 port: 5434
             }
         );
-        assert_eq!(info.password.as_deref(), Some("it's"));
+        assert_eq!(info.password.as_ref().map(|p| p.as_str()), Some("it's"));
         assert_eq!(info.database, "x");
         for bad in [
             "host",
@@ -569,7 +574,7 @@ mod tests {
             (info.sslmode, info.session_attrs),
             (SslMode::VerifyFull, SessionAttrs::Standby)
         );
-        assert_eq!(info.password.as_deref(), Some("secret"));
+        assert_eq!(info.password.as_ref().map(|p| p.as_str()), Some("secret"));
         assert!(!format!("{info:?}").contains("secret"));
     }
 }

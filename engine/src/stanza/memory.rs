@@ -14,7 +14,7 @@ use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::keys::{EpochKeys, Scope, Secret};
 use fairvault_format::{keys, object, proto, sha256};
 use prost::Message;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 use super::{Access, Stanza};
 use crate::env;
@@ -132,14 +132,14 @@ impl Memory {
             return None;
         };
         let bytes = Self::read(&self.access_folder(access), "keys")?;
-        let stored = proto::Snapshot::decode(bytes.as_slice()).ok()?;
+        let mut stored = proto::Snapshot::decode(bytes.as_slice()).ok()?;
+        let bundles = Zeroizing::new(std::mem::take(&mut stored.slots));
         let scope = stored.genesis.as_ref()?;
         let scope = Scope {
             repository: scope.repository_id.as_slice().try_into().ok()?,
             stanza: scope.stanza_id.as_slice().try_into().ok()?,
         };
-        let epochs: Vec<_> = stored
-            .slots
+        let epochs: Vec<_> = bundles
             .iter()
             .filter_map(|b| EpochKeys::decode(b, "cached key").ok())
             .collect();
@@ -154,7 +154,7 @@ impl Memory {
             let _ = std::fs::remove_file(self.access_folder(access).join("keys"));
             return;
         };
-        let stored = proto::Snapshot {
+        let mut stored = proto::Snapshot {
             genesis: Some(proto::Genesis {
                 repository_id: scope.repository.to_vec(),
                 stanza_id: scope.stanza.to_vec(),
@@ -164,11 +164,9 @@ impl Memory {
             slots: epochs.iter().map(|k| k.encode().to_vec()).collect(),
             ..Default::default()
         };
-        self.write(
-            &self.access_folder(access),
-            "keys",
-            &Zeroizing::new(stored.encode_to_vec()),
-        );
+        let bytes = Zeroizing::new(stored.encode_to_vec());
+        stored.slots.zeroize();
+        self.write(&self.access_folder(access), "keys", &bytes);
     }
 
     /// A note about a stanza: what can be found out again.

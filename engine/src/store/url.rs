@@ -9,6 +9,7 @@ use object_store::azure::MicrosoftAzureBuilder;
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::{BackoffConfig, Certificate, ClientOptions, ObjectStore, RetryConfig};
+use zeroize::Zeroizing;
 
 use super::s3::{AddMd5, S3};
 use super::{Root, Store, StoreSettings};
@@ -38,7 +39,7 @@ pub struct RepositoryUrl {
     /// Access key id.
     pub access_key: Option<String>,
     /// Secret access key.
-    pub secret_key: Option<String>,
+    pub secret_key: Option<Zeroizing<String>>,
     /// No conditional create; one writer is promised.
     pub single_writer: bool,
     /// Locked by the processes of this host where one writer is promised.
@@ -234,7 +235,7 @@ impl RepositoryUrl {
             builder = builder.with_endpoint(endpoint).with_allow_http(plain);
         }
         if let (Some(key), Some(secret)) = (&self.access_key, &self.secret_key) {
-            builder = builder.with_access_key_id(key).with_secret_access_key(secret);
+            builder = builder.with_access_key_id(key).with_secret_access_key(secret.as_str());
         }
         builder = match self.checksum {
             Check::Sha256 => builder.with_checksum_algorithm(Checksum::SHA256),
@@ -300,7 +301,7 @@ impl RepositoryUrl {
             builder = builder.with_endpoint(endpoint.clone()).with_allow_http(plain);
         }
         if let (Some(account), Some(key)) = (&self.access_key, &self.secret_key) {
-            builder = builder.with_account(account).with_access_key(key);
+            builder = builder.with_account(account).with_access_key(key.as_str());
         }
         builder
             .build()

@@ -98,7 +98,7 @@ impl World {
             endpoint: Some(endpoint.clone()),
             region: Some("us-east-1".into()),
             access_key: Some(ACCESS_KEY.into()),
-            secret_key: Some(secret.into()),
+            secret_key: Some(secret.to_owned().into()),
             ..Default::default()
         };
         let store = store.open(false)?;

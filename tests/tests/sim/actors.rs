@@ -271,7 +271,7 @@ pub async fn read_all(stanza: &Arc<Stanza>, backup: &proto::CommittedBackup) -> 
         ensure!(from >= HEADER_LEN as u64);
         let stored = stanza.store().get_range(&name, from..from + len).await?;
         let key = FrameKey::new(stanza.keys_of(pack.header.epoch)?, stanza.scope(), &pack.header)?;
-        let plain = key.open(frame.ordinal, &stored, &name)?;
+        let plain = key.open(frame.ordinal, &stored, &name).map_err(Error::from)?;
         let number = manifest.files[placement.file as usize].path.parse()?;
         ensure!(plain == content(number), "file {number} has other content");
     }
@@ -282,14 +282,14 @@ pub async fn read_all(stanza: &Arc<Stanza>, backup: &proto::CommittedBackup) -> 
 pub async fn restore(world: &Arc<World>) -> Result<()> {
     let log = match open(world, 0).await {
         Ok(log) => log,
-        Err(error) => return passing(error),
+        Err(error) => return passing(world, error),
     };
     let Some(lease) = Lease::for_reading(log.stanza(), "restore", "").await else {
         return Ok(());
     };
     let mut log = log;
     if let Err(error) = log.refresh().await {
-        return passing(error);
+        return passing(world, error);
     }
     let backups = log.state().backups.clone();
     if backups.is_empty() {
@@ -305,15 +305,17 @@ pub async fn restore(world: &Arc<World>) -> Result<()> {
     lease.release().await;
     match read.map_err(|error| error.downcast::<Error>()) {
         Ok(()) => Ok(()),
-        Err(Ok(error)) => passing(error).context(format!("a restore of {id} under a lease")),
+        Err(Ok(error)) => passing(world, error).context(format!("a restore of {id} under a lease")),
         Err(Err(error)) => Err(error.context(format!("a restore of {id}"))),
     }
 }
 
 /// The store may fail anybody; nothing else may go wrong.
-pub fn passing(error: Error) -> Result<()> {
+pub fn passing(world: &World, error: Error) -> Result<()> {
     match error.kind() {
         Kind::Temporary | Kind::Failed | Kind::Held => Ok(()),
+        // Whoever was given other content says of something whole that it is damaged, or of a newer version, or another's.
+        Kind::Damaged | Kind::NotFound | Kind::Refused | Kind::Unsupported if world.has_confused() => Ok(()),
         // Keys were rotated since this host read the log, and somebody has used the new ones: whoever begins anew has them.
         Kind::Refused if error.to_string().contains("which the given key does not open") => Ok(()),
         kind => bail!("{kind:?}: {error}"),
@@ -332,7 +334,7 @@ pub async fn expirer(world: &Arc<World>, repo: usize) -> Result<()> {
         ..Default::default()
     };
     let done = async { expire::run(&mut open(world, repo).await?, &options).await };
-    done.await.map_or_else(passing, |_| Ok(()))
+    done.await.map_or_else(|error| passing(world, error), |_| Ok(()))
 }
 
 /// Collection.
@@ -342,7 +344,7 @@ pub async fn collector(world: &Arc<World>, repo: usize) -> Result<()> {
         patience: Duration::from_secs(90),
     };
     let done = async { gc::run(&open(world, repo).await?, &options, &Progress::default()).await };
-    done.await.map_or_else(passing, |_| Ok(()))
+    done.await.map_or_else(|error| passing(world, error), |_| Ok(()))
 }
 
 /// Somebody who believes that keys have leaked.
@@ -354,11 +356,11 @@ pub async fn rotator(world: &Arc<World>) -> Result<()> {
         let plan = rotate::plan(&mut log, &access, &options).await?;
         rotate::rotate(&log, &access, &options, plan).await
     };
-    done.await.map_or_else(passing, |_| Ok(()))
+    done.await.map_or_else(|error| passing(world, error), |_| Ok(()))
 }
 
 /// Somebody who believes that no writer is right.
 pub async fn fencer(world: &Arc<World>) -> Result<()> {
     let done = async { fence::fence_writers(&mut open(world, 0).await?, "by a person").await };
-    done.await.map_or_else(passing, |_| Ok(()))
+    done.await.map_or_else(|error| passing(world, error), |_| Ok(()))
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, ensure};
 use fairvault_engine::commit::Log;
-use fairvault_engine::dedup::{Index, read_run};
+use fairvault_engine::dedup::{Index, distrusted, read_run};
 use fairvault_engine::error::Kind;
 use fairvault_engine::postgres::segment::Segment;
 use fairvault_engine::progress::Progress;
@@ -15,7 +15,7 @@ use fairvault_engine::stanza::Stanza;
 use fairvault_engine::verify::Level;
 use fairvault_engine::wal::archive::Archive;
 use fairvault_format::proto::log_entry::Kind as Entry;
-use fairvault_format::{limits, names, pack};
+use fairvault_format::{limits, names, pack, sha256};
 
 use super::actors::{self, access};
 use super::server::{SEGMENT, Server, segments, wal};
@@ -73,15 +73,15 @@ async fn repository(world: &Arc<World>, notes: &Notes, repo: usize) -> Result<Lo
     }
     let lost: Vec<_> = told.difference(&there).collect();
     ensure!(lost.is_empty(), "told to be committed, and not in the log: {lost:?}");
-    index_is_right(&log)
+    index_is_right(world, repo, &log)
         .await
         .with_context(|| format!("after entry {}", log.state().seq))?;
     Ok(log)
 }
 
 /// Whatever can be read of the index says what packs say of themselves; and of packs that are gone, nothing is said but
-/// while their sweep is under way.
-async fn index_is_right(log: &Log) -> Result<()> {
+/// while their sweep is under way. What the store has cut off says nothing of itself: no backup may rely on that.
+async fn index_is_right(world: &World, repo: usize, log: &Log) -> Result<()> {
     let stanza = log.stanza();
     let marks = log.state().open_marks.iter();
     let marked: HashSet<&[u8]> = marks.flat_map(|mark| mark.packs.iter().map(Vec::as_slice)).collect();
@@ -98,6 +98,10 @@ async fn index_is_right(log: &Log) -> Result<()> {
             }
             let name = names::pack(&reference.name);
             let directory = match stanza.store().get_opt(&name, limits::PACK_BYTES).await? {
+                Some(bytes) if sha256(&bytes) != reference.name => {
+                    ensure!(world.was_cut(repo, &name), "{name} has other content");
+                    None
+                }
                 Some(bytes) => {
                     let keys = stanza.keys_for(&bytes, &name)?;
                     let (header, frames) = pack::open_pack(keys, stanza.scope(), &bytes, &name)?;
@@ -204,11 +208,13 @@ async fn usable_chunks(log: &Log) -> Result<BTreeSet<[u8; 32]>> {
         }
     }
     let listed = stanza.store().list_hashes(names::PACKS).await?;
+    // Where the store has answered with other content, something whole may have been taken for damaged.
+    let bad = distrusted(stanza).await?;
     let marks = log.state().open_marks.iter();
     let marked: HashSet<&[u8]> = marks.flat_map(|mark| mark.packs.iter().map(Vec::as_slice)).collect();
     let usable = listed.iter().filter(|(pack, len)| {
         let used = live.get(pack).copied().unwrap_or_default();
-        used > 0 && used * 10 >= *len && !marked.contains(&pack[..])
+        used > 0 && used * 10 >= *len && !marked.contains(&pack[..]) && !bad.contains(pack)
     });
     let usable: HashSet<[u8; 32]> = usable.map(|(pack, _)| *pack).collect();
     let mut ids = BTreeSet::new();
@@ -275,8 +281,8 @@ pub fn was_repaired(log: &Log) -> bool {
     changed || begun > noted
 }
 
-/// After collection has got to its end, nothing is left over.
-pub async fn nothing_is_left(log: &Log, was_repaired: bool) -> Result<()> {
+/// After collection has got to its end, nothing is left over. `is_partial`: the index may lack what is used.
+pub async fn nothing_is_left(log: &Log, is_partial: bool) -> Result<()> {
     let archive = Archive::open(log, None, 0)?;
     let gone = |number: &u64| {
         archive.is_expired(Segment {
@@ -303,6 +309,6 @@ pub async fn nothing_is_left(log: &Log, was_repaired: bool) -> Result<()> {
     ensure!(log.state().open_marks.is_empty() && log.state().open_sessions.is_empty());
     // Whatever is used, and of the newest keys, can be found again.
     let index = Index::load(stanza, log.state()).await?;
-    ensure!(!is_current || !index.is_empty() || was_repaired);
+    ensure!(!is_current || !index.is_empty() || is_partial);
     Ok(())
 }

@@ -39,7 +39,7 @@ pub async fn copier(world: &Arc<World>, notes: &Notes) -> Result<()> {
             }
             Ok(())
         }
-        Err(error) => passing(error).context("a copy"),
+        Err(error) => passing(world, error).context("a copy"),
     }
 }
 
@@ -68,6 +68,6 @@ pub async fn repairer(world: &Arc<World>, notes: &Notes) -> Result<()> {
         }
         // What it looks at may be collected meanwhile.
         Err(error) if error.kind() == Kind::NotFound => Ok(()),
-        Err(error) => passing(error).context("a repair"),
+        Err(error) => passing(world, error).context("a repair"),
     }
 }

@@ -116,7 +116,7 @@ impl Server {
         let position = &self.position;
         match push.await {
             Ok(()) => _ = position.compare_exchange(number, number + 1, Ordering::SeqCst, Ordering::SeqCst),
-            Err(error) => passing(error)?,
+            Err(error) => passing(world, error)?,
         }
         Ok(())
     }
@@ -178,7 +178,7 @@ impl Server {
         };
         match received.await {
             Ok(()) => Ok(()),
-            Err(error) => passing(error).context("a receiver"),
+            Err(error) => passing(world, error).context("a receiver"),
         }
     }
 

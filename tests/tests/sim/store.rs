@@ -1,16 +1,18 @@
 //! Two stores that keep their promises and nothing more: they are slow, fail before and after they have done something,
-//! do things late or twice, and list late. All of it follows from a seed.
+//! do things late or twice, and list late. In some seeds they have a vice beside that, and do what no promise allows: see
+//! [`Vice`]. All of it follows from a seed.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use bytes::Bytes;
 use fairvault_engine::env::Env;
 use fairvault_engine::store::{Store, StoreSettings};
 use fairvault_tests::dice::Dice;
-use futures::StreamExt;
 use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
@@ -21,15 +23,56 @@ use tokio::time::{Instant, sleep};
 
 type Answer<T> = object_store::Result<T>;
 
+/// Objects of a repository.
+type Key = (usize, Path);
+
+/// What the stores of a seed do that no store should. Conditional creates, leases, keys and the repository's description
+/// are left alone: whatever stands on them could not know better.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vice {
+    /// Nothing.
+    None,
+    /// Of what is named by its hash, a part is stored now and then. The answer is that it failed; or, of packs, that all
+    /// is well. Nothing may rely on it.
+    Cuts,
+    /// LIST leaves out what has been there for long. Of WAL it does not: what is listed is what there is to copy, to join
+    /// and to count.
+    Forgets,
+    /// For a minute or two, the content of another object of the same kind is the answer. Nothing may be handed on, or
+    /// deleted, because of it; that it is damaged may be said.
+    Confuses,
+}
+
+impl Vice {
+    /// Most seeds have none, and what happens in them does not depend on these.
+    fn of(seed: u64) -> Self {
+        match seed % 8 {
+            0 => Self::Cuts,
+            1 => Self::Forgets,
+            3 => Self::Confuses,
+            _ => Self::None,
+        }
+    }
+}
+
 /// What all hosts share.
 #[derive(Debug)]
 pub struct World {
     inner: [InMemory; 2],
     dice: Mutex<u64>,
     began: Instant,
-    born: Mutex<HashMap<(usize, Path), Instant>>,
+    born: Mutex<HashMap<Key, Instant>>,
     /// The stores misbehave.
     pub is_bad: AtomicBool,
+    vice: Vice,
+    /// Of which a part was stored.
+    cuts: Mutex<HashSet<Key>>,
+    /// Whose content is the answer instead, and until when.
+    confused: Mutex<HashMap<Key, (Path, Instant)>>,
+    /// How often something was left out of a list, or answered with other content.
+    lies: AtomicU64,
+    /// Something was done behind everybody's back.
+    is_spoiled: AtomicBool,
 }
 
 impl World {
@@ -41,7 +84,29 @@ impl World {
             began: Instant::now(),
             born: Mutex::default(),
             is_bad: AtomicBool::new(false),
+            vice: Vice::of(seed),
+            cuts: Mutex::default(),
+            confused: Mutex::default(),
+            lies: AtomicU64::new(0),
+            is_spoiled: AtomicBool::new(false),
         })
+    }
+
+    /// Whether a part of an object was stored, where all of it should have been.
+    pub fn was_cut(&self, repo: usize, name: &str) -> bool {
+        let path = Path::from(format!("acme/{name}"));
+        self.cuts.lock().unwrap().contains(&(repo, path))
+    }
+
+    /// Whether anybody was given the content of another object than asked for.
+    pub fn has_confused(&self) -> bool {
+        self.vice == Vice::Confuses && self.lies.load(Ordering::Relaxed) > 0
+    }
+
+    /// How often a vice has shown.
+    pub fn vices(&self) -> (u64, u64) {
+        let cuts = self.cuts.lock().unwrap().len() as u64;
+        (cuts, self.lies.load(Ordering::Relaxed))
     }
 
     /// From 0 to `sides` - 1.
@@ -75,6 +140,7 @@ impl World {
 
     /// Whatever somebody does behind everybody's back: an object is gone, or has other bytes.
     pub async fn spoil(&self, repo: usize, name: &str) {
+        self.is_spoiled.store(true, Ordering::Relaxed);
         let path = Path::from(format!("acme/{name}"));
         let Ok(found) = self.inner[repo].get(&path).await else {
             return;
@@ -86,6 +152,11 @@ impl World {
             0 => self.inner[repo].delete(&path).await.unwrap(),
             _ => _ = self.inner[repo].put(&path, bytes.into()).await.unwrap(),
         }
+    }
+
+    /// Whether a part of the index was lost or damaged so far.
+    pub fn is_spoiled(&self) -> bool {
+        self.is_spoiled.load(Ordering::Relaxed)
     }
 
     /// Time passes; on some occasions, a lot.
@@ -135,9 +206,87 @@ fn broken(what: &'static str) -> object_store::Error {
     }
 }
 
+/// Whether an object is below one of these folders of the stanza.
+fn is_below(at: &Path, folders: &[&str]) -> bool {
+    let folder = at.as_ref().split('/').nth(1).unwrap_or_default();
+    folders.contains(&folder)
+}
+
+/// Where the last frame of a pack ends: its last 32 bytes say so first.
+fn frames_end(pack: &[u8]) -> usize {
+    let footer = pack.last_chunk::<32>().and_then(|footer| footer.first_chunk::<8>());
+    footer.map_or(pack.len(), |offset| u64::from_le_bytes(*offset) as usize)
+}
+
 impl Host {
     fn inner(&self) -> &InMemory {
         &self.world.inner[self.repo]
+    }
+
+    /// Stores a part of an object that is named by its hash, if that is what is to happen.
+    async fn cut(&self, at: &Path, payload: &PutPayload, options: &PutOptions) -> Option<Answer<PutResult>> {
+        let world = &self.world;
+        let is_hashed = options.mode == object_store::PutMode::Overwrite;
+        if world.vice != Vice::Cuts || !is_hashed || payload.content_length() == 0 {
+            return None;
+        }
+        let is_pack = is_below(at, &["packs"]);
+        let is_silent = is_pack && world.happens(20);
+        if !is_silent && !world.happens(15) {
+            return None;
+        }
+        let all: Bytes = payload.iter().flatten().copied().collect();
+        // Of a pack, the end of the last frame is missing: one that lacks its directory restores all the same.
+        let end = if is_pack { frames_end(&all) } else { all.len() };
+        let len = world.roll(end as u64) as usize;
+        let key = (self.repo, at.clone());
+        world.cuts.lock().unwrap().insert(key);
+        let done = self.put(at, all.slice(..len).into(), options.clone()).await;
+        match is_silent {
+            true => Some(done),
+            false => Some(Err(broken("500, and a part of it is there"))),
+        }
+    }
+
+    /// Whose content is the answer to somebody who asks for an object.
+    async fn answered_by(&self, at: &Path, options: &GetOptions) -> Path {
+        let world = &self.world;
+        let is_possible = is_below(at, &["packs", "roots", "index", "snapshots", "log", "wal"]);
+        let is_bad = world.is_bad.load(Ordering::Relaxed);
+        if world.vice != Vice::Confuses || !is_bad || !is_possible || options.head {
+            return at.clone();
+        }
+        let key = (self.repo, at.clone());
+        let known = world.confused.lock().unwrap().get(&key).cloned();
+        if let Some((other, until)) = known
+            && Instant::now() < until
+        {
+            world.lies.fetch_add(1, Ordering::Relaxed);
+            return other;
+        }
+        // Entries of the log are asked for most, and what is wrong with one of them stops everybody.
+        let permille = if is_below(at, &["log"]) { 1 } else { 10 };
+        if !world.happens(permille) {
+            return at.clone();
+        }
+        let folder: Path = at.parts().take(2).collect();
+        let listed: Vec<Path> = self
+            .inner()
+            .list(Some(&folder))
+            .map_ok(|meta| meta.location)
+            .try_collect()
+            .await
+            .unwrap_or_default();
+        let other = match listed.contains(at) {
+            true => listed[world.roll(listed.len() as u64) as usize].clone(),
+            false => at.clone(),
+        };
+        if other != *at {
+            let until = Instant::now() + Duration::from_secs(world.roll(150));
+            world.confused.lock().unwrap().insert(key, (other.clone(), until));
+            world.lies.fetch_add(1, Ordering::Relaxed);
+        }
+        other
     }
 
     async fn put(&self, at: &Path, payload: PutPayload, options: PutOptions) -> Answer<PutResult> {
@@ -177,6 +326,9 @@ impl ObjectStore for Host {
                 source: "409: try again".into(),
             });
         }
+        if let Some(answer) = self.cut(at, &payload, &options).await {
+            return answer;
+        }
         if world.happens(10) {
             // Sent twice on its way.
             let _ = self.put(at, payload.clone(), options.clone()).await;
@@ -197,7 +349,10 @@ impl ObjectStore for Host {
         self.world.pass().await;
         match self.world.happens(8) {
             true => Err(broken("503")),
-            false => self.inner().get_opts(at, options).await,
+            false => {
+                let from = self.answered_by(at, &options).await;
+                self.inner().get_opts(&from, options).await
+            }
         }
     }
 
@@ -234,6 +389,16 @@ impl ObjectStore for Host {
             let listed: Vec<_> = host.inner().list(folder.as_ref()).collect().await;
             // What is new may not be listed yet. Leases are: readers rely on that, and SPEC.md says so.
             let is_late = world.happens(200);
+            let left_out = match world.vice == Vice::Forgets && world.happens(50) {
+                true => Some(world.roll(3) as usize),
+                false => None,
+            };
+            let is_left_out = |(number, meta): (usize, &ObjectMeta)| {
+                let is_hint = is_below(&meta.location, &["packs", "roots", "index", "snapshots", "log"]);
+                let is_missing = is_hint && left_out == Some(number % 3);
+                world.lies.fetch_add(is_missing.into(), Ordering::Relaxed);
+                is_missing
+            };
             let born = world.born.lock().unwrap();
             let is_shown = |meta: &ObjectMeta| {
                 let age = born.get(&(host.repo, meta.location.clone())).map(Instant::elapsed);
@@ -241,7 +406,12 @@ impl ObjectStore for Host {
             };
             listed
                 .into_iter()
-                .filter(|meta| meta.as_ref().is_ok_and(is_shown))
+                .enumerate()
+                .filter(|(number, meta)| {
+                    meta.as_ref()
+                        .is_ok_and(|meta| is_shown(meta) && !is_left_out((*number, meta)))
+                })
+                .map(|(_, meta)| meta)
                 .collect()
         })
         .flat_map(futures::stream::iter)

@@ -1,0 +1,68 @@
+//! Packs that a new backup would rely on although their locks end before it expires: it would be protected for less long
+//! than it seems. Where somebody may extend locks, theirs are extended before the backup counts; where nobody may, they can
+//! be left alone, and their content is stored again.
+//!
+//! What always holds: a lock lasts as long as is known of it, and not longer. The oldest version counts, since nothing was
+//! ever overwritten: whoever stores another one above it makes no lock longer.
+
+use std::collections::HashSet;
+
+use fairvault_format::names;
+
+use super::seen::Seen;
+use crate::error::{Error, Result};
+use crate::expire::rules::days;
+use crate::stanza::Stanza;
+use crate::store::Store;
+use crate::store::versions::DAY_US;
+
+/// For how long the packs must be locked that a backup relies on.
+#[derive(Debug, Clone)]
+pub struct Reliance {
+    /// How long backups are kept, seconds.
+    pub kept_s: u64,
+    /// The repository with credentials that may extend locks. Without, what is not locked for long enough is stored again.
+    pub keeper: Option<Store>,
+}
+
+/// Until when something must be locked, microseconds since 1970.
+pub(super) fn until_us(stanza: &Stanza, kept_s: u64) -> i64 {
+    let kept_us = i64::try_from(kept_s.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
+    stanza.env().now_us().saturating_add(kept_us)
+}
+
+/// Packs of which it is not known that their locks last as long as a backup that begins now is kept. Nothing is asked of
+/// single packs: that what was extended is not known here stores it again.
+pub async fn ending(stanza: &Stanza, kept_s: u64) -> Result<HashSet<[u8; 32]>> {
+    let store = stanza.store();
+    let Some(bucket) = store.bucket().await?.filter(|bucket| bucket.lock) else {
+        return Ok(HashSet::new());
+    };
+    let locked_us = bucket.locks_until(0);
+    // A backup may take a day itself.
+    let until_us = until_us(stanza, kept_s).saturating_add(DAY_US);
+    if locked_us <= until_us.saturating_sub(stanza.env().now_us()) {
+        return Err(Error::refused(format!(
+            "backups are kept for {}, and what is stored is locked for {} d: nothing that is there could be relied on, and \
+             every backup would store everything again",
+            days(kept_s),
+            locked_us / DAY_US
+        ))
+        .remedy("raise the bucket's default retention to twice of what is kept, or extend locks (`keeper`) instead"));
+    }
+    let seen = Seen::load(stanza, bucket);
+    let mut ending = HashSet::new();
+    let folder = format!("{}/", names::PACKS);
+    let mut listing = store.versions(&folder);
+    while let Some(page) = listing.next().await? {
+        for object in page {
+            let oldest = object.contents().next();
+            if oldest.is_none_or(|version| seen.end(bucket, &object.name, version) < until_us) {
+                ending.extend(names::parse_hash(&object.name));
+            }
+        }
+    }
+    // Since when the bucket's default has been what it is.
+    seen.note(stanza);
+    Ok(ending)
+}
