@@ -64,7 +64,7 @@ pub struct Repo {
     pub deleter: Option<Credentials>,
     /// Credentials that may lock objects: used by `lock`, and by `backup` for the packs that it relies on.
     pub keeper: Option<Credentials>,
-    /// A backup stores again what is locked for less long than it is kept, and needs nobody who extends locks.
+    /// A backup stores again what is locked for less long than it is kept, and needs nobody who extends the locks of packs.
     #[serde(default)]
     pub store_again: bool,
     /// What is kept, if the stanza does not say otherwise.

@@ -300,14 +300,31 @@ impl Context {
         let Some(repo) = self.config.repo.get(repository) else {
             return Ok(None);
         };
-        let kept_s = match repo.keeper.is_some() || repo.store_again {
-            true => kept_for(&self.retention(repository, stanza)?, 0),
-            false => None,
+        if repo.keeper.is_none() && !repo.store_again {
+            return Ok(None);
+        }
+        let Some(kept_s) = kept_for(&self.retention(repository, stanza)?, 0) else {
+            if repo.store_again {
+                tracing::warn!(
+                    "store_again of repository {repository} has no effect: no retention by age says how long backups are kept"
+                );
+            }
+            return Ok(None);
         };
-        let keeper = repo.keeper.as_ref().filter(|_| kept_s.is_some());
-        let keeper = keeper.map(|credentials| self.open_repository_as(repository, credentials));
-        let keeper = keeper.transpose()?;
-        Ok(kept_s.map(|kept_s| Reliance { kept_s, keeper }))
+        let keeper = repo.keeper.as_ref();
+        let keeper = match keeper.map(|credentials| self.open_repository_as(repository, credentials)) {
+            // Its secret may be where `lock` runs, and nowhere else.
+            Some(Err(error)) => {
+                tracing::warn!("this backup extends no locks (`fairvault lock` does): {error}");
+                if !repo.store_again {
+                    return Ok(None);
+                }
+                None
+            }
+            Some(Ok(store)) => Some(store),
+            None => None,
+        };
+        Ok(Some(Reliance { kept_s, keeper }))
     }
 
     /// What is kept of a stanza in a repository: the most particular of what is configured.

@@ -295,8 +295,17 @@ async fn transfer(
         kept_s: reliance.kept_s.max(policy.minimum_retention_s),
         ..reliance
     });
+    let mut lock_notes = Vec::new();
     let ending = match &reliance {
-        Some(Reliance { kept_s, keeper: None }) => ending(&stanza, *kept_s).await?,
+        Some(Reliance { kept_s, keeper: None }) => match ending(&stanza, *kept_s).await {
+            Ok(ending) => ending,
+            // A backup that relies on what is there is better than none.
+            Err(error) if error.kind() == crate::error::Kind::Refused => {
+                lock_notes.push(format!("nothing is stored again because of its lock: {error}"));
+                HashSet::new()
+            }
+            Err(error) => return Err(error),
+        },
         _ => HashSet::new(),
     };
     let index = Index::load_without(&stanza, log.state(), &ending).await?;
@@ -463,7 +472,7 @@ async fn transfer(
         stop: ended.stop,
         whole_segment: !from_standby,
     }));
-    let mut notes = Vec::new();
+    let mut notes = lock_notes;
     match wal_task.finish().await? {
         true => notes.push(
             "the WAL of this backup was streamed with it: the backup can be restored on its own; recovery to a later moment needs \

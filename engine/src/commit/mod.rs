@@ -102,7 +102,8 @@ impl Log {
 
     /// Has the log's state from its entries. What an operator signs is decided by what entries say: a snapshot is not
     /// signed, and whoever has a key that writes can make one that leaves out holds, fences and the signed policy. What
-    /// this host remembers may have begun with such a one, but for what it remembers of an earlier proof.
+    /// this host remembers may have begun with such a one, but for what it remembers of an earlier proof. Entries are not
+    /// kept.
     pub async fn prove(&mut self) -> Result<()> {
         let mut this = Self::empty(self.stanza.clone());
         match self.stanza.memory().and_then(|memory| memory.proven(&self.stanza)) {
@@ -119,9 +120,24 @@ impl Log {
             }
             None => this = Self::replay_backups(self.stanza.clone()).await?,
         }
+        let (now, before) = (&this.state, &self.state);
+        if now.seq < before.seq || (now.seq == before.seq && now.head != before.head) {
+            return Err(Error::damaged(format!(
+                "the log of {} is shorter than it was a moment ago, or another one",
+                self.stanza.shown()
+            )));
+        }
+        if now.seq == before.seq && now != before {
+            tracing::warn!(
+                "what this host took for the state of the log of {} is not what its entries say: a snapshot of it was \
+                 made by another version, or forged",
+                self.stanza.shown()
+            );
+        }
         if let Some(memory) = this.stanza.memory() {
             memory.remember_proven(&this.stanza, &this.state);
         }
+        this.remember();
         *self = this;
         Ok(())
     }

@@ -77,8 +77,13 @@ impl Usage {
         };
         if let Some(bytes) = right_content(stanza.store(), &names::root(&hash)).await? {
             self.add_list(&open(stanza, &hash, &bytes)?);
+            return Ok(());
         }
-        Ok(())
+        // It may be seen again by now.
+        match self.add(stanza, backup).await {
+            Err(error) if error.kind() == Kind::NotFound => Ok(()),
+            added => added,
+        }
     }
 
     /// Adds a list.

@@ -184,7 +184,7 @@ async fn judge(store: &Store, object: &Object) -> Result<Option<Hidden>> {
 
 /// The content of a hidden object that is named by its hash; `None` if no version has it.
 pub async fn right_content(store: &Store, name: &str) -> Result<Option<Bytes>> {
-    if !store.bucket_or_plain().await?.versioning {
+    if !store.bucket_or_plain().await?.has_versions {
         return Ok(None);
     }
     for object in store

@@ -2,7 +2,7 @@
 //!
 //! What always holds: while a file is written its owner can read and write it; its own permissions come with the sync.
 
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -42,7 +42,8 @@ pub fn prepare(plan: &Plan, paths: &[PathBuf], delta: bool, sparse: bool) -> Res
             prepared.there[number] = meta.is_some();
             // One that is as it should be is not touched: each change to its inode would have to be written.
             let is_ready = |meta: &std::fs::Metadata| {
-                meta.len() == file.size && meta.permissions().mode() & 0o7777 == modes(file).0
+                let has_room = sparse || meta.blocks() * 512 >= meta.len();
+                meta.len() == file.size && has_room && meta.permissions().mode() & 0o7777 == modes(file).0
             };
             match &meta {
                 Some(meta) if is_ready(meta) => made = true,

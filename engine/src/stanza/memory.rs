@@ -1,7 +1,8 @@
 //! What a host remembers of a stanza: slots, the unwrapped key of a passphrase, the log as it last saw it.
 //!
 //! It makes archiving cheap (no key derivation, one request to see that the log did not grow) and lets a
-//! host notice that a repository was rolled back. Losing it costs time and that notice, nothing else.
+//! host notice that a repository was rolled back. Losing it costs time and that notice, nothing else. What all entries of
+//! the log have made is kept apart from what may have begun with a snapshot (`proven`), for the version that read it.
 //! A host whose key writes only keeps manifests here, too (`backup::remembered`): without them it reads everything.
 //! Files have mode 0600 in a folder of mode 0700; keys are kept only for stanzas opened by a passphrase.
 
@@ -19,6 +20,9 @@ use zeroize::{Zeroize, Zeroizing};
 use super::{Access, Stanza};
 use crate::env;
 use crate::error::{Error, Result};
+
+/// File of the proven state: another version reads all of the log once.
+const PROVEN: &str = concat!("proven-", env!("CARGO_PKG_VERSION"));
 
 /// A folder of memories.
 #[derive(Debug, Clone)]
@@ -248,7 +252,7 @@ impl Memory {
 
     /// The log's state as this host has last had it from all entries.
     pub fn proven(&self, stanza: &Stanza) -> Option<proto::Snapshot> {
-        self.state(stanza, "proven")
+        self.state(stanza, PROVEN)
     }
 
     fn state(&self, stanza: &Stanza, file: &str) -> Option<proto::Snapshot> {
@@ -277,7 +281,7 @@ impl Memory {
 
     /// Remembers the log's state that all of its entries have made.
     pub fn remember_proven(&self, stanza: &Stanza, state: &proto::Snapshot) {
-        self.remember_state(stanza, "proven", state);
+        self.remember_state(stanza, PROVEN, state);
     }
 
     fn remember_state(&self, stanza: &Stanza, file: &str, state: &proto::Snapshot) {
