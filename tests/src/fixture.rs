@@ -155,6 +155,13 @@ impl Fixture {
         self.ok(&["backup", "acme", "--fast", "--progress", "none"])
     }
 
+    /// What a backup that succeeds says as JSON.
+    pub fn backup_json(&self, more: &[&str]) -> Result<String> {
+        let mut all = vec!["backup", "acme", "--fast", "--progress", "none", "--output", "json"];
+        all.extend(more);
+        self.ok(&all)
+    }
+
     /// The id of a new backup.
     pub fn backup_id(&self, more: &[&str]) -> Result<String> {
         let mut all = vec!["backup", "acme", "--fast", "--progress", "none", "--output", "json"];
@@ -279,6 +286,11 @@ pub fn field(text: &str, key: &str) -> Result<String> {
         .with_context(|| format!("no {key} in {text}"))?
         .trim_matches('"')
         .to_owned())
+}
+
+/// A number of a JSON text; see [`field`].
+pub fn number(text: &str, key: &str) -> Result<u64> {
+    field(text, key)?.parse().with_context(|| format!("{key} in {text}"))
 }
 
 /// Fails unless a run ended with this code and said this.

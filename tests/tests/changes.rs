@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use anyhow::{Context, Result, ensure};
 use fairvault_engine::restore::plan::Manifest;
 use fairvault_format::limits::CHUNK_BYTES;
-use fairvault_tests::fixture::{SMALL, field};
+use fairvault_tests::fixture::{SMALL, field, number};
 use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::s3::S3;
 use fairvault_tests::{Fixture, Shape, run};
@@ -20,17 +20,6 @@ use fairvault_tests::{Fixture, Shape, run};
 /// Bytes of a page, and of a relation's file.
 const PAGE: u64 = 8192;
 const FILE: u64 = 1 << 30;
-
-/// A backup's JSON.
-fn backup(s: &Fixture, more: &[&str]) -> Result<String> {
-    let mut all = vec!["backup", "acme", "--fast", "--progress", "none", "--output", "json"];
-    all.extend(more);
-    s.ok(&all)
-}
-
-fn number(text: &str, key: &str) -> Result<u64> {
-    field(text, key)?.parse().with_context(|| format!("{key} in {text}"))
-}
 
 /// Restores a backup to `r`, without starting anything there.
 fn restore(s: &Fixture, backup: &str, more: &[&str]) -> Result<()> {
@@ -81,9 +70,9 @@ fn a_relation_of_two_files_is_followed_across_their_boundary() -> Result<()> {
         "{rows} rows, {} bytes",
         len(&second)?
     );
-    let full = backup(&s, &["--type", "full"])?;
+    let full = s.backup_json(&["--type", "full"])?;
     let incremental = |source: &str| -> Result<()> {
-        let text = backup(&s, &["--type", "incr", "--source", source])?;
+        let text = s.backup_json(&["--type", "incr", "--source", source])?;
         // A stream sends everything.
         let is_partial = source == "stream" || number(&text, "read_bytes")? < 64 << 20;
         ensure!(
@@ -146,7 +135,7 @@ fn what_changed_is_stored_although_length_and_time_are_as_before() -> Result<()>
         let read = names.iter().map(|name| std::fs::read(s.server.data.join(name)));
         Ok(read.collect::<std::io::Result<_>>()?)
     };
-    backup(&s, &["--type", "full"])?;
+    s.backup_json(&["--type", "full"])?;
     let mut before = content()?;
     for (round, source) in ["local", "sql", "stream"].into_iter().enumerate() {
         let times = names.iter().map(|name| s.server.data.join(name).metadata()?.modified());
@@ -164,7 +153,7 @@ fn what_changed_is_stored_although_length_and_time_are_as_before() -> Result<()>
         for (name, (was, is)) in names.iter().zip(before.iter().zip(&now)) {
             ensure!(was.len() == is.len() && was != is, "{source}: {name} is no test");
         }
-        let text = backup(&s, &["--type", "incr", "--source", source])?;
+        let text = s.backup_json(&["--type", "incr", "--source", source])?;
         ensure!(!field(&text, "parent")?.is_empty(), "{text}");
         restore(&s, &text, &[])?;
         for (name, is) in names.iter().zip(&now) {
@@ -198,7 +187,7 @@ fn scattered_pages_of_a_file_are_gathered_into_full_frames() -> Result<()> {
     s.sql("insert into t select i, 0, md5(i::text) || md5((i * 3)::text) from generate_series(1, 150000) i")?;
     s.sql("vacuum (freeze) t")?;
     let path = s.sql("select pg_relation_filepath('t')")?;
-    let full = backup(&s, &["--type", "full"])?;
+    let full = s.backup_json(&["--type", "full"])?;
     // A row on each eighth page; its new version finds room there.
     s.sql("update t set n = 1 where (ctid::text::point)[0]::int % 8 = 0 and (ctid::text::point)[1]::int = 1")?;
     let changed: u64 = s.sql("select (pg_relation_size('t') / 8192 + 7) / 8")?.parse()?;
@@ -208,7 +197,7 @@ fn scattered_pages_of_a_file_are_gathered_into_full_frames() -> Result<()> {
     let known: HashSet<[u8; 32]> = of_full.frames.iter().map(|frame| frame.id).collect();
     let packs = s.objects("packs").len();
     for (round, source) in ["local", "sql", "stream"].into_iter().enumerate() {
-        let text = backup(&s, &["--type", "diff", "--source", source])?;
+        let text = s.backup_json(&["--type", "diff", "--source", source])?;
         ensure!(field(&text, "parent")? == field(&full, "id")?, "{text}");
         let manifest = runtime.block_on(manifest(&s, &text))?;
         let table = manifest.files.iter().position(|file| file.path == path);
@@ -273,7 +262,7 @@ fn of_many_relations_an_incremental_makes_few_objects_and_requests() -> Result<(
     };
     let taken = |kind: &str| -> Result<(String, u64, usize)> {
         let (requests, before) = (proxy.requests(), objects()?);
-        let text = backup(&s, &["--type", kind])?;
+        let text = s.backup_json(&["--type", kind])?;
         Ok((text, proxy.requests() - requests, objects()?.saturating_sub(before)))
     };
     let (full, requests, _) = taken("full")?;

@@ -4,19 +4,8 @@ use std::io::Write;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
-use fairvault_tests::fixture::{SMALL, field, files, refused};
+use fairvault_tests::fixture::{SMALL, field, files, number, refused};
 use fairvault_tests::{Fixture, Shape, code, run, tools};
-
-/// A backup's JSON.
-fn backup(s: &Fixture, more: &[&str]) -> Result<String> {
-    let mut all = vec!["backup", "acme", "--fast", "--progress", "none", "--output", "json"];
-    all.extend(more);
-    s.ok(&all)
-}
-
-fn number(text: &str, key: &str) -> Result<u64> {
-    field(text, key)?.parse().with_context(|| format!("{key} in {text}"))
-}
 
 /// What SQL says of a restored copy of a backup, or of the newest.
 fn restored(s: &Fixture, name: &str, more: &[&str], sql: &str) -> Result<String> {
@@ -42,7 +31,7 @@ fn only_what_changed_is_read_and_every_backup_is_complete() -> Result<()> {
     s.sql("create table t (id int primary key, n int, x text) with (fillfactor = 80)")?;
     s.sql("insert into t select i, 0, md5(i::text) || md5((i * 3)::text) from generate_series(1, 400000) i")?;
     s.sql("vacuum analyze")?;
-    let full = backup(&s, &[])?;
+    let full = s.backup_json(&[])?;
     ensure!(field(&full, "type")? == "full", "the first one: {full}");
     let cluster = number(&full, "plain_bytes")?;
     let mut ids = vec![(field(&full, "id")?, "400000|0".to_owned())];
@@ -50,7 +39,7 @@ fn only_what_changed_is_read_and_every_backup_is_complete() -> Result<()> {
         let step = 997 + round;
         s.sql(&format!("update t set n = n + 1 where id % {step} = 0"))?;
         let now = s.sql(SUM)?;
-        let incr = backup(&s, &["--source", source])?;
+        let incr = s.backup_json(&["--source", source])?;
         ensure!(
             field(&incr, "type")? == "incr" && field(&incr, "parent")? == ids[round].0,
             "{incr}"
@@ -62,9 +51,9 @@ fn only_what_changed_is_read_and_every_backup_is_complete() -> Result<()> {
         );
         ids.push((field(&incr, "id")?, now));
     }
-    let diff = backup(&s, &["--type", "diff"])?;
+    let diff = s.backup_json(&["--type", "diff"])?;
     ensure!(field(&diff, "parent")? == ids[0].0, "{diff}");
-    let unchanged = backup(&s, &["--source", "local"])?;
+    let unchanged = s.backup_json(&["--source", "local"])?;
     ensure!(number(&unchanged, "new_stored_bytes")? < 300 << 10, "{unchanged}");
     // Each one by itself, whatever became of the others' order.
     for (number, (id, sum)) in ids.iter().enumerate() {
@@ -291,7 +280,7 @@ fn what_changes_during_an_audit_is_not_missed() -> Result<()> {
     s.sql("insert into t select i, md5(i::text) from generate_series(1, 600000) i")?;
     s.sql("create table gone as select * from t")?;
     s.sql("vacuum analyze")?;
-    backup(&s, &[])?;
+    s.backup_json(&[])?;
     let is_over = std::sync::atomic::AtomicBool::new(false);
     let audited = std::thread::scope(|scope| {
         let load = scope.spawn(|| -> Result<()> {
@@ -306,7 +295,7 @@ fn what_changes_during_an_audit_is_not_missed() -> Result<()> {
             }
             s.sql("drop table gone").map(|_| ())
         });
-        let audited = backup(&s, &["--audit", "--source", "sql", "--workers", "1"]);
+        let audited = s.backup_json(&["--audit", "--source", "sql", "--workers", "1"]);
         is_over.store(true, std::sync::atomic::Ordering::Relaxed);
         load.join()
             .unwrap_or_else(|_| Err(anyhow::anyhow!("the load panicked")))?;
@@ -326,7 +315,7 @@ fn everything_is_read_after_a_promotion_and_where_wal_is_missing() -> Result<()>
         },
     )?;
     s.sql("create table t (n int, x text); insert into t select i, md5(i::text) from generate_series(1, 30000) i")?;
-    backup(&s, &[])?;
+    s.backup_json(&[])?;
     s.sql("update t set n = n + 1 where n % 100 = 0")?;
     s.flush_archive(&s.server)?;
     s.flush_archive(&s.server)?;
@@ -336,24 +325,24 @@ fn everything_is_read_after_a_promotion_and_where_wal_is_missing() -> Result<()>
     let victim = &segments[segments.len() - 2];
     std::fs::rename(victim, s.scratch.join("victim"))?;
     s.sql("checkpoint")?;
-    let text = backup(&s, &["--type", "incr"])?;
+    let text = s.backup_json(&["--type", "incr"])?;
     let why = field(&text, "no_parent_reason")?;
     ensure!(
         field(&text, "parent")?.is_empty() && why.contains("is not known"),
         "{text}"
     );
     std::fs::rename(s.scratch.join("victim"), victim)?;
-    ensure!(!field(&backup(&s, &[])?, "parent")?.is_empty());
+    ensure!(!field(&s.backup_json(&[])?, "parent")?.is_empty());
     // A copy goes on on a timeline of its own.
     let (exit, text) = s.restore("r", &["--archiving", "keep"]);
     ensure!(exit == 0, "{text}");
     s.server.stop(&s.scratch, "fast")?;
     let copy = s.start("r", 5432)?;
     copy.sql(&s.scratch, "insert into t select 1, 'new' from generate_series(1, 100)")?;
-    let text = backup(&s, &["--type", "incr"])?;
+    let text = s.backup_json(&["--type", "incr"])?;
     let why = field(&text, "no_parent_reason")?;
     ensure!(why.contains("timeline"), "{text}");
-    let text = backup(&s, &["--type", "incr"])?;
+    let text = s.backup_json(&["--type", "incr"])?;
     ensure!(!field(&text, "parent")?.is_empty(), "the one after: {text}");
     copy.stop(&s.scratch, "fast")?;
     let rows = restored(&s, "again", &[], "select count(*) from t")?;
@@ -371,7 +360,7 @@ fn primary_and_standby_take_turns_and_one_that_lags_reads_everything() -> Result
         },
     )?;
     s.sql("create table t (n int, x text); insert into t select i, md5(i::text) from generate_series(1, 50000) i")?;
-    backup(&s, &[])?;
+    s.backup_json(&[])?;
     s.flush_archive(&s.server)?;
     let standby = s.standby("standby", 5460, &[], "")?;
     let conninfo = standby.conninfo();
@@ -388,8 +377,8 @@ fn primary_and_standby_take_turns_and_one_that_lags_reads_everything() -> Result
         catch_up()?;
         let sum = s.sql(SUM)?;
         let text = match round % 2 {
-            0 => backup(&s, &["--conninfo", &conninfo, "--source", source])?,
-            _ => backup(&s, &["--source", source])?,
+            0 => s.backup_json(&["--conninfo", &conninfo, "--source", source])?,
+            _ => s.backup_json(&["--source", source])?,
         };
         ensure!(!field(&text, "parent")?.is_empty(), "{text}");
         let id = field(&text, "id")?;
@@ -407,8 +396,8 @@ fn primary_and_standby_take_turns_and_one_that_lags_reads_everything() -> Result
     standby.wait_for(&s.scratch, "select pg_get_wal_replay_pause_state()", "paused")?;
     let paused = standby.sql(&s.scratch, SUM)?;
     s.sql("update t set n = n + 1")?;
-    backup(&s, &[])?;
-    let text = backup(&s, &["--conninfo", &conninfo, "--type", "incr"])?;
+    s.backup_json(&[])?;
+    let text = s.backup_json(&["--conninfo", &conninfo, "--type", "incr"])?;
     let parent = field(&text, "parent")?;
     let newest = s.ok(&["info", "acme"])?;
     let id = field(&text, "id")?;
@@ -431,13 +420,13 @@ fn what_is_lost_in_the_repository_is_read_again() -> Result<()> {
     )?;
     s.sql("create table t (n int, x text)")?;
     s.sql("insert into t select i, md5(i::text) || md5((i * 7)::text) from generate_series(1, 600000) i")?;
-    backup(&s, &[])?;
+    s.backup_json(&[])?;
     let sum = s.sql(SUM)?;
     // The one with the content; the manifest is in another.
     let mut packs = files(&s.scratch.join("vault/acme/packs"));
     packs.sort_by_key(|path| path.metadata().map_or(0, |meta| meta.len()));
     std::fs::remove_file(packs.last().context("a pack")?)?;
-    let text = backup(&s, &["--type", "incr"])?;
+    let text = s.backup_json(&["--type", "incr"])?;
     ensure!(!field(&text, "parent")?.is_empty(), "{text}");
     let id = field(&text, "id")?;
     ensure!(restored(&s, "r", &["--backup", &id, "--target", "immediate"], SUM)? == sum);
@@ -459,14 +448,14 @@ fn of_many_tables_an_incremental_writes_little() -> Result<()> {
             "do $$ begin for i in 1..100 loop execute format('create table t_{hundred}_%s (id int primary key)', i); end loop; end $$"
         ))?;
     }
-    backup(&s, &[])?;
+    s.backup_json(&[])?;
     s.sql("insert into t_1_1 values (1)")?;
     for source in ["local", "sql"] {
         s.sql("create table more (i int); drop table more; insert into t_7_1 values (random() * 1000000)")?;
         // What another source knows of files (times, modes) is another manifest.
-        backup(&s, &["--source", source])?;
+        s.backup_json(&["--source", source])?;
         s.sql("create table one_more (i int)")?;
-        let text = backup(&s, &["--source", source])?;
+        let text = s.backup_json(&["--source", source])?;
         s.sql("drop table one_more")?;
         ensure!(number(&text, "files")? > 10_000, "{text}");
         ensure!(number(&text, "new_stored_bytes")? < 400 << 10, "{text}");
@@ -488,10 +477,10 @@ fn a_plain_backup_takes_the_kind_that_is_due() -> Result<()> {
             ..SMALL
         },
     )?;
-    ensure!(field(&backup(&s, &[])?, "type")? == "full");
-    ensure!(field(&backup(&s, &[])?, "type")? == "diff");
-    ensure!(field(&backup(&s, &["--type", "incr"])?, "type")? == "incr");
-    ensure!(field(&backup(&s, &[])?, "type")? == "diff");
+    ensure!(field(&s.backup_json(&[])?, "type")? == "full");
+    ensure!(field(&s.backup_json(&[])?, "type")? == "diff");
+    ensure!(field(&s.backup_json(&["--type", "incr"])?, "type")? == "incr");
+    ensure!(field(&s.backup_json(&[])?, "type")? == "diff");
     let config = std::fs::read_to_string(s.path("fairvault.toml"))?.replace("* * * * *", "daily");
     let wrong = s.scratch.write("wrong.toml", config.as_bytes())?.display().to_string();
     let (exit, text) = code(&mut s.scratch.fairvault(&["--config", &wrong, "backup", "acme"]));
@@ -511,8 +500,8 @@ fn nothing_builds_on_a_distrusted_parser_nor_across_a_switch_of_checksums() -> R
             ..SMALL
         },
     )?;
-    backup(&s, &[])?;
-    let incr = backup(&s, &[])?;
+    s.backup_json(&[])?;
+    let incr = s.backup_json(&[])?;
     ensure!(
         field(&incr, "type")? == "incr" && field(&incr, "no_parent_reason")?.is_empty(),
         "{incr}"
@@ -525,12 +514,12 @@ fn nothing_builds_on_a_distrusted_parser_nor_across_a_switch_of_checksums() -> R
         .arg(&s.server.data))?;
     s.server.start(&s.scratch)?;
     let reason = |text: &str| field(text, "no_parent_reason");
-    let switched = backup(&s, &["--type", "incr"])?;
+    let switched = s.backup_json(&["--type", "incr"])?;
     ensure!(
         reason(&switched)?.contains("checksums were switched on or off"),
         "{switched}"
     );
-    ensure!(reason(&backup(&s, &["--type", "incr"])?)?.is_empty());
+    ensure!(reason(&s.backup_json(&["--type", "incr"])?)?.is_empty());
 
     let distrust = |parser| s.fairvault(&["stanza", "distrust", "acme", "--parser", parser, "--reason", "a test"]);
     refused(distrust("9"), 2, "parser 9")?;
@@ -538,7 +527,7 @@ fn nothing_builds_on_a_distrusted_parser_nor_across_a_switch_of_checksums() -> R
     ensure!(info.to_string().contains("\"parser_versions\":[2]"), "{info}");
     let (exit, text) = distrust("2");
     ensure!(exit == 0 && text.contains("parser 2 is distrusted"), "{exit} {text}");
-    let after = backup(&s, &["--type", "incr"])?;
+    let after = s.backup_json(&["--type", "incr"])?;
     ensure!(reason(&after)?.contains("distrusted"), "{after}");
     ensure!(s.ok(&["audit", "acme"])?.contains("parser 2 are distrusted: a test"));
     Ok(())
@@ -556,7 +545,7 @@ fn of_frames_that_are_hardly_used_the_rest_is_read_again_once() -> Result<()> {
     s.sql("create table t (id int primary key, n int, x text) with (fillfactor = 50, autovacuum_enabled = off)")?;
     s.sql("insert into t select i, 0, md5(i::text) || md5((i * 3)::text) from generate_series(1, 150000) i")?;
     s.sql("vacuum analyze")?;
-    backup(&s, &["--type", "full"])?;
+    s.backup_json(&["--type", "full"])?;
     // Seven pages of eight change: of the frames of the full, an eighth stays in use.
     s.sql("update t set n = 1 where (ctid::text::point)[0]::int % 8 <> 0")?;
     let pages = s.sql("select pg_relation_size('t') / 8192")?;
@@ -564,7 +553,7 @@ fn of_frames_that_are_hardly_used_the_rest_is_read_again_once() -> Result<()> {
     let now = s.sql(SUM)?;
     let mut read = Vec::new();
     for _ in 0..3 {
-        let incr = backup(&s, &["--type", "incr", "--source", "local"])?;
+        let incr = s.backup_json(&["--type", "incr", "--source", "local"])?;
         ensure!(field(&incr, "type")? == "incr", "{incr}");
         read.push(number(&incr, "read_bytes")?);
     }

@@ -12,23 +12,12 @@ use fairvault_engine::postgres::segment::{Segment, WalFile};
 use fairvault_engine::track::PARSER_VERSION;
 use fairvault_engine::wal::archive::{Archive, Stored};
 use fairvault_format::proto::{SegmentMap, WalSummary};
-use fairvault_tests::fixture::{SMALL, field, files};
+use fairvault_tests::fixture::{SMALL, field, files, number};
 use fairvault_tests::receiver::wait_until_durable;
 use fairvault_tests::{Fixture, Receiver, Shape, code, run};
 
 /// Bytes of a segment.
 const SIZE: u64 = 1 << 20;
-
-/// A backup's JSON.
-fn backup(s: &Fixture, more: &[&str]) -> Result<String> {
-    let mut all = vec!["backup", "acme", "--fast", "--progress", "none", "--output", "json"];
-    all.extend(more);
-    s.ok(&all)
-}
-
-fn number(text: &str, key: &str) -> Result<u64> {
-    field(text, key)?.parse().with_context(|| format!("{key} in {text}"))
-}
 
 fn runtime() -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
@@ -87,7 +76,7 @@ fn maps_of_received_wal_are_enough() -> Result<()> {
         wait_until_durable(&s, &s.server)
     };
     let receiver = receive(&[])?;
-    let full = backup(&s, &[])?;
+    let full = s.backup_json(&[])?;
     change(1)?;
     receiver.kill()?;
     let receiver = receive(&["--keep-pieces"])?;
@@ -131,7 +120,7 @@ fn maps_of_received_wal_are_enough() -> Result<()> {
     let now = s.sql(query)?;
     // With a stream, every page is looked at: one that changed, and that no map names, is an alarm.
     for (kind, source) in [("incr", "local"), ("diff", "stream")] {
-        let text = backup(&s, &["--type", kind, "--source", source])?;
+        let text = s.backup_json(&["--type", kind, "--source", source])?;
         ensure!(
             field(&text, "parent")? == field(&full, "id")? && field(&text, "no_parent_reason")?.is_empty(),
             "{kind}: {text}"
@@ -225,7 +214,7 @@ fn maps_that_nobody_may_rely_on_are_made_anew() -> Result<()> {
     s.sql("vacuum (freeze) t")?;
     let path = s.sql("select pg_relation_filepath('t')")?;
     s.flush_archive(&s.server)?;
-    let full = backup(&s, &["--type", "full"])?;
+    let full = s.backup_json(&["--type", "full"])?;
     s.sql("update t set n = 1 where id % 1000 = 0")?;
     s.flush_archive(&s.server)?;
     s.sql("checkpoint")?;
@@ -240,7 +229,7 @@ fn maps_that_nobody_may_rely_on_are_made_anew() -> Result<()> {
         );
     }
     let kept = runtime()?.block_on(read(&s, &segments))?;
-    let differential = || backup(&s, &["--type", "diff", "--source", "local"]);
+    let differential = || s.backup_json(&["--type", "diff", "--source", "local"]);
 
     for (what, parser) in [
         ("no map", None),
@@ -282,7 +271,7 @@ fn maps_that_nobody_may_rely_on_are_made_anew() -> Result<()> {
 fn a_backup_whose_parser_is_distrusted_meanwhile_does_not_count() -> Result<()> {
     let s = Fixture::new("distrustbeside", SMALL)?;
     s.sql("create table t as select i, md5(i::text) from generate_series(1, 50000) i")?;
-    let full = backup(&s, &[])?;
+    let full = s.backup_json(&[])?;
     s.sql("update t set i = i + 1 where i % 1000 = 0")?;
     // What is no main fork is read as a whole, some seconds long.
     let slowly = [
@@ -320,7 +309,7 @@ fn a_backup_whose_parser_is_distrusted_meanwhile_does_not_count() -> Result<()> 
     );
     // Nor does anybody wait for its end.
     ensure!(stanza["sessions"].as_array().is_some_and(Vec::is_empty), "{info}");
-    let next = backup(&s, &["--type", "incr"])?;
+    let next = s.backup_json(&["--type", "incr"])?;
     ensure!(field(&next, "no_parent_reason")?.contains("distrusted"), "{next}");
     Ok(())
 }

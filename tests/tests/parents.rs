@@ -6,22 +6,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use fairvault_engine::postgres::hints::mask;
 use fairvault_engine::postgres::lsn::Lsn;
-use fairvault_tests::fixture::{SMALL, field};
+use fairvault_tests::fixture::{SMALL, field, number};
 use fairvault_tests::{Fixture, Shape, code};
 use serde_json::Value;
 
 const PAGE: usize = 8192;
-
-/// A backup's JSON.
-fn backup(s: &Fixture, more: &[&str]) -> Result<String> {
-    let mut all = vec!["backup", "acme", "--fast", "--progress", "none", "--output", "json"];
-    all.extend(more);
-    s.ok(&all)
-}
-
-fn number(text: &str, key: &str) -> Result<u64> {
-    field(text, key)?.parse().with_context(|| format!("{key} in {text}"))
-}
 
 fn lsn(text: &str) -> Result<Lsn> {
     text.parse::<Lsn>().map_err(anyhow::Error::msg)
@@ -85,7 +74,7 @@ fn a_standby_builds_on_no_backup_that_has_seen_its_future() -> Result<()> {
     s.sql("insert into t select i, md5(i::text) from generate_series(1, 20000) i")?;
     s.sql("vacuum (freeze) t")?;
     let table = s.sql("select pg_relation_filepath('t')")?;
-    let first = backup(&s, &["--type", "full"])?;
+    let first = s.backup_json(&["--type", "full"])?;
     s.flush_archive(&s.server)?;
     let standby = s.standby("standby", 5460, &[], "")?;
     let conninfo = standby.conninfo();
@@ -135,7 +124,7 @@ fn a_standby_builds_on_no_backup_that_has_seen_its_future() -> Result<()> {
     );
 
     let on_standby = ["--conninfo", &conninfo, "--type", "incr", "--source", "local"];
-    let lagging = backup(&s, &on_standby)?;
+    let lagging = s.backup_json(&on_standby)?;
     let start = lsn(&field(&lagging, "start_lsn")?)?;
     ensure!(
         start >= lsn(&field(&later, "start_lsn")?)? && start < lsn(&field(&later, "stop_lsn")?)?,
@@ -151,11 +140,11 @@ fn a_standby_builds_on_no_backup_that_has_seen_its_future() -> Result<()> {
     standby.sql(&s.scratch, "select pg_wal_replay_resume()")?;
     s.sql("checkpoint")?;
     catch_up()?;
-    let ahead = backup(&s, &on_standby)?;
+    let ahead = s.backup_json(&on_standby)?;
     ensure!(field(&ahead, "parent")? == field(&later, "id")?, "{ahead}");
     ensure!(is_same(&restored(&s, &ahead)?, &s.server.data, &table)?, "{ahead}");
     s.sql("update t set n = n + 1 where n % 70 = 0")?;
-    let last = backup(&s, &["--type", "incr", "--source", "local"])?;
+    let last = s.backup_json(&["--type", "incr", "--source", "local"])?;
     ensure!(field(&last, "parent")? == field(&ahead, "id")?, "{last}");
     ensure!(is_same(&restored(&s, &last)?, &s.server.data, &table)?, "{last}");
     ensure!(check_order(&s)? == 3);
@@ -179,7 +168,7 @@ fn of_a_lost_pack_what_it_held_is_read_again_and_nothing_else() -> Result<()> {
     s.sql("insert into t select gen_random_bytes(1024) from generate_series(1, 70000) i")?;
     s.sql("vacuum (freeze) t")?;
     let table = s.sql("select pg_relation_filepath('t')")?;
-    let full = backup(&s, &["--type", "full"])?;
+    let full = s.backup_json(&["--type", "full"])?;
     let mut packs = s.objects("packs");
     packs.sort_by_key(|pack| pack.metadata().map_or(0, |meta| meta.len()));
     ensure!(packs.len() >= 3, "{packs:?}");
@@ -188,7 +177,7 @@ fn of_a_lost_pack_what_it_held_is_read_again_and_nothing_else() -> Result<()> {
     ensure!(held >= 32 << 20, "{held} bytes");
     std::fs::remove_file(&lost)?;
 
-    let incr = backup(&s, &["--type", "incr", "--source", "local"])?;
+    let incr = s.backup_json(&["--type", "incr", "--source", "local"])?;
     ensure!(field(&incr, "parent")? == field(&full, "id")?, "{incr}");
     let (read, cluster) = (number(&incr, "read_bytes")?, number(&incr, "plain_bytes")?);
     ensure!(
@@ -197,7 +186,7 @@ fn of_a_lost_pack_what_it_held_is_read_again_and_nothing_else() -> Result<()> {
     );
     ensure!(is_same(&restored(&s, &incr)?, &s.server.data, &table)?, "{incr}");
     // It has put everything in its place: the next one reads little.
-    let next = backup(&s, &["--type", "incr", "--source", "local"])?;
+    let next = s.backup_json(&["--type", "incr", "--source", "local"])?;
     ensure!(number(&next, "read_bytes")? < 16 << 20, "{next}");
     Ok(())
 }
@@ -217,17 +206,17 @@ fn without_the_manifest_of_the_newest_backup_everything_is_read() -> Result<()> 
     s.sql("insert into t select i, md5(i::text) from generate_series(1, 20000) i")?;
     s.sql("vacuum (freeze) t")?;
     let table = s.sql("select pg_relation_filepath('t')")?;
-    backup(&s, &["--type", "full"])?;
+    s.backup_json(&["--type", "full"])?;
     let before = s.objects("packs");
     s.sql("update t set n = n + 1 where n % 50 = 0")?;
-    let lost = backup(&s, &["--type", "incr"])?;
+    let lost = s.backup_json(&["--type", "incr"])?;
     let mut own = s.objects("packs");
     own.retain(|pack| !before.contains(pack));
     ensure!(!own.is_empty(), "nothing was stored");
     own.iter().try_for_each(std::fs::remove_file)?;
     s.sql("update t set n = n + 1 where n % 70 = 0")?;
 
-    let anew = backup(&s, &["--type", "incr"])?;
+    let anew = s.backup_json(&["--type", "incr"])?;
     let why = field(&anew, "no_parent_reason")?;
     let named = format!("the manifest of backup {}", field(&lost, "id")?);
     ensure!(field(&anew, "parent")?.is_empty() && why.contains(&named), "{anew}");
@@ -236,7 +225,7 @@ fn without_the_manifest_of_the_newest_backup_everything_is_read() -> Result<()> 
     ensure!(exit != 0, "a backup without its manifest was restored: {text}");
     // And it is one to build on.
     s.sql("update t set n = n + 1 where n % 90 = 0")?;
-    let next = backup(&s, &["--type", "incr"])?;
+    let next = s.backup_json(&["--type", "incr"])?;
     ensure!(field(&next, "parent")? == field(&anew, "id")?, "{next}");
     ensure!(is_same(&restored(&s, &next)?, &s.server.data, &table)?, "{next}");
     Ok(())

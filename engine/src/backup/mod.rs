@@ -31,8 +31,7 @@ use crate::commit::lease::{Lease, NO_BACKUP};
 use crate::commit::session::{Session, timed_id};
 use crate::dedup::{Index, SessionChunks, confirm_packs};
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
-use crate::immutable::extend;
-use crate::immutable::reliance::{Reliance, ending};
+use crate::immutable::reliance::Reliance;
 use crate::pack::Packer;
 use crate::postgres::BLOCK_BYTES;
 use crate::progress::Progress;
@@ -209,11 +208,7 @@ pub async fn run(
             committed.map(|()| report)
         }
         Err(error) => {
-            let reason = error.to_string();
-            let abort = session.abort(log, &reason);
-            if tokio::time::timeout(Duration::from_secs(10), abort).await.is_err() {
-                tracing::warn!("the end of this backup's session could not be noted; nothing is lost by it");
-            }
+            session.give_up(log, &error).await;
             Err(error)
         }
     };
@@ -290,24 +285,12 @@ async fn transfer(
         workers => workers,
     };
     progress.phase("loading the index");
-    let policy = log.state().policy.clone().unwrap_or_default();
-    let reliance = options.reliance.clone().map(|reliance| Reliance {
-        kept_s: reliance.kept_s.max(policy.minimum_retention_s),
-        ..reliance
-    });
-    let mut lock_notes = Vec::new();
-    let ending = match &reliance {
-        Some(Reliance { kept_s, keeper: None }) => match ending(&stanza, *kept_s).await {
-            Ok(ending) => ending,
-            // A backup that relies on what is there is better than none.
-            Err(error) if error.kind() == crate::error::Kind::Refused => {
-                lock_notes.push(format!("nothing is stored again because of its lock: {error}"));
-                HashSet::new()
-            }
-            Err(error) => return Err(error),
-        },
-        _ => HashSet::new(),
-    };
+    let minimum_s = log.state().policy.as_ref().map_or(0, |p| p.minimum_retention_s);
+    let reliance = options.reliance.clone().map(|reliance| reliance.at_least(minimum_s));
+    let (mut notes, mut ending) = (Vec::new(), HashSet::new());
+    if let Some(reliance) = &reliance {
+        ending = reliance.stored_again(&stanza, &mut notes).await?;
+    }
     let index = Index::load_without(&stanza, log.state(), &ending).await?;
     tracing::debug!("{} chunks are known", index.len());
     let slot = format!("fairvault_{}", hex::encode(crate::env::id(stanza.env())?));
@@ -472,7 +455,6 @@ async fn transfer(
         stop: ended.stop,
         whole_segment: !from_standby,
     }));
-    let mut notes = lock_notes;
     match wal_task.finish().await? {
         true => notes.push(
             "the WAL of this backup was streamed with it: the backup can be restored on its own; recovery to a later moment needs \
@@ -509,19 +491,9 @@ async fn transfer(
 
     let (known, packs) = chunks.finish()?;
     confirm_packs(&stanza, &known, &packs).await?;
-    if let Some(Reliance {
-        kept_s,
-        keeper: Some(keeper),
-    }) = &reliance
-    {
+    if let Some(reliance) = &reliance {
         let relied_on = packs.iter().map(|pack| pack.name).collect();
-        match extend::packs(&stanza, keeper, &relied_on, *kept_s).await {
-            Ok(extended) => tracing::debug!("the locks of {extended} packs were extended"),
-            Err(error) => notes.push(format!(
-                "the locks of what this backup relies on could not be extended, and some of them may end before it expires \
-                 (`fairvault lock`): {error}"
-            )),
-        }
+        reliance.extend_locks(&stanza, &relied_on, &mut notes).await;
     }
     let entries = || packed.entries.iter().filter(|entry| !entry.is_gone);
     let info = proto::BackupInfo {

@@ -1,5 +1,7 @@
 //! A session: what one writer does between `begin` and `commit` or `abort`.
 
+use std::time::Duration;
+
 use std::sync::Arc;
 
 use fairvault_format::proto::{self, Snapshot, log_entry::Kind as Entry};
@@ -8,6 +10,9 @@ use super::{Log, fence, rotated, state};
 use crate::env::{self, Env};
 use crate::error::{Error, Kind, Result};
 use crate::stanza::Stanza;
+
+/// How long noting the end of what has failed may take.
+const GIVE_UP_TIME: Duration = Duration::from_secs(10);
 
 /// The time and a letter, as far as no other backup or session has it.
 pub fn timed_id(state: &Snapshot, env: &dyn Env, letter: char) -> String {
@@ -149,13 +154,22 @@ impl Session {
             Err(error) => error,
         };
         // What was refused never counts: nobody has to wait for it.
-        if matches!(error.kind(), Kind::Refused | Kind::Held)
-            && state::is_open(log.state(), &self.id)
-            && let Err(why) = self.abort(log, &error.to_string()).await
-        {
-            tracing::warn!("the end of this session could not be noted; nothing is lost by it: {why}");
+        if matches!(error.kind(), Kind::Refused | Kind::Held) && state::is_open(log.state(), &self.id) {
+            self.give_up(log, &error).await;
         }
         Err(error)
+    }
+
+    /// Ends the session because of a failure, if that can be noted in a moment: else a collector does it.
+    pub async fn give_up(self, log: &mut Log, why: &Error) {
+        let reason = why.to_string();
+        let noted = tokio::time::timeout(GIVE_UP_TIME, self.abort(log, &reason)).await;
+        let failure = match noted {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "that takes too long".to_owned(),
+        };
+        tracing::warn!("that this has ended could not be noted; nothing is lost by it: {failure}");
     }
 
     /// Ends the session without a backup.

@@ -77,14 +77,7 @@ pub async fn copy(
             })
         }
         Err(error) => {
-            let reason = error.to_string();
-            let abort = session.abort(target, &reason);
-            if tokio::time::timeout(std::time::Duration::from_secs(10), abort)
-                .await
-                .is_err()
-            {
-                tracing::warn!("the end of this copy's session could not be noted; nothing is lost by it");
-            }
+            session.give_up(target, &error).await;
             Err(error)
         }
     };

@@ -9,8 +9,9 @@ use std::collections::HashSet;
 
 use fairvault_format::names;
 
+use super::extend;
 use super::seen::Seen;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::expire::rules::days;
 use crate::stanza::Stanza;
 use crate::store::Store;
@@ -25,6 +26,42 @@ pub struct Reliance {
     pub keeper: Option<Store>,
 }
 
+impl Reliance {
+    /// The same for what is kept for so long at least, seconds.
+    #[must_use]
+    pub fn at_least(self, minimum_s: u64) -> Self {
+        let kept_s = self.kept_s.max(minimum_s);
+        Self { kept_s, ..self }
+    }
+
+    /// Packs whose content is to be stored again: none where somebody extends locks. If that would be everything every
+    /// time, it is none as well, with a note: a backup that relies on what is there is better than none.
+    pub async fn stored_again(&self, stanza: &Stanza, notes: &mut Vec<String>) -> Result<HashSet<[u8; 32]>> {
+        if self.keeper.is_some() {
+            return Ok(HashSet::new());
+        }
+        match ending(stanza, self.kept_s).await {
+            Err(error) if error.kind() == Kind::Refused => {
+                notes.push(format!("nothing is stored again because of its lock: {error}"));
+                Ok(HashSet::new())
+            }
+            other => other,
+        }
+    }
+
+    /// Has the locks of packs that a backup relies on extended, where somebody may; a note says if that fails.
+    pub async fn extend_locks(&self, stanza: &Stanza, packs: &HashSet<[u8; 32]>, notes: &mut Vec<String>) {
+        let Some(keeper) = &self.keeper else { return };
+        match extend::packs(stanza, keeper, packs, self.kept_s).await {
+            Ok(extended) => tracing::debug!("the locks of {extended} packs were extended"),
+            Err(error) => notes.push(format!(
+                "the locks of what this backup relies on could not be extended, and some of them may end before it expires \
+                 (`fairvault lock`): {error}"
+            )),
+        }
+    }
+}
+
 /// Until when something must be locked, microseconds since 1970.
 pub(super) fn until_us(stanza: &Stanza, kept_s: u64) -> i64 {
     let kept_us = i64::try_from(kept_s.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
@@ -33,7 +70,7 @@ pub(super) fn until_us(stanza: &Stanza, kept_s: u64) -> i64 {
 
 /// Packs of which it is not known that their locks last as long as a backup that begins now is kept. Nothing is asked of
 /// single packs: that what was extended is not known here stores it again.
-pub async fn ending(stanza: &Stanza, kept_s: u64) -> Result<HashSet<[u8; 32]>> {
+async fn ending(stanza: &Stanza, kept_s: u64) -> Result<HashSet<[u8; 32]>> {
     let store = stanza.store();
     let Some(bucket) = store.bucket().await?.filter(|bucket| bucket.lock) else {
         return Ok(HashSet::new());

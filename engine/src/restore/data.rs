@@ -113,8 +113,8 @@ struct Work {
     /// By frame.
     placements: Arc<[Placement]>,
     placed_from: Vec<u32>,
-    /// What of that is there already.
-    found: Arc<Found>,
+    /// What of that is there already, where it is compared.
+    found: Option<Arc<Found>>,
     /// By frame: what is written in one piece, gaps included.
     spans: HashMap<u32, Placement>,
     paths: Arc<[PathBuf]>,
@@ -150,7 +150,7 @@ pub async fn write_all(
     let Prepared { there, made } = preparing.await.map_err(panicked)??;
     let there: Arc<[bool]> = there.into();
     let mut placements = plan.placements.clone();
-    placements.sort_by_key(|p| p.frame);
+    placements.sort_unstable_by_key(|p| p.frame);
     let placements: Arc<[Placement]> = placements.into();
     let regular = plan.files.iter().filter(|file| file.kind() == FileKind::FileRegular);
     progress.files.add(regular.count() as u64);
@@ -172,7 +172,7 @@ pub async fn write_all(
         spares: spares.clone(),
         is_away: AtomicBool::new(false),
         holes: sparse.then(|| there.clone()),
-        found: Arc::new(Found::none(placements.len())),
+        found: delta.then(|| Arc::new(Found::none(placements.len()))),
         placements,
         placed_from,
         spans,
@@ -186,9 +186,9 @@ pub async fn write_all(
         readers: Mutex::default(),
         direct_from: AtomicU64::new(DIRECT_BYTES),
     });
-    match delta {
-        true => write_what_differs(&work, &there, layout.is_resumed).await?,
-        false => {
+    match &work.found {
+        Some(found) => write_what_differs(&work, found, &there, layout.is_resumed).await?,
+        None => {
             // What lies in the gaps of the spans comes after them.
             for is_span in [true, false] {
                 let frames = (0..plan.frames.len() as u32).filter(|frame| work.is_placed(*frame));
@@ -217,7 +217,7 @@ pub async fn write_all(
 }
 
 /// Compares what is there, and meanwhile fetches what differs.
-async fn write_what_differs(work: &Arc<Work>, there: &Arc<[bool]>, is_resumed: bool) -> Result<()> {
+async fn write_what_differs(work: &Arc<Work>, found: &Arc<Found>, there: &Arc<[bool]>, is_resumed: bool) -> Result<()> {
     let comparison = Comparison {
         stanza: work.stanza.clone(),
         plan: work.plan.clone(),
@@ -227,7 +227,7 @@ async fn write_what_differs(work: &Arc<Work>, there: &Arc<[bool]>, is_resumed: b
         is_resumed,
         parts: work.parts.clone(),
         progress: work.progress.clone(),
-        found: work.found.clone(),
+        found: found.clone(),
     };
     // Its thread ends when nobody takes what it sends.
     let (to, mut differing) = mpsc::channel(1);
@@ -363,12 +363,14 @@ impl Work {
     /// Writes a frame's content to where it belongs and is not yet.
     fn write(&self, open: &mut Option<(u32, Output)>, number: u32, chunk: &[u8]) -> Result<()> {
         let span = self.spans.get(&number);
-        for at in self.placed(number).filter(|&at| !self.found.is_right(at)) {
+        let found = self.found.as_ref();
+        let is_right = |at: usize| found.is_some_and(|found| found.is_right(at));
+        for at in self.placed(number).filter(|&at| !is_right(at)) {
             let p = &self.placements[at];
             let content = &chunk[p.frame_offset as usize..(p.frame_offset + p.len) as usize];
             self.parts.add(&self.plan, p, content);
             self.progress.read_bytes.add(p.len.into());
-            let runs = match self.found.differing(at, content) {
+            let runs = match found.and_then(|found| found.differing(at, content)) {
                 Some(differs) => runs(content, |page, _| differs[page]),
                 None if self.leaves_holes(p.file) => runs(content, |_, page| page.iter().any(|&byte| byte != 0)),
                 None => std::iter::once(0..content.len()).collect(),
