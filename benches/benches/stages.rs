@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use fairvault_benches::{CHUNK, RUN, RUN_START, heap, index, names, ragged, text, wal as run_of_wal};
-use fairvault_engine::backup::cut::cuts;
+use fairvault_engine::backup::cut::{Grain, cuts};
 use fairvault_engine::codec::{Codec, Content};
 use fairvault_engine::dedup::{Index, SessionChunks};
 use fairvault_engine::env::SystemEnv;
@@ -229,7 +229,7 @@ fn packs(c: &mut Criterion) {
     let plain = [text(), heap()].concat();
     group.throughput(Throughput::Bytes(plain.len() as u64));
     group.bench_function("cutting a manifest segment", |b| {
-        b.iter(|| cuts(black_box(&plain)).count())
+        b.iter(|| cuts(black_box(&plain), Grain::COARSE).count())
     });
     let (finished_in, mut finished) = mpsc::channel(1);
     let packer = Packer::new(stanza(), Arc::new(SessionChunks::new(Index::default())), finished_in);

@@ -438,7 +438,7 @@ pub enum Source {
 pub enum WalArg {
     /// archive if the server's archive_command is fairvault's, else stream
     Auto,
-    /// Wait until `wal push` brought it
+    /// Wait until `wal push`, or a receiver that is running, brought it
     Archive,
     /// Stream it on a second connection
     Stream,

@@ -17,7 +17,7 @@ use fairvault_engine::stanza::memory::Memory;
 use fairvault_engine::stanza::{Access, Stanza};
 use fairvault_engine::store::{Store, url::RepositoryUrl};
 use fairvault_format::keys::Secret;
-use fairvault_format::wal;
+use fairvault_format::{names, wal};
 use zeroize::Zeroizing;
 
 use crate::args::Global;
@@ -58,8 +58,10 @@ impl Context {
         self.global.repo_url.is_some()
     }
 
-    /// Names of the repositories of a stanza, optional ones last: WAL goes to all, backups to the first.
+    /// Names of the repositories of a stanza, optional ones last: WAL goes to all, backups to the first. Every command asks
+    /// for them before it makes anything that is called like the stanza: what is no name is refused here.
     pub fn repositories(&self, stanza: Option<&str>) -> Result<Vec<String>> {
+        stanza.map_or(Ok(()), |name| names::check_name("stanza name", name))?;
         let mut names = self.configured_repositories(stanza)?;
         let mut seen = std::collections::BTreeSet::new();
         names.retain(|name| seen.insert(name.clone()));

@@ -28,6 +28,8 @@ pub struct Line {
     pub kind: &'static str,
     /// What it says.
     pub what: String,
+    /// How much that was, where it is known: read, stored or deleted.
+    pub bytes: u64,
     /// Its writer had been fenced before, or had keys that were rotated before: it has no effect.
     pub void: bool,
 }
@@ -65,7 +67,29 @@ fn line(entry: &LogEntry, void: bool) -> Line {
         user: entry.user.clone(),
         kind,
         what,
+        bytes: entry.kind.as_ref().map_or(0, bytes),
         void,
+    }
+}
+
+/// How much an entry is about.
+fn bytes(entry: &Entry) -> u64 {
+    match entry {
+        Entry::Commit(commit) => commit.info.as_ref().map_or(0, |info| info.new_stored_bytes),
+        Entry::Expired(expired) => expired.bytes,
+        Entry::ExpiredWal(wal) => wal.bytes,
+        Entry::GcSwept(swept) => swept.bytes,
+        Entry::Operation(operation) => operation.bytes,
+        _ => 0,
+    }
+}
+
+/// The same in words, behind others; nothing where it is not known.
+fn amount(bytes: u64) -> String {
+    match bytes {
+        0 => String::new(),
+        1..1_048_576 => format!(", {} KiB", bytes.div_ceil(1 << 10)),
+        _ => format!(", {} MiB", bytes.div_ceil(1 << 20)),
     }
 }
 
@@ -114,15 +138,21 @@ fn words(entry: &Entry) -> (&'static str, String) {
         }
         Entry::Expired(expired) => (
             "expired",
-            format!("backup {} has expired{}", expired.backup, because(&expired.reason)),
+            format!(
+                "backup {} has expired{}{}",
+                expired.backup,
+                amount(expired.bytes),
+                because(&expired.reason)
+            ),
         ),
         Entry::ExpiredWal(wal) => (
             "expired-wal",
             format!(
-                "WAL of timeline {} from {} to {} has expired{}",
+                "WAL of timeline {} from {} to {} has expired{}{}",
                 wal.timeline,
                 Lsn(wal.from_lsn),
                 Lsn(wal.to_lsn),
+                amount(wal.bytes),
                 because(&wal.reason)
             ),
         ),
@@ -141,7 +171,11 @@ fn words(entry: &Entry) -> (&'static str, String) {
             let kept = swept.kept.len();
             (
                 "gc-swept",
-                format!("what entry {} marked was collected, but {kept} packs", swept.mark),
+                format!(
+                    "what entry {} marked was collected, but {kept} packs{}",
+                    swept.mark,
+                    amount(swept.bytes)
+                ),
             )
         }
         Entry::KeyEpoch(epoch) => {
@@ -195,10 +229,7 @@ fn words(entry: &Entry) -> (&'static str, String) {
                 "" => String::new(),
                 subject => format!(" of backup {subject}"),
             };
-            let amount = match operation.bytes.div_ceil(1 << 20) {
-                0 => String::new(),
-                mib => format!(", {mib} MiB"),
-            };
+            let amount = amount(operation.bytes);
             (
                 "operation",
                 format!("{}{subject}{amount}: {}", operation.what, operation.result),

@@ -302,6 +302,11 @@ pub fn refused((exit, text): (i32, String), expected: i32, word: &str) -> Result
     Ok(())
 }
 
+/// What this host is called in the log, in leases and in messages.
+pub fn host_name() -> Result<String> {
+    Ok(std::fs::read_to_string("/proc/sys/kernel/hostname")?.trim().to_owned())
+}
+
 /// Sends a signal to a program that [`Fixture::command`] started.
 pub fn signal(child: &Child, name: &str) -> Result<()> {
     run(Command::new("kill").arg(format!("-{name}")).arg(child.id().to_string()))?;

@@ -50,20 +50,18 @@ fn lsn(page: &[u8]) -> String {
 pub fn differences(a: &Path, b: &Path, limit: usize) -> Result<Vec<String>> {
     let (of_a, of_b) = (relations(a)?, relations(b)?);
     let mut found = Vec::new();
-    let one_sided = of_a
-        .keys()
-        .filter(|name| !of_b.contains_key(*name))
-        .map(|name| (name, &of_a[name]));
-    let other = of_b
-        .keys()
-        .filter(|name| !of_a.contains_key(*name))
-        .map(|name| (name, &of_b[name]));
+    let one_sided = of_a.iter().filter(|(name, _)| !of_b.contains_key(*name));
+    let other = of_b.iter().filter(|(name, _)| !of_a.contains_key(*name));
     for (name, path) in one_sided.chain(other) {
         // What was dropped leaves an empty file until the next checkpoint; a visibility map that is not there says no
         // more than an empty one.
         let is_map = relation_file(name).is_some_and(|file| file.fork == Fork::Vm);
-        if !is_map && std::fs::metadata(path)?.len() > 0 {
-            found.push(format!("{name} is only in one of them"));
+        let len = std::fs::metadata(path)?.len();
+        if !is_map && len > 0 {
+            found.push(format!(
+                "{name} is only in one of them: {} of {len} bytes",
+                path.display()
+            ));
         }
     }
     for (name, path) in of_a.iter().filter(|(name, _)| of_b.contains_key(*name)) {

@@ -10,9 +10,9 @@ use anyhow::{Context, Result, bail};
 use crate::s3::free_port;
 use crate::{Scratch, run, tools};
 
-/// Credentials of the one user.
+/// Credentials of the user who owns the buckets.
 pub const ACCESS_KEY: &str = "test";
-/// Its secret.
+/// Its secret, and that of the others.
 pub const SECRET_KEY: &str = "testsecret";
 
 const PACKAGES: [&str; 5] = ["radosgw", "ceph-mon", "ceph-osd", "ceph-base", "ceph-common"];
@@ -165,6 +165,38 @@ impl Rgw {
             .args(["--aws-sigv4", "aws:amz:us-east-1:s3", "--user"])
             .arg(format!("{ACCESS_KEY}:{SECRET_KEY}"))
             .arg(format!("{}/{name}", self.endpoint())))?;
+        Ok(())
+    }
+
+    /// Makes another user, whose access key is its name, with the same secret. It may do nothing yet.
+    pub fn add_user(&self, name: &str) -> Result<()> {
+        run(self
+            .program_by("timeout")
+            .arg("60")
+            .arg(root().join("usr/bin/radosgw-admin"))
+            .args(["user", "create"])
+            .arg(format!("--uid={name}"))
+            .arg(format!("--display-name={name}"))
+            .arg(format!("--access-key={name}"))
+            .arg(format!("--secret-key={SECRET_KEY}")))?;
+        Ok(())
+    }
+
+    /// Sets the policy of a bucket.
+    pub fn set_policy(&self, bucket: &str, policy: &str) -> Result<()> {
+        run(Command::new("curl")
+            .args([
+                "-sS",
+                "--fail-with-body",
+                "-X",
+                "PUT",
+                "-H",
+                "x-amz-content-sha256: UNSIGNED-PAYLOAD",
+            ])
+            .args(["--aws-sigv4", "aws:amz:us-east-1:s3", "--user"])
+            .arg(format!("{ACCESS_KEY}:{SECRET_KEY}"))
+            .args(["-H", "Content-Type: application/json", "--data-binary", policy])
+            .arg(format!("{}/{bucket}?policy=", self.endpoint())))?;
         Ok(())
     }
 

@@ -152,6 +152,14 @@ impl Server {
         command
     }
 
+    /// Has pg_hba.conf let everybody in, and nobody replicate.
+    pub fn forbid_replication(&self, scratch: &Scratch) -> Result<()> {
+        std::fs::write(self.data.join("pg_hba.conf"), "local all all trust\n")?;
+        let before = self.sql(scratch, "select pg_conf_load_time()")?;
+        self.sql(scratch, "select pg_reload_conf()")?;
+        self.wait_for(scratch, &format!("select pg_conf_load_time() > '{before}'"), "t")
+    }
+
     /// How fairvault connects to it.
     pub fn conninfo(&self) -> String {
         format!("host={} port={} user=postgres", self.scratch.display(), self.port)

@@ -197,6 +197,14 @@ pub fn install_time() -> Result<()> {
     }
 }
 
+/// strace, which tells in which order the kernel was asked for what.
+pub fn install_strace() -> Result<()> {
+    match Path::new("/usr/bin/strace").exists() {
+        true => Ok(()),
+        false => apt(&["strace"]),
+    }
+}
+
 /// Whether the full run was asked for.
 pub fn is_full() -> bool {
     std::env::var_os("FAIRVAULT_FULL").is_some()

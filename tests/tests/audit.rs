@@ -1,7 +1,8 @@
 //! What was done is in the log, and the log is proved; key slots that were lost come back from a file.
 
-use anyhow::{Result, ensure};
-use fairvault_tests::fixture::{Fixture, Shape, files, refused};
+use anyhow::{Context, Result, ensure};
+use fairvault_tests::fixture::{Fixture, SMALL, Shape, files, refused};
+use serde_json::Value;
 
 #[test]
 fn who_did_what_is_in_the_log() -> Result<()> {
@@ -21,7 +22,7 @@ fn who_did_what_is_in_the_log() -> Result<()> {
         &format!("backup {id} is complete"),
         &format!("restore of backup {id}, "),
         "MiB: done",
-        "MiB: clean",
+        "iB: clean",
         "failed: ",
         &format!("backup {id} is held: a trial"),
         "each signed",
@@ -77,6 +78,17 @@ fn lost_key_slots_come_back_from_a_file() -> Result<()> {
     s.ok(&["key", "import", "acme", &kit])?;
     s.ok(&["key", "check", "acme"])?;
     ensure!(s.ok(&["info", "acme", "--cache", &s.path("elsewhere")])?.contains(&id));
+    let audit = s.ok(&["audit", "acme"])?;
+    for said in [
+        "KiB: 1 slots written to a file",
+        "KiB: failed: writing ",
+        "KiB: 1 slots are there",
+    ] {
+        ensure!(audit.matches(said).count() == 1, "{said:?} is not in\n{audit}");
+    }
+    ensure!(audit.matches("  key export, ").count() == 2, "{audit}");
+    ensure!(audit.matches("  key import, ").count() == 1, "{audit}");
+    ensure!(audit.matches("key check: it opens everything").count() == 2, "{audit}");
 
     // Neither another slot nor another key passes.
     let text = std::fs::read_to_string(&kit)?;
@@ -92,4 +104,69 @@ fn lost_key_slots_come_back_from_a_file() -> Result<()> {
         1,
         "wrong key",
     )
+}
+
+/// What a command prints as JSON.
+fn json(s: &Fixture, words: &[&str]) -> Result<Value> {
+    let said = s.ok(&[words, &["--output", "json"]].concat())?;
+    let line = said.lines().find(|line| line.starts_with("{\""));
+    Ok(serde_json::from_str(line.context(said.clone())?)?)
+}
+
+/// Sizes in entries of a kind whose words begin like this.
+fn sizes(s: &Fixture, kind: &str, words: &str) -> Result<Vec<u64>> {
+    let audit = json(s, &["audit", "acme"])?;
+    let entries = audit["entries"].as_array().context("no entries")?.iter();
+    let of_kind = entries.filter(|entry| entry["kind"] == kind);
+    let meant = of_kind.filter(|entry| entry["what"].as_str().is_some_and(|what| what.starts_with(words)));
+    meant.map(|entry| entry["bytes"].as_u64().context("no size")).collect()
+}
+
+#[test]
+fn what_was_deleted_is_in_the_log_with_its_size() -> Result<()> {
+    let shape = Shape {
+        archiving: true,
+        more: "retention = { full = 1, wal = \"0s\" }",
+        ..SMALL
+    };
+    let s = Fixture::new("auditgc", shape)?;
+    let gc = || -> Result<Value> {
+        let quiet = ["gc", "acme", "--patience", "1s", "--progress", "none"];
+        Ok(json(&s, &quiet)?["report"].clone())
+    };
+    let full = || -> Result<()> {
+        s.sql("create table if not exists t (x text); truncate t; insert into t select md5(random()::text) from generate_series(1, 20000)")?;
+        s.backup_id(&["--type", "full"])?;
+        s.flush_archive(&s.server)?;
+        s.ok(&["expire", "acme"])?;
+        Ok(())
+    };
+    // WAL from before the first backup goes, and nothing else.
+    s.flush_archive(&s.server)?;
+    full()?;
+    let wal = sizes(&s, "expired-wal", "WAL of timeline 1")?;
+    ensure!(
+        !wal.is_empty() && wal.iter().all(|bytes| *bytes > 0 && bytes % (1 << 20) == 0),
+        "{wal:?}"
+    );
+    let done = gc()?;
+    let deleted = done["wal"]["bytes"].as_u64().context("wal")?;
+    ensure!(deleted > 0 && done["packs"]["objects"] == 0, "{done}");
+    ensure!(sizes(&s, "gc-swept", "")?.is_empty(), "{done}");
+    ensure!(sizes(&s, "operation", "gc, ")? == [deleted], "{done}");
+    // Nothing to do, and nothing to say.
+    gc()?;
+    ensure!(sizes(&s, "operation", "gc")?.len() == 1);
+
+    full()?;
+    let expired = sizes(&s, "expired", "backup ")?;
+    ensure!(expired.len() == 1 && expired[0] > 0, "{expired:?}");
+    let done = gc()?;
+    let of = |what: &str| done[what]["bytes"].as_u64().unwrap_or_default();
+    let swept: u64 = sizes(&s, "gc-swept", "")?.iter().sum();
+    // Parts of the index that it has replaced go after that was said.
+    ensure!(of("roots") > 0 && swept >= of("packs") + of("roots"), "{swept} {done}");
+    ensure!(swept <= of("packs") + of("roots") + of("index_runs"), "{swept} {done}");
+    ensure!(sizes(&s, "operation", "gc, ")? == [deleted, of("wal")], "{done}");
+    Ok(())
 }

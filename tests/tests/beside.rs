@@ -5,7 +5,7 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use fairvault_tests::fixture::{Fixture, SMALL, Shape, field};
+use fairvault_tests::fixture::{Fixture, SMALL, Shape, field, host_name};
 use fairvault_tests::text;
 
 const ARCHIVING: Shape<'static> = Shape {
@@ -124,7 +124,9 @@ fn a_fence_stops_both_and_says_by_whom() -> Result<()> {
     ensure!(!s.ok(&["info", "acme"])?.contains("unfinished"));
     for host in hosts {
         let (exit, said) = end(host)?;
-        let is_said = said.contains("this session was fenced by") && said.contains("one is enough");
+        let by_whom = format!(" on {} at 2", host_name()?);
+        let is_said = ["this session was fenced by", &by_whom, "one is enough"];
+        let is_said = is_said.iter().all(|word| said.contains(word));
         ensure!(
             exit == 5 && is_said && said.contains("\"code\":\"held\""),
             "{exit} {said}"

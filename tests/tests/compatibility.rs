@@ -3,108 +3,34 @@
 //! `tests/fixtures/v1` is never written again. `FAIRVAULT_FIXTURES=write` makes one where there is none. It was written
 //! before keys could be rotated, slots could write only, WAL could expire and stanzas could be upgraded.
 
-use std::collections::BTreeMap;
+mod old;
+
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use fairvault_format::sha256;
-use fairvault_tests::fixture::{Fixture, Shape, field, files, refused};
+use fairvault_tests::fixture::{Fixture, Shape, field, refused};
 use fairvault_tests::receiver::wait_until_durable;
 use fairvault_tests::tools::reader;
-use fairvault_tests::{Receiver, Server, run};
+use fairvault_tests::{Receiver, run};
+
+use old::{AT_ONCE, Content, QUERY, RESTORED, digest, insert, query, restore, strip, write_if_asked};
 
 const CONFIGURATION: &str = "retention = { full = 1 }\ncompression = { level = 22 }";
-const QUERY: &str = "select count(*) || '/' || sum(i) || '/' || md5(string_agg(x, ',' order by i)) from t";
-/// What a restore adds or changes beside the content of a backup.
-const RESTORED: [&str; 4] = [
-    "postgresql.auto.conf",
-    "recovery.signal",
-    "backup_manifest",
-    "fairvault.restored",
-];
-const AT_ONCE: [&str; 4] = ["--target", "immediate", "--target-action", "promote"];
-
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/v1")
 }
 
-/// SHA-256 over path and content of every file of a backup, as it was restored; and their number.
-fn digest(root: &Path) -> Result<(usize, String)> {
-    let (mut text, mut count) = (String::new(), 0);
-    for path in files(root) {
-        let name = path.strip_prefix(root)?.to_string_lossy().into_owned();
-        if !RESTORED.contains(&name.as_str()) {
-            writeln!(text, "{name} {}", hex::encode(sha256(&std::fs::read(&path)?)))?;
-            count += 1;
-        }
-    }
-    Ok((count, hex::encode(sha256(text.as_bytes()))))
-}
-
-/// A backup that the repository holds.
-struct Held {
-    id: String,
-    files: usize,
-    digest: String,
-    result: String,
-}
-
-/// What the repository is said to hold: the lines of `content.txt` by their first word.
-struct Content(BTreeMap<String, Vec<Vec<String>>>);
-
-impl Content {
-    fn read() -> Result<Self> {
-        let text = std::fs::read_to_string(folder().join("content.txt"))?;
-        let mut lines: BTreeMap<String, Vec<Vec<String>>> = BTreeMap::new();
-        for line in text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
-            let mut words = line.split(' ').map(str::to_owned);
-            let first = words.next().context("a word")?;
-            lines.entry(first).or_default().push(words.collect());
-        }
-        Ok(Self(lines))
-    }
-
-    fn word(&self, first: &str) -> Result<&str> {
-        let line = self.0.get(first).and_then(|lines| lines.first()?.first());
-        line.map(String::as_str)
-            .with_context(|| format!("content.txt has no line {first}"))
-    }
-
-    fn backups(&self) -> Result<Vec<Held>> {
-        let lines = self.0.get("backup").context("content.txt has no backup")?;
-        let backups = lines.iter().map(|words| match words.as_slice() {
-            [id, _, files, digest, result] => Ok(Held {
-                id: id.clone(),
-                files: files.parse()?,
-                digest: digest.clone(),
-                result: result.clone(),
-            }),
-            other => anyhow::bail!("{other:?}"),
-        });
-        backups.collect()
-    }
-}
-
 /// A scratch copy of the repository.
 fn old(name: &str) -> Result<Fixture> {
-    write_if_asked()?;
+    write_if_asked(&folder(), write_fixture)?;
     Fixture::of_repository(name, &folder(), CONFIGURATION)
-}
-
-fn query(s: &Fixture, server: &Server) -> Result<String> {
-    server.sql(&s.scratch, QUERY)
-}
-
-fn restore(s: &Fixture, name: &str, more: &[&str]) -> Result<()> {
-    let (exit, text) = s.restore(name, more);
-    ensure!(exit == 0, "{text}");
-    Ok(())
 }
 
 #[test]
 fn an_old_repository_is_read() -> Result<()> {
-    let (s, content) = (old("oldread")?, Content::read()?);
+    let (s, content) = (old("oldread")?, Content::read(&folder())?);
     let info = s.ok(&["info", "acme", "--output", "json"])?;
     let backups = content.backups()?;
     for backup in &backups {
@@ -138,7 +64,7 @@ fn an_old_repository_is_read() -> Result<()> {
 
 #[test]
 fn an_old_repository_restores_byte_for_byte() -> Result<()> {
-    let (s, content) = (old("oldback")?, Content::read()?);
+    let (s, content) = (old("oldback")?, Content::read(&folder())?);
     let (vault, key) = (s.path("vault"), s.path("key"));
     let backups = content.backups()?;
     ensure!(backups.len() >= 2);
@@ -171,7 +97,7 @@ fn an_old_repository_restores_byte_for_byte() -> Result<()> {
 
 #[test]
 fn an_old_repository_is_continued() -> Result<()> {
-    let (s, content) = (old("oldon")?, Content::read()?);
+    let (s, content) = (old("oldon")?, Content::read(&folder())?);
     restore(&s, "copy", &["--archiving", "keep"])?;
     s.configure("copy", &s.archiving())?;
     let server = s.start("copy", 5432)?;
@@ -215,7 +141,7 @@ fn an_old_repository_is_continued() -> Result<()> {
 
 #[test]
 fn an_old_repository_is_collected() -> Result<()> {
-    let (s, content) = (old("oldgc")?, Content::read()?);
+    let (s, content) = (old("oldgc")?, Content::read(&folder())?);
     let gc = || s.ok(&["gc", "acme", "--patience", "1s", "--progress", "none"]);
     let roots = s.objects("roots").len();
     let said = gc()?;
@@ -252,7 +178,10 @@ fn an_old_repository_is_collected() -> Result<()> {
 #[test]
 fn an_old_repository_gets_new_keys() -> Result<()> {
     for public in [false, true] {
-        let (s, content) = (old(if public { "oldpublic" } else { "oldkeys" })?, Content::read()?);
+        let (s, content) = (
+            old(if public { "oldpublic" } else { "oldkeys" })?,
+            Content::read(&folder())?,
+        );
         let (new, vault) = (s.path("new"), s.path("vault"));
         s.ok(&["key", "generate", &new])?;
         let rotate = ["key", "rotate", "acme", "--new-secret-file", &new];
@@ -308,58 +237,6 @@ fn an_old_repository_gets_new_keys() -> Result<()> {
         again.stop(&s.scratch, "fast")?;
     }
     Ok(())
-}
-
-static WRITING: std::sync::Mutex<()> = std::sync::Mutex::new(());
-
-fn write_if_asked() -> Result<()> {
-    let _one = WRITING.lock();
-    let is_asked = std::env::var("FAIRVAULT_FIXTURES").is_ok_and(|word| word == "write");
-    match is_asked && !folder().exists() {
-        true => write_fixture().context("writing the fixture"),
-        false => Ok(()),
-    }
-}
-
-/// Everything that a small repository does not need.
-fn strip(s: &Fixture) -> Result<()> {
-    let sql = |options: &str, sql: &str| {
-        let mut command = s.server.program(&s.scratch, "psql");
-        let port = s.server.port.to_string();
-        command
-            .args(["-X", "-At", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-h"])
-            .arg(s.scratch.path());
-        let conninfo = format!("dbname=postgres options='{options}'");
-        run(command.args(["-p", &port, "-c", sql]).arg(conninfo))
-    };
-    for template in ["template0", "template1"] {
-        sql("", "update pg_database set datistemplate = false")?;
-        sql("", &format!("drop database {template}"))?;
-    }
-    sql("", "drop schema information_schema cascade")?;
-    let anything = "-c allow_system_table_mods=on";
-    sql(
-        anything,
-        "do $$ declare v name; begin for v in select relname from pg_class where relkind = 'v' and \
-         relnamespace = 'pg_catalog'::regnamespace and relname not in ('pg_stat_archiver', 'pg_stat_replication') loop \
-         execute format('drop view if exists pg_catalog.%I cascade', v); end loop; end $$",
-    )?;
-    for statement in [
-        "delete from pg_statistic",
-        "delete from pg_description",
-        "delete from pg_collation where collname not in ('default', 'C', 'POSIX', 'ucs_basic')",
-        "vacuum full",
-        "checkpoint",
-        "select pg_switch_wal()",
-    ] {
-        sql(anything, statement)?;
-    }
-    Ok(())
-}
-
-fn insert(s: &Fixture, server: &Server, from: u32, to: u32) -> Result<()> {
-    let sql = format!("insert into t select i, md5(i::text) from generate_series({from}, {to}) i");
-    server.sql(&s.scratch, &sql).map(|_| ())
 }
 
 fn write_fixture() -> Result<()> {

@@ -195,7 +195,7 @@ async fn everything(store: &Store) -> Result<Entry> {
 fn expired(backup: u8) -> Entry {
     Entry::Expired(proto::Expired {
         backup: backup.to_string(),
-        reason: String::new(),
+        ..Default::default()
     })
 }
 
@@ -206,7 +206,7 @@ fn expired_wal() -> Entry {
         timeline: 1,
         from_lsn: 0,
         to_lsn: 6 * SEGMENT,
-        reason: String::new(),
+        ..Default::default()
     })
 }
 

@@ -1,11 +1,14 @@
 //! What a backup builds on: on no backup that had not ended before it began, wherever the two were taken; and of one that
 //! the repository has lost a part of, on what is left.
 
+mod stores;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use fairvault_engine::postgres::hints::mask;
 use fairvault_engine::postgres::lsn::Lsn;
+use fairvault_engine::restore::plan::Outline;
 use fairvault_tests::fixture::{SMALL, field, number};
 use fairvault_tests::{Fixture, Shape, code};
 use serde_json::Value;
@@ -191,6 +194,14 @@ fn of_a_lost_pack_what_it_held_is_read_again_and_nothing_else() -> Result<()> {
     Ok(())
 }
 
+/// Why everything was read, as the manifest's root says it.
+async fn reason_in_root(s: &Fixture, backup: &str) -> Result<String> {
+    let log = stores::log_of(s).await?;
+    let root = log.backup(&field(backup, "id")?)?.root.clone();
+    let outline = Outline::read(log.stanza(), &root).await?;
+    Ok(outline.root.info.unwrap_or_default().no_parent_reason)
+}
+
 /// The newest backup's own pack is gone, with its changed pages and its manifest: nothing is built on it, and why is said.
 #[test]
 fn without_the_manifest_of_the_newest_backup_everything_is_read() -> Result<()> {
@@ -220,6 +231,10 @@ fn without_the_manifest_of_the_newest_backup_everything_is_read() -> Result<()> 
     let why = field(&anew, "no_parent_reason")?;
     let named = format!("the manifest of backup {}", field(&lost, "id")?);
     ensure!(field(&anew, "parent")?.is_empty() && why.contains(&named), "{anew}");
+    // Not only the log says why.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let in_root = runtime.block_on(reason_in_root(&s, &anew))?;
+    ensure!(in_root.contains(&named), "the root says {in_root:?}: {anew}");
     ensure!(is_same(&restored(&s, &anew)?, &s.server.data, &table)?, "{anew}");
     let (exit, text) = s.restore("lost", &["--backup", &field(&lost, "id")?]);
     ensure!(exit != 0, "a backup without its manifest was restored: {text}");
@@ -227,6 +242,7 @@ fn without_the_manifest_of_the_newest_backup_everything_is_read() -> Result<()> 
     s.sql("update t set n = n + 1 where n % 90 = 0")?;
     let next = s.backup_json(&["--type", "incr"])?;
     ensure!(field(&next, "parent")? == field(&anew, "id")?, "{next}");
+    ensure!(runtime.block_on(reason_in_root(&s, &next))?.is_empty(), "{next}");
     ensure!(is_same(&restored(&s, &next)?, &s.server.data, &table)?, "{next}");
     Ok(())
 }

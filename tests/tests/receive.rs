@@ -45,6 +45,29 @@ fn what_was_committed_is_there_although_its_segment_is_not_full() -> Result<()> 
 }
 
 #[test]
+fn when_a_receiver_began_and_ended_is_in_the_log() -> Result<()> {
+    let s = Fixture::new("receivenoted", Shape::default())?;
+    let spool = s.path("spool");
+    let noted = |word: &str| -> Result<usize> {
+        Ok(s.ok(&["audit", "acme"])?
+            .matches(&format!("wal receive: {word}"))
+            .count())
+    };
+    for (before, more) in [&[][..], &["--spool", &spool]].into_iter().enumerate() {
+        let receiver = Receiver::start(&s, more)?;
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while noted("began")? == before {
+            ensure!(std::time::Instant::now() < deadline, "{}", receiver.text());
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        ensure!(noted("")? == 2 * before + 1);
+        receiver.stop()?;
+        ensure!(noted("stopped")? == before + 1 && noted("")? == 2 * before + 2);
+    }
+    Ok(())
+}
+
+#[test]
 fn large_segments_are_sealed_from_pieces_pushed_and_restored() -> Result<()> {
     let s = Fixture::new(
         "largesegments",

@@ -130,6 +130,14 @@ fn a_copy_under_other_keys_is_incremental_and_restores_alone() -> Result<()> {
         "an incremental copy stored {added} of {stored} bytes"
     );
     let third = copy(&s, &[])?;
+    // Who read what is in the log of where it was read, as far as anything was.
+    let audit = s.ok(&["--repo", "main", "audit", "acme"])?;
+    let noted = audit
+        .lines()
+        .filter(|line| line.contains("  copy, ") && line.contains("copied to "));
+    let noted: Vec<&str> = noted.collect();
+    ensure!(noted.len() == 2, "{audit}");
+    ensure!(noted.iter().all(|line| line.contains(": 1 backups and ")), "{audit}");
     ensure!(
         third.contains("\"backups\":[]") && number(&third, "segments")? == 0,
         "{third}"

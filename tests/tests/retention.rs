@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use fairvault_tests::fixture::{Fixture, SMALL, Shape, field, refused, signal};
+use fairvault_tests::fixture::{Fixture, SMALL, Shape, field, host_name, refused, signal};
 use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::s3::S3;
 use serde_json::Value;
@@ -308,7 +308,12 @@ fn a_backup_at_work_is_waited_for_and_a_dead_one_is_not() -> Result<()> {
     let packs = s.objects("packs").len();
     // Hearts beat every 20 seconds.
     let patience = ["gc", "acme", "--patience", "25s", "--progress", "none"];
-    refused(s.fairvault(&patience), 5, "waiting for backup")?;
+    let (exit, said) = s.fairvault(&patience);
+    let since = format!(" on {} since 2", host_name()?);
+    ensure!(
+        exit == 5 && said.contains("waiting for backup") && said.contains(&since),
+        "{exit} {said}"
+    );
     ensure!(s.objects("packs").len() >= packs);
     signal(&child, "KILL")?;
     child.wait()?;
@@ -332,7 +337,9 @@ fn a_backup_at_work_is_waited_for_and_a_dead_one_is_not() -> Result<()> {
     signal(&sleeper, "CONT")?;
     let ended = sleeper.wait_with_output()?;
     let text = String::from_utf8_lossy(&ended.stderr);
-    let is_said = text.contains("this session was fenced by") && text.contains("no sign of life");
+    let by_whom = format!(" on {} at 2", host_name()?);
+    let is_said = ["this session was fenced by", &by_whom, "no sign of life"];
+    let is_said = is_said.iter().all(|word| text.contains(word));
     ensure!(ended.status.code() == Some(5) && is_said, "{} {text}", ended.status);
     ensure!(count()? == before && before > 0, "{before}");
     s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;

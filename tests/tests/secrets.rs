@@ -10,6 +10,8 @@ use fairvault_tests::{Fixture, Receiver, Shape};
 
 const S3_SECRET: &str = "the-canary-of-the-bucket";
 const PASSWORD: &str = "the-canary-of-the-server";
+const DELETER_SECRET: &str = "the-canary-of-the-deleter";
+const PASSPHRASE: &str = "the canary that opens everything";
 
 fn holds(content: &[u8], secret: &str) -> bool {
     content.windows(secret.len()).any(|part| part == secret.as_bytes())
@@ -23,11 +25,17 @@ fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
     let more = "wal = { flush_interval = \"200ms\" }";
     s.use_s3(&s3.endpoint(), "s3://bucket/x", more)?;
     s.scratch.write("s3.secret", S3_SECRET.as_bytes())?;
+    s.scratch.write("deleter.secret", DELETER_SECRET.as_bytes())?;
+    s.scratch.write("passphrase", format!("{PASSPHRASE}\n").as_bytes())?;
     let config = std::fs::read_to_string(s.scratch.join("s3.toml"))?;
     let config: Vec<String> = config
         .lines()
         .map(|line| match line {
-            line if line.starts_with("secret_key") => format!("secret_key_file = \"{}\"", s.path("s3.secret")),
+            line if line.starts_with("secret_key") => format!(
+                "secret_key_file = \"{}\"\ndeleter = {{ access_key = \"deleter\", secret_key_file = \"{}\" }}",
+                s.path("s3.secret"),
+                s.path("deleter.secret")
+            ),
             line if line.starts_with("conninfo") => {
                 line.replace("user=postgres", &format!("user=postgres password={PASSWORD}"))
             }
@@ -35,11 +43,16 @@ fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
         })
         .collect();
     let config = config.join("\n") + "\n";
-    ensure!(config.contains(PASSWORD) && config.contains("s3.secret"), "{config}");
+    let says = |word: &str| config.contains(word);
+    ensure!(
+        says(PASSWORD) && says("s3.secret") && says("deleter.secret"),
+        "{config}"
+    );
     s.scratch.write("s3.toml", config.as_bytes())?;
     let key = std::fs::read_to_string(s.path("key"))?.trim().to_owned();
     let digits = key.rsplit(':').next().context("a key")?.to_owned();
-    let secrets = [S3_SECRET, PASSWORD, digits.as_str()];
+    let secrets = [S3_SECRET, DELETER_SECRET, PASSWORD, PASSPHRASE, digits.as_str()];
+    let passphrase = s.path("passphrase");
     let mut said = String::new();
     let mut run = |arguments: &[&str]| {
         let (_, text) = s.fairvault(&[&["--log-level", "trace"], arguments].concat());
@@ -52,9 +65,21 @@ fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
     run(&["check", "acme"]);
     run(&["verify", "acme", "--progress", "none"]);
     run(&["audit", "acme", "--output", "json"]);
+    run(&["key", "add-slot", "acme", "spare", "--secret-file", &passphrase]);
     run(&["key", "list", "acme"]);
+    run(&["gc", "acme", "--patience", "1s", "--progress", "none"]);
+    // What a passphrase opens is kept, and the command that fetches WAL says where it is.
     let to = s.path("r");
-    run(&["restore", "acme", "--to", &to, "--progress", "none"]);
+    let by_passphrase = ["--passphrase-file", &passphrase];
+    run(&[
+        &["restore", "acme", "--to", &to, "--progress", "none"],
+        &by_passphrase[..],
+    ]
+    .concat());
+    ensure!(
+        std::fs::read_to_string(s.scratch.join("r/postgresql.auto.conf"))?.contains(&passphrase),
+        "the passphrase has opened nothing"
+    );
     // Who listens at a process hears no secret either, nor does a core dump tell it.
     let receiver = Receiver::start(&s, &["--log-level", "trace"])?;
     let process = |file: &str| std::fs::read(format!("/proc/{}/{file}", receiver.pid()));
@@ -75,6 +100,10 @@ fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
     s.scratch.write("s3.toml", wrong.as_bytes())?;
     let mut run = |arguments: &[&str]| said += &s.fairvault(&[&["--log-level", "trace"], arguments].concat()).1;
     run(&["info", "acme"]);
+    run(&[&["info", "acme"], &by_passphrase[..]].concat());
+    let wrong = config.replace("deleter.secret", "missing.secret");
+    s.scratch.write("s3.toml", wrong.as_bytes())?;
+    run(&["gc", "acme", "--progress", "none"]);
     let wrong = config.replace("port=5432", "port=5999");
     s.scratch.write("s3.toml", wrong.as_bytes())?;
     run(&["backup", "acme", "--progress", "none"]);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use fairvault_engine::postgres::control::ControlFile;
 use fairvault_engine::postgres::lsn::Lsn;
-use fairvault_tests::fixture::signal;
+use fairvault_tests::fixture::{SMALL, field, refused, signal};
 use fairvault_tests::{Fixture, Shape, code, run, tools};
 
 /// Waits until files of a backup are read.
@@ -314,6 +314,68 @@ fn promoted(source: &str) -> Result<()> {
     let (exit, text) = s.restore("r", &["--backup", &id]);
     ensure!(exit == 0, "{text}");
     ensure!(s.start("r", 5461)?.sql(&s.scratch, "select count(*) from t")? == "300000");
+    Ok(())
+}
+
+/// Nothing but what `check` prints, on a server that lets nobody replicate.
+#[test]
+fn a_role_that_may_not_replicate_backs_up_what_is_archived() -> Result<()> {
+    let shape = Shape {
+        archiving: true,
+        stanza: false,
+        ..SMALL
+    };
+    let s = Fixture::new("ordinary", shape)?;
+    s.sql("create role r login")?;
+    let conninfo = |port: u16| format!("host={} port={port} user=r dbname=postgres", s.path(""));
+    let first = conninfo(5432);
+    let as_r = |arguments: &[&str]| s.fairvault(&[&["--conninfo", first.as_str()][..], arguments].concat());
+    let (exit, text) = as_r(&["stanza", "create", "acme"]);
+    ensure!(exit == 0, "{text}");
+    refused(as_r(&["backup", "acme", "--source", "stream"]), 1, "SQLSTATE 42501")?;
+    s.server.forbid_replication(&s.scratch)?;
+    let none = "no pg_hba.conf entry for replication connection";
+    refused(as_r(&["backup", "acme", "--source", "stream"]), 1, none)?;
+    refused(as_r(&["backup", "acme", "--wal", "stream"]), 1, "--wal archive")?;
+    // Without anything granted there is no source at all.
+    refused(as_r(&["backup", "acme", "--source", "sql"]), 1, "GRANT EXECUTE")?;
+    refused(as_r(&["backup", "acme"]), 1, none)?;
+    let (exit, check) = as_r(&["check", "acme"]);
+    ensure!(
+        exit == 1 && check.contains("sources: none; not stream"),
+        "{exit} {check}"
+    );
+    let of_sql = check.lines().find_map(|line| line.split_once("not sql: "));
+    let grant = of_sql.and_then(|(_, rest)| rest.split_once("→ "));
+    let (_, grant) = grant.with_context(|| check.clone())?;
+    s.sql(grant)?;
+    let (_, check) = as_r(&["check", "acme"]);
+    ensure!(check.contains("sources: sql; not stream"), "{check}");
+
+    s.sql("create table t as select i, md5(i::text) from generate_series(1, 20000) i")?;
+    let full = s.backup_json(&["--conninfo", &first])?;
+    ensure!(
+        field(&full, "source")? == "sql" && field(&full, "type")? == "full",
+        "{full}"
+    );
+    ensure!(!full.contains("could not be compared"), "{full}");
+    // What changed is known from WAL that is archived, and from the segment that is not.
+    s.sql("update t set i = i where i % 100 = 0; insert into t select i, '' from generate_series(1, 20000) i")?;
+    let incr = s.backup_json(&["--conninfo", &first, "--source", "sql", "--audit"])?;
+    ensure!(field(&incr, "parent")? == field(&full, "id")?, "{incr}");
+    ensure!(!incr.contains("could not be compared"), "{incr}");
+
+    // Another timeline, whose history is a file as well.
+    s.server.stop(&s.scratch, "fast")?;
+    let (exit, text) = s.restore("r", &["--archiving", "keep"]);
+    ensure!(exit == 0, "{text}");
+    let copy = s.start("r", 5450)?;
+    ensure!(s.rows(&copy)? == "40000");
+    let id = s.backup_id(&["--conninfo", &conninfo(5450)])?;
+    copy.stop(&s.scratch, "fast")?;
+    let (exit, text) = s.restore("q", &["--backup", &id]);
+    ensure!(exit == 0, "{text}");
+    ensure!(s.rows(&s.start("q", 5451)?)? == "40000");
     Ok(())
 }
 

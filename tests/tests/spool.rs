@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use fairvault_tests::fixture::host_name;
 use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::receiver::wait_until_durable;
 use fairvault_tests::s3::S3;
@@ -362,6 +363,8 @@ fn a_damaged_journal_is_said_and_nothing_is_made_of_it() -> Result<()> {
     let holder = Receiver::start(&s, &["--spool", &spool])?;
     let (exit, text) = s.fairvault(&["wal", "receive", "acme", "--spool", &spool]);
     ensure!(exit == 5 && text.contains("another receiver"), "{exit} {text}");
+    let process = format!("process {} on {} since 2", holder.pid(), host_name()?);
+    ensure!(text.contains(&process), "{process:?} is not in {text}");
     let (exit, text) = holder.wait()?;
     ensure!(exit == 4 && text.contains("cannot be read beyond"), "{exit} {text}");
     // Out of its way: the server still has everything.

@@ -4,7 +4,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use fairvault_tests::fixture::{SMALL, refused};
+use fairvault_tests::fixture::{SMALL, host_name, refused};
 use fairvault_tests::receiver::wait_until_durable;
 use fairvault_tests::{Fixture, Receiver, Shape, run};
 
@@ -325,7 +325,11 @@ fn an_old_primary_that_goes_on_is_a_branch_until_it_is_fenced() -> Result<()> {
     std::thread::sleep(Duration::from_secs(6));
     s.sql("insert into t values (6)")?;
     let (exit, text) = receiver.wait()?;
-    ensure!(exit == 5 && text.contains("was fenced"), "{exit} {text}");
+    let by_whom = format!(" on {} at 2", host_name()?);
+    ensure!(
+        exit == 5 && text.contains("was fenced by") && text.contains(&by_whom),
+        "{exit} {text}"
+    );
     Ok(())
 }
 
@@ -367,14 +371,24 @@ fn wal_of_another_life_is_no_basis_and_no_part_of_a_backup() -> Result<()> {
     Ok(())
 }
 
-/// Two servers of one history, of which the other one archives: names that a backup waits for arrive.
 #[test]
 fn wal_that_another_server_archives_is_not_that_of_a_backup() -> Result<()> {
+    twins("twins", true)
+}
+
+/// The server's files tell the same as a connection for replication.
+#[test]
+fn wal_that_another_server_archives_is_not_that_of_a_backup_without_replication() -> Result<()> {
+    twins("sqltwins", false)
+}
+
+/// Two servers of one history, of which the other one archives: names that a backup waits for arrive.
+fn twins(name: &str, may_replicate: bool) -> Result<()> {
     let shape = Shape {
         archiving: true,
         ..SMALL
     };
-    let s = Fixture::new("twins", shape)?;
+    let s = Fixture::new(name, shape)?;
     s.sql("create table t (n int); insert into t select generate_series(1, 1000)")?;
     s.backup()?;
     s.server.stop(&s.scratch, "fast")?;
@@ -383,6 +397,9 @@ fn wal_that_another_server_archives_is_not_that_of_a_backup() -> Result<()> {
     s.configure("twin", "archive_mode = off\n")?;
     let twin = s.copy("twin", 5450);
     twin.start(&s.scratch)?;
+    if !may_replicate {
+        twin.forbid_replication(&s.scratch)?;
+    }
     s.server.start(&s.scratch)?;
     for kind in ["full", "incr"] {
         let conninfo = format!("host={} port=5450 user=postgres", s.scratch.path().display());

@@ -11,7 +11,7 @@ use fairvault_engine::immutable;
 use fairvault_engine::inspect::info_of;
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::postgres::segment::{History, Segment};
-use fairvault_engine::replication::connection::{Connection, Mode};
+use fairvault_engine::replication::connection::{Connection, Mode, is_denied};
 use fairvault_engine::stanza::create::{Cluster, check_cluster};
 use fairvault_engine::store::Store;
 use fairvault_engine::store::probe::probe;
@@ -244,10 +244,14 @@ struct Server {
 
 async fn server(context: &Context, stanza: &str, lines: &mut Vec<Line>) -> Option<Server> {
     let attempt = async {
-        let mut connection = Connection::open(&context.conninfo(stanza)?, Mode::Replication).await?;
+        let mut connection = Connection::open_either(&context.conninfo(stanza)?).await?;
         let identity = connection.identify().await?;
         let segment_size = connection.wal_segment_size().await?;
-        let history = connection.timeline_history(identity.timeline).await?;
+        let history = match connection.timeline_history(identity.timeline).await {
+            // What the role lacks is said with the sources.
+            Err(error) if is_denied(&error) => None,
+            history => history?,
+        };
         let history = history
             .map(|content| History::parse(identity.timeline, &content))
             .transpose()?;
@@ -266,10 +270,14 @@ async fn server(context: &Context, stanza: &str, lines: &mut Vec<Line>) -> Optio
             connection.major(),
             if connection.in_recovery() { "standby" } else { "primary" },
             identity.timeline,
-            if archiving {
-                format!("archive_command = {command:?}")
-            } else {
-                "does not archive: backups stream their own WAL, and recovery ends with the last backup".to_owned()
+            match (archiving, connection.mode()) {
+                (true, _) => format!("archive_command = {command:?}"),
+                (false, Mode::Replication) => {
+                    "does not archive: backups stream their own WAL, and recovery ends with the last backup".to_owned()
+                }
+                (false, Mode::Sql) => "does not archive, and the role may not replicate: backups need \
+                                       `fairvault wal receive` and `--wal archive`"
+                    .to_owned(),
             }
         );
         let cluster = Cluster {
@@ -301,22 +309,25 @@ async fn server(context: &Context, stanza: &str, lines: &mut Vec<Line>) -> Optio
     }
 }
 
-/// What backups can be read from, besides the replication protocol. That it is not much is no fault.
+/// What backups can be read from. That it is not much is no fault.
 async fn sources(context: &Context, stanza: &str, system_identifier: u64) -> Line {
     let Ok(conninfo) = context.conninfo(stanza) else {
         return line("sources", Ok("stream".to_owned()));
     };
-    let mut detail = "stream".to_owned();
+    let (mut good, mut bad) = (Vec::new(), String::new());
     for (name, usable) in source::usable(&conninfo, system_identifier).await {
         match usable {
-            Ok(()) => detail += &format!(", {name}"),
+            Ok(()) => good.push(name),
             Err(error) => {
                 let remedy = error.advice().map(|advice| format!(" → {advice}")).unwrap_or_default();
-                detail += &format!("; not {name}: {error}{remedy}");
+                bad += &format!("; not {name}: {error}{remedy}");
             }
         }
     }
-    line("sources", Ok(detail))
+    match good.is_empty() {
+        true => line("sources", Err(Error::refused(format!("none{bad}")))),
+        false => line("sources", Ok(format!("{}{bad}", good.join(", ")))),
+    }
 }
 
 async fn stanza_in(context: &Context, repository: &str, stanza: &str, server: Option<&Server>) -> Result<String> {

@@ -77,7 +77,7 @@ async fn list(context: &Context, stanza: &str) -> Result<Outcome> {
     for repository in context.repositories(Some(stanza))? {
         let log = context.open_log_in(&repository, stanza, true).await?;
         let named: Vec<u32> = log.state().key_epochs.iter().map(|named| named.epoch).collect();
-        let slots = slots::all(log.stanza()).await?;
+        let slots = slots::all(&log).await?;
         for object in &slots {
             let kind = object.slot.as_ref().map(|slot| {
                 let kind = slot.kind().as_str_name().trim_start_matches("SLOT_");
@@ -270,51 +270,63 @@ async fn check(context: &Context, stanza: &str) -> Result<Outcome> {
             memory: None,
             ..context.access(&repository, stanza, false, true)?
         };
-        let log = Log::replay(Stanza::open(&access).await?).await?;
-        let opened = log.stanza();
-        for epoch in &log.state().key_epochs {
-            let number = epoch.epoch;
-            let keys = opened.keys_of(number)?;
-            if keys.can_read() != keys.operator_seed.is_some() {
-                return Err(Error::refused(format!(
-                    "the key opens a part of key epoch {number} of {}, and it is neither an operator's nor one that writes only",
-                    opened.shown()
-                )));
-            }
-            if !keys.can_read() {
-                all.push(serde_json::json!({ "repository": repository, "epoch": number, "write_only": true }));
-                if context.global.output == Output::Text {
-                    let (log, other) = ("the log was opened with it", "restoring needs the operator's key");
-                    output::line(format_args!(
-                        "{repository}: the key writes in key epoch {number}, and reads nothing of it ({log}; {other})"
-                    ));
-                }
-                continue;
-            }
-            // Nothing proves more than opening what is there.
-            let newest = log
-                .state()
-                .backups
-                .iter()
-                .rev()
-                .find(|backup| backup.key_epoch == number);
-            if let Some(backup) = newest {
-                Manifest::read(opened, &backup.root).await?;
-            }
-            all.push(serde_json::json!({ "repository": repository, "epoch": number, "write_only": false }));
-            if context.global.output == Output::Text {
-                let proof = newest.map_or(
-                    "there is no backup of it yet",
-                    |_| "a manifest and the log were opened with it",
-                );
-                output::line(format_args!("{repository}: the key opens key epoch {number} ({proof})"));
-            }
-        }
+        let mut log = Log::replay(Stanza::open(&access).await?).await?;
+        let began_us = log.stanza().env().now_us();
+        let checked = check_in(context, &repository, &log, &mut all).await;
+        let end = checked
+            .as_ref()
+            .map(|()| "it opens everything that it should".to_owned());
+        log.note_end("key check", began_us, 0, end).await;
+        checked?;
     }
     if context.global.output == Output::Json {
         output::json("key-check", &serde_json::json!({ "opened": all }));
     }
     Ok(Outcome::Done)
+}
+
+/// In one repository, whose log was opened.
+async fn check_in(context: &Context, repository: &str, log: &Log, all: &mut Vec<serde_json::Value>) -> Result<()> {
+    let opened = log.stanza();
+    for epoch in &log.state().key_epochs {
+        let number = epoch.epoch;
+        let keys = opened.keys_of(number)?;
+        if keys.can_read() != keys.operator_seed.is_some() {
+            return Err(Error::refused(format!(
+                "the key opens a part of key epoch {number} of {}, and it is neither an operator's nor one that writes only",
+                opened.shown()
+            )));
+        }
+        if !keys.can_read() {
+            all.push(serde_json::json!({ "repository": repository, "epoch": number, "write_only": true }));
+            if context.global.output == Output::Text {
+                let (log, other) = ("the log was opened with it", "restoring needs the operator's key");
+                output::line(format_args!(
+                    "{repository}: the key writes in key epoch {number}, and reads nothing of it ({log}; {other})"
+                ));
+            }
+            continue;
+        }
+        // Nothing proves more than opening what is there.
+        let newest = log
+            .state()
+            .backups
+            .iter()
+            .rev()
+            .find(|backup| backup.key_epoch == number);
+        if let Some(backup) = newest {
+            Manifest::read(opened, &backup.root).await?;
+        }
+        all.push(serde_json::json!({ "repository": repository, "epoch": number, "write_only": false }));
+        if context.global.output == Output::Text {
+            let proof = newest.map_or(
+                "there is no backup of it yet",
+                |_| "a manifest and the log were opened with it",
+            );
+            output::line(format_args!("{repository}: the key opens key epoch {number} ({proof})"));
+        }
+    }
+    Ok(())
 }
 
 /// First word of a line with a slot in an exported file.
@@ -328,10 +340,13 @@ async fn export(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
          # If the objects below {stanza}/keys/ are lost: fairvault key import {stanza} FILE\n",
         env!("CARGO_PKG_VERSION")
     );
+    let mut read = Vec::new();
     for repository in context.repositories(Some(stanza))? {
         let access = context.access(&repository, stanza, false, true)?;
         // Not of a stanza that was erased, as its log says.
         let log = open(&access).await?;
+        let began_us = log.stanza().env().now_us();
+        let (mut count, mut bytes) = (0, 0);
         let opened = log.stanza();
         text += &format!(
             "repository {} {}\n",
@@ -340,15 +355,18 @@ async fn export(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
         );
         for (name, _) in opened.store().list(names::KEYS).await? {
             let slot = opened.store().get(&name, limits::SLOT_BYTES).await?;
-            text += &format!("{SLOT} {name} {}\n", hex::encode(slot));
+            text += &format!("{SLOT} {name} {}\n", hex::encode(&slot));
+            count += 1;
+            bytes += slot.len() as u64;
         }
+        read.push((log, began_us, count, bytes));
     }
-    let what = || format!("writing {}", path.display());
-    let mut options = std::fs::OpenOptions::new();
-    let file = options.write(true).create_new(true).mode(0o600).open(path);
-    let mut file = file.map_err(|e| Error::io(what(), e).remedy("an existing file is never overwritten"))?;
-    let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
-    written.map_err(|e| Error::io(what(), e))?;
+    let written = write_new(path, &text);
+    for (mut log, began_us, count, bytes) in read {
+        let end = written.as_ref().map(|()| format!("{count} slots written to a file"));
+        log.note_end("key export", began_us, bytes, end).await;
+    }
+    written?;
     if context.global.output == Output::Json {
         output::json(
             "key-export",
@@ -361,6 +379,16 @@ async fn export(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
         path.display()
     ));
     Ok(Outcome::Done)
+}
+
+/// Writes a file that is not there yet.
+fn write_new(path: &Path, text: &str) -> Result<()> {
+    let what = || format!("writing {}", path.display());
+    let mut options = std::fs::OpenOptions::new();
+    let file = options.write(true).create_new(true).mode(0o600).open(path);
+    let mut file = file.map_err(|e| Error::io(what(), e).remedy("an existing file is never overwritten"))?;
+    let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
+    written.map_err(|e| Error::io(what(), e))
 }
 
 async fn import(context: &Context, stanza: &str, path: &Path) -> Result<Outcome> {
@@ -386,7 +414,9 @@ async fn import(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
         let store = store.folder(stanza);
         let own: Vec<_> = slots.iter().filter(|(slot, _)| slot.repository_id == id).collect();
         let decoded: Vec<_> = own.iter().map(|(slot, _)| slot.clone()).collect();
-        erase::check_import(&context.access(&repository, stanza, false, true)?, &decoded).await?;
+        let access = context.access(&repository, stanza, false, true)?;
+        erase::check_import(&access, &decoded).await?;
+        let (mut count, mut stored) = (0, 0);
         for (slot, bytes) in own {
             let name = names::slot(slot.epoch, &slot.name);
             match store.create(&name, bytes.clone().into(), limits::SLOT_BYTES).await? {
@@ -399,7 +429,12 @@ async fn import(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
                     )));
                 }
             }
+            count += 1;
+            stored += bytes.len() as u64;
             all.push(serde_json::json!({ "repository": repository, "object": name }));
+        }
+        if count > 0 {
+            note_import(&access, count, stored).await;
         }
     }
     if all.is_empty() {
@@ -409,4 +444,15 @@ async fn import(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
         output::json("key-import", &serde_json::json!({ "stanza": stanza, "imported": all }));
     }
     Ok(Outcome::Done)
+}
+
+/// In the log, as far as what was imported opens it: the secret may be elsewhere.
+async fn note_import(access: &Access, count: usize, bytes: u64) {
+    match open(access).await {
+        Ok(mut log) => {
+            let (now_us, end) = (log.stanza().env().now_us(), format!("{count} slots are there"));
+            log.note_end("key import", now_us, bytes, Ok(end)).await;
+        }
+        Err(error) => tracing::debug!("nothing is noted in the log: {error}"),
+    }
 }

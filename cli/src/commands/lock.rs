@@ -25,9 +25,18 @@ pub async fn run(context: &Arc<Context>, args: LockArgs) -> Result<Outcome> {
             days: args.days,
             dry_run: args.dry_run,
         };
+        // Who may lock need not be able to write.
+        let mut noted = match args.dry_run {
+            true => None,
+            false => {
+                let opened = context.open_log_in(&repository, &args.stanza, true).await;
+                let opened = opened.inspect_err(|error| tracing::debug!("nothing will be noted in the log: {error}"));
+                opened.ok()
+            }
+        };
         let progress = Arc::new(Progress::default());
         let display = output::Display::start(args.progress, progress.clone(), "");
-        let result = extend::run(&log, &store, &options, &progress).await;
+        let result = extend::run(&log, &store, noted.as_mut(), &options, &progress).await;
         drop(display);
         let report = result.context(|| format!("repository {repository}"))?;
         if !report.hidden.is_empty() || !report.lost.is_empty() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use fairvault_engine::commit::{Log, fence};
 use fairvault_engine::error::{Context as _, Error, Result};
 use fairvault_engine::postgres::lsn::Lsn;
-use fairvault_engine::replication::connection::{Connection, Mode};
+use fairvault_engine::replication::connection::Connection;
 use fairvault_engine::stanza::create::{Cluster, DataKeys, create_with as create_stanza};
 use fairvault_engine::stanza::upgrade::{Claims, upgrade as upgrade_stanza};
 
@@ -24,7 +24,7 @@ pub async fn cluster(context: &Context, stanza: &str) -> Result<Cluster> {
 
 /// The same, and where its WAL ends.
 async fn cluster_and_end(context: &Context, stanza: &str) -> Result<(Cluster, Lsn)> {
-    let mut connection = Connection::open(&context.conninfo(stanza)?, Mode::Replication).await?;
+    let mut connection = Connection::open_either(&context.conninfo(stanza)?).await?;
     let identity = connection.identify().await?;
     let cluster = Cluster {
         system_identifier: identity.system_identifier,

@@ -1,9 +1,12 @@
 //! From the pipeline's results to manifest segments and a root.
 
 #[cfg(test)]
+mod many;
+mod numbers;
+#[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::index::{PackRef, encode_pack_table};
@@ -12,7 +15,8 @@ use fairvault_format::object::ObjectWriter;
 use fairvault_format::{limits, proto};
 use prost::Message;
 
-use super::cut::cuts;
+use self::numbers::{Numbers, numbered};
+use super::cut::{Grain, cuts};
 use super::pipeline::{Done, Shared};
 use super::remembered::Draft;
 use crate::codec::{Codec, Content};
@@ -29,6 +33,10 @@ const SEGMENT_FILES: usize = 4096;
 const USUAL_FILES: u32 = 1024;
 /// Extents in a manifest segment.
 const SEGMENT_EXTENTS: usize = 65_536;
+
+/// About what a file and an extent take in a manifest, bytes.
+const FILE_BYTES: u64 = 40;
+const EXTENT_BYTES: u64 = 60;
 
 /// zstd level of manifest segments: they are small.
 pub const LEVEL: i32 = 3;
@@ -114,7 +122,7 @@ pub fn store_segments(
     let mut codec = Codec::new(LEVEL)?;
     let mut out = Vec::new();
     let mut builder = SegmentBuilder::default();
-    let parents = Order::of(shared.basis.as_deref());
+    let grain = Grain::of(order.len() as u64 * FILE_BYTES + extents.len() as u64 * EXTENT_BYTES);
     for (position, &number) in order.iter().enumerate() {
         let from = extents.partition_point(|e| (e.file as usize) < number);
         let to = extents.partition_point(|e| e.file as usize <= number);
@@ -124,12 +132,12 @@ pub fn store_segments(
         builder.file(entry, &extents[from..to], before)?;
         let full = builder.segment.files.len() >= SEGMENT_FILES || builder.extents >= SEGMENT_EXTENTS;
         if full || position + 1 == order.len() || ends_segment(&entries[number].path) {
-            let (segment, first) = std::mem::take(&mut builder).finish(&parents, known, packs)?;
+            let (segment, first) = std::mem::take(&mut builder).finish(shared.basis.as_deref(), known, packs)?;
             let files = segment.files.len() as u32;
             if let Some(draft) = &mut draft {
                 draft.add(&segment);
             }
-            out.push((first, files, store_segment(shared, &mut codec, &segment)?));
+            out.push((first, files, store_segment(shared, &mut codec, &segment, grain)?));
         }
     }
     Ok(out)
@@ -142,11 +150,16 @@ fn ends_segment(path: &str) -> bool {
 }
 
 /// Stores a manifest segment as chunks; returns their handles. Blocks.
-pub fn store_segment(shared: &Shared, codec: &mut Codec, segment: &proto::ManifestSegment) -> Result<Vec<u32>> {
+pub fn store_segment(
+    shared: &Shared,
+    codec: &mut Codec,
+    segment: &proto::ManifestSegment,
+    grain: Grain,
+) -> Result<Vec<u32>> {
     let bytes = segment.encode_to_vec();
     fairvault_format::error::check_limit("a manifest segment", bytes.len() as u64, limits::MANIFEST_SEGMENT_BYTES)?;
     let mut handles = Vec::new();
-    for cut in cuts(&bytes) {
+    for cut in cuts(&bytes, grain) {
         let chunk = &bytes[cut];
         let id = shared.stanza.keys().chunk_id(chunk);
         handles.push(match shared.chunks.claim(id, chunk.len() as u32) {
@@ -235,63 +248,47 @@ impl SegmentBuilder {
         position
     }
 
-    /// Numbers the frames: those of the parent in its order, then the new ones, so that what is as it was is encoded
-    /// as it was.
-    fn finish(mut self, order: &Order, known: &[Known], packs: &[PackRef]) -> Result<(proto::ManifestSegment, String)> {
-        let mut sorted: Vec<u32> = (0..self.handles.len() as u32).collect();
-        sorted.sort_by_key(|&at| (order.rank(&known[self.handles[at as usize] as usize].id), at));
+    /// Numbers the frames as the parent did, so that what is as it was is encoded as it was. A new one takes the place of
+    /// one that is not used any more, as far as there are enough of them; the others follow.
+    fn finish(
+        mut self,
+        basis: Option<&Basis>,
+        known: &[Known],
+        packs: &[PackRef],
+    ) -> Result<(proto::ManifestSegment, String)> {
+        let first = self.segment.files.first().map(|f| f.path.clone()).unwrap_or_default();
+        let before = Numbers::of(basis, &first);
+        let chunk = |at: u32| &known[self.handles[at as usize] as usize];
+        let sorted = numbered(self.handles.len() as u32, |at| {
+            before.frames.get(&chunk(at).id).copied()
+        });
+        let placed = sorted.iter().map(|&at| chunk(at));
+        let (mut met, mut is_met) = (Vec::new(), HashSet::new());
+        for chunk in placed.clone() {
+            let place = chunk.place.ok_or_else(|| Error::failed("a chunk without a place"))?;
+            if is_met.insert(place.pack) {
+                met.push(place.pack);
+            }
+        }
+        let name = |at: u32| &packs[met[at as usize] as usize].name;
+        let of_packs = numbered(met.len() as u32, |at| before.packs.get(name(at)).copied());
+        self.segment.pack_names = of_packs.iter().map(|&at| name(at).to_vec()).collect();
+        let pack_numbers: HashMap<u32, u32> = of_packs.iter().map(|&at| met[at as usize]).zip(0..).collect();
         let mut numbers = vec![0u32; sorted.len()];
         let mut frames = proto::FrameTable::default();
-        let mut pack_numbers: HashMap<u32, u32> = HashMap::new();
-        for (number, &at) in sorted.iter().enumerate() {
-            numbers[at as usize] = number as u32;
-            let chunk = &known[self.handles[at as usize] as usize];
-            let place = chunk.place.ok_or_else(|| Error::failed("a chunk without a place"))?;
-            let pack_names = &mut self.segment.pack_names;
-            let pack = *pack_numbers.entry(place.pack).or_insert_with(|| {
-                pack_names.push(packs[place.pack as usize].name.to_vec());
-                pack_names.len() as u32 - 1
-            });
-            push_frame(&mut frames, chunk, pack)?;
+        for ((number, &at), chunk) in (0..).zip(&sorted).zip(placed) {
+            numbers[at as usize] = number;
+            let pack = chunk.place.and_then(|place| pack_numbers.get(&place.pack));
+            let pack = pack.ok_or_else(|| Error::failed("a pack without a number"))?;
+            push_frame(&mut frames, chunk, *pack)?;
         }
         let extents = self.segment.files.iter_mut().filter_map(|file| file.extents.as_mut());
         for frame in extents.flat_map(|extents| &mut extents.frame) {
             *frame = numbers[*frame as usize];
         }
         self.segment.frames = Some(frames);
-        let first = self.segment.files.first().map(|f| f.path.clone()).unwrap_or_default();
         Ok((self.segment, first))
     }
-}
-
-/// The order of the parent's frames.
-struct Order {
-    /// The beginning of each frame's id, and its position; sorted.
-    known: Vec<(u64, u32)>,
-}
-
-impl Order {
-    fn of(basis: Option<&Basis>) -> Self {
-        let frames = basis.iter().flat_map(|basis| &basis.manifest.frames);
-        let mut known: Vec<(u64, u32)> = frames.zip(0..).map(|(frame, at)| (prefix(&frame.id), at)).collect();
-        known.sort_unstable();
-        Self { known }
-    }
-
-    /// Its position; behind all for one that the parent does not have. Two that begin alike cost sharing, nothing else.
-    fn rank(&self, id: &[u8; 32]) -> u32 {
-        let at = self.known.partition_point(|(known, _)| *known < prefix(id));
-        match self.known.get(at) {
-            Some((known, rank)) if *known == prefix(id) => *rank,
-            _ => u32::MAX,
-        }
-    }
-}
-
-fn prefix(id: &[u8; 32]) -> u64 {
-    let mut first = [0; 8];
-    first.copy_from_slice(&id[..8]);
-    u64::from_be_bytes(first)
 }
 
 /// Adds a chunk to a frame table whose pack number `pack` is its own.

@@ -15,7 +15,7 @@ mod wal;
 
 use remembered::Draft;
 use source::Source;
-use wal::{WalTask, check_archived, store_histories, wait_for_archive};
+use wal::{WalTask, check_archived, may_not_stream, store_histories, wait_for_archive};
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
@@ -74,7 +74,7 @@ impl Kind {
 pub enum WalMethod {
     /// `Archive` if the server's archive_command is fairvault's, else `Stream`.
     Auto,
-    /// Wait for `wal push`.
+    /// Wait for `wal push`, or for a receiver that is running.
     Archive,
     /// Stream it on a connection of its own.
     Stream,
@@ -181,10 +181,12 @@ pub async fn run(
         Kind::Auto => Kind::Full,
         kind => kind,
     };
-    let options = &Options {
+    let mut options = Options {
         kind,
         ..options.clone()
     };
+    options.conninfo.ordinary_only = server.connection.mode() == Mode::Sql;
+    let options = &options;
     let mut session = Session::begin(log, "backup", |state| timed_id(state, env.env(), kind.words().1)).await?;
     let id = session.backup().to_owned();
     let lease = match Lease::take(&env, session.id(), "backup", NO_BACKUP).await {
@@ -217,7 +219,7 @@ pub async fn run(
 }
 
 async fn inspect(options: &Options) -> Result<Server> {
-    let mut connection = Connection::open(&options.conninfo, Mode::Replication).await?;
+    let mut connection = Connection::open_either(&options.conninfo).await?;
     let identity = connection.identify().await?;
     let segment_size = connection.wal_segment_size().await?;
     let checksums = connection.show("data_checksums").await?.as_deref() == Some("on");
@@ -301,7 +303,10 @@ async fn transfer(
             // A name has 63 bytes at most.
             let kept = conninfo.application_name.chars().take(48);
             conninfo.application_name = kept.chain("_backup".chars()).collect();
-            let mut connection = Connection::open(&conninfo, Mode::Replication).await?;
+            let opened = Connection::open(&conninfo, Mode::Replication).await;
+            let mut connection = opened
+                .context(|| "streaming the WAL of this backup")
+                .map_err(may_not_stream)?;
             if connection.identify().await?.system_identifier != server.system_identifier {
                 return Err(Error::failed("the second connection reached another server")
                     .remedy("name one host in conninfo, or use target_session_attrs"));
@@ -343,7 +348,7 @@ async fn transfer(
     if options.kind != Kind::Full {
         progress.phase("finding what changed");
     }
-    let connect = async || Connection::open(&options.conninfo, Mode::Replication).await;
+    let connect = async || Connection::open_either(&options.conninfo).await;
     let doubt = match same::check(&archive, timeline, start, connect).await {
         Err(error) if error.kind() == ErrorKind::Refused => return Err(error),
         compared => compared.err(),

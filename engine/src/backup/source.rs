@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::progress::Progress;
 use crate::replication::base_backup::{self, BaseBackup};
-use crate::replication::connection::Connection;
+use crate::replication::connection::{Connection, Mode, is_denied};
 use crate::replication::conninfo::ConnInfo;
 use crate::source::Reading;
 use crate::source::backup_mode::{ALL, BackupMode, LOCAL, check_grants};
@@ -48,6 +48,18 @@ impl<'a> Source<'a> {
                 Err(error) if options.source == K::Sql => return Err(error.context("--source sql")),
                 Err(error) => tracing::debug!("files are not read over SQL: {error}"),
             }
+        }
+        if server.connection.mode() == Mode::Sql {
+            // There was none for replication. This says why.
+            let opened = Connection::open(&options.conninfo, Mode::Replication).await;
+            let mut connection = opened.map_err(|error| match is_denied(&error) {
+                true => error.remedy("`fairvault check` prints what `local` and `sql` need, or let the role replicate"),
+                false => error,
+            })?;
+            if connection.identify().await?.system_identifier != server.system_identifier {
+                return Err(another());
+            }
+            server.connection = connection;
         }
         let request = base_backup::Options {
             label: label.to_owned(),
@@ -114,8 +126,20 @@ async fn connect(server: &Server, options: &Options) -> Result<Connection> {
         && connection.in_recovery() == server.connection.in_recovery();
     match is_same {
         true => Ok(connection),
-        false => Err(Error::failed("the second connection reached another server")
-            .remedy("name one host in conninfo, or use target_session_attrs")),
+        false => Err(another()),
+    }
+}
+
+fn another() -> Error {
+    Error::failed("the second connection reached another server")
+        .remedy("name one host in conninfo, or use target_session_attrs")
+}
+
+/// Functions that `local` needs. Over an ordinary connection, WAL is read as `sql` reads files.
+fn of_local(mode: Mode) -> usize {
+    match mode {
+        Mode::Replication => LOCAL,
+        Mode::Sql => ALL,
     }
 }
 
@@ -132,7 +156,7 @@ async fn open_local(server: &Server, options: &Options, label: &str, readers: us
     let mut connection = connect(server, options).await?;
     let directory = options.data_directory.as_deref();
     let directory = local::find(&mut connection, directory, server.system_identifier).await?;
-    check_grants(&mut connection, LOCAL).await?;
+    check_grants(&mut connection, of_local(server.connection.mode())).await?;
     let session = BackupMode::start(connection, label, options.fast).await?;
     Local::open(session, directory, reading(server, options, readers)).await
 }
@@ -146,13 +170,15 @@ async fn open_sql(server: &Server, options: &Options, label: &str, readers: usiz
     Sql::open(session, info, mode, reading(server, options, readers)).await
 }
 
-/// Whether the sources that need more than a replication connection can be used, and if not, why: `local`, then `sql`.
-pub async fn usable(info: &ConnInfo, system_identifier: u64) -> [(&'static str, Result<()>); 2] {
+/// Whether each source can be used, and if not, why: `stream`, `local`, `sql`.
+pub async fn usable(info: &ConnInfo, system_identifier: u64) -> [(&'static str, Result<()>); 3] {
+    let stream = Connection::open(info, Mode::Replication).await.map(|_| ());
+    let mode = if stream.is_ok() { Mode::Replication } else { Mode::Sql };
     let local = async {
         let mut connection = BackupMode::connect(info).await?;
         local::find(&mut connection, None, system_identifier).await?;
-        check_grants(&mut connection, LOCAL).await
+        check_grants(&mut connection, of_local(mode)).await
     };
     let sql = async { check_grants(&mut BackupMode::connect(info).await?, ALL).await };
-    [("local", local.await), ("sql", sql.await)]
+    [("stream", stream), ("local", local.await), ("sql", sql.await)]
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::error::{Context, Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
-use crate::replication::connection::Connection;
+use crate::replication::connection::{Connection, is_denied};
 use crate::wal::archive::Archive;
 use crate::wal::same;
 
@@ -57,6 +57,17 @@ impl Drop for WalTask {
     }
 }
 
+/// What helps whose role may not replicate.
+pub fn may_not_stream(error: Error) -> Error {
+    match is_denied(&error) {
+        true => error.remedy(
+            "archive with `fairvault wal push`, say `--wal archive` if `fairvault wal receive` is running, or let the role \
+             replicate (REPLICATION, and a line for it in pg_hba.conf)",
+        ),
+        false => error,
+    }
+}
+
 /// The history of the backup's timeline goes with it: recovery is refused without, and nobody else may be
 /// archiving it. Those of ancestors are good to have.
 pub async fn store_histories(connection: &mut Connection, archive: &Archive, timeline: u32) -> Result<()> {
@@ -84,7 +95,7 @@ pub async fn store_histories(connection: &mut Connection, archive: &Archive, tim
     Ok(())
 }
 
-/// Waits until `wal push` has brought every segment from `start` to `stop`.
+/// Waits until `wal push`, or a receiver, has brought every segment from `start` to `stop`.
 pub async fn wait_for_archive(
     archive: &Archive,
     timeline: u32,
@@ -107,7 +118,8 @@ pub async fn wait_for_archive(
                 timeout.as_secs()
             ))
             .remedy(
-                "look at pg_stat_archiver and the server's log for what archive_command says, or use --wal stream",
+                "look at pg_stat_archiver and the server's log for what archive_command says, or at the receiver if that \
+                 archives, or use --wal stream",
             ));
         }
         tokio::time::sleep(pause).await;

@@ -9,6 +9,7 @@ mod epochs;
 pub mod erased;
 pub mod fence;
 pub mod lease;
+mod notes;
 pub mod session;
 mod snapshots;
 pub mod state;
@@ -25,8 +26,6 @@ use crate::stanza::Stanza;
 use crate::store::Created;
 pub use epochs::rotated;
 
-/// How long a note may take: nobody waits for it.
-const NOTE_TIME: std::time::Duration = std::time::Duration::from_secs(10);
 /// Entries fetched at once.
 const BATCH: u64 = 16;
 
@@ -167,16 +166,6 @@ impl Log {
                 seen.seq
             ))),
             false => Ok(()),
-        }
-    }
-
-    /// Notes something that was done, for the audit. Where this host may not write, nothing is noted.
-    pub async fn note(&mut self, operation: proto::Operation) {
-        let noted = self.append(Entry::Operation(operation), |_| Ok(()));
-        match tokio::time::timeout(NOTE_TIME, noted).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => tracing::debug!("nothing is noted in the log: {error}"),
-            Err(_) => tracing::debug!("nothing is noted in the log: that takes too long"),
         }
     }
 

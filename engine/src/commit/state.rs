@@ -177,6 +177,7 @@ fn expire_wal(state: &mut Snapshot, wal: &ExpiredWal) {
     });
     rest.push(ExpiredWal {
         reason: String::new(),
+        bytes: 0,
         ..joined
     });
     rest.sort_by_key(|w| (w.system_identifier, w.timeline, w.from_lsn));
@@ -471,7 +472,12 @@ mod tests {
             expire_wal(&mut state, &wal);
         }
         assert_eq!(state.expired_wal, [range(1, 0, 40), range(1, 50, 60), range(2, 20, 50)]);
-        expire_wal(&mut state, &range(1, 35, 55));
+        // Whether their sizes are known makes no other state.
+        let wal = ExpiredWal {
+            bytes: 20,
+            ..range(1, 35, 55)
+        };
+        expire_wal(&mut state, &wal);
         assert_eq!(state.expired_wal, [range(1, 0, 60), range(2, 20, 50)]);
     }
 

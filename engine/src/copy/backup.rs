@@ -20,6 +20,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::twins::Twins;
+use crate::backup::cut::Grain;
 use crate::backup::manifest::{self, store_segment};
 use crate::backup::pipeline::Shared;
 use crate::backup::upload;
@@ -196,6 +197,7 @@ async fn work(
     let (known, packs) = shared.chunks.finish()?;
     let known = Arc::new((known, packs));
     let mut segments = Vec::with_capacity(outline.segments());
+    let grain = Grain::of(outline.manifest_bytes());
     let reading = (0..outline.segments()).map(|number| outline.segment(&source, number));
     let mut reading = futures::stream::iter(reading).buffered(SEGMENTS);
     while let Some(segment) = reading.next().await {
@@ -209,7 +211,7 @@ async fn work(
         let (at, known) = (shared.clone(), known.clone());
         let stored = blocking(move || {
             let segment = described(segment, &chosen, &known.0, &known.1)?;
-            store_segment(&at, &mut Codec::new(manifest::LEVEL)?, &segment)
+            store_segment(&at, &mut Codec::new(manifest::LEVEL)?, &segment, grain)
         });
         segments.push((first, files, stored.await?));
     }

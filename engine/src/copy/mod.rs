@@ -1,8 +1,8 @@
 //! From one repository of a stanza to another: backups and WAL that the other does not have.
 //!
-//! What always holds: nothing in the source is changed, and a lease keeps what is read; the WAL of a backup is proven to
-//! be in the target before the backup is committed there; what the target's retention would expire at once is not
-//! copied; a copy that died is done by the next one.
+//! What always holds: nothing in the source is changed, but for a lease that keeps what is read and a note in its log
+//! of who read it; the WAL of a backup is proven to be in the target before the backup is committed there; what the
+//! target's retention would expire at once is not copied; a copy that died is done by the next one.
 
 mod backup;
 mod twins;
@@ -359,14 +359,17 @@ pub async fn run(
     for log in [source, &*target] {
         log.stanza().check_reads("copying")?;
     }
+    let began_us = source.stanza().env().now_us();
     // The lease first, then the log: what that names is not collected from here on.
     let lease = Lease::for_reading(source.stanza(), state::COPY, "").await;
     let mut source = source.clone();
     let (stop_in, stop) = watch::channel(false);
+    let to = target.stanza().shown().to_owned();
+    let mut report = Report::default();
     let work = async {
         source.refresh().await?;
         target.refresh().await?;
-        copy_all(&source, target, options, progress, lease.as_ref(), &stop).await
+        copy_all(&source, target, options, progress, lease.as_ref(), &stop, &mut report).await
     };
     let done = {
         tokio::pin!(work);
@@ -382,7 +385,30 @@ pub async fn run(
     if let Some(lease) = lease {
         lease.release().await;
     }
-    done
+    let was_read = progress.read_bytes.get() + progress.wal_bytes.get() > 0;
+    if was_read || !report.backups.is_empty() || !report.failed.is_empty() {
+        note(&mut source, began_us, &to, &report, done.as_ref().err()).await;
+    }
+    done?;
+    Ok(report)
+}
+
+/// Who read what is in the log of the source, where anything was read.
+async fn note(source: &mut Log, began_us: i64, to: &str, report: &Report, error: Option<&Error>) {
+    let wal = report.wal.segments + report.wal.parts + report.wal.files;
+    let of_backups: u64 = report.backups.iter().map(|backup| backup.stored_bytes).sum();
+    let copied = format!(
+        "{} backups and {wal} objects of WAL copied to {to}",
+        report.backups.len()
+    );
+    let end = match error {
+        Some(error) => format!("{copied}; then it failed: {error}"),
+        None if report.failed.is_empty() => copied,
+        None => format!("{copied}, {} backups could not be", report.failed.len()),
+    };
+    source
+        .note_end("copy", began_us, of_backups + report.wal.bytes, Ok(end))
+        .await;
 }
 
 /// Completes when somebody wishes an end.
@@ -397,12 +423,10 @@ async fn copy_all(
     progress: &Arc<Progress>,
     lease: Option<&Lease>,
     stop: &watch::Receiver<bool>,
-) -> Result<Report> {
+    report: &mut Report,
+) -> Result<()> {
     let (wanted, left) = missing(source, target, options)?;
-    let mut report = Report {
-        left,
-        ..Report::default()
-    };
+    report.left = left;
     progress
         .total_bytes
         .set(wanted.iter().map(|backup| info(backup).plain_bytes).sum());
@@ -477,7 +501,7 @@ async fn copy_all(
         }
     }
     carry_holds(source, target, &mut report.notes).await;
-    Ok(report)
+    Ok(())
 }
 
 /// What is held in the source is held in the target too: a hold may have been said while that was away.

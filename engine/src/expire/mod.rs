@@ -2,10 +2,13 @@
 //! [`crate::gc`] deletes what nobody uses then.
 //!
 //! What always holds: it is decided by the entries of the log, each of which is signed by somebody who may say it, and by no
-//! snapshot of it.
+//! snapshot of it; a backup expires only while all that stay instead of it are there: two that decide at once, by other rules
+//! or by other damage that they know of, do not take away one another's last one.
 
 pub mod rules;
 pub mod wal;
+
+use std::collections::HashSet;
 
 use fairvault_format::proto::{self, BackupInfo, CommittedBackup, log_entry::Kind as Entry};
 use serde::Serialize;
@@ -130,18 +133,15 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
     }
     let judged = log.state().clone();
     for decision in decisions.iter().filter(|decision| !decision.keep) {
+        let facts = backups.iter().map(info).find(|info| info.id == decision.id);
         let entry = proto::Expired {
             backup: decision.id.clone(),
             reason: decision.why.clone(),
+            bytes: facts.map_or(0, |info| info.new_stored_bytes),
         };
-        // Somebody may have put a hold on it meanwhile.
-        let is_free = |now: &proto::Snapshot| match now.holds.iter().find(|hold| hold.backup == decision.id) {
-            Some(hold) => Err(Error::refused(format!(
-                "backup {} is held: {}",
-                decision.id, hold.reason
-            ))),
-            None if now.policy != judged.policy => Err(Error::temporary("the signed policy was changed meanwhile")),
-            None => Ok(()),
+        let is_free = |now: &proto::Snapshot| match now.policy == judged.policy {
+            true => may_expire(&decision.id, kept.iter().map(|(backup, _)| backup), now),
+            false => Err(Error::temporary("the signed policy was changed meanwhile").remedy("run this again")),
         };
         let is_live = |now: &proto::Snapshot| now.backups.iter().any(|backup| info(backup).id == decision.id);
         if is_live(log.state()) {
@@ -166,6 +166,24 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
         log.append(Entry::ExpiredWal(wal.wal), is_same).await?;
     }
     Ok(report)
+}
+
+/// Fails if a backup, although it was decided that it goes and that `kept` stay, may not go in the state that its entry
+/// would follow: somebody has put a hold on it, or one of those that stay has expired meanwhile.
+fn may_expire<'a>(id: &str, mut kept: impl Iterator<Item = &'a CommittedBackup>, now: &proto::Snapshot) -> Result<()> {
+    if let Some(hold) = now.holds.iter().find(|hold| hold.backup == id) {
+        return Err(Error::refused(format!("backup {id} is held: {}", hold.reason)));
+    }
+    let there: HashSet<&[u8]> = now.backups.iter().map(|backup| backup.root.as_slice()).collect();
+    let is_gone = |backup: &&CommittedBackup| !there.contains(backup.root.as_slice());
+    match kept.find(is_gone) {
+        None => Ok(()),
+        Some(gone) => Err(Error::temporary(format!(
+            "backup {} has expired meanwhile, and was to stay when it was decided that {id} goes: {id} stays",
+            info(gone).id
+        ))
+        .remedy("run this again; if two hosts expire backups, have them keep the same")),
+    }
 }
 
 /// Backups at work need WAL from a position that the log does not know: it is behind every backup that was complete
@@ -370,4 +388,72 @@ pub async fn set_policy(
     policy.minimum_full = minimum_full.unwrap_or(policy.minimum_full);
     log.append(Entry::Policy(policy.clone()), |_| Ok(())).await?;
     Ok(policy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    fn backup(id: &str) -> CommittedBackup {
+        CommittedBackup {
+            root: id.as_bytes().to_vec(),
+            info: Some(BackupInfo {
+                id: id.to_owned(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    fn state(ids: &[&str]) -> proto::Snapshot {
+        proto::Snapshot {
+            backups: ids.iter().map(|id| backup(id)).collect(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn nothing_expires_without_all_that_stays_instead_of_it() {
+        let (kept, both) = ([backup("c"), backup("d")], state(&["a", "b", "c", "d"]));
+        assert!(may_expire("a", kept.iter(), &both).is_ok());
+        // The first of two is gone already, by this one or by another with the same rules; a new one was committed.
+        assert!(may_expire("b", kept.iter(), &state(&["b", "c", "d", "e"])).is_ok());
+        // Somebody who takes c for damaged, or keeps less, was faster.
+        for left in [&["a", "b", "d"][..], &["a", "b"], &["a"], &["a", "e"], &[]] {
+            let error = may_expire("a", kept.iter(), &state(left)).err();
+            assert!(
+                error.is_some_and(|error| error.kind() == Kind::Temporary && error.to_string().contains("a stays")),
+                "{left:?}"
+            );
+        }
+        // Another one under its id does not take its place.
+        let mut other = both.clone();
+        other.backups[2].root = b"another".to_vec();
+        assert!(may_expire("a", kept.iter(), &other).is_err());
+    }
+
+    #[test]
+    fn a_hold_that_was_put_meanwhile_counts() {
+        let mut held = state(&["a", "c"]);
+        held.holds.push(proto::Hold {
+            backup: "a".to_owned(),
+            reason: "a court".to_owned(),
+            ..Default::default()
+        });
+        let error = may_expire("a", [backup("c")].iter(), &held).err();
+        assert!(error.is_some_and(|error| error.kind() == Kind::Refused && error.to_string().contains("a court")));
+    }
+
+    /// Two that see different damage would each take away what the other one keeps: whoever is second does not.
+    #[test]
+    fn of_two_that_would_leave_nothing_one_is_stopped() {
+        let mut now = state(&["a", "b"]);
+        for (goes, stays) in [("a", "b"), ("b", "a")] {
+            if may_expire(goes, [backup(stays)].iter(), &now).is_ok() {
+                now.backups.retain(|backup| info(backup).id != goes);
+            }
+        }
+        assert_eq!(now.backups, [backup("b")]);
+    }
 }

@@ -168,6 +168,7 @@ pub fn expiring(
                     from_lsn,
                     to_lsn,
                     reason: "no backup that is kept needs it".to_owned(),
+                    bytes: (there.len() as u64).saturating_mul(coverage.segment_size),
                 },
             });
         }

@@ -8,6 +8,7 @@
 //! policy protects stays, whatever the log says has expired; what a backup uses is known from its usage list, or
 //! nothing is deleted; whoever comes after an interrupted collector goes on where that stopped. No data key is
 //! needed. In a bucket that keeps versions, what was deleted is deleted for good once its lock has ended (`versions`).
+//! Of WAL and versions that were deleted, a note in the log tells.
 //!
 //! Memory: something for each pack that is listed or used, for each backup, run and entry of the log; one usage list and
 //! one index run at a time; nothing for each chunk.
@@ -28,7 +29,7 @@ use serde::Serialize;
 
 use crate::commit::Log;
 use crate::commit::lease;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::stanza::slots;
 use usage::Usage;
@@ -88,6 +89,13 @@ pub struct Report {
     pub waiting: Vec<String>,
 }
 
+impl Report {
+    /// Stored bytes of what sweeps have deleted.
+    fn swept_bytes(&self) -> u64 {
+        self.packs.bytes + self.roots.bytes + self.index_runs.bytes
+    }
+}
+
 /// Collects a stanza.
 pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Report> {
     progress.phase("reading the log");
@@ -95,19 +103,52 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
     if !options.dry_run {
         slots::check_operator(&stanza, "what nothing needs is deleted")?;
     }
-    let mut log = Log::replay_backups(stanza.clone()).await?;
+    let began_us = stanza.env().now_us();
+    let mut log = Log::replay_backups(stanza).await?;
     let mut report = Report::default();
+    let done = collect(&mut log, options, progress, &mut report).await;
+    if !options.dry_run {
+        note(&mut log, began_us, &report, done.as_ref().err()).await;
+    }
+    done?;
+    report.kept.sort();
+    report.kept.dedup();
+    Ok(report)
+}
+
+/// Of WAL and versions that were deleted, no sweep speaks. Where none was, there is nothing to be noted.
+async fn note(log: &mut Log, began_us: i64, report: &Report, error: Option<&Error>) {
+    let versions = report.versions.as_ref().map(|versions| versions.deleted);
+    let (wal, for_good) = (report.wal, versions.unwrap_or_default());
+    if wal.objects + for_good.objects == 0 {
+        return;
+    }
+    // In a bucket that keeps versions, nothing is gone before these are.
+    let bytes = versions.map_or(wal.bytes, |versions| versions.bytes);
+    let deleted = format!(
+        "{} objects of WAL and {} old versions deleted",
+        wal.objects, for_good.objects
+    );
+    let end = match error {
+        None => deleted,
+        Some(error) => format!("{deleted}; then it failed: {error}"),
+    };
+    log.note_end("gc", began_us, bytes, Ok(end)).await;
+}
+
+async fn collect(log: &mut Log, options: &Options, progress: &Progress, report: &mut Report) -> Result<()> {
+    let stanza = log.stanza().clone();
     if !options.dry_run {
         progress.phase("finishing what an earlier collection began");
         for mark in log.state().open_marks.clone() {
-            if !sweep::run(&mut log, &mark, options, &mut report).await? {
-                return Ok(report);
+            if !sweep::run(log, &mark, options, report).await? {
+                return Ok(());
             }
         }
     }
     loop {
         progress.phase("finding what is not used");
-        let (past, usage) = Usage::of_needed(&mut log).await?;
+        let (past, usage) = Usage::of_needed(log).await?;
         report.kept = past.kept_by_policy();
         let mut unused = stanza.store().list_hashes(names::PACKS).await?;
         let thin = usage.thin(&unused);
@@ -134,7 +175,7 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
             break;
         }
         // Thin packs leave the index with the next sweep.
-        if is_empty && !runs::name_any(&log, &thin).await? {
+        if is_empty && !runs::name_any(log, &thin).await? {
             break;
         }
         log.append(Entry::GcMark(mark), |_| Ok(())).await?;
@@ -142,8 +183,8 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
             continue;
         };
         progress.phase("deleting");
-        if !sweep::run(&mut log, &mark, options, &mut report).await? {
-            return Ok(report);
+        if !sweep::run(log, &mark, options, report).await? {
+            return Ok(());
         }
         if is_all {
             break;
@@ -152,7 +193,7 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
     if !options.dry_run {
         // With nothing to sweep, nobody has looked at them; those at work hold up nothing.
         let later = log.state().seq + 1;
-        sweep::end_dead_sessions(&mut log, later, options).await?;
+        sweep::end_dead_sessions(log, later, options).await?;
     }
     progress.phase("collecting WAL and leases");
     // Whoever takes a lease later reads a log that says what has expired.
@@ -162,18 +203,15 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
         true => leases.clone(),
         false => lease::living(&stanza, leases.clone(), options.patience).await?,
     };
-    let expired = wal::Expired::of(&log, &living, &mut report.kept).await?;
-    wal::collect(&log, &expired, options, &mut report).await?;
+    let expired = wal::Expired::of(log, &living, &mut report.kept).await?;
+    wal::collect(log, &expired, options, report).await?;
     if !options.dry_run {
         let is_dead = |found: &lease::Found| living.iter().all(|other| other.name != found.name);
         let dead: Vec<_> = leases.into_iter().filter(is_dead).collect();
         lease::bury(&stanza, &dead).await?;
     }
-    collect_snapshots(&log, options, &mut report).await?;
-    versions::purge(&mut log, &expired, options, &mut report, progress).await?;
-    report.kept.sort();
-    report.kept.dedup();
-    Ok(report)
+    collect_snapshots(log, options, report).await?;
+    versions::purge(log, &expired, options, report, progress).await
 }
 
 /// Objects that are named by their hash, with their lengths, sorted.

@@ -23,6 +23,7 @@ const BATCH: usize = 256;
 /// Sweeps a mark; `false` if somebody's end has to be waited for.
 pub async fn run(log: &mut Log, mark: &proto::GcMark, options: &Options, report: &mut Report) -> Result<bool> {
     let stanza = log.stanza().clone();
+    let swept_before = report.swept_bytes();
     loop {
         let at_work = end_dead_sessions(log, mark.seq, options).await?;
         if !at_work.is_empty() {
@@ -64,6 +65,7 @@ pub async fn run(log: &mut Log, mark: &proto::GcMark, options: &Options, report:
             kept: kept.map(|pack| pack.to_vec()).collect(),
             index_runs: changes.withdrawn.clone(),
             new_runs: changes.new,
+            bytes: report.swept_bytes() - swept_before,
         };
         let (before, seen) = (live_roots(log.state()), log.state().seq);
         let (policy, runs) = (log.state().policy.clone(), log.state().index_runs.clone());
@@ -193,8 +195,14 @@ impl Held {
                 };
                 match this.usage.add(stanza, &backup).await {
                     Ok(()) => {}
-                    // A root that is gone protects nothing any more.
-                    Err(error) if error.kind() == Kind::NotFound => continue,
+                    // A root that is gone protects nothing any more; one that somebody has hidden does.
+                    Err(error) if error.kind() == Kind::NotFound => {
+                        let is_hidden = this.usage.add_hidden(stanza, &backup).await?;
+                        // Earlier sweeps hide them too, and whoever reads all backups holds these: nobody reads them.
+                        if !is_hidden || lease.backup().is_empty() {
+                            continue;
+                        }
+                    }
                     Err(error) => return Err(error),
                 }
                 this.roots.insert(root);

@@ -52,7 +52,7 @@ impl Usage {
         }
         for backup in past.protected() {
             match this.add(stanza, backup).await {
-                Err(error) if error.kind() == Kind::NotFound => this.add_hidden(stanza, backup).await?,
+                Err(error) if error.kind() == Kind::NotFound => _ = this.add_hidden(stanza, backup).await?,
                 added => added?,
             }
         }
@@ -70,19 +70,20 @@ impl Usage {
     }
 
     /// Adds what a backup uses whose root cannot be seen. Either it was collected before the policy protected the backup, or
-    /// somebody has hidden it: then the bucket still has it, and what is hidden is no reason to delete anything.
-    async fn add_hidden(&mut self, stanza: &Stanza, backup: &CommittedBackup) -> Result<()> {
+    /// somebody has hidden it: then the bucket still has it, and what is hidden is no reason to delete anything. `false` if
+    /// it is gone.
+    pub(super) async fn add_hidden(&mut self, stanza: &Stanza, backup: &CommittedBackup) -> Result<bool> {
         let Ok(hash) = <[u8; 32]>::try_from(backup.root.as_slice()) else {
-            return Ok(());
+            return Ok(false);
         };
         if let Some(bytes) = right_content(stanza.store(), &names::root(&hash)).await? {
             self.add_list(&open(stanza, &hash, &bytes)?);
-            return Ok(());
+            return Ok(true);
         }
         // It may be seen again by now.
         match self.add(stanza, backup).await {
-            Err(error) if error.kind() == Kind::NotFound => Ok(()),
-            added => added,
+            Err(error) if error.kind() == Kind::NotFound => Ok(false),
+            added => added.map(|()| true),
         }
     }
 

@@ -126,7 +126,7 @@ pub async fn purge(
         now_us: stanza.env().now_us(),
         dry_run: options.dry_run,
     };
-    let mut out = Versions::default();
+    let out = report.versions.insert(Versions::default());
     for folder in [
         names::PACKS,
         names::ROOTS,
@@ -174,7 +174,6 @@ pub async fn purge(
     }
     pieces.settle(&mut settled).await?;
     out.add(&purge.all(settled.replaced).await?);
-    report.versions = Some(out);
     Ok(())
 }
 

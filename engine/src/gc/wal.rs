@@ -127,12 +127,13 @@ async fn collect_of(archive: &Archive, expired: &Expired, options: &Options, rep
             gone.extend(of_segment);
         }
     }
-    gone.iter().for_each(|(_, len)| report.wal.add(*len));
-    if !options.dry_run {
-        for batch in gone.chunks(BATCH) {
+    for batch in gone.chunks(BATCH) {
+        if !options.dry_run {
             let names: Vec<String> = batch.iter().map(|(name, _)| name.clone()).collect();
             store.delete(&names).await?;
         }
+        // What could not be deleted is not counted.
+        batch.iter().for_each(|(_, len)| report.wal.add(*len));
     }
     Ok(())
 }

@@ -2,12 +2,12 @@
 //!
 //! A bucket's default retention counts from the upload. Backups share packs, so a new backup may rely on packs whose
 //! locks end long before it expires; and keys and log are needed for as long as there is a backup. Here their locks are
-//! extended. Locks are never shortened.
+//! extended. Locks are never shortened. What the log is told of it is locked with the rest.
 
 use std::collections::{BTreeMap, HashSet};
 
-use fairvault_format::names;
 use fairvault_format::proto::CommittedBackup;
+use fairvault_format::{limits, names};
 use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
@@ -68,7 +68,14 @@ struct Job {
 }
 
 /// Extends the locks of what the stanza of `log` and its backups need. `repository` is where the stanza lies.
-pub async fn run(log: &Log, repository: &Store, options: &Options, progress: &Progress) -> Result<Report> {
+/// That locks were extended is noted in `noted`, the same log as somebody opens it who may write to it.
+pub async fn run(
+    log: &Log,
+    repository: &Store,
+    noted: Option<&mut Log>,
+    options: &Options,
+    progress: &Progress,
+) -> Result<Report> {
     let bucket = locking(repository).await?;
     progress.phase("reading the log");
     let log = Log::replay(log.stanza().clone()).await?;
@@ -121,30 +128,72 @@ pub async fn run(log: &Log, repository: &Store, options: &Options, progress: &Pr
         (stanza, format!("{}/", names::PACKS)),
         (stanza, format!("{}/", names::WAL)),
     ];
-    for (store, prefix) in folders {
-        let mut listing = store.versions(&prefix);
+    let work = async {
+        for (store, prefix) in folders {
+            let mut listing = store.versions(&prefix);
+            while let Some(page) = listing.next().await? {
+                let jobs = page.into_iter().filter_map(|object| {
+                    let name = object.name.as_str();
+                    let until_us = match name == names::REPOSITORY || newest.iter().any(|snapshot| *snapshot == name) {
+                        true => Some(needs.last()),
+                        // What is hidden of pieces is what a segment has replaced, as a rule.
+                        false if name.contains(".d/") && !object.is_visible() => None,
+                        false => needs.until(name),
+                    };
+                    Some(Job {
+                        store: store.clone(),
+                        until_us: until_us?,
+                        object,
+                    })
+                });
+                extend(bucket, &known, jobs.collect(), options.dry_run, &mut report, &mut found).await?;
+            }
+        }
+        Ok::<_, Error>(())
+    };
+    let done = work.await;
+    let written = match noted.filter(|_| !options.dry_run) {
+        Some(noted) => note(noted, now, &report, done.as_ref().err()).await,
+        None => Vec::new(),
+    };
+    done?;
+    for prefix in written {
+        let mut listing = stanza.versions(&prefix);
         while let Some(page) = listing.next().await? {
-            let jobs = page.into_iter().filter_map(|object| {
-                let name = object.name.as_str();
-                let until_us = match name == names::REPOSITORY || newest.iter().any(|snapshot| *snapshot == name) {
-                    true => Some(needs.last()),
-                    // What is hidden of pieces is what a segment has replaced, as a rule.
-                    false if name.contains(".d/") && !object.is_visible() => None,
-                    false => needs.until(name),
-                };
-                Some(Job {
-                    store: store.clone(),
-                    until_us: until_us?,
-                    object,
-                })
+            let jobs = page.into_iter().map(|object| Job {
+                store: stanza.clone(),
+                object,
+                until_us: needs.last(),
             });
-            extend(bucket, &known, jobs.collect(), options.dry_run, &mut report, &mut found).await?;
+            extend(bucket, &known, jobs.collect(), false, &mut report, &mut found).await?;
         }
     }
     if !options.dry_run {
         known.keep(log.stanza(), found);
     }
     Ok(report)
+}
+
+/// Says in the log what was extended, if anything was. Returns how the names of what was stored for that begin: it
+/// needs locks as well.
+async fn note(log: &mut Log, began_us: i64, report: &Report, error: Option<&Error>) -> Vec<String> {
+    let extended = report.extended;
+    if extended.objects == 0 {
+        return Vec::new();
+    }
+    let said = format!("the locks of {} objects extended", extended.objects);
+    let end = match error {
+        None => said,
+        Some(error) => format!("{said}; then it failed: {error}"),
+    };
+    let Some(seq) = log.note_end("lock", began_us, extended.bytes, Ok(end)).await else {
+        return Vec::new();
+    };
+    let mut written = vec![names::log_context(seq)];
+    if seq.is_multiple_of(limits::SNAPSHOT_INTERVAL) {
+        written.push(format!("{}/{:020}-", names::SNAPSHOTS, seq - 1));
+    }
+    written
 }
 
 /// Extends the locks of packs that a backup is about to rely on, which may be older than it by weeks: for as long as it is

@@ -414,6 +414,7 @@ impl<'a> Work<'a> {
                 kept: Vec::new(),
                 index_runs: changes.withdrawn.clone(),
                 new_runs: changes.new,
+                bytes: 0,
             };
             let withdrawn = &changes.withdrawn;
             let unchanged = |now: &proto::Snapshot| match still_open(now).is_ok()

@@ -91,6 +91,7 @@ pub struct SystemIdentity {
 /// An idle connection.
 pub struct Connection {
     pub(super) wire: Wire,
+    mode: Mode,
     host: Host,
     server_version: u32,
     in_recovery: bool,
@@ -126,6 +127,27 @@ impl Connection {
             "none of the servers can be used: {}",
             texts.join("; ")
         )))
+    }
+
+    /// For replication, if the server lets this role; else an ordinary one to a primary, over which identity, timeline
+    /// histories and WAL come from functions and files.
+    pub async fn open_either(info: &ConnInfo) -> Result<Self> {
+        if info.ordinary_only {
+            return Self::open(info, Mode::Sql).await;
+        }
+        let denied = match Self::open(info, Mode::Replication).await {
+            Err(error) if is_denied(&error) => error,
+            opened => return opened,
+        };
+        match Self::open(info, Mode::Sql).await {
+            // A standby does not tell its timeline and its end of WAL in any other way.
+            Ok(connection) if !connection.in_recovery => Ok(connection),
+            Ok(_) => Err(denied),
+            Err(error) => {
+                tracing::debug!("an ordinary connection is none either: {error}");
+                Err(denied)
+            }
+        }
     }
 
     fn acceptable(&self, attrs: SessionAttrs) -> bool {
@@ -168,6 +190,7 @@ impl Connection {
         let (wire, binding) = open_wire(info, host, may_use_tls).await?;
         let mut this = Self {
             wire,
+            mode,
             host: host.clone(),
             server_version: 0,
             in_recovery: false,
@@ -241,6 +264,11 @@ impl Connection {
         self.in_recovery
     }
 
+    /// What the session is for.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
     /// The host that was connected to.
     pub fn host(&self) -> &Host {
         &self.host
@@ -301,8 +329,11 @@ impl Connection {
             .flatten())
     }
 
-    /// IDENTIFY_SYSTEM.
+    /// IDENTIFY_SYSTEM; on an ordinary connection to a primary, functions that anybody may call.
     pub async fn identify(&mut self) -> Result<SystemIdentity> {
+        if self.mode == Mode::Sql {
+            return self.identify_by_functions().await;
+        }
         let rows = self.query("IDENTIFY_SYSTEM").await?;
         let bad = || broken("a strange answer to IDENTIFY_SYSTEM");
         let row = rows.first().ok_or_else(bad)?;
@@ -314,7 +345,34 @@ impl Connection {
         })
     }
 
-    /// SHOW, on a replication connection. `None` if the server does not tell this role.
+    async fn identify_by_functions(&mut self) -> Result<SystemIdentity> {
+        let query = "SELECT s.system_identifier, pg_walfile_name(l), l \
+                     FROM pg_control_system() s, pg_current_wal_flush_lsn() l";
+        let rows = self.query(query).await?;
+        let bad = || broken("a strange answer to who it is");
+        let row = rows.first().ok_or_else(bad)?;
+        let field = |i: usize| row.get(i).and_then(Option::as_deref).ok_or_else(bad);
+        // SQL knows no number without a sign.
+        let signed: i64 = field(0)?.parse().map_err(|_| bad())?;
+        let timeline = field(1)?.get(..8).ok_or_else(bad)?;
+        Ok(SystemIdentity {
+            system_identifier: signed.cast_unsigned(),
+            timeline: u32::from_str_radix(timeline, 16).map_err(|_| bad())?,
+            flush: field(2)?.parse().map_err(|_| bad())?,
+        })
+    }
+
+    /// Bytes of a file below the data directory, on an ordinary connection; fewer if it ends before.
+    pub(crate) async fn read_file(&mut self, path: &str, offset: u64, len: u64) -> Result<Vec<u8>> {
+        let query = format!(
+            "SELECT encode(pg_read_binary_file({}, {offset}, {len}, false), 'hex')",
+            quote_text(path)
+        );
+        let text = self.value(&query).await.map_err(grants)?.unwrap_or_default();
+        hex::decode(&text).map_err(|e| broken(format!("no bytes of {path}: {e}")))
+    }
+
+    /// SHOW. `None` if the server does not tell this role.
     pub async fn show(&mut self, name: &str) -> Result<Option<String>> {
         match self.value(&format!("SHOW {name}")).await {
             Ok(value) => Ok(value),
@@ -342,10 +400,19 @@ impl Connection {
         Ok(size)
     }
 
-    /// TIMELINE_HISTORY: the content of the history file; `None` for timeline 1.
+    /// TIMELINE_HISTORY: the content of the history file, which is all that an ordinary connection reads; `None` for
+    /// timeline 1.
     pub async fn timeline_history(&mut self, timeline: u32) -> Result<Option<Vec<u8>>> {
         if timeline == 1 {
             return Ok(None);
+        }
+        if self.mode == Mode::Sql {
+            let path = format!("pg_wal/{timeline:08X}.history");
+            let content = self.read_file(&path, 0, HISTORY_BYTES).await?;
+            return match (content.len() as u64) < HISTORY_BYTES {
+                true => Ok(Some(content)),
+                false => Err(Error::failed(format!("{path} has {HISTORY_BYTES} bytes or more"))),
+            };
         }
         // Bytes, not text: the file may hold a restore point's name in any encoding.
         let rows = self.query_bytes(&format!("TIMELINE_HISTORY {timeline}")).await?;
@@ -376,6 +443,23 @@ impl Connection {
         self.query(&format!("DROP_REPLICATION_SLOT {} WAIT", quote_name(name)))
             .await?;
         Ok(())
+    }
+}
+
+/// No timeline history has as many bytes.
+const HISTORY_BYTES: u64 = 1 << 20;
+
+/// The server refuses the role: by pg_hba.conf or its password (class 28), or because it lacks a right.
+pub fn is_denied(error: &Error) -> bool {
+    let text = error.to_string();
+    text.contains("SQLSTATE 28") || text.contains("SQLSTATE 42501")
+}
+
+/// What to do about a function that the role may not run.
+pub(crate) fn grants(error: Error) -> Error {
+    match error.to_string().contains("SQLSTATE 42501") {
+        true => error.remedy("`fairvault check` prints what to grant"),
+        false => error,
     }
 }
 

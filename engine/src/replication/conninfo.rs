@@ -99,6 +99,8 @@ pub struct ConnInfo {
     pub application_name: String,
     /// `options`: settings of the session.
     pub options: Option<String>,
+    /// No connection for replication is tried where an ordinary one will do: the server was found to allow none.
+    pub ordinary_only: bool,
 }
 
 impl std::fmt::Debug for ConnInfo {
@@ -303,6 +305,7 @@ impl ConnInfo {
             keepalive: Keepalive::parse(&get)?,
             application_name: get("application_name").unwrap_or_else(|| "fairvault".to_owned()),
             options: get("options"),
+            ordinary_only: false,
         })
     }
 

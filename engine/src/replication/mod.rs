@@ -15,4 +15,5 @@ pub mod keepalive;
 pub mod passfile;
 pub mod reread;
 pub mod tls;
+pub mod wal_files;
 pub mod wal_stream;

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -18,7 +18,7 @@ use super::Options;
 use super::compare::{Comparison, Found};
 use super::crc::Parts;
 use super::direct::{DIRECT_BYTES, Output};
-use super::files::{Prepared, create, prepare, sync_file};
+use super::files::{Prepared, create, many_at_once, prepare, sync_file};
 use super::layout::Layout;
 use super::plan::{FrameRef, Placement, Plan};
 use super::ranges::{Range, batches, ranges};
@@ -32,8 +32,6 @@ use crate::stanza::Stanza;
 pub const RANGES: usize = 4;
 /// The smallest hole, and what is compared where a chunk differs; bytes.
 pub const PAGE_BYTES: usize = 8192;
-/// Files that are synced at the same time.
-const SYNCS: usize = 16;
 
 /// What was written.
 #[derive(Debug, Default, Clone)]
@@ -429,30 +427,16 @@ impl Work {
         Ok(())
     }
 
-    /// Syncs every file, also those that were right already: a restore that died may have written them. Many at once:
-    /// the file system then writes its journal for many of them together.
+    /// Syncs every file, also those that were right already: a restore that died may have written them.
     fn sync_files(&self) -> Result<()> {
-        let next = AtomicUsize::new(0);
-        let worker = || -> Result<()> {
-            loop {
-                let number = next.fetch_add(1, Ordering::Relaxed);
-                let Some(file) = self.plan.files.get(number) else {
-                    return Ok(());
-                };
-                if file.kind() == FileKind::FileRegular {
-                    // One that nothing was written to.
-                    self.make(number)?;
-                    sync_file(file, &self.paths[number])?;
-                }
+        many_at_once(self.plan.files.len(), |number| {
+            let file = &self.plan.files[number];
+            if file.kind() == FileKind::FileRegular {
+                // One that nothing was written to.
+                self.make(number)?;
+                sync_file(file, &self.paths[number])?;
             }
-        };
-        std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..SYNCS).map(|_| scope.spawn(worker)).collect();
-            workers.into_iter().try_for_each(|worker| {
-                worker
-                    .join()
-                    .unwrap_or_else(|_| Err(Error::failed("syncing files panicked")))
-            })
+            Ok(())
         })
     }
 }

@@ -5,12 +5,16 @@
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use fairvault_format::proto::{FileEntry, FileKind};
 
 use super::direct::{DIRECT_BYTES, make_room};
 use super::plan::Plan;
 use crate::error::{Error, Result};
+
+/// Files that are synced at the same time.
+const SYNCS: usize = 16;
 
 /// What was found and made before anything is written.
 pub struct Prepared {
@@ -102,4 +106,89 @@ pub fn sync_file(file: &FileEntry, path: &Path) -> Result<()> {
     std::fs::File::open(path)
         .and_then(finish)
         .map_err(|e| Error::io(format_args!("syncing {}", path.display()), e))
+}
+
+/// Syncs files by number, many at once: the file system then writes its journal for many of them together. Each is
+/// synced once; an error is that of one of those that failed.
+pub fn many_at_once(count: usize, sync: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let worker = || -> Result<()> {
+        loop {
+            match next.fetch_add(1, Ordering::Relaxed) {
+                number if number < count => sync(number)?,
+                _ => return Ok(()),
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..SYNCS).map(|_| scope.spawn(worker)).collect();
+        workers.into_iter().try_for_each(|worker| {
+            worker
+                .join()
+                .unwrap_or_else(|_| Err(Error::failed("syncing files panicked")))
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Condvar, PoisonError};
+    use std::time::Duration;
+
+    use super::*;
+
+    /// The first ones wait for each other: fewer threads than that would wait in vain.
+    #[test]
+    fn each_file_is_synced_once_and_many_of_them_at_the_same_time() {
+        const FILES: usize = 1000;
+        let (begun, all_begun) = (Mutex::new(0), Condvar::new());
+        let synced: Vec<AtomicUsize> = (0..FILES).map(|_| AtomicUsize::new(0)).collect();
+        let done = many_at_once(FILES, |number| {
+            let mut count = begun.lock().unwrap_or_else(PoisonError::into_inner);
+            *count += 1;
+            all_begun.notify_all();
+            let waited = all_begun.wait_timeout_while(count, Duration::from_secs(20), |count| *count < SYNCS);
+            let (count, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+            drop(count);
+            synced[number].fetch_add(1, Ordering::Relaxed);
+            match waited.timed_out() {
+                true => Err(Error::failed(format!("fewer than {SYNCS} at once"))),
+                false => Ok(()),
+            }
+        });
+        done.unwrap();
+        assert!(synced.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_synced_fails_the_restore() {
+        for bad in [0, 7, 99] {
+            let done = many_at_once(100, |number| match number == bad {
+                true => Err(Error::failed(format!("file {number}"))),
+                false => Ok(()),
+            });
+            assert_eq!(done.unwrap_err().to_string(), format!("file {bad}"));
+        }
+        many_at_once(0, |_| Err(Error::failed("there is no file"))).unwrap();
+    }
+
+    /// While it is written, its owner can write to it; afterwards, only what it says counts.
+    #[test]
+    fn the_permissions_of_a_file_come_with_its_sync() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let file = FileEntry {
+            mode: 0o440,
+            size: 5,
+            ..Default::default()
+        };
+        let mode = || path.metadata().unwrap().permissions().mode() & 0o7777;
+        create(&file, &path, true, true).unwrap();
+        assert_eq!((mode(), path.metadata().unwrap().len()), (0o640, 5));
+        sync_file(&file, &path).unwrap();
+        assert_eq!(mode(), 0o440);
+        let missing = folder.path().join("missing");
+        let error = sync_file(&file, &missing).unwrap_err().to_string();
+        assert!(error.contains("syncing") && error.contains("missing"), "{error}");
+    }
 }

@@ -254,12 +254,26 @@ fn finish(plan: &Plan, layout: &layout::Layout) -> Result<()> {
     let to = layout.directory.join(CONTROL_FILE);
     std::fs::rename(&from, &to).map_err(|e| Error::io(format_args!("putting {} into place", to.display()), e))?;
     sync_directory(&layout.directory.join("global"))?;
-    if let Some(parent) = layout.directory.parent().filter(|p| p.is_dir()) {
-        sync_directory(parent)?;
+    sync_above(&layout.directory)?;
+    for location in plan.tablespaces.iter().filter_map(|(_, location)| location.as_ref()) {
+        sync_above(Path::new(location))?;
     }
     let marker = layout.directory.join(UNFINISHED_MARKER);
     std::fs::remove_file(&marker).map_err(|e| Error::io(format_args!("removing {}", marker.display()), e))?;
     sync_directory(&layout.directory)?;
+    Ok(())
+}
+
+/// Syncs the folders above one that a restore may have made, each of which may be new. Those that may not be read or
+/// written are not, nor are those that cannot be synced (of autofs, squashfs, erofs): nothing was made in them.
+fn sync_above(path: &Path) -> Result<()> {
+    use std::io::ErrorKind::{InvalidInput, PermissionDenied, ReadOnlyFilesystem};
+    for folder in path.ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty()) {
+        match std::fs::File::open(folder).and_then(|folder| folder.sync_all()) {
+            Err(e) if matches!(e.kind(), PermissionDenied | ReadOnlyFilesystem | InvalidInput) => {}
+            synced => synced.map_err(|e| Error::io(format_args!("syncing {}", folder.display()), e))?,
+        }
+    }
     Ok(())
 }
 

@@ -73,8 +73,21 @@ pub struct Manifest {
     pub files: Vec<FileEntry>,
     /// Distinct frames.
     pub frames: Vec<FrameRef>,
+    /// What its segments number, in path order.
+    pub numbered: Vec<Numbered>,
     /// Where their content goes.
     pub placements: Vec<Placement>,
+}
+
+/// What the numbers of a manifest segment mean.
+#[derive(Debug)]
+pub struct Numbered {
+    /// Path of its first file.
+    pub first_path: String,
+    /// Positions in [`Manifest::packs`].
+    pub packs: Vec<u32>,
+    /// Positions in [`Manifest::frames`].
+    pub frames: Vec<u32>,
 }
 
 /// What a restore will do.
@@ -181,6 +194,11 @@ impl Outline {
         self.root.segments.len()
     }
 
+    /// Length of all segments, bytes.
+    pub fn manifest_bytes(&self) -> u64 {
+        self.frames.iter().map(|frame| u64::from(frame.plain_len)).sum()
+    }
+
     /// Reads a segment.
     pub async fn segment(&self, stanza: &Stanza, number: usize) -> Result<ManifestSegment> {
         let segment = &self.root.segments[number];
@@ -231,6 +249,7 @@ impl Manifest {
             packs,
             files: Vec::new(),
             frames: Vec::new(),
+            numbered: Vec::new(),
             placements: Vec::new(),
         };
         let mut frame_numbers: HashMap<(u32, u32), u32> = HashMap::new();
@@ -248,6 +267,16 @@ impl Manifest {
         what: &str,
     ) -> Result<()> {
         let table = segment_frames(&segment, by_name, what)?;
+        let number = |frame: &FrameRef| {
+            *numbers.entry((frame.pack, frame.ordinal)).or_insert_with(|| {
+                self.frames.push(*frame);
+                self.frames.len() as u32 - 1
+            })
+        };
+        let numbers: Vec<u32> = table.iter().map(number).collect();
+        let packs = segment.pack_names.iter();
+        let packs = packs.filter_map(|name| by_name.get(name.as_slice()).copied()).collect();
+        let first_path = segment.files.first().map(|file| file.path.clone()).unwrap_or_default();
         for mut file in segment.files {
             if !file.path_bytes.is_empty() || !safe_path(&file.path) {
                 return Err(damaged(what, format_args!("it lists the path {:?}", file.path)));
@@ -267,9 +296,12 @@ impl Manifest {
             }
             let mut covered = 0u64;
             for i in 0..count {
-                let frame = table.get(e.frame[i] as usize);
-                let inside =
-                    frame.is_some_and(|f| u64::from(e.frame_offset[i]) + u64::from(e.len[i]) <= u64::from(f.plain_len));
+                let frame = numbers.get(e.frame[i] as usize).copied();
+                // As it is fetched: tables may say of one frame that it has several lengths.
+                let inside = frame.is_some_and(|at| {
+                    let plain_len = self.frames[at as usize].plain_len;
+                    u64::from(e.frame_offset[i]) + u64::from(e.len[i]) <= u64::from(plain_len)
+                });
                 let end = e.file_offset[i]
                     .checked_add(e.len[i].into())
                     .filter(|&end| end <= file.size);
@@ -277,21 +309,21 @@ impl Manifest {
                     return Err(damaged(what, format_args!("the extents of {:?}", file.path)));
                 };
                 covered = end;
-                let next = self.frames.len() as u32;
-                let frame_number = *numbers.entry((frame.pack, frame.ordinal)).or_insert_with(|| {
-                    self.frames.push(*frame);
-                    next
-                });
                 self.placements.push(Placement {
                     file: number,
                     file_offset: e.file_offset[i],
                     len: e.len[i],
-                    frame: frame_number,
+                    frame,
                     frame_offset: e.frame_offset[i],
                 });
             }
             self.files.push(file);
         }
+        self.numbered.push(Numbered {
+            first_path,
+            packs,
+            frames: numbers,
+        });
         Ok(())
     }
 }
@@ -525,7 +557,53 @@ async fn check_replay(
 
 #[cfg(test)]
 mod tests {
+    use fairvault_format::header::ObjectHeader;
+    use fairvault_format::index::encode_pack_table;
+
     use super::*;
+
+    /// Of a frame that is listed twice, what is there has one length: nothing is read behind its end.
+    #[test]
+    fn a_frame_has_one_length() {
+        let manifest = |lens: [u32; 2]| {
+            let name = [7; 32];
+            let header = ObjectHeader::new(ObjectKind::Pack, 1, name);
+            let (names, headers) = encode_pack_table(&[PackRef { name, header }]);
+            let root = Root {
+                packs: Some(proto::PackTable { names, headers }),
+                ..Default::default()
+            };
+            let frames = proto::FrameTable {
+                ids: vec![1; 64],
+                pack: vec![0; 2],
+                ordinal: vec![5; 2],
+                offset: vec![80; 2],
+                stored_len: vec![10; 2],
+                plain_len: lens.to_vec(),
+            };
+            let extents = proto::Extents {
+                file_offset: vec![0],
+                len: vec![100],
+                frame: vec![1],
+                frame_offset: vec![0],
+            };
+            let file = FileEntry {
+                path: "base/1/2".to_owned(),
+                size: 100,
+                extents: Some(extents),
+                ..Default::default()
+            };
+            let segment = ManifestSegment {
+                pack_names: vec![name.to_vec()],
+                frames: Some(frames),
+                files: vec![file],
+            };
+            Manifest::from_messages(root, Usage::default(), vec![segment], "the manifest")
+        };
+        assert_eq!(manifest([100, 100]).unwrap().frames.len(), 1);
+        let error = manifest([8, 100]).err().unwrap();
+        assert_eq!(error.kind(), crate::error::Kind::Damaged);
+    }
 
     /// What leads out of the data directory, or is there twice, is in no manifest that we wrote.
     #[test]

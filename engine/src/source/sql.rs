@@ -25,7 +25,7 @@ use crate::postgres::BLOCK_BYTES;
 use crate::postgres::control::ControlFile;
 use crate::postgres::files::relation_file;
 use crate::postgres::lsn::Lsn;
-use crate::replication::connection::{Connection, quote_text};
+use crate::replication::connection::{Connection, grants, quote_text};
 use crate::replication::conninfo::ConnInfo;
 
 /// Bytes that one query asks for.
@@ -556,15 +556,9 @@ fn take(chunk: &mut Asked, run: usize, content: Option<Bytes>, queue: &Queue) ->
 
 /// pg_control, until its CRC holds.
 async fn control(connection: &mut Connection) -> Result<Vec<u8>> {
-    let query = format!(
-        "SELECT encode(pg_read_binary_file({}, 0, 8192, false), 'hex')",
-        quote_text(CONTROL)
-    );
     let mut last = None;
     for _ in 0..CONTROL_READS {
-        let text = connection.value(&query).await.map_err(grants)?.unwrap_or_default();
-        let content =
-            hex::decode(&text).map_err(|e| Error::failed("the server sent no bytes of pg_control").caused_by(e))?;
+        let content = connection.read_file(CONTROL, 0, 8192).await?;
         match ControlFile::parse(&content) {
             Ok(_) if content.len() == 8192 => return Ok(content),
             Ok(_) => last = Some(Error::damaged(format!("pg_control has {} bytes", content.len()))),
@@ -573,13 +567,6 @@ async fn control(connection: &mut Connection) -> Result<Vec<u8>> {
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
     Err(last.unwrap_or_else(|| Error::damaged("pg_control")))
-}
-
-fn grants(error: Error) -> Error {
-    match error.to_string().contains("SQLSTATE 42501") {
-        true => error.remedy("`fairvault check` prints what to grant"),
-        false => error,
-    }
 }
 
 #[cfg(test)]

@@ -184,7 +184,7 @@ pub async fn erase(access: &Access, reason: &str, plan: Plan) -> Result<Report> 
             }
             let erased = log.state().erased.clone();
             let erased = erased.ok_or_else(|| Error::failed("the erasure is not in the log"))?;
-            let all = slots::all(log.stanza()).await?;
+            let all = slots::all(&log).await?;
             let is_own = |slot: &slots::SlotObject| slot.keys(access.secret.as_ref(), log.stanza()).is_some();
             let own: Vec<String> = all.into_iter().filter(is_own).map(|slot| slot.object).collect();
             (erased, own)

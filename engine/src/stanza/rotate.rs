@@ -62,7 +62,7 @@ pub async fn plan(log: &mut Log, access: &Access, options: &Options) -> Result<P
         false => DataKeys::of(stanza.keys()),
     };
     let from = state::newest_epoch(log.state());
-    let there = slots::all(stanza).await?;
+    let there = slots::all(log).await?;
     let newest = there.iter().map(|slot| slot.epoch).fold(from, u32::max);
     let configured: Vec<&SlotObject> = there
         .iter()

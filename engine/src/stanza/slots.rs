@@ -34,16 +34,25 @@ impl SlotObject {
     }
 }
 
-/// Every slot object of a stanza, from the repository, by epoch and name.
-pub async fn all(stanza: &Stanza) -> Result<Vec<SlotObject>> {
+/// Every slot object of a stanza, from the repository, by epoch and name. One that the log names counts although the store
+/// does not list it: what has just been made may be listed late.
+pub async fn all(log: &Log) -> Result<Vec<SlotObject>> {
+    let stanza = log.stanza();
+    let listed = stanza.store().list(names::KEYS).await?;
+    let epochs = log.state().key_epochs.iter();
+    let named = epochs.flat_map(|named| named.slots.iter().map(|name| names::slot(named.epoch, name)));
+    let (listed, named): (Vec<String>, Vec<String>) =
+        (listed.into_iter().map(|(name, _)| name).collect(), named.collect());
     let mut all = Vec::new();
-    for (object, _) in stanza.store().list(names::KEYS).await? {
+    for object in listed.iter().chain(named.iter().filter(|name| !listed.contains(name))) {
         let mut parts = object.rsplit('/');
         let (Some(name), Some(Ok(epoch))) = (parts.next(), parts.next().map(str::parse)) else {
             continue;
         };
-        let slot = match read_slot(stanza.store(), &object, &stanza.scope().repository).await {
+        let slot = match read_slot(stanza.store(), object, &stanza.scope().repository).await {
             Err(error) if error.kind() == Kind::Temporary => return Err(error),
+            // It was removed.
+            Err(error) if error.kind() == Kind::NotFound => continue,
             read => read.ok(),
         };
         let is_own =
@@ -52,7 +61,7 @@ pub async fn all(stanza: &Stanza) -> Result<Vec<SlotObject>> {
             name: name.to_owned(),
             epoch,
             slot: slot.filter(is_own),
-            object,
+            object: object.clone(),
         });
     }
     all.sort_by(|a, b| (a.epoch, &a.name).cmp(&(b.epoch, &b.name)));
@@ -197,7 +206,7 @@ async fn check_can_be_added(log: &Log, name: &str, secret: &Secret, opens: Opens
             stanza.name()
         )));
     }
-    let others = all(stanza).await?.into_iter().filter(|slot| slot.name != name);
+    let others = all(log).await?.into_iter().filter(|slot| slot.name != name);
     for slot in others.filter(|slot| slot.slot.as_ref().is_some_and(|slot| !slot.write_only)) {
         if slot.keys(Some(secret), stanza).is_some_and(|keys| keys.can_read()) {
             return Err(Error::refused(format!(
@@ -253,7 +262,7 @@ pub async fn remove(log: &mut Log, access: &Access, name: &str) -> Result<usize>
     log.refresh().await?;
     let stanza = log.stanza().clone();
     check_operator(&stanza, "slots are removed")?;
-    let (gone, rest): (Vec<_>, Vec<_>) = all(&stanza).await?.into_iter().partition(|slot| slot.name == name);
+    let (gone, rest): (Vec<_>, Vec<_>) = all(log).await?.into_iter().partition(|slot| slot.name == name);
     if gone.is_empty() {
         return Err(Error::not_found(format!(
             "stanza {} has no slot {name:?}",

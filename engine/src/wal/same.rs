@@ -22,7 +22,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// Fails, with [`Kind::Refused`], if what is stored of the segment that holds `at` is not what the server has of it. All
 /// is well if nothing is stored of it, or if the server no longer has it: then `archive_command` has stored its own.
-/// `connect` opens a connection for replication.
+/// `connect` opens a connection of either kind.
 pub async fn check(
     archive: &Archive,
     timeline: u32,

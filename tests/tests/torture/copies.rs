@@ -4,63 +4,114 @@
 use super::*;
 
 impl Torture {
-    pub(super) fn compare(&mut self, ids: &[String], point: &str, occasion: Occasion) -> Result<()> {
+    pub(super) fn compare(&mut self, backups: &[Taken], point: &str, occasion: Occasion) -> Result<()> {
         let s = &self.s;
-        let restored = |name: &str, port, id: &str| -> Result<Server> {
-            let target = ["--target-name", point, "--target-action", "shutdown", "--backup", id];
-            let map = format!("all={}", s.path(&format!("{name}-ts")));
-            let (exit, text) = s.restore(name, &[&target[..], &["--tablespace-map", &map]].concat());
-            ensure!(exit == 0, "{text}");
-            Ok(s.copy(name, port))
-        };
+        let to_point = ["--target-name", point, "--target-action", "shutdown"];
         if self.truth.is_none() {
-            let truth = restored("truth", 5460, &ids[0])?;
+            let truth = restored(s, "truth", 5460, &backups[0].id, &to_point)?;
             recover(s, &truth)?;
             self.truth = Some(truth);
             return Ok(());
         }
         let truth = self.truth.as_ref().context("a truth")?;
-        let auto = truth.data.join("postgresql.auto.conf");
-        let text = std::fs::read_to_string(&auto)?;
+        for (number, backup) in backups.iter().enumerate() {
+            // The last one is that of a server that stands still.
+            let has_own = occasion == Occasion::Still && number + 1 == backups.len();
+            self.compare_at_stop(truth, backup, has_own)?;
+        }
+        let settings = self.aimed(truth, &format!("recovery_target_name = '{point}'"))?;
+        std::fs::write(truth.data.join("postgresql.auto.conf"), settings)?;
+        recover(s, truth)?;
+        for (number, Taken { id, .. }) in backups.iter().enumerate() {
+            let copy = restored(s, "copy", 5461, id, &to_point)?;
+            verify(s, &copy)?;
+            recover(s, &copy)?;
+            check_same(&truth.data, &copy, id, "what replay makes")?;
+            if occasion == Occasion::Still {
+                check_same(&s.server.data, &copy, id, "the server's own files")?;
+            }
+            // All copies are the same by now: one is enough, and of most versions now and then.
+            let is_looked_into = occasion == Occasion::Still || copy.major() == 15;
+            if is_looked_into && number + 1 == backups.len() {
+                look_inside(s, &copy).with_context(|| format!("backup {id}"))?;
+            }
+            forget(s, "copy");
+        }
+        Ok(())
+    }
+
+    /// A backup as it is by itself, recovered to its stop, against the first full one, replayed to the same LSN; and
+    /// against the server's own files, if they are those of that LSN.
+    fn compare_at_stop(&self, truth: &Server, Taken { id, stop, .. }: &Taken, has_own: bool) -> Result<()> {
+        let s = &self.s;
+        // Its pages are on its disk, and it goes on from where it is afterwards: a copy of it goes to this LSN.
+        for (from, to) in [("truth", "replayed"), ("truth-ts", "replayed-ts")] {
+            let (from, to) = (s.path(from), s.path(to));
+            run(s.scratch.command("cp").args(["-a", &from, &to]))?;
+        }
+        let replayed = s.copy("replayed", 5463);
+        for link in std::fs::read_dir(replayed.data.join("pg_tblspc"))? {
+            let link = link?.path();
+            let folder = std::fs::read_link(&link)?.display().to_string();
+            let folder = folder.replace(&s.path("truth-ts"), &s.path("replayed-ts"));
+            run(s.scratch.command("ln").args(["-sfn", &folder]).arg(&link))?;
+        }
+        let settings = self.aimed(truth, &format!("recovery_target_lsn = '{stop}'"))?;
+        let settings = settings + "recovery_target_inclusive = off\nrecovery_target_action = promote\n";
+        std::fs::write(replayed.data.join("postgresql.auto.conf"), settings)?;
+        settle(s, "replayed", &replayed)?;
+        let to_stop = ["--target-lsn", stop, "--target-exclusive", "--target-action", "promote"];
+        let copy = restored(s, "copy", 5461, id, &to_stop)?;
+        settle(s, "copy", &copy)?;
+        let who = format!("{id}, at its stop {stop},");
+        check_same(&replayed.data, &copy, &who, "what replay makes")?;
+        if has_own {
+            check_same(&s.server.data, &copy, &who, "the server's own files")?;
+        }
+        forget(s, "replayed");
+        forget(s, "copy");
+        Ok(())
+    }
+
+    /// The settings of the first full backup's copy, with another target.
+    fn aimed(&self, truth: &Server, target: &str) -> Result<String> {
+        let s = &self.s;
+        let text = std::fs::read_to_string(truth.data.join("postgresql.auto.conf"))?;
         // Its first restore planned no further than to its first target.
         let get = format!("{} {} wal get acme %f %p", s.path("fairvault"), s.options.join(" "));
-        let with_point = text.lines().map(|line| match line.split(' ').next() {
-            Some("recovery_target_name") => format!("recovery_target_name = '{point}'"),
+        let lines = text.lines().map(|line| match line.split(' ').next() {
+            // In its place: a target that is set to nothing behind another one takes that away.
+            Some("recovery_target_name") => target.to_owned(),
             Some("recovery_target_timeline") => format!("recovery_target_timeline = '{}'", self.timeline),
             Some("restore_command") => format!("restore_command = '{get}'"),
             _ => line.to_owned(),
         });
-        std::fs::write(&auto, with_point.collect::<Vec<_>>().join("\n") + "\n")?;
-        recover(s, truth)?;
-        for id in ids {
-            let copy = restored("copy", 5461, id)?;
-            verify(s, &copy)?;
-            recover(s, &copy)?;
-            let found = differences(&truth.data, &copy.data, 10)?;
-            ensure!(
-                found.is_empty(),
-                "backup {id} differs from what replay makes:\n{}",
-                found.join("\n")
-            );
-            if occasion == Occasion::Still {
-                let found = differences(&s.server.data, &copy.data, 10)?;
-                ensure!(
-                    found.is_empty(),
-                    "backup {id} differs from the server's own files:\n{}",
-                    found.join("\n")
-                );
-            }
-            // All copies are the same by now: one is enough, and of most versions now and then.
-            let is_looked_into = occasion == Occasion::Still || copy.major() == 15;
-            if is_looked_into && ids.last() == Some(id) {
-                look_inside(s, &copy).with_context(|| format!("backup {id}"))?;
-            }
-            for name in ["copy", "copy-ts"] {
-                let _ = std::fs::remove_dir_all(s.scratch.join(name));
-            }
-        }
-        Ok(())
+        Ok(lines.collect::<Vec<_>>().join("\n") + "\n")
     }
+}
+
+/// Restores a backup and its tablespace, without starting anything there.
+fn restored(s: &Fixture, name: &str, port: u16, id: &str, target: &[&str]) -> Result<Server> {
+    let map = format!("all={}", s.path(&format!("{name}-ts")));
+    let (exit, text) = s.restore(name, &[target, &["--backup", id, "--tablespace-map", &map]].concat());
+    ensure!(exit == 0, "{text}");
+    Ok(s.copy(name, port))
+}
+
+fn forget(s: &Fixture, name: &str) {
+    for folder in [name, &format!("{name}-ts")] {
+        let _ = std::fs::remove_dir_all(s.scratch.join(folder));
+    }
+}
+
+fn check_same(truth: &Path, copy: &Server, who: &str, what: &str) -> Result<()> {
+    let found = differences(truth, &copy.data, 10)?;
+    ensure!(
+        found.is_empty(),
+        "backup {who} differs from {what}:\n{}",
+        found.join("\n")
+    );
+    Ok(())
 }
 
 /// What PostgreSQL's own tools say of a copy that was recovered: tables and indexes agree, and everything can be read.
@@ -133,6 +184,32 @@ fn recover(s: &Fixture, server: &Server) -> Result<()> {
     match log.contains("FATAL") || log.contains("PANIC") {
         true => bail!("{log}"),
         false => Ok(()),
+    }
+}
+
+/// Recovers to the target and becomes a primary, which stops at once. A server that shuts down in recovery writes its
+/// pages out only if it has seen a checkpoint; this one always does. Nobody connects, and nothing works there on its
+/// own: no page changes behind the target.
+fn settle(s: &Fixture, name: &str, server: &Server) -> Result<()> {
+    s.configure(
+        name,
+        "hot_standby = off\nautovacuum = off\nmax_logical_replication_workers = 0\n",
+    )?;
+    server.try_start(&s.scratch, false)?;
+    let began = Instant::now();
+    loop {
+        std::thread::sleep(Duration::from_millis(50));
+        let status = std::fs::read_to_string(server.data.join("postmaster.pid")).unwrap_or_default();
+        // The eighth line: "standby" until recovery has ended, if nobody may connect before.
+        if status.lines().nth(7).is_some_and(|line| line.trim() == "ready") {
+            return server.stop(&s.scratch, "fast");
+        }
+        let patience = Duration::from_secs(if status.is_empty() { 5 } else { 120 });
+        ensure!(
+            began.elapsed() < patience,
+            "recovery does not end\n{}",
+            server.log_text()
+        );
     }
 }
 

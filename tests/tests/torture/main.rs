@@ -2,6 +2,12 @@
 //! PostgreSQL's own replay of all WAL makes of the first full backup; and, where the server stands still, what its own
 //! files are.
 //!
+//! Each one is restored and recovered twice. Once to its stop, as it is by itself: nothing that comes later hides what
+//! it lacks. A physical copy of the server, which the first full backup was restored to, is replayed to the same LSN.
+//! Where the server stands still, one more backup is taken, and no page changes from its beginning on: it is also
+//! compared with the server's own files at that LSN. And once to a restore point after more work, where PostgreSQL's
+//! own tools judge one of the copies.
+//!
 //! Seeded: `FAIRVAULT_TORTURE_SEED` and `FAIRVAULT_TORTURE_ROUNDS`; every failure names the seed.
 
 mod copies;
@@ -59,6 +65,14 @@ const OCCASIONS: [Occasion; 5] = [
     Occasion::Promotion,
     Occasion::Still,
 ];
+
+/// A backup that was taken.
+struct Taken {
+    id: String,
+    parent: String,
+    /// The LSN from which on it is consistent.
+    stop: String,
+}
 
 struct Torture {
     s: Fixture,
@@ -119,6 +133,7 @@ impl Torture {
         s.sql(&format!("create tablespace ts location '{}'", s.path("ts")))?;
         s.sql("create extension bloom; create sequence numbers; create table los (id oid)")?;
         s.sql("create table wide (id int, t text); alter table wide alter t set storage plain")?;
+        s.sql("create table cut (t text) with (autovacuum_enabled = off); alter table cut alter t set storage plain")?;
         s.sql("create table busy (id int primary key, n int, t text) with (fillfactor = 70)")?;
         s.sql("insert into busy select i, 0, repeat('x', 100) from generate_series(1, 3000) i")?;
         let space = s.scratch.join("ts");
@@ -250,6 +265,7 @@ impl Torture {
     fn round(&mut self, round: u64) -> Result<()> {
         let occasion = self.occasion(round);
         println!("  {occasion:?}");
+        self.cut(round)?;
         for _ in 0..3 + self.dice.roll(8) {
             self.step()?;
         }
@@ -300,14 +316,17 @@ impl Torture {
             let (exit, text) = (output.status.code().unwrap_or(-1), fairvault_tests::text(&output));
             outcomes.push(("incr", "beside it", (exit, text)));
         }
-        let (mut ids, mut parents) = (Vec::new(), Vec::new());
+        let mut backups = Vec::new();
         for (kind, source, outcome) in outcomes {
-            let (id, parent) = self.taken(kind, source, outcome)?;
-            ids.push(id);
-            parents.push(parent);
+            backups.push(self.taken(kind, source, outcome)?);
         }
         if occasion == Occasion::Lag {
-            ensure!(parents[1] != ids[0], "{} is built on what is its future", ids[1]);
+            let (ahead, behind) = (&backups[0], &backups[1]);
+            ensure!(
+                behind.parent != ahead.id,
+                "{} is built on what is its future",
+                behind.id
+            );
             let standby = self.standby.as_ref().context("a standby")?;
             standby.sql(&self.s.scratch, "select pg_wal_replay_resume()")?;
         }
@@ -319,6 +338,10 @@ impl Torture {
         let point = format!("point{}", self.points);
         if occasion == Occasion::Still {
             self.quiet()?;
+            // No page changes while it is taken, nor behind it: at its stop, the server's files are as they stay.
+            let source = *self.dice.pick(&SOURCES);
+            let outcome = code(&mut self.backup("incr", source));
+            backups.push(self.taken("incr", source, outcome)?);
         }
         // A server that shuts down in recovery writes its pages out only if it has seen a checkpoint.
         self.sql("checkpoint")?;
@@ -326,11 +349,11 @@ impl Torture {
         println!("  {point} at {at}");
         if occasion != Occasion::Still {
             self.s.flush_archive(&self.s.server)?;
-            return self.compare(&ids, &point, occasion);
+            return self.compare(&backups, &point, occasion);
         }
         // Whoever shuts down archives the segment that is not full, and changes no page.
         self.s.server.stop(&self.s.scratch, "fast")?;
-        self.compare(&ids, &point, occasion)?;
+        self.compare(&backups, &point, occasion)?;
         self.s.server.start(&self.s.scratch)
     }
 
@@ -347,15 +370,14 @@ impl Torture {
         command
     }
 
-    /// Its id and its parent's, once it was taken.
-    fn taken(&mut self, kind: &str, source: &str, (exit, text): (i32, String)) -> Result<(String, String)> {
+    /// What it said, once it was taken.
+    fn taken(&mut self, kind: &str, source: &str, (exit, text): (i32, String)) -> Result<Taken> {
         ensure!(exit == 0, "{exit} {text}");
-        let (id, parent) = (field(&text, "id")?, field(&text, "parent")?);
+        let (id, parent, stop) = (field(&text, "id")?, field(&text, "parent")?, field(&text, "stop_lsn")?);
         self.incremental += u32::from(!parent.is_empty());
         println!(
-            "  {kind} from {source}: {id}, {} to {}, {} read, {} stored",
+            "  {kind} from {source}: {id}, {} to {stop}, {} read, {} stored",
             field(&text, "start_lsn")?,
-            field(&text, "stop_lsn")?,
             field(&text, "read_bytes")?,
             field(&text, "new_stored_bytes")?
         );
@@ -372,7 +394,7 @@ impl Torture {
                 self.base
             );
         }
-        Ok((id, parent))
+        Ok(Taken { id, parent, stop })
     }
 }
 
@@ -421,6 +443,11 @@ fn until_noticed(fault: &'static str, seed: u64) -> Result<()> {
 #[test]
 fn a_tracker_that_passes_over_a_kind_of_record_is_found_out() -> Result<()> {
     planted("no btree")
+}
+
+#[test]
+fn a_tracker_that_overlooks_that_a_relation_was_cut_is_found_out() -> Result<()> {
+    planted("no limits")
 }
 
 #[test]

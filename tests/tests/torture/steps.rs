@@ -97,6 +97,28 @@ impl Torture {
         run(&mut self.s.server.pgbench(&self.s.scratch, &arguments)).map(drop)
     }
 
+    /// In one round, rows that never were fill a table and are cleared away, and its file keeps its length. In the next
+    /// one it is cut, by a record that names no block, and its file grows without WAL, as by a crash after it was
+    /// extended: whoever overlooks that it was cut brings back the pages that it had.
+    pub(super) fn cut(&mut self, round: u64) -> Result<()> {
+        if round.is_multiple_of(2) {
+            self.sql("truncate cut")?;
+            // What was rolled back can go, whatever other transactions are open.
+            self.sql("begin; insert into cut select repeat('c', 1900) from generate_series(1, 400); rollback")?;
+            return self.sql("vacuum (truncate off) cut").map(drop);
+        }
+        self.sql("vacuum cut")?;
+        // Whoever recovers from a crash would cut it again.
+        self.sql("checkpoint")?;
+        let file = self.sql("select pg_relation_filepath('cut')")?;
+        let file = self.s.server.data.join(file);
+        self.s.server.stop(&self.s.scratch, "immediate")?;
+        let len = file.metadata()?.len();
+        ensure!(len == 0, "a table without rows was not cut: {len} bytes");
+        std::fs::File::options().write(true).open(&file)?.set_len(60 * 8192)?;
+        self.s.server.start(&self.s.scratch)
+    }
+
     fn grow(&mut self, t: &str) -> Result<()> {
         let rows = 10 + self.dice.roll(3000);
         // Long values are compressed where they are, or stored out of line.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fairvault_engine::commit::Log;
+use fairvault_engine::env::{Env as _, SystemEnv};
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::replication::conninfo::ConnInfo;
 use fairvault_engine::stanza::{Stanza, read_repository};
@@ -26,6 +27,12 @@ const SPOOL_SIZE: u64 = 1 << 30;
 const PAUSE: Duration = Duration::from_secs(60);
 /// Time between looks at whether an optional repository is there, and between attempts to receive into it.
 const WATCH: Duration = Duration::from_secs(10);
+/// How long a receiver has been at work before the log is told: what fails at once again and again must not fill it.
+const SETTLED: Duration = Duration::from_secs(10);
+/// Time between attempts to tell the log that a receiver began.
+const UNTOLD: Duration = Duration::from_secs(60);
+/// How long a receiver that stops waits for the log to be told.
+const LAST_NOTE: Duration = Duration::from_secs(3);
 /// Longest name of a slot.
 const NAME_BYTES: usize = 63;
 
@@ -149,8 +156,52 @@ impl Receiver {
         }
     }
 
+    /// Receives, and notes in the log when that began and how it ended.
+    async fn run(&self, alone: bool, stop: watch::Receiver<bool>) -> Result<()> {
+        let began_us = SystemEnv.now_us();
+        let (receiving, telling) = (self.receive(alone, stop), self.note_start(began_us));
+        tokio::pin!(receiving, telling);
+        let mut told = None;
+        let ended = loop {
+            tokio::select! {
+                ended = &mut receiving => break ended,
+                log = &mut telling, if told.is_none() => told = Some(log),
+            }
+        };
+        if let Some(mut log) = told {
+            let end = ended.as_ref().map(|()| "stopped".to_owned());
+            let noted = log.note_end("wal receive", began_us, 0, end);
+            if tokio::time::timeout(LAST_NOTE, noted).await.is_err() {
+                tracing::debug!("that this has stopped is not noted in the log: that takes too long");
+            }
+        }
+        ended
+    }
+
+    /// Notes in the log that this has begun, as soon as it is there; returns the log. Whoever may not write to it never
+    /// gets there. On a thread of its own: the command that gives the key, or a store, may hang, and commits may wait
+    /// for what is received meanwhile.
+    async fn note_start(&self, began_us: i64) -> Log {
+        tokio::time::sleep(SETTLED).await;
+        loop {
+            let (context, repository, stanza) = (self.context.clone(), self.repository.clone(), self.stanza.clone());
+            let tell = move || async move {
+                let mut log = context.open_log_in(&repository, &stanza, false).await?;
+                match log.note_end("wal receive", began_us, 0, Ok("began".to_owned())).await {
+                    Some(_) => Ok(log),
+                    None => Err(Error::temporary("nothing can be written to it")),
+                }
+            };
+            match bounded(UNTOLD, tell).await {
+                Ok(log) => return log,
+                Err(error) => tracing::debug!("that this has begun is not noted in the log: {error}"),
+            }
+            tokio::time::sleep(UNTOLD).await;
+        }
+    }
+
     /// What needs a person ends it if it is the only one, and must not hold up others.
-    async fn run(&self, alone: bool, mut stop: watch::Receiver<bool>) -> Result<()> {
+    async fn receive(&self, alone: bool, mut stop: watch::Receiver<bool>) -> Result<()> {
         let Self { stanza, repository, .. } = self;
         loop {
             let ended = self.once(stop.clone()).await;

@@ -138,8 +138,8 @@ impl Model {
         parts.sort_unstable_by_key(|part| part.offset);
         let mut builder = SegmentBuilder::default();
         builder.file(&entry, &parts, None).unwrap();
-        let order = Order::of(parent.map(|basis| &**basis));
-        let (segment, first) = builder.finish(&order, &known, &packs).unwrap();
+        let basis = parent.map(|basis| &**basis);
+        let (segment, first) = builder.finish(basis, &known, &packs).unwrap();
         assert_eq!(first, PATH);
         (segment.encode_to_vec(), packs)
     }

@@ -104,6 +104,7 @@ impl Made {
             usage: proto::Usage::default(),
             packs: Vec::new(),
             files: self.files,
+            numbered: Vec::new(),
             frames: self.frames,
             placements: self.placements,
         }

@@ -7,12 +7,13 @@
 //! [`files`] finds what an earlier run left, [`writer`] appends, [`reader`] gives it to whoever stores it.
 
 mod files;
+mod lock;
 mod reader;
 mod writer;
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -25,8 +26,6 @@ use crate::stanza::Stanza;
 use files::Part;
 pub use reader::Reader;
 pub use writer::Writer;
-
-const LOCK: &str = "receiver.lock";
 
 /// A position on a timeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -101,16 +100,7 @@ impl Spool {
         for above in folder.ancestors().skip(1).take(2) {
             sync_folder(above).map_err(|e| Error::io(what("syncing the folders of"), e))?;
         }
-        let mut options = File::options();
-        let lock = options.create(true).append(true).mode(0o600).open(folder.join(LOCK));
-        let lock = lock.map_err(|e| Error::io(what("locking"), e))?;
-        if lock.try_lock().is_err() {
-            return Err(Error::new(
-                Kind::Held,
-                format!("another receiver of this host uses {}", folder.display()),
-            )
-            .remedy("one receiver a stanza and repository is enough"));
-        }
+        let lock = lock::take(&stanza, &folder)?;
         let this = Self {
             state: Mutex::default(),
             changed: watch::channel(()).0,
@@ -134,7 +124,7 @@ impl Spool {
 
     /// Of a spool that somebody else has open: its cluster, and where it ends now.
     pub fn look(stanza: Arc<Stanza>, folder: PathBuf) -> Result<Option<(Cluster, Position)>> {
-        let lock = File::open(folder.join(LOCK)).map_err(|e| Error::io(folder.display(), e))?;
+        let lock = File::open(folder.join(lock::NAME)).map_err(|e| Error::io(folder.display(), e))?;
         let this = Self {
             state: Mutex::default(),
             changed: watch::channel(()).0,

@@ -1,0 +1,48 @@
+//! Notes: what somebody has done that changes nothing of what the log amounts to, for the audit.
+//!
+//! What always holds: nobody waits long for a note, nothing fails for want of one, and where this host may not write,
+//! none is made.
+
+use std::time::Duration;
+
+use fairvault_format::proto::{self, log_entry::Kind as Entry};
+
+use super::Log;
+use crate::error::Error;
+
+/// How long a note may take: nobody waits for it.
+const NOTE_TIME: Duration = Duration::from_secs(10);
+/// Longest result that is kept, characters.
+const RESULT: usize = 500;
+
+impl Log {
+    /// Notes something that was done. Returns the number of its entry, if there is one.
+    pub async fn note(&mut self, operation: proto::Operation) -> Option<u64> {
+        let noted = self.append(Entry::Operation(operation), |_| Ok(()));
+        match tokio::time::timeout(NOTE_TIME, noted).await {
+            Ok(Ok(seq)) => return Some(seq),
+            Ok(Err(error)) => tracing::debug!("nothing is noted in the log: {error}"),
+            Err(_) => tracing::debug!("nothing is noted in the log: that takes too long"),
+        }
+        None
+    }
+
+    /// Notes how something ended that is not about one backup: what came of it, or why it failed.
+    pub async fn note_end(
+        &mut self,
+        what: &str,
+        began_us: i64,
+        bytes: u64,
+        end: std::result::Result<String, &Error>,
+    ) -> Option<u64> {
+        let result = end.unwrap_or_else(|error| format!("failed: {error}"));
+        let operation = proto::Operation {
+            what: what.to_owned(),
+            result: result.chars().take(RESULT).collect(),
+            bytes,
+            began_us,
+            ..Default::default()
+        };
+        self.note(operation).await
+    }
+}
