@@ -18,6 +18,8 @@ pub mod header;
 pub mod index;
 pub mod journal;
 pub mod keys;
+#[cfg(debug_assertions)]
+mod known_good;
 pub mod limits;
 pub mod log;
 pub mod names;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use std::sync::Arc;
 
+use fairvault_format::names;
 use fairvault_format::proto::{self, Snapshot, log_entry::Kind as Entry};
 
 use super::{Log, fence, rotated, state};
@@ -153,6 +154,12 @@ impl Session {
             Ok(_) => return Ok(()),
             Err(error) => error,
         };
+        // A commit that is not to be seen may still come, so what it names stays. That fault takes it away.
+        if env::has_fault("absent") && error.kind() == Kind::Temporary {
+            let is_absent = log.refresh().await.is_ok() && !state::is_committed(log.state(), &self.backup);
+            let names = is_absent.then(|| names::root(&root));
+            let _ = self.stanza.store().delete(names.as_slice()).await;
+        }
         // What was refused never counts: nobody has to wait for it.
         if matches!(error.kind(), Kind::Refused | Kind::Held) && state::is_open(log.state(), &self.id) {
             self.give_up(log, &error).await;

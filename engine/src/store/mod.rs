@@ -384,6 +384,9 @@ impl Store {
             if has_fault("unclear") {
                 return Ok(Created::Won);
             }
+            if has_fault("absent") && self.there(name, &bytes, look).await?.is_none() {
+                return Err(unclear);
+            }
             if tokio::time::Instant::now() + wait > deadline {
                 return Err(unclear);
             }

@@ -11,7 +11,8 @@ use fairvault_engine::postgres::segment::Segment;
 use fairvault_engine::progress::Progress;
 use fairvault_engine::repair;
 use fairvault_engine::restore::plan::Manifest;
-use fairvault_engine::stanza::Stanza;
+use fairvault_engine::stanza::{Access, Stanza};
+use fairvault_engine::store::Store;
 use fairvault_engine::verify::Level;
 use fairvault_engine::wal::archive::Archive;
 use fairvault_format::proto::log_entry::Kind as Entry;
@@ -19,7 +20,12 @@ use fairvault_format::{limits, names, pack, sha256};
 
 use super::actors::{self, access};
 use super::server::{SEGMENT, Server, segments, wal};
-use super::store::World;
+use super::store::{World, as_store};
+use super::watch::Fork;
+use super::witness::Aside;
+
+/// Chunks, each with the key epoch of its pack.
+pub type Chunks = BTreeSet<(u32, [u8; 32])>;
 
 /// What writers were told, and what there was to do.
 #[derive(Debug, Default)]
@@ -42,20 +48,46 @@ impl Notes {
     }
 }
 
-/// What must hold at every moment. Returns the logs.
+/// What must hold at every moment, looked at as a whole. Returns the logs.
 pub async fn check(world: &Arc<World>, notes: &Notes, server: &Server) -> Result<[Log; 2]> {
     // Before the repository is looked at: what is told later need not be there.
     let (archived, received) = (server.archived(), server.received());
-    let first = repository(world, notes, 0).await?;
+    let told = |repo: usize| notes.committed[repo].lock().unwrap().clone();
+    let first = repository(world, &told(0), 0, world.now(0)).await?;
     has_its_wal(&first, archived, &received).await?;
-    let second = repository(world, notes, 1).await.context("in the second repository")?;
+    let second = repository(world, &told(1), 1, world.now(1))
+        .await
+        .context("in the second repository")?;
     copies_have_their_wal(&second).await?;
     Ok([first, second])
 }
 
-async fn repository(world: &Arc<World>, notes: &Notes, repo: usize) -> Result<Log> {
-    let told = notes.committed[repo].lock().unwrap().clone();
-    let log = Log::replay(Stanza::open(&access(world.now(repo), world)).await?).await?;
+/// The same of a repository as it was after an entry of its log; and if all of the index was lost then, it would come
+/// back.
+pub async fn check_closely(world: &Arc<World>, (repo, inner): Fork) -> Result<()> {
+    let log = repository(world, &BTreeSet::new(), repo, as_store((repo, inner.clone()))).await?;
+    let access = Access {
+        env: Aside::new(world),
+        ..access(as_store((repo, inner)), world)
+    };
+    let after = log.state().seq;
+    let rebuilt = async {
+        let mut log = mend(&access).await?;
+        let runs = log.state().index_runs.iter();
+        let runs: Vec<String> = runs
+            .map(|run| format!("{}/{}", names::INDEX, hex::encode(run)))
+            .collect();
+        log.stanza().store().delete(&runs).await?;
+        rebuild(&access, &mut log, !runs.is_empty()).await
+    };
+    rebuilt
+        .await
+        .with_context(|| format!("the index of repository {repo} was lost after entry {after}"))?;
+    Ok(())
+}
+
+async fn repository(world: &Arc<World>, told: &BTreeSet<String>, repo: usize, store: Store) -> Result<Log> {
+    let log = Log::replay(Stanza::open(&access(store, world)).await?).await?;
     let void: Vec<u64> = (1..=log.state().seq).filter(|seq| log.is_void(*seq)).collect();
     ensure!(void.is_empty(), "written by who had not read what was before: {void:?}");
     let mut there = BTreeSet::new();
@@ -185,7 +217,7 @@ async fn copies_have_their_wal(log: &Log) -> Result<()> {
 }
 
 /// The beginning of a segment is there, as the server wrote it.
-async fn has_bytes(archive: &Archive, number: u64, len: u64) -> Result<()> {
+pub async fn has_bytes(archive: &Archive, number: u64, len: u64) -> Result<()> {
     let segment = Segment { timeline: 1, number };
     let there = archive.segment_or_parts(segment).await?.unwrap_or_default();
     let (there, wanted) = (there.get(..len as usize), wal(number));
@@ -196,8 +228,9 @@ async fn has_bytes(archive: &Archive, number: u64, len: u64) -> Result<()> {
     Ok(())
 }
 
-/// Ids of chunks in packs that backups use, not too little, and that may be used on: by what can be read of the index.
-async fn usable_chunks(log: &Log) -> Result<BTreeSet<[u8; 32]>> {
+/// Chunks in packs that backups use, not too little, and that may be used on: those that the packs say they have, and
+/// those of them that are in what can be read of the index.
+async fn usable_chunks(log: &Log) -> Result<(Chunks, Chunks)> {
     let stanza = log.stanza();
     let mut live: BTreeMap<[u8; 32], u64> = BTreeMap::new();
     for backup in &log.state().backups {
@@ -217,50 +250,90 @@ async fn usable_chunks(log: &Log) -> Result<BTreeSet<[u8; 32]>> {
         used > 0 && used * 10 >= *len && !marked.contains(&pack[..]) && !bad.contains(pack)
     });
     let usable: HashSet<[u8; 32]> = usable.map(|(pack, _)| *pack).collect();
-    let mut ids = BTreeSet::new();
+    let (mut there, mut known) = (Chunks::new(), Chunks::new());
+    for name in usable.iter().map(names::pack) {
+        let bytes = stanza.store().get(&name, limits::PACK_BYTES).await?;
+        let (header, frames) = pack::open_pack(stanza.keys_for(&bytes, &name)?, stanza.scope(), &bytes, &name)?;
+        there.extend(frames.iter().map(|frame| (header.epoch, frame.id)));
+    }
     for hash in &log.state().index_runs {
         let Ok(run) = read_run(stanza, hash).await else {
             continue;
         };
-        let entries = run.entries.iter();
-        let entries = entries.filter(|entry| usable.contains(&run.packs[entry.pack as usize].name));
-        ids.extend(entries.map(|entry| entry.id));
+        let entries = run
+            .entries
+            .iter()
+            .map(|entry| (&run.packs[entry.pack as usize], entry.id));
+        let entries = entries.filter(|(pack, _)| usable.contains(&pack.name));
+        known.extend(entries.map(|(pack, id)| (pack.header.epoch, id)));
     }
-    Ok(ids)
+    Ok((there, known))
 }
 
-/// Half of the index is lost, and comes back from the packs.
-pub async fn index_comes_back(world: &Arc<World>, notes: &Notes) -> Result<()> {
-    let log = actors::open(world, 0).await?;
-    // What was lost before is repaired first: what is lost with it now could not be told from that.
-    let access = access(world.store(0), world);
-    let options = repair::Options {
-        dry_run: false,
-        level: Level::Objects,
-    };
-    repair::run(&access, options, &Progress::default()).await?;
-    let mut log = log;
-    log.refresh().await?;
-    let before = usable_chunks(&log).await?;
-    for run in log.state().index_runs.clone() {
-        if world.roll(2) == 0 {
-            world.spoil(0, &format!("{}/{}", names::INDEX, hex::encode(run))).await;
-        }
-    }
-    let report = repair::run(&access, options, &Progress::default()).await?;
-    notes.count("rebuilt packs", report.index.rebuilt_packs);
+const REPAIR: repair::Options = repair::Options {
+    dry_run: false,
+    level: Level::Objects,
+};
+
+/// What was lost of the index before is repaired: what is lost with it later could not be told from that.
+async fn mend(access: &Access) -> Result<Log> {
+    repair::run(access, REPAIR, &Progress::default()).await?;
+    Ok(Log::open(Stanza::open(access).await?).await?)
+}
+
+/// A repair brings back into the index what was there before; and if anything `is_lost`, whatever packs hold that are of
+/// use: then nobody knows any more what was there. Returns these chunks, and how many packs were looked into.
+async fn rebuild(access: &Access, log: &mut Log, is_lost: bool) -> Result<(Chunks, u64)> {
+    let report = repair::run(access, REPAIR, &Progress::default()).await?;
     log.refresh().await?;
     for run in &log.state().index_runs {
         read_run(log.stanza(), run).await?;
     }
-    let after = usable_chunks(&log).await?;
+    let (there, known) = usable_chunks(log).await?;
+    let lost = there.difference(&known).count();
+    ensure!(
+        lost == 0 || !is_lost,
+        "{lost} of {} chunks are not in the index again",
+        there.len()
+    );
+    Ok((known, report.index.rebuilt_packs))
+}
+
+/// Half of the index is lost, and comes back from the packs. Returns the chunks that are in it then.
+pub async fn index_comes_back(world: &Arc<World>, notes: &Notes) -> Result<Chunks> {
+    let access = access(world.store(0), world);
+    let mut log = mend(&access).await?;
+    let (_, before) = usable_chunks(&log).await?;
+    let runs = log.state().index_runs.clone();
+    for (number, run) in runs.iter().enumerate() {
+        // One of them at least.
+        if world.roll(2) == 0 || number == 0 {
+            world.spoil(0, &format!("{}/{}", names::INDEX, hex::encode(run))).await;
+        }
+    }
+    let (after, rebuilt_packs) = rebuild(&access, &mut log, !runs.is_empty()).await?;
+    notes.count("rebuilt packs", rebuilt_packs);
     let lost = before.difference(&after).count();
     ensure!(
         lost == 0,
         "{lost} of {} chunks are not in the index again",
         before.len()
     );
-    Ok(())
+    Ok(after)
+}
+
+/// Chunks that the index of a repository knows and that can be used on. If it knows none of the newest keys although there
+/// are some, it has been lost: `is_excused` says that somebody has seen to that, or may have.
+pub async fn known_chunks(log: &Log, is_excused: bool) -> Result<Chunks> {
+    let (there, known) = usable_chunks(log).await?;
+    let epoch = log.stanza().keys().epoch;
+    let is_any = |chunks: &Chunks| chunks.iter().any(|(of, _)| *of == epoch);
+    ensure!(
+        is_excused || is_any(&known) || !is_any(&there),
+        "none of {} chunks is in the index",
+        there.len()
+    );
+    Ok(known)
 }
 
 /// Whether a repair has changed something, or died and may have. One that met an open mark puts nothing back into the
@@ -281,8 +354,9 @@ pub fn was_repaired(log: &Log) -> bool {
     changed || begun > noted
 }
 
-/// After collection has got to its end, nothing is left over. `is_partial`: the index may lack what is used.
-pub async fn nothing_is_left(log: &Log, is_partial: bool) -> Result<()> {
+/// After collection has got to its end, nothing is left over; and of what is used, nothing that was `known` before is
+/// forgotten.
+pub async fn nothing_is_left(log: &Log, known: &Chunks) -> Result<()> {
     let archive = Archive::open(log, None, 0)?;
     let gone = |number: &u64| {
         archive.is_expired(Segment {
@@ -292,12 +366,10 @@ pub async fn nothing_is_left(log: &Log, is_partial: bool) -> Result<()> {
     };
     ensure!(!segments(log).await?.iter().any(gone), "WAL that has expired");
     let stanza = log.stanza();
-    let (mut used, mut is_current) = (BTreeSet::new(), false);
+    let mut used = BTreeSet::new();
     for backup in &log.state().backups {
         let manifest = Manifest::read(stanza, &backup.root).await?;
         used.extend(manifest.packs.iter().map(|pack| names::pack(&pack.name)));
-        let mut packs = manifest.packs.iter();
-        is_current |= packs.any(|pack| pack.header.epoch == stanza.keys().epoch);
     }
     let packs = stanza.store().list(names::PACKS).await?;
     let packs: BTreeSet<_> = packs.into_iter().map(|(name, _)| name).collect();
@@ -307,8 +379,14 @@ pub async fn nothing_is_left(log: &Log, is_partial: bool) -> Result<()> {
     let runs = stanza.store().list(names::INDEX).await?.len();
     ensure!(runs == log.state().index_runs.len(), "{runs} index runs");
     ensure!(log.state().open_marks.is_empty() && log.state().open_sessions.is_empty());
-    // Whatever is used, and of the newest keys, can be found again.
+    // Whatever is used, and of the newest keys, can be found again by the next backup.
     let index = Index::load(stanza, log.state()).await?;
-    ensure!(!is_current || !index.is_empty() || is_partial);
+    let current = known.iter().filter(|(epoch, _)| *epoch == stanza.keys().epoch);
+    let forgotten = current.filter(|(_, id)| index.find(id).is_none()).count();
+    ensure!(
+        forgotten == 0,
+        "{forgotten} of {} chunks that were in the index cannot be found any more",
+        known.len()
+    );
     Ok(())
 }

@@ -115,8 +115,11 @@ impl Server {
         };
         let position = &self.position;
         match push.await {
-            Ok(()) => _ = position.compare_exchange(number, number + 1, Ordering::SeqCst, Ordering::SeqCst),
-            Err(error) => passing(world, error)?,
+            Ok(()) => {
+                _ = position.compare_exchange(number, number + 1, Ordering::SeqCst, Ordering::SeqCst);
+                world.watch.told(number..=number);
+            }
+            Err(error) => passing(error)?,
         }
         Ok(())
     }
@@ -163,9 +166,12 @@ impl Server {
                 let lsn = told.borrow_and_update().0;
                 // What it begins with was there, and is compared before anything is said.
                 if let (Some(from), true) = (*from.borrow(), lsn > 0) {
-                    let mut heard = self.heard.lock().unwrap();
-                    let to = heard.entry(from).or_insert(from);
-                    *to = lsn.max(*to);
+                    let before = {
+                        let mut heard = self.heard.lock().unwrap();
+                        let to = heard.entry(from).or_insert(from);
+                        std::mem::replace(to, lsn.max(*to))
+                    };
+                    world.watch.told(before / SEGMENT..=lsn / SEGMENT);
                 }
             }
         };
@@ -178,7 +184,7 @@ impl Server {
         };
         match received.await {
             Ok(()) => Ok(()),
-            Err(error) => passing(world, error).context("a receiver"),
+            Err(error) => passing(error).context("a receiver"),
         }
     }
 

@@ -2,6 +2,7 @@
 //! do things late or twice, and list late. In some seeds they have a vice beside that, and do what no promise allows: see
 //! [`Vice`]. All of it follows from a seed.
 
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -20,6 +21,13 @@ use object_store::{
     PutMultipartOptions, PutOptions, PutPayload, PutResult,
 };
 use tokio::time::{Instant, sleep};
+
+use super::watch::{Fork, Watch};
+
+tokio::task_local! {
+    /// Whether whoever is at work was given the content of another object than asked for.
+    pub static WAS_LIED_TO: Cell<bool>;
+}
 
 type Answer<T> = object_store::Result<T>;
 
@@ -58,7 +66,7 @@ impl Vice {
 /// What all hosts share.
 #[derive(Debug)]
 pub struct World {
-    inner: [InMemory; 2],
+    inner: [Arc<InMemory>; 2],
     dice: Mutex<u64>,
     began: Instant,
     born: Mutex<HashMap<Key, Instant>>,
@@ -71,15 +79,17 @@ pub struct World {
     confused: Mutex<HashMap<Key, (Path, Instant)>>,
     /// How often something was left out of a list, or answered with other content.
     lies: AtomicU64,
-    /// Something was done behind everybody's back.
-    is_spoiled: AtomicBool,
+    /// Parts of the index are lost or damaged while everybody is at work.
+    pub is_spoiled: bool,
+    /// Who looks at every change.
+    pub watch: Watch,
 }
 
 impl World {
     /// A new one.
     pub fn new(seed: u64) -> Arc<Self> {
         Arc::new(Self {
-            inner: [InMemory::new(), InMemory::new()],
+            inner: Default::default(),
             dice: Mutex::new(seed),
             began: Instant::now(),
             born: Mutex::default(),
@@ -88,8 +98,22 @@ impl World {
             cuts: Mutex::default(),
             confused: Mutex::default(),
             lies: AtomicU64::new(0),
-            is_spoiled: AtomicBool::new(false),
+            is_spoiled: (seed / 8).is_multiple_of(2),
+            watch: Watch::default(),
         })
+    }
+
+    /// What an object holds.
+    async fn content(&self, repo: usize, at: &Path) -> Option<Bytes> {
+        self.inner[repo].get(at).await.ok()?.bytes().await.ok()
+    }
+
+    /// An object was stored or deleted: whoever watches sees that now.
+    async fn changed(&self, repo: usize, at: &Path, before: Option<Bytes>) {
+        if let Some(name) = at.as_ref().strip_prefix("acme/") {
+            let now = self.content(repo, at).await;
+            self.watch.show(repo, &self.inner[repo], name, before, now);
+        }
     }
 
     /// Whether a part of an object was stored, where all of it should have been.
@@ -134,13 +158,16 @@ impl World {
 
     /// A repository as it is at this moment, which stays as it is.
     pub fn now(&self, repo: usize) -> Store {
-        let fork = Arc::new(self.inner[repo].fork());
-        Store::new(fork, "", SHOWN[repo], StoreSettings::default())
+        as_store((repo, Arc::new(self.inner[repo].fork())))
+    }
+
+    /// A repository as it is, at every moment.
+    pub fn itself(&self, repo: usize) -> Store {
+        as_store((repo, self.inner[repo].clone()))
     }
 
     /// Whatever somebody does behind everybody's back: an object is gone, or has other bytes.
     pub async fn spoil(&self, repo: usize, name: &str) {
-        self.is_spoiled.store(true, Ordering::Relaxed);
         let path = Path::from(format!("acme/{name}"));
         let Ok(found) = self.inner[repo].get(&path).await else {
             return;
@@ -152,11 +179,6 @@ impl World {
             0 => self.inner[repo].delete(&path).await.unwrap(),
             _ => _ = self.inner[repo].put(&path, bytes.into()).await.unwrap(),
         }
-    }
-
-    /// Whether a part of the index was lost or damaged so far.
-    pub fn is_spoiled(&self) -> bool {
-        self.is_spoiled.load(Ordering::Relaxed)
     }
 
     /// Time passes; on some occasions, a lot.
@@ -181,6 +203,11 @@ impl Env for World {
         buffer.iter_mut().for_each(|byte| *byte = self.roll(256) as u8);
         Ok(())
     }
+}
+
+/// A repository at a moment, as a store that does all that it is told.
+pub fn as_store((repo, inner): Fork) -> Store {
+    Store::new(inner, "", SHOWN[repo], StoreSettings::default())
 }
 
 /// How the repositories are called.
@@ -262,6 +289,7 @@ impl Host {
             && Instant::now() < until
         {
             world.lies.fetch_add(1, Ordering::Relaxed);
+            let _ = WAS_LIED_TO.try_with(|was_lied_to| was_lied_to.set(true));
             return other;
         }
         // Entries of the log are asked for most, and what is wrong with one of them stops everybody.
@@ -285,15 +313,19 @@ impl Host {
             let until = Instant::now() + Duration::from_secs(world.roll(150));
             world.confused.lock().unwrap().insert(key, (other.clone(), until));
             world.lies.fetch_add(1, Ordering::Relaxed);
+            let _ = WAS_LIED_TO.try_with(|was_lied_to| was_lied_to.set(true));
         }
         other
     }
 
     async fn put(&self, at: &Path, payload: PutPayload, options: PutOptions) -> Answer<PutResult> {
+        let (world, repo) = (&self.world, self.repo);
+        let before = world.content(repo, at).await;
         let done = self.inner().put_opts(at, payload, options).await;
         if done.is_ok() {
-            let key = (self.repo, at.clone());
-            self.world.born.lock().unwrap().insert(key, Instant::now());
+            let key = (repo, at.clone());
+            world.born.lock().unwrap().insert(key, Instant::now());
+            world.changed(repo, at, before).await;
         }
         done
     }
@@ -312,8 +344,10 @@ impl ObjectStore for Host {
             return Err(broken("500"));
         }
         if world.happens(8) {
-            // The answer is lost, and the request comes in when nobody expects it any more.
-            let (late, at, ms) = (self.clone(), at.clone(), world.roll(200_000));
+            // The answer is lost, and the request comes in when nobody expects it any more: often soon, before anybody
+            // else has done anything.
+            let (late, at, rolled) = (self.clone(), at.clone(), world.roll(200_000));
+            let ms = rolled * rolled / 200_000;
             tokio::spawn(async move {
                 sleep(Duration::from_millis(ms)).await;
                 let _ = late.put(&at, payload, options).await;
@@ -367,7 +401,9 @@ impl ObjectStore for Host {
                     if world.happens(8) {
                         return Err(broken("500"));
                     }
+                    let before = world.content(host.repo, &path).await;
                     host.inner().delete(&path).await?;
+                    world.changed(host.repo, &path, before).await;
                     match world.happens(8) {
                         true => Err(broken("503, and done all the same")),
                         false => Ok(path),
