@@ -62,11 +62,11 @@ pub struct Repo {
     pub secret_key_file: Option<PathBuf>,
     /// Credentials that may delete: used by `gc` alone, which others leave deleting to.
     pub deleter: Option<Credentials>,
-    /// Credentials that may lock objects: used by `lock`, and by `backup` for the packs that it relies on.
+    /// Credentials that may lock objects: used by `lock`, and by `backup` and `copy` for the packs that they rely on.
     pub keeper: Option<Credentials>,
-    /// A backup stores again what is locked for less long than it is kept, and needs nobody who extends the locks of packs.
-    #[serde(default)]
-    pub store_again: bool,
+    /// A backup stores again what is locked for less long than it is kept, and needs nobody who extends the locks of packs:
+    /// so it is if nothing is said. `true`: what is not known to be locked as well; `false`: nothing.
+    pub store_again: Option<bool>,
     /// What is kept, if the stanza does not say otherwise.
     pub retention: Option<Retention>,
     /// The store has no conditional create, and one writer is promised.

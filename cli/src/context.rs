@@ -296,17 +296,18 @@ impl Context {
         url.open(false)
     }
 
-    /// How long the packs must be locked that a backup relies on, where the configuration says who sees to that, and the
-    /// retention how long that is.
+    /// How long the packs must be locked that a backup relies on, unless the configuration says that nobody cares, and where
+    /// the retention says how long that is.
     pub fn reliance(&self, repository: &str, stanza: &str) -> Result<Option<Reliance>> {
         let Some(repo) = self.config.repo.get(repository) else {
             return Ok(None);
         };
-        if repo.keeper.is_none() && !repo.store_again {
+        let (stores_again, is_asked_for) = (repo.store_again != Some(false), repo.store_again == Some(true));
+        if repo.keeper.is_none() && !stores_again {
             return Ok(None);
         }
         let Some(kept_s) = kept_for(&self.retention(repository, stanza)?, 0) else {
-            if repo.store_again {
+            if is_asked_for {
                 tracing::warn!(
                     "store_again of repository {repository} has no effect: no retention by age says how long backups are kept"
                 );
@@ -318,7 +319,7 @@ impl Context {
             // Its secret may be where `lock` runs, and nowhere else.
             Some(Err(error)) => {
                 tracing::warn!("this backup extends no locks (`fairvault lock` does): {error}");
-                if !repo.store_again {
+                if !stores_again {
                     return Ok(None);
                 }
                 None
@@ -326,7 +327,11 @@ impl Context {
             Some(Ok(store)) => Some(store),
             None => None,
         };
-        Ok(Some(Reliance { kept_s, keeper }))
+        Ok(Some(Reliance {
+            kept_s,
+            keeper,
+            is_asked_for,
+        }))
     }
 
     /// What is kept of a stanza in a repository: the most particular of what is configured.

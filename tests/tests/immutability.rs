@@ -499,9 +499,14 @@ async fn locks_last_as_long_as_the_retention(server: &Server) -> Result<()> {
 
 /// Adds a line to the repository's configuration.
 fn configure(w: &World, line: &str) -> Result<()> {
+    replace(w, "[stanza.acme]", &format!("{line}\n[stanza.acme]"))
+}
+
+/// Changes the configuration.
+fn replace(w: &World, from: &str, to: &str) -> Result<()> {
     let path = w.s.scratch.join("s3.toml");
     let text = std::fs::read_to_string(&path)?;
-    let changed = text.replace("[stanza.acme]", &format!("{line}\n[stanza.acme]"));
+    let changed = text.replace(from, to);
     ensure!(changed != text, "{text}");
     Ok(std::fs::write(&path, changed)?)
 }
@@ -545,7 +550,6 @@ async fn what_a_backup_relies_on_is_locked_for_it(server: &Server) -> Result<()>
 /// Where nobody extends locks, what is locked for less long than a backup is kept is stored again.
 async fn what_is_not_locked_for_long_enough_is_stored_again(server: &Server) -> Result<()> {
     let w = World::new("again", server, true, "retention = { full = \"20d\" }")?;
-    configure(&w, "store_again = true")?;
     let words = [
         "backup",
         "acme",
@@ -561,21 +565,57 @@ async fn what_is_not_locked_for_long_enough_is_stored_again(server: &Server) -> 
     let text = w.s.ok(&words)?;
     ensure!(text.contains("nothing that is there could be relied on"), "{text}");
     bucket::set_default(server, "again", 60)?;
+    let first: u64 = field(&text, "new_stored_bytes")?.parse()?;
     let stored = || -> Result<u64> { Ok(field(&w.s.ok(&words)?, "new_stored_bytes")?.parse()?) };
-    let first = stored()?;
-    // It is not known yet that the bucket's default was what it is when that was stored.
+    // If the bucket's default has been what it is, that is locked for long enough.
+    let relied = stored()?;
+    ensure!(first > 0 && relied * 4 < first, "{first} {relied}");
+    // It is not known yet that it has been.
+    configure(&w, "store_again = true")?;
     let again = stored()?;
-    ensure!(first > 0 && again * 2 > first, "{first} {again}");
-    // As on a host that has known it for long.
-    let mut seen = files(&w.s.scratch.join("cache"));
-    seen.retain(|path| path.ends_with("locks"));
-    ensure!(seen.len() == 1, "{seen:?}");
-    let mut known: Value = serde_json::from_slice(&std::fs::read(&seen[0])?)?;
-    known["since_us"] = 1.into();
-    std::fs::write(&seen[0], known.to_string())?;
+    ensure!(again * 2 > first, "{first} {again}");
+    let as_known_for_long = || -> Result<()> {
+        for path in files(&w.s.scratch.join("cache")) {
+            if path.ends_with("locks") {
+                let mut known: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+                known["since_us"] = 1.into();
+                std::fs::write(&path, known.to_string())?;
+            }
+        }
+        Ok(())
+    };
+    as_known_for_long()?;
     let last = stored()?;
     ensure!(last * 4 < first, "{first} {last}");
     w.s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+
+    // Of another default nothing is known yet.
+    bucket::set_default(server, "again", 59)?;
+    replace(&w, "store_again = true", "store_again = false")?;
+    let relied = stored()?;
+    ensure!(relied * 4 < first, "{first} {relied}");
+
+    // A copy does as a backup does, by what is configured for where it goes.
+    add_second(&w, server, "again")?;
+    let copied = || -> Result<u64> {
+        let (exit, report) = w.report(&["copy"])?;
+        ensure!(exit == 0, "{report}");
+        let backups = report["backups"].as_array().context("backups")?.iter();
+        Ok(backups.filter_map(|backup| backup["stored_bytes"].as_u64()).sum())
+    };
+    let all = copied()?;
+    stored()?;
+    let relied = copied()?;
+    ensure!(all > 0 && relied * 4 < all, "{all} {relied}");
+    replace(&w, "[repo.second]", "[repo.second]\nstore_again = true")?;
+    stored()?;
+    let again = copied()?;
+    ensure!(again * 2 > all, "{all} {again}");
+    as_known_for_long()?;
+    stored()?;
+    let last = copied()?;
+    ensure!(last * 4 < all, "{all} {last}");
+    w.s.ok(&["--repo", "second", "verify", "acme", "--progress", "none"])?;
     Ok(())
 }
 
@@ -677,17 +717,23 @@ async fn wal_that_has_expired_stays_away(server: &Server, is_locked: bool) -> Re
 
 /// Backups and WAL go on into another repository in the bucket.
 fn copies(w: &World, server: &Server) -> Result<()> {
+    add_second(w, server, "locked")?;
+    w.s.ok(&["copy", "acme", "--progress", "none"])?;
+    w.s.ok(&["--repo", "second", "verify", "acme", "--progress", "none"])?;
+    Ok(())
+}
+
+/// The stanza in another repository in the bucket.
+fn add_second(w: &World, server: &Server, bucket: &str) -> Result<()> {
     let config = std::fs::read_to_string(w.s.scratch.join("s3.toml"))?;
     let dir = w.s.scratch.path().display();
     let second = format!(
-        "[repo.second]\nurl = \"s3://locked/second\"\nendpoint = \"{}\"\nregion = \"us-east-1\"\naccess_key = \"{ACCESS_KEY}\"\nsecret_key_file = \"{dir}/s3.secret\"\nsingle_writer = {}\n[defaults]\nrepos = [\"main\", \"second\"]\n[stanza.acme]",
+        "[repo.second]\nurl = \"s3://{bucket}/second\"\nendpoint = \"{}\"\nregion = \"us-east-1\"\naccess_key = \"{ACCESS_KEY}\"\nsecret_key_file = \"{dir}/s3.secret\"\nsingle_writer = {}\n[defaults]\nrepos = [\"main\", \"second\"]\n[stanza.acme]",
         server.endpoint, server.single_writer
     );
     w.s.scratch
         .write("s3.toml", config.replace("[stanza.acme]", &second).as_bytes())?;
     w.s.ok(&["--repo", "second", "stanza", "create", "acme"])?;
-    w.s.ok(&["copy", "acme", "--progress", "none"])?;
-    w.s.ok(&["--repo", "second", "verify", "acme", "--progress", "none"])?;
     Ok(())
 }
 

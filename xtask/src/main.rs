@@ -29,6 +29,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   bench sync [S] commits a second with a synchronous receiver, beside pg_receivewal
   bench replay [N] recovery of N segments (200) from an S3 server, beside cp
   bench scale [N] backups and restores of 1 to N (10) GB, and into and out of an S3 server that is 20 ms away
+  bench sources [SIZE] [ROUNDS] full backups of SIZE (2) times 600 MB from each source with 1 and 2 workers, beside the most that
+                 could come from there, ROUNDS (3) times
   ci             lint, then test, then a short run of the fuzz targets";
 
 fn number<T: std::str::FromStr>(text: &str) -> anyhow::Result<T> {
@@ -80,6 +82,11 @@ fn main() -> ExitCode {
         ["bench", "replay", segments] => number(segments).and_then(bench::replay::run_it),
         ["bench", "scale"] => bench::scale::run_it(10),
         ["bench", "scale", gigabytes] => number(gigabytes).and_then(bench::scale::run_it),
+        ["bench", "sources"] => bench::sources::run_it(2, 3),
+        ["bench", "sources", size] => number(size).and_then(|size| bench::sources::run_it(size, 3)),
+        ["bench", "sources", size, rounds] => {
+            number(size).and_then(|size| bench::sources::run_it(size, number(rounds)?))
+        }
         ["ci"] => steps::lint()
             .and_then(|()| steps::test(false))
             .and_then(|()| fuzz::run(5)),

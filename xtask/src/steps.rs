@@ -84,6 +84,7 @@ fn install_deny() -> Result<PathBuf> {
 /// Everything that the default tests need, then the tests.
 pub fn test(full: bool) -> Result<()> {
     tools::install_debian()?;
+    tools::install_strace()?;
     tools::install_npm_servers()?;
     tools::install_ministack()?;
     let requirements = std::fs::read_to_string(top().join("format-spec/reader/requirements.txt"))?;

@@ -69,6 +69,7 @@ async fn copy_on(context: &Arc<Context>, args: &BackupArgs, log: &Log, id: &str,
                 backup: Some(id.to_owned()),
                 retention: context.retention(repository, &args.stanza)?,
                 compression: context.wal_compression(&args.stanza)?,
+                reliance: context.reliance(repository, &args.stanza)?,
             };
             let progress = Arc::new(Progress::default());
             let display = output::Display::start(args.progress, progress.clone(), "stored");

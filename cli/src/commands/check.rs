@@ -199,6 +199,7 @@ async fn compare(context: &Arc<Context>, stanza: &str, one: &str, other: &str) -
         backup: None,
         retention: context.retention(other, stanza)?,
         compression: 0.into(),
+        reliance: None,
     };
     let plan = async {
         let plan = engine::plan(&source, &target, &options).await?;

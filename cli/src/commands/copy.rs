@@ -103,6 +103,10 @@ async fn into_one(
         backup: args.backup.clone(),
         retention: context.retention(to, &args.stanza)?,
         compression: context.wal_compression(&args.stanza)?,
+        reliance: match args.dry_run {
+            true => None,
+            false => context.reliance(to, &args.stanza)?,
+        },
     };
     if args.dry_run {
         print_plan(context, from, to, &copy::plan(source, &target, &options).await?);

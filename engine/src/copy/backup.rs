@@ -2,9 +2,10 @@
 //! target's keys and packed as by a backup, and described by a manifest of the same files.
 //!
 //! What always holds: the copy's segments and extents are those of the original, place for place, only the frames are
-//! others; a chunk counts as there only if the target's index has it; the commit is the last write.
+//! others; a chunk counts as there only if the target's index has it, in a pack that is locked for long enough; the
+//! commit is the last write.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -30,6 +31,7 @@ use crate::commit::session::Session;
 use crate::commit::{Log, state};
 use crate::dedup::{Claim, Index, Known, SessionChunks, confirm_packs};
 use crate::error::{Error, Result};
+use crate::immutable::reliance::Reliance;
 use crate::pack::Packer;
 use crate::progress::Progress;
 use crate::restore::data::{RANGES, open_frame};
@@ -43,12 +45,47 @@ const SEGMENTS: usize = 4;
 
 type Id = [u8; 32];
 
+/// What the locks of the target mean to all that one run copies. All of that was taken before, and expires before what is
+/// taken now: what was stored by the run itself is locked for long enough.
+#[derive(Default)]
+pub struct Locks {
+    reliance: Option<Reliance>,
+    /// Packs whose content is stored again.
+    ending: HashSet<Id>,
+}
+
+impl Locks {
+    /// Asks the target's bucket, where somebody cares.
+    pub async fn of(target: &Log, reliance: Option<Reliance>) -> Result<Self> {
+        let Some(reliance) = reliance else {
+            return Ok(Self::default());
+        };
+        let minimum_s = target.state().policy.as_ref().map_or(0, |p| p.minimum_retention_s);
+        let reliance = reliance.at_least(minimum_s);
+        let mut notes = Vec::new();
+        let ending = reliance.stored_again(target.stanza(), &mut notes).await?;
+        say(target.stanza(), &notes);
+        Ok(Self {
+            reliance: Some(reliance),
+            ending,
+        })
+    }
+}
+
+/// A copy that relies on what is there is as good as a backup that does so: it is said, and makes no run a failed one.
+fn say(target: &Stanza, notes: &[String]) {
+    for note in notes {
+        tracing::warn!("{}: {note}", target.shown());
+    }
+}
+
 /// Copies a backup whose WAL is in the target already; returns the facts of the copy.
 pub async fn copy(
     source: &Log,
     target: &mut Log,
     original: &proto::CommittedBackup,
     twins: &mut Twins,
+    locks: &Locks,
     progress: &Arc<Progress>,
     stop: &watch::Receiver<bool>,
 ) -> Result<proto::BackupInfo> {
@@ -65,7 +102,7 @@ pub async fn copy(
         }
     };
     let outcome = tokio::select! {
-        outcome = transfer(source, target, &mut session, original, twins, progress) => outcome,
+        outcome = transfer(source, target, &mut session, original, twins, locks, progress) => outcome,
         () = super::stopped(stop) => Err(Error::interrupted()),
     };
     let ended = match outcome {
@@ -119,11 +156,12 @@ async fn transfer(
     session: &mut Session,
     original: &proto::CommittedBackup,
     twins: &Twins,
+    locks: &Locks,
     progress: &Arc<Progress>,
 ) -> Result<Transferred> {
     let (from, to) = (source.stanza().clone(), target.stanza().clone());
     progress.phase("loading the index");
-    let index = Index::load(&to, target.state()).await?;
+    let index = Index::load_without(&to, target.state(), &locks.ending).await?;
     let outline = Arc::new(Outline::read(&from, &original.root).await?);
     let facts = info(original);
     if outline.root.info.as_ref() != Some(&facts) {
@@ -160,6 +198,11 @@ async fn transfer(
     let (segments, handles) = worked?;
     let (known, packs) = chunks.finish()?;
     confirm_packs(&to, &known, &packs).await?;
+    if let Some(reliance) = &locks.reliance {
+        let (relied_on, mut notes) = (packs.iter().map(|pack| pack.name).collect(), Vec::new());
+        reliance.extend_locks(&to, &relied_on, &mut notes).await;
+        say(&to, &notes);
+    }
     let info = proto::BackupInfo {
         id: session.backup().to_owned(),
         copied_from: Some(state::origin(source.state(), &facts)),
@@ -282,7 +325,7 @@ async fn content(shared: &Arc<Shared>, source: &Arc<Stanza>, outline: &Outline, 
     let workers = std::thread::available_parallelism().map_or(2, usize::from);
     let mut handles = Handles::new();
     let mut sealing = FuturesUnordered::new();
-    let mut met: std::collections::HashSet<Id> = Default::default();
+    let mut met: HashSet<Id> = HashSet::new();
     let reading = (0..outline.segments()).map(|number| outline.segment(source, number));
     let mut reading = futures::stream::iter(reading).buffered(SEGMENTS);
     while let Some(segment) = reading.next().await {

@@ -21,6 +21,7 @@ use crate::commit::{Log, state};
 use crate::error::{Context, Error, Kind, Result};
 use crate::expire;
 use crate::expire::rules::{Candidate, Floor, Retention, decide};
+use crate::immutable::reliance::Reliance;
 use crate::progress::Progress;
 use crate::restore::plan::usage;
 use crate::restore::target::info;
@@ -36,6 +37,8 @@ pub struct Options {
     pub retention: Retention,
     /// How WAL is compressed.
     pub compression: Compression,
+    /// How long the target's packs must be locked that a copy relies on; without, locks are nobody's concern.
+    pub reliance: Option<Reliance>,
 }
 
 /// A backup that is, or would be, copied.
@@ -448,6 +451,10 @@ async fn copy_all(
         report.wal += counts;
         proven.insert(needed.source.system_identifier, of_life);
     }
+    let locks = match wanted.is_empty() {
+        true => backup::Locks::default(),
+        false => backup::Locks::of(target, options.reliance.clone()).await?,
+    };
     let mut twins = Twins::default();
     for backup in &wanted {
         let facts = info(backup);
@@ -466,7 +473,7 @@ async fn copy_all(
                 let to = target.stanza().clone();
                 twins.learn((source.stanza(), &original), (&to, &there)).await?;
             }
-            backup::copy(source, target, backup, &mut twins, progress, stop).await
+            backup::copy(source, target, backup, &mut twins, &locks, progress, stop).await
         };
         match copied.await {
             Ok(copy) => {

@@ -75,7 +75,8 @@ fn advice_on(bucket: Bucket, retention: &Retention, minimum_s: u64) -> Advice {
         return advice;
     };
     advice.is = format!("versions, locked for {locked_days} days ({mode}); {shrinks}");
-    let locked_s = u64::from(locked_days) * (DAY_US / 1_000_000) as u64;
+    let day_s = (DAY_US / 1_000_000) as u64;
+    let locked_s = u64::from(locked_days) * day_s;
     let Some(kept_s) = kept_for(retention, minimum_s) else {
         advice.is += "; how long backups are kept is not known by age, so `fairvault lock` needs --days";
         return advice;
@@ -88,7 +89,15 @@ fn advice_on(bucket: Bucket, retention: &Retention, minimum_s: u64) -> Advice {
             ),
             "run `fairvault lock` after each backup, or raise the bucket's default retention".to_owned(),
         ));
-    } else if locked_s > kept_s.saturating_mul(2) && locked_s > kept_s + 7 * (DAY_US / 1_000_000) as u64 {
+        return advice;
+    }
+    // A day less: so long may a backup take itself.
+    let relied_on = match (locked_s.saturating_sub(kept_s) / day_s).saturating_sub(1) {
+        0 => "nothing that is there".to_owned(),
+        few => format!("what was stored in the last {few} days"),
+    };
+    advice.is += &format!("; unless locks are extended, {relied_on} is locked for as long as a new backup is kept");
+    if locked_s > kept_s.saturating_mul(2) && locked_s > kept_s.saturating_add(7 * day_s) {
         advice.warnings.push((
             format!(
                 "backups and WAL are kept for {}, and locked for {locked_days} days: what has expired is paid for all that time",
@@ -129,6 +138,8 @@ mod tests {
         assert!(of(29, kept(30), 0).warnings[0].0.contains("not protected"));
         assert!(of(30, kept(7), 31 * DAY_S).warnings[0].0.contains("not protected"));
         assert!(of(90, kept(30), 0).warnings[0].0.contains("paid for"));
+        assert!(of(31, kept(30), 0).is.contains("nothing that is there is"));
+        assert!(of(45, kept(30), 0).is.contains("in the last 14 days is locked"));
         // Days are not much to pay for.
         assert_eq!(of(7, kept(1), 0).warnings, []);
         let counted = of(7, Some(Keep::Count(3)), 0);

@@ -1,6 +1,6 @@
 //! Packs that a new backup would rely on although their locks end before it expires: it would be protected for less long
-//! than it seems. Where somebody may extend locks, theirs are extended before the backup counts; where nobody may, they can
-//! be left alone, and their content is stored again.
+//! than it seems. Where somebody may extend locks, theirs are extended before the backup counts; where nobody may, they are
+//! left alone, and their content is stored again, unless the configuration says that nobody cares.
 //!
 //! What always holds: a lock lasts as long as is known of it, and not longer. The oldest version counts, since nothing was
 //! ever overwritten: whoever stores another one above it makes no lock longer.
@@ -24,6 +24,9 @@ pub struct Reliance {
     pub kept_s: u64,
     /// The repository with credentials that may extend locks. Without, what is not locked for long enough is stored again.
     pub keeper: Option<Store>,
+    /// Somebody has asked for that: then only what is known of a lock counts, and a bucket that may not be asked is an
+    /// error. Otherwise the bucket's default is taken to have been what it is.
+    pub is_asked_for: bool,
 }
 
 impl Reliance {
@@ -40,8 +43,8 @@ impl Reliance {
         if self.keeper.is_some() {
             return Ok(HashSet::new());
         }
-        match ending(stanza, self.kept_s).await {
-            Err(error) if error.kind() == Kind::Refused => {
+        match ending(stanza, self.kept_s, self.is_asked_for).await {
+            Err(error) if error.kind() == Kind::Refused || (!self.is_asked_for && error.kind() != Kind::Temporary) => {
                 notes.push(format!("nothing is stored again because of its lock: {error}"));
                 Ok(HashSet::new())
             }
@@ -68,9 +71,9 @@ pub(super) fn until_us(stanza: &Stanza, kept_s: u64) -> i64 {
     stanza.env().now_us().saturating_add(kept_us)
 }
 
-/// Packs of which it is not known that their locks last as long as a backup that begins now is kept. Nothing is asked of
-/// single packs: that what was extended is not known here stores it again.
-async fn ending(stanza: &Stanza, kept_s: u64) -> Result<HashSet<[u8; 32]>> {
+/// Packs whose locks do not last as long as a backup that begins now is kept, or, if `is_strict`, of which that is not
+/// known. Nothing is asked of single packs: that what was extended is not known here stores it again.
+async fn ending(stanza: &Stanza, kept_s: u64, is_strict: bool) -> Result<HashSet<[u8; 32]>> {
     let store = stanza.store();
     let Some(bucket) = store.bucket().await?.filter(|bucket| bucket.lock) else {
         return Ok(HashSet::new());
@@ -94,7 +97,11 @@ async fn ending(stanza: &Stanza, kept_s: u64) -> Result<HashSet<[u8; 32]>> {
     while let Some(page) = listing.next().await? {
         for object in page {
             let oldest = object.contents().next();
-            if oldest.is_none_or(|version| seen.end(bucket, &object.name, version) < until_us) {
+            let end = oldest.map(|version| match is_strict {
+                true => seen.end(bucket, &object.name, version),
+                false => seen.likely_end(bucket, &object.name, version),
+            });
+            if end.is_none_or(|end| end < until_us) {
                 ending.extend(names::parse_hash(&object.name));
             }
         }

@@ -52,6 +52,12 @@ impl Seen {
         self.known(name, version).map_or(0, |(_, end)| end).max(by_default)
     }
 
+    /// The same, if the bucket's default has been what it is since that was stored.
+    pub fn likely_end(&self, bucket: Bucket, name: &str, version: &Version) -> i64 {
+        let by_default = bucket.locks_until(version.modified_us);
+        self.end(bucket, name, version).max(by_default)
+    }
+
     /// What is remembered of a version.
     pub fn known(&self, name: &str, version: &Version) -> Option<(String, i64)> {
         let key = key(name, version);
@@ -108,6 +114,7 @@ mod tests {
         };
         let seen = Seen::default().with(bucket(1), 5 * DAY_US);
         assert_eq!(seen.end(bucket(1), "a", &version(5 * DAY_US)), 0);
+        assert_eq!(seen.likely_end(bucket(1), "a", &version(5 * DAY_US)), 6 * DAY_US);
         assert_eq!(seen.end(bucket(1), "a", &version(6 * DAY_US)), 7 * DAY_US);
         let seen = Seen {
             ends: [("a#v".to_owned(), 6 * DAY_US)].into(),
@@ -115,6 +122,8 @@ mod tests {
         };
         assert_eq!(seen.since_us, 6 * DAY_US, "it is as it was");
         assert_eq!(seen.end(bucket(1), "a", &version(0)), 6 * DAY_US);
+        assert_eq!(seen.likely_end(bucket(1), "a", &version(0)), 6 * DAY_US);
+        assert_eq!(seen.likely_end(bucket(1), "b", &version(0)), DAY_US);
         let seen = seen.with(bucket(30), 9 * DAY_US);
         assert_eq!(seen.end(bucket(30), "b", &version(9 * DAY_US)), 0);
         assert_eq!(seen.end(bucket(30), "b", &version(10 * DAY_US)), 40 * DAY_US);

@@ -157,6 +157,15 @@ impl Store {
             405 | 501 => VersioningConfiguration::default(),
             _ => self.parse(answer, doing, "s3:GetBucketVersioning")?,
         };
+        let is_versioned = versioning.status == "Enabled";
+        let has_versions = !versioning.status.is_empty();
+        // Locks are of versions. "Suspended" ends new versions; those that are there stay.
+        if !is_versioned {
+            return Ok(Some(Bucket {
+                has_versions,
+                ..Bucket::default()
+            }));
+        }
         let doing = "asking whether the bucket locks objects";
         let answer = self.ask(Method::GET, "", &[("object-lock", "")], doing).await?;
         let lock: ObjectLockConfiguration = match answer.status {
@@ -166,9 +175,8 @@ impl Store {
         };
         let default = lock.rule.and_then(|rule| rule.default_retention);
         Ok(Some(Bucket {
-            versioning: versioning.status == "Enabled",
-            // "Suspended" ends new versions; those that are there stay.
-            has_versions: !versioning.status.is_empty(),
+            versioning: is_versioned,
+            has_versions,
             lock: lock.object_lock_enabled == "Enabled",
             default: default.map(|rule| {
                 let days = rule.days.unwrap_or(0) + rule.years.unwrap_or(0) * 365;

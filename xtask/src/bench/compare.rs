@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::s3::S3;
 use fairvault_tests::{Fixture, Shape, run, tools};
@@ -64,6 +64,8 @@ pub struct Cost {
     pub wall: f64,
     /// Seconds of all cores, the server's included.
     pub cpu: f64,
+    /// Of these, seconds of the tool's own processes: what the kernel says when they end.
+    pub own: f64,
     /// Largest process, MiB.
     pub memory: f64,
     /// MiB in the repository.
@@ -242,7 +244,8 @@ fn count_requests(data: &Data, s: &Fixture, rows: &mut Vec<Row>) -> Result<()> {
     Ok(())
 }
 
-fn median(costs: &[Cost]) -> Cost {
+/// The median of each figure.
+pub fn median(costs: &[Cost]) -> Cost {
     let of = |value: fn(&Cost) -> f64| {
         let mut values: Vec<f64> = costs.iter().map(value).collect();
         values.sort_by(f64::total_cmp);
@@ -251,6 +254,7 @@ fn median(costs: &[Cost]) -> Cost {
     Cost {
         wall: of(|c| c.wall),
         cpu: of(|c| c.cpu),
+        own: of(|c| c.own),
         memory: of(|c| c.memory),
         stored: of(|c| c.stored),
         read: of(|c| c.read),
@@ -508,7 +512,7 @@ impl Run<'_> {
         // The same two cores for all, however many there are.
         let mut timed_command = Command::new("taskset");
         timed_command
-            .args(["-c", "0,1", "/usr/bin/time", "-f", "%M", "-o"])
+            .args(["-c", "0,1", "/usr/bin/time", "-f", "%M %U %S", "-o"])
             .arg(&file)
             .arg(command.get_program());
         timed_command.args(command.get_args());
@@ -520,10 +524,16 @@ impl Run<'_> {
         let read = (read_by_children()? - read_before) / MIB;
         let network = (over_loopback()? - network_before) / MIB;
         let text = std::fs::read_to_string(&file)?;
-        let peak: f64 = text.lines().last().context("no peak")?.trim().parse()?;
+        // The peak in KiB, then seconds as a user and in the kernel.
+        let line = text.lines().last().context("GNU time has written nothing")?;
+        let numbers: Vec<f64> = line.split(' ').map(str::parse::<f64>).collect::<Result<_, _>>()?;
+        let [peak, user, system] = numbers[..] else {
+            bail!("GNU time has written {line:?} instead of three numbers");
+        };
         Ok(Cost {
             wall,
             cpu,
+            own: user + system,
             memory: peak / 1024.0,
             read,
             network,
@@ -550,7 +560,7 @@ fn over_loopback() -> Result<f64> {
 }
 
 /// Brings a folder's files into the kernel's cache.
-fn warm(folder: &Path) -> Result<()> {
+pub fn warm(folder: &Path) -> Result<()> {
     for file in fairvault_tests::fixture::files(folder) {
         // One that has gone meanwhile needs no warmth.
         if let Ok(mut file) = std::fs::File::open(file) {

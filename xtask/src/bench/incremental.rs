@@ -22,33 +22,55 @@ struct Load {
     pages: u32,
     /// Rows that are added, per GB.
     rows: u32,
+    /// Where they are added: a table, its columns, and what is selected for row `i`.
+    row: [&'static str; 2],
 }
 
-const LOADS: [Load; 5] = [
+/// Of 64 characters, 32 bytes are random.
+const DIGESTS: [&str; 2] = ["log (id, what)", "i, md5(i::text) || md5((i * 3)::text) || ' happened'"];
+/// Numbers, a time, one of some words.
+const EVENTS: [&str; 2] = [
+    "events",
+    "i, now() + i * interval '37 ms', (random() * 1e6)::int, (random() * 1e4)::numeric(9, 2), \
+     (array['created', 'paid', 'shipped', 'returned'])[1 + i % 4], 'order ' || (random() * 1e6)::int",
+];
+
+const LOADS: [Load; 6] = [
     Load {
         name: "nothing changed",
         pages: 0,
         rows: 0,
+        row: DIGESTS,
     },
     Load {
         name: "0.05 % of pages",
         pages: 5,
         rows: 0,
+        row: DIGESTS,
     },
     Load {
         name: "1 % of pages",
         pages: 100,
         rows: 0,
+        row: DIGESTS,
     },
     Load {
         name: "10 % of pages",
         pages: 1000,
         rows: 0,
+        row: DIGESTS,
     },
     Load {
-        name: "5 % appended",
+        name: "5 % appended, random digests",
         pages: 0,
         rows: 340_000,
+        row: DIGESTS,
+    },
+    Load {
+        name: "5 % appended, events",
+        pages: 0,
+        rows: 650_000,
+        row: EVENTS,
     },
 ];
 
@@ -94,6 +116,7 @@ fn month() -> Result<()> {
         name: "an hour",
         pages: 50,
         rows: 0,
+        row: DIGESTS,
     };
     let (mut round, mut totals) = (0, [Cost::default(); 2]);
     for day in 0..28 {
@@ -139,6 +162,7 @@ fn set_up(scale: u32) -> Result<Fixture> {
         .server
         .pgbench(&s.scratch, &["-i", "-q", "-F", "90", "-s", &scale.to_string()]))?;
     s.sql("create table log (id bigint, at timestamptz default now(), what text)")?;
+    s.sql("create table events (id bigint, at timestamptz, account int, amount numeric, kind text, what text)")?;
     s.sql("select pg_switch_wal(); checkpoint")?;
     Ok(s)
 }
@@ -203,7 +227,10 @@ fn compare(size: u32, many: Option<f64>) -> Result<()> {
             name: "one of many",
             pages: (percent * 100.0).round() as u32,
             rows: 0,
+            row: DIGESTS,
         };
+        // What the changes above scattered is not what is measured.
+        backup(&ours, "full")?;
         for number in 0..MANY {
             change(&s, &load, size, 10 + number as u32)?;
             let cost = backup(&ours, "incr")?;
@@ -277,9 +304,9 @@ fn change(s: &Fixture, load: &Load, size: u32, round: u32) -> Result<()> {
         ))?;
     }
     if load.rows > 0 {
-        let rows = load.rows * size;
+        let (rows, [table, values]) = (load.rows * size, load.row);
         s.sql(&format!(
-            "insert into log (id, what) select i, md5(i::text) || md5((i * 3)::text) || ' happened' from generate_series(1, {rows}) i"
+            "select setseed(0.5); insert into {table} select {values} from generate_series(1, {rows}) i"
         ))?;
     }
     s.sql("checkpoint").map(drop)

@@ -8,6 +8,7 @@ pub mod incremental;
 pub mod replay;
 mod report;
 pub mod scale;
+pub mod sources;
 pub mod sync;
 pub mod wal;
 
