@@ -101,11 +101,24 @@ fn damaged_pages_of_the_source_are_reported_and_kept() -> Result<()> {
     content[3 * 8192 + 4000] ^= 1;
     std::fs::write(&file, &content)?;
     s.server.start(&s.scratch)?;
-    let (exit, text) = s.fairvault(&["backup", "acme", "--fast", "--progress", "none"]);
-    ensure!(
-        exit == 6 && text.contains(&format!("page 3 of {path}")) && text.contains("damaged"),
-        "{exit} {text}"
-    );
+    for source in ["local", "sql", "stream"] {
+        let full = [
+            "backup",
+            "acme",
+            "--fast",
+            "--type",
+            "full",
+            "--progress",
+            "none",
+            "--source",
+            source,
+        ];
+        let (exit, text) = s.fairvault(&full);
+        ensure!(
+            exit == 6 && text.contains(&format!("page 3 of {path}")) && text.contains("damaged"),
+            "{source}: {exit} {text}"
+        );
+    }
     let (exit, text) = s.fairvault(&["verify", "acme", "--level", "data", "--progress", "none"]);
     ensure!(exit == 0, "the repository holds what the server had: {text}");
     ensure!(s.fairvault(&["info", "acme"]).1.contains("1 DAMAGED PAGES"));

@@ -49,12 +49,13 @@ fn when_a_receiver_began_and_ended_is_in_the_log() -> Result<()> {
     let s = Fixture::new("receivenoted", Shape::default())?;
     let spool = s.path("spool");
     let noted = |word: &str| -> Result<usize> {
-        Ok(s.ok(&["audit", "acme"])?
-            .matches(&format!("wal receive: {word}"))
-            .count())
+        let audit = s.ok(&["audit", "acme"])?;
+        let lines = audit.lines().filter(|line| line.contains("  wal receive"));
+        Ok(lines.filter(|line| line.contains(&format!(": {word}"))).count())
     };
     for (before, more) in [&[][..], &["--spool", &spool]].into_iter().enumerate() {
         let receiver = Receiver::start(&s, more)?;
+        s.sql(&format!("create table t{before} as select generate_series(1, 1000)"))?;
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
         while noted("began")? == before {
             ensure!(std::time::Instant::now() < deadline, "{}", receiver.text());
@@ -63,6 +64,12 @@ fn when_a_receiver_began_and_ended_is_in_the_log() -> Result<()> {
         ensure!(noted("")? == 2 * before + 1);
         receiver.stop()?;
         ensure!(noted("stopped")? == before + 1 && noted("")? == 2 * before + 2);
+        let audit = s.ok(&["audit", "acme", "--output", "json"])?;
+        let audit: serde_json::Value = serde_json::from_str(&audit)?;
+        let entries = audit["entries"].as_array().context("entries")?.iter();
+        let stops = entries.filter(|entry| entry["what"].as_str().is_some_and(|what| what.contains("stopped")));
+        ensure!(stops.clone().all(|entry| entry["bytes"].as_u64() > Some(0)), "{audit}");
+        ensure!(stops.count() == before + 1, "{audit}");
     }
     Ok(())
 }

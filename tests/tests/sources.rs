@@ -320,12 +320,23 @@ fn promoted(source: &str) -> Result<()> {
 /// Nothing but what `check` prints, on a server that lets nobody replicate.
 #[test]
 fn a_role_that_may_not_replicate_backs_up_what_is_archived() -> Result<()> {
+    without_replication(15)
+}
+
+/// Its functions have other names.
+#[test]
+fn a_role_that_may_not_replicate_backs_up_what_is_archived_by_14() -> Result<()> {
+    without_replication(14)
+}
+
+fn without_replication(major: u32) -> Result<()> {
     let shape = Shape {
+        major,
         archiving: true,
         stanza: false,
         ..SMALL
     };
-    let s = Fixture::new("ordinary", shape)?;
+    let s = Fixture::new(&format!("ordinary{major}"), shape)?;
     s.sql("create role r login")?;
     let conninfo = |port: u16| format!("host={} port={port} user=r dbname=postgres", s.path(""));
     let first = conninfo(5432);

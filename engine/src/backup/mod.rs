@@ -498,7 +498,7 @@ async fn transfer(
     confirm_packs(&stanza, &known, &packs).await?;
     if let Some(reliance) = &reliance {
         let relied_on = packs.iter().map(|pack| pack.name).collect();
-        reliance.extend_locks(&stanza, &relied_on, &mut notes).await;
+        reliance.extend_locks(&stanza, &relied_on, &mut notes).await?;
     }
     let entries = || packed.entries.iter().filter(|entry| !entry.is_gone);
     let info = proto::BackupInfo {

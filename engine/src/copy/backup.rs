@@ -200,7 +200,7 @@ async fn transfer(
     confirm_packs(&to, &known, &packs).await?;
     if let Some(reliance) = &locks.reliance {
         let (relied_on, mut notes) = (packs.iter().map(|pack| pack.name).collect(), Vec::new());
-        reliance.extend_locks(&to, &relied_on, &mut notes).await;
+        reliance.extend_locks(&to, &relied_on, &mut notes).await?;
         say(&to, &notes);
     }
     let info = proto::BackupInfo {

@@ -2,7 +2,8 @@
 //! than it seems. Where somebody may extend locks, theirs are extended before the backup counts; where nobody may, they are
 //! left alone, and their content is stored again, unless the configuration says that nobody cares.
 //!
-//! What always holds: a lock lasts as long as is known of it, and not longer. The oldest version counts, since nothing was
+//! What always holds: a lock lasts as long as is known of it, or, where nobody has asked for that, as long as the bucket's
+//! default says as far as this host has seen it. The oldest version counts, since nothing was
 //! ever overwritten: whoever stores another one above it makes no lock longer.
 
 use std::collections::HashSet;
@@ -11,7 +12,7 @@ use fairvault_format::names;
 
 use super::extend;
 use super::seen::Seen;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::expire::rules::days;
 use crate::stanza::Stanza;
 use crate::store::Store;
@@ -48,20 +49,39 @@ impl Reliance {
                 notes.push(format!("nothing is stored again because of its lock: {error}"));
                 Ok(HashSet::new())
             }
-            other => other,
+            other => {
+                let ending = other?;
+                if !ending.is_empty() {
+                    notes.push(format!(
+                        "{} packs are locked for less long than this backup is kept: what it needs of them is stored again",
+                        ending.len()
+                    ));
+                }
+                Ok(ending)
+            }
         }
     }
 
-    /// Has the locks of packs that a backup relies on extended, where somebody may; a note says if that fails.
-    pub async fn extend_locks(&self, stanza: &Stanza, packs: &HashSet<[u8; 32]>, notes: &mut Vec<String>) {
-        let Some(keeper) = &self.keeper else { return };
+    /// Has the locks of packs that a backup relies on extended, where somebody may. A note says if that fails; where
+    /// somebody has asked for it, that is an error.
+    pub async fn extend_locks(
+        &self,
+        stanza: &Stanza,
+        packs: &HashSet<[u8; 32]>,
+        notes: &mut Vec<String>,
+    ) -> Result<()> {
+        let Some(keeper) = &self.keeper else { return Ok(()) };
         match extend::packs(stanza, keeper, packs, self.kept_s).await {
             Ok(extended) => tracing::debug!("the locks of {extended} packs were extended"),
+            Err(error) if self.is_asked_for => {
+                return Err(error).context(|| "extending the locks of what this backup relies on (store_again = true)");
+            }
             Err(error) => notes.push(format!(
                 "the locks of what this backup relies on could not be extended, and some of them may end before it expires \
                  (`fairvault lock`): {error}"
             )),
         }
+        Ok(())
     }
 }
 
@@ -78,6 +98,9 @@ async fn ending(stanza: &Stanza, kept_s: u64, is_strict: bool) -> Result<HashSet
     let Some(bucket) = store.bucket().await?.filter(|bucket| bucket.lock) else {
         return Ok(HashSet::new());
     };
+    // Since when the default has been what it is: noted also where it is too short, or nobody would know later that it was.
+    let seen = Seen::load(stanza, bucket);
+    seen.note(stanza);
     let locked_us = bucket.locks_until(0);
     // A backup may take a day itself.
     let until_us = until_us(stanza, kept_s).saturating_add(DAY_US);
@@ -90,7 +113,6 @@ async fn ending(stanza: &Stanza, kept_s: u64, is_strict: bool) -> Result<HashSet
         ))
         .remedy("raise the bucket's default retention to twice of what is kept, or extend locks (`keeper`) instead"));
     }
-    let seen = Seen::load(stanza, bucket);
     let mut ending = HashSet::new();
     let folder = format!("{}/", names::PACKS);
     let mut listing = store.versions(&folder);
@@ -106,7 +128,5 @@ async fn ending(stanza: &Stanza, kept_s: u64, is_strict: bool) -> Result<HashSet
             }
         }
     }
-    // Since when the bucket's default has been what it is.
-    seen.note(stanza);
     Ok(ending)
 }

@@ -66,7 +66,10 @@ where
             // Dropped where it stands, with its heart.
             true => match timeout(Duration::from_millis(world.roll(60_000)), &mut task).await {
                 Ok(ended) => ended??,
-                Err(_) => task.abort(),
+                Err(_) => {
+                    world.deaths.fetch_add(1, Ordering::Relaxed);
+                    task.abort();
+                }
             },
             false => task.await??,
         }
@@ -174,7 +177,12 @@ async fn day(seed: u64) -> Result<BTreeMap<&'static str, u64>> {
         ),
     ]);
     let (cuts, lies) = world.vices();
-    counts.extend([("uploads that were cut", cuts), ("false lists and answers", lies)]);
+    counts.extend([
+        ("uploads that were cut", cuts),
+        ("false lists and answers", lies),
+        ("faults", world.faults()),
+        ("deaths", world.deaths.load(Ordering::Relaxed)),
+    ]);
     counts.extend(notes.counts.lock().unwrap().iter());
     Ok(counts)
 }

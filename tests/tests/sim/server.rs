@@ -136,6 +136,7 @@ impl Server {
             keep_pieces: world.roll(3) == 0,
             skip_gap: false,
             compression: 0.into(),
+            taken: Arc::default(),
         };
         let identify = || SystemIdentity {
             system_identifier: SYSTEM,

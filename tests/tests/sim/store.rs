@@ -79,6 +79,10 @@ pub struct World {
     confused: Mutex<HashMap<Key, (Path, Instant)>>,
     /// How often something was left out of a list, or answered with other content.
     lies: AtomicU64,
+    /// How often something happened that a good store does not do.
+    faults: AtomicU64,
+    /// Hosts that died at work.
+    pub deaths: AtomicU64,
     /// Parts of the index are lost or damaged while everybody is at work.
     pub is_spoiled: bool,
     /// Who looks at every change.
@@ -98,6 +102,8 @@ impl World {
             cuts: Mutex::default(),
             confused: Mutex::default(),
             lies: AtomicU64::new(0),
+            faults: AtomicU64::new(0),
+            deaths: AtomicU64::new(0),
             is_spoiled: (seed / 8).is_multiple_of(2),
             watch: Watch::default(),
         })
@@ -133,6 +139,11 @@ impl World {
         (cuts, self.lies.load(Ordering::Relaxed))
     }
 
+    /// How often it failed, answered wrongly, or did something late, twice or not at all.
+    pub fn faults(&self) -> u64 {
+        self.faults.load(Ordering::Relaxed)
+    }
+
     /// From 0 to `sides` - 1.
     pub fn roll(&self, sides: u64) -> u64 {
         let mut state = self.dice.lock().unwrap();
@@ -144,7 +155,9 @@ impl World {
 
     /// Happens so many times in a thousand, while the store is bad.
     fn happens(&self, permille: u64) -> bool {
-        self.is_bad.load(Ordering::Relaxed) && self.roll(1000) < permille
+        let happens = self.is_bad.load(Ordering::Relaxed) && self.roll(1000) < permille;
+        self.faults.fetch_add(happens.into(), Ordering::Relaxed);
+        happens
     }
 
     /// A repository as a host sees it.

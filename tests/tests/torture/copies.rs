@@ -67,6 +67,7 @@ impl Torture {
         check_same(&replayed.data, &copy, &who, "what replay makes")?;
         if has_own {
             check_same(&s.server.data, &copy, &who, "the server's own files")?;
+            look_inside(s, &copy).with_context(|| format!("backup {who}"))?;
         }
         forget(s, "replayed");
         forget(s, "copy");

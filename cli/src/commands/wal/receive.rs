@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use fairvault_engine::commit::Log;
 use fairvault_engine::env::{Env as _, SystemEnv};
@@ -73,6 +74,7 @@ pub async fn run(context: &Arc<Context>, args: ReceiveArgs) -> Result<Outcome> {
             keep_pieces: args.keep_pieces || configured.keep_pieces,
             skip_gap: args.skip_gap || is_optional,
             compression: context.wal_compression(stanza)?,
+            taken: Arc::default(),
         };
         let spool = spool.as_ref().filter(|_| !is_optional);
         let spool = spool.map(|folder| folder.join(stanza).join(repository));
@@ -158,7 +160,7 @@ impl Receiver {
 
     /// Receives, and notes in the log when that began and how it ended.
     async fn run(&self, alone: bool, stop: watch::Receiver<bool>) -> Result<()> {
-        let began_us = SystemEnv.now_us();
+        let (began, began_us) = (Instant::now(), SystemEnv.now_us());
         let (receiving, telling) = (self.receive(alone, stop), self.note_start(began_us));
         tokio::pin!(receiving, telling);
         let mut told = None;
@@ -168,9 +170,14 @@ impl Receiver {
                 log = &mut telling, if told.is_none() => told = Some(log),
             }
         };
+        // It may just be telling the log that it began.
+        if told.is_none() && began.elapsed() > SETTLED {
+            told = tokio::time::timeout(LAST_NOTE, telling).await.ok();
+        }
         if let Some(mut log) = told {
             let end = ended.as_ref().map(|()| "stopped".to_owned());
-            let noted = log.note_end("wal receive", began_us, 0, end);
+            let taken = self.options.taken.load(Ordering::Relaxed);
+            let noted = log.note_end("wal receive", began_us, taken, end);
             if tokio::time::timeout(LAST_NOTE, noted).await.is_err() {
                 tracing::debug!("that this has stopped is not noted in the log: that takes too long");
             }

@@ -116,6 +116,7 @@ async fn store_one(stanza: &Arc<Stanza>, folder: PathBuf, compression: Compressi
         keep_pieces: false,
         skip_gap: false,
         compression,
+        taken: Arc::default(),
     };
     let (stop_in, stop) = watch::channel(false);
     let mut changes = spool.changes();

@@ -19,6 +19,8 @@ mod standbys;
 mod start;
 mod storing;
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use fairvault_format::wal::Compression;
@@ -61,6 +63,8 @@ pub struct Options {
     pub skip_gap: bool,
     /// How what is stored is compressed.
     pub compression: Compression,
+    /// Bytes of WAL that were taken for the repository so far: for whoever asks.
+    pub taken: Arc<AtomicU64>,
 }
 
 /// How one connection's work ended, if it did not fail.

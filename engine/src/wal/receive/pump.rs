@@ -6,6 +6,7 @@
 //! than [`WHOLE_BYTES`] are never held: their pieces are sealed.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -177,7 +178,10 @@ impl<'a> Pump<'a> {
     /// Takes what the stream brought; how receiving has ended, if it has.
     async fn heard(&mut self, item: WalItem, work: &mut Work<'a>) -> Result<Option<Ended>> {
         match item {
-            WalItem::Data { start, bytes } => self.take(start, bytes)?,
+            WalItem::Data { start, bytes } => {
+                self.options.taken.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                self.take(start, bytes)?;
+            }
             WalItem::Idle { wants_answer: true, .. } => self.say(false).await?,
             WalItem::Idle { .. } => {}
             WalItem::TimelineEnd => {
