@@ -157,16 +157,12 @@ impl Fixture {
 
     /// What a backup that succeeds says as JSON.
     pub fn backup_json(&self, more: &[&str]) -> Result<String> {
-        let mut all = vec!["backup", "acme", "--fast", "--progress", "none", "--output", "json"];
-        all.extend(more);
-        self.ok(&all)
+        self.ok(&[&BACKUP_JSON, more].concat())
     }
 
     /// The id of a new backup.
     pub fn backup_id(&self, more: &[&str]) -> Result<String> {
-        let mut all = vec!["backup", "acme", "--fast", "--progress", "none", "--output", "json"];
-        all.extend(more);
-        field(&self.ok(&all)?, "id")
+        field(&self.backup_json(more)?, "id")
     }
 
     /// SQL in database postgres of the server.
@@ -301,6 +297,9 @@ pub fn refused((exit, text): (i32, String), expected: i32, word: &str) -> Result
     );
     Ok(())
 }
+
+/// A backup that says what it was, for machines.
+pub const BACKUP_JSON: [&str; 7] = ["backup", "acme", "--fast", "--progress", "none", "--output", "json"];
 
 /// What this host is called in the log, in leases and in messages.
 pub fn host_name() -> Result<String> {

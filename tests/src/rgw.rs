@@ -153,19 +153,7 @@ impl Rgw {
 
     /// Makes a bucket.
     pub fn bucket(&self, name: &str) -> Result<()> {
-        run(Command::new("curl")
-            .args([
-                "-sS",
-                "--fail-with-body",
-                "-X",
-                "PUT",
-                "-H",
-                "x-amz-content-sha256: UNSIGNED-PAYLOAD",
-            ])
-            .args(["--aws-sigv4", "aws:amz:us-east-1:s3", "--user"])
-            .arg(format!("{ACCESS_KEY}:{SECRET_KEY}"))
-            .arg(format!("{}/{name}", self.endpoint())))?;
-        Ok(())
+        signed_put(SECRET_KEY, &format!("{}/{name}", self.endpoint()), &[]).map(drop)
     }
 
     /// Makes another user, whose access key is its name, with the same secret. It may do nothing yet.
@@ -184,20 +172,9 @@ impl Rgw {
 
     /// Sets the policy of a bucket.
     pub fn set_policy(&self, bucket: &str, policy: &str) -> Result<()> {
-        run(Command::new("curl")
-            .args([
-                "-sS",
-                "--fail-with-body",
-                "-X",
-                "PUT",
-                "-H",
-                "x-amz-content-sha256: UNSIGNED-PAYLOAD",
-            ])
-            .args(["--aws-sigv4", "aws:amz:us-east-1:s3", "--user"])
-            .arg(format!("{ACCESS_KEY}:{SECRET_KEY}"))
-            .args(["-H", "Content-Type: application/json", "--data-binary", policy])
-            .arg(format!("{}/{bucket}?policy=", self.endpoint())))?;
-        Ok(())
+        let url = format!("{}/{bucket}?policy=", self.endpoint());
+        let more = ["-H", "Content-Type: application/json", "--data-binary", policy];
+        signed_put(SECRET_KEY, &url, &more).map(drop)
     }
 
     fn retry(&self, what: &str, attempt: impl Fn(&Self) -> Result<String>) -> Result<()> {
@@ -282,4 +259,21 @@ impl Drop for Rgw {
             let _ = daemon.wait();
         }
     }
+}
+
+/// A signed PUT about a bucket, of this server or another one that knows the access key.
+pub fn signed_put(secret: &str, url: &str, more: &[&str]) -> Result<String> {
+    run(Command::new("curl")
+        .args([
+            "-sS",
+            "--fail-with-body",
+            "-X",
+            "PUT",
+            "-H",
+            "x-amz-content-sha256: UNSIGNED-PAYLOAD",
+        ])
+        .args(["--aws-sigv4", "aws:amz:us-east-1:s3", "--user"])
+        .arg(format!("{ACCESS_KEY}:{secret}"))
+        .args(more)
+        .arg(url))
 }

@@ -65,34 +65,11 @@ fn an_old_repository_is_read() -> Result<()> {
 #[test]
 fn an_old_repository_restores_byte_for_byte() -> Result<()> {
     let (s, content) = (old("oldback")?, Content::read(&folder())?);
-    let (vault, key) = (s.path("vault"), s.path("key"));
-    let backups = content.backups()?;
-    ensure!(backups.len() >= 2);
-    for (number, backup) in backups.iter().enumerate() {
-        let name = format!("copy{number}");
-        restore(&s, &name, &[&["--backup", &backup.id], AT_ONCE.as_slice()].concat())?;
-        let expected = (backup.files, backup.digest.clone());
-        ensure!(digest(&s.scratch.join(&name))? == expected, "{}", backup.id);
-        // The independent reader, too.
-        let by_reader = s.scratch.join(&format!("reader{number}"));
-        let to = by_reader.display().to_string();
-        reader(&[&vault, "restore", "acme", &backup.id, &to, "--key-file", &key])?;
-        ensure!(digest(&by_reader)? == expected, "{} by the reader", backup.id);
-        let server = s.start(&name, 5433)?;
-        ensure!(query(&s, &server)? == backup.result, "{}", backup.id);
-        server.stop(&s.scratch, "fast")?;
-    }
-    // To the end of the WAL: across a promotion, and through pieces.
-    restore(&s, "latest", &[])?;
-    let server = s.start("latest", 5433)?;
-    ensure!(query(&s, &server)? == content.word("latest")?);
-    let segment = content.word("segment")?;
-    let (engine, python) = (s.path("segment-engine"), s.path("segment-reader"));
-    s.ok(&["wal", "get", "acme", segment, &engine])?;
-    reader(&[&vault, "wal", "acme", segment, &python, "--key-file", &key])?;
-    let by_engine = std::fs::read(&engine)?;
-    ensure!(by_engine == std::fs::read(&python)? && hex::encode(sha256(&by_engine)) == content.word("segment-sha256")?);
-    Ok(())
+    ensure!(content.backups()?.len() >= 2);
+    // The end of its WAL is across a promotion, and through pieces.
+    old::restores_byte_for_byte(&s, &content, |name, id| {
+        restore(&s, name, &[&["--backup", id], AT_ONCE.as_slice()].concat())
+    })
 }
 
 #[test]

@@ -13,9 +13,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use fairvault_format::sha256;
-use fairvault_tests::fixture::{Fixture, Shape, field, files, refused};
+use fairvault_tests::fixture::{BACKUP_JSON, Fixture, Shape, field, files, refused};
 use fairvault_tests::receiver::wait_until_durable;
-use fairvault_tests::tools::reader;
 use fairvault_tests::{Receiver, run};
 
 use old::{AT_ONCE, Content, QUERY, RESTORED, digest, insert, query, restore, strip, write_if_asked};
@@ -123,34 +122,9 @@ fn what_came_later_is_read() -> Result<()> {
 #[test]
 fn what_came_later_restores_byte_for_byte() -> Result<()> {
     let (s, content) = kept("keysback")?;
-    let (vault, key) = (s.path("vault"), s.path("key"));
-    let backups = content.backups()?;
-    ensure!(backups.len() == 3);
-    for (number, backup) in backups.iter().enumerate() {
-        let name = format!("copy{number}");
-        restore_own(&s, &name, &backup.id, &[])?;
-        let expected = (backup.files, backup.digest.clone());
-        ensure!(digest(&s.scratch.join(&name))? == expected, "{}", backup.id);
-        // The independent reader, too.
-        let by_reader = s.scratch.join(&format!("reader{number}"));
-        let to = by_reader.display().to_string();
-        reader(&[&vault, "restore", "acme", &backup.id, &to, "--key-file", &key])?;
-        ensure!(digest(&by_reader)? == expected, "{} by the reader", backup.id);
-        let server = s.start(&name, 5433)?;
-        ensure!(query(&s, &server)? == backup.result, "{}", backup.id);
-        server.stop(&s.scratch, "fast")?;
-    }
-    // To the end of the WAL: past the closed timeline, and through pieces.
-    restore(&s, "latest", &[])?;
-    let server = s.start("latest", 5433)?;
-    ensure!(query(&s, &server)? == content.word("latest")?);
-    let segment = content.word("segment")?;
-    let (engine, python) = (s.path("segment-engine"), s.path("segment-reader"));
-    s.ok(&["wal", "get", "acme", segment, &engine])?;
-    reader(&[&vault, "wal", "acme", segment, &python, "--key-file", &key])?;
-    let by_engine = std::fs::read(&engine)?;
-    ensure!(by_engine == std::fs::read(&python)? && hex::encode(sha256(&by_engine)) == content.word("segment-sha256")?);
-    Ok(())
+    ensure!(content.backups()?.len() == 3);
+    // The end of its WAL is past the closed timeline, and through pieces.
+    old::restores_byte_for_byte(&s, &content, |name, id| restore_own(&s, name, id, &[]))
 }
 
 #[test]
@@ -164,18 +138,7 @@ fn what_came_later_is_continued_by_operator_and_host() -> Result<()> {
     s.flush_archive(&server)?;
     let incremental = s.backup_id(&["--type", "incr"])?;
     insert(&s, &server, 9100, 9110)?;
-    let words = [
-        "backup",
-        "acme",
-        "--type",
-        "full",
-        "--fast",
-        "--progress",
-        "none",
-        "--output",
-        "json",
-    ];
-    let (exit, said) = by_host(&s, &words);
+    let (exit, said) = by_host(&s, &[&BACKUP_JSON[..], &["--type", "full"]].concat());
     ensure!(exit == 0, "{said}");
     let full = field(&said, "id")?;
     s.flush_archive(&server)?;
@@ -353,18 +316,7 @@ fn write_fixture() -> Result<()> {
     ensure!(now != earlier, "it is the same cluster");
     s.ok(&["stanza", "upgrade", "acme"])?;
     insert(&s, &s.server, 2001, 2100)?;
-    let words = [
-        "backup",
-        "acme",
-        "--type",
-        "full",
-        "--fast",
-        "--progress",
-        "none",
-        "--output",
-        "json",
-    ];
-    let (exit, said) = by_host(&s, &words);
+    let (exit, said) = by_host(&s, &[&BACKUP_JSON[..], &["--type", "full"]].concat());
     ensure!(exit == 0, "{said}");
     let full = field(&said, "id")?;
     s.ok(&["key", "rotate", "acme", "--drop-slots"])?;

@@ -46,17 +46,7 @@ fn content(s: &Fixture) -> Result<BTreeMap<PathBuf, Vec<u8>>> {
 
 /// How much of a full backup was not known.
 fn share_of_new(s: &Fixture) -> Result<f64> {
-    let text = s.ok(&[
-        "backup",
-        "acme",
-        "--type",
-        "full",
-        "--fast",
-        "--progress",
-        "none",
-        "--output",
-        "json",
-    ])?;
+    let text = s.backup_json(&["--type", "full"])?;
     let number = |key: &str| -> Result<f64> { Ok(field(&text, key)?.parse()?) };
     Ok(number("new_plain_bytes")? / number("plain_bytes")?)
 }

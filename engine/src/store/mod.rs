@@ -199,7 +199,7 @@ impl Store {
         let what = format!("{doing} {}/{name}", self.shown);
         match &error {
             E::NotFound { .. } => Error::not_found(format!("{what}: there is no such object")).caused_by(error),
-            E::PermissionDenied { .. } | E::Unauthenticated { .. } => {
+            _ if is_denied(&error) => {
                 Error::new(Kind::Failed, format!("{what}: the store refused the credentials"))
                     .remedy("check access key, secret, region and the bucket's policy; where only a collector may delete, `deleter` of the repository has its credentials")
                     .caused_by(error)
@@ -606,6 +606,16 @@ fn is_throttle(error: &object_store::Error) -> bool {
     matches!(error, object_store::Error::Generic { .. }) && {
         let text = error.to_string();
         text.contains("RequestRateLimitExceeded") || text.contains("<Code>SlowDown</Code>")
+    }
+}
+
+/// The client below has no word of its own for a list that is denied.
+fn is_denied(error: &object_store::Error) -> bool {
+    use object_store::Error as E;
+    match error {
+        E::PermissionDenied { .. } | E::Unauthenticated { .. } => true,
+        E::Generic { .. } => error.to_string().contains("403 Forbidden"),
+        _ => false,
     }
 }
 

@@ -1,7 +1,6 @@
 //! Buckets that keep versions, with a stanza in them.
 
 use std::collections::BTreeSet;
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use fairvault_engine::postgres::lsn::Lsn;
@@ -10,8 +9,7 @@ use fairvault_engine::store::Store;
 use fairvault_engine::store::url::RepositoryUrl;
 use fairvault_engine::store::versions::Object;
 use fairvault_tests::fixture::{Fixture, SMALL, Shape, field};
-use fairvault_tests::rgw::ACCESS_KEY;
-use fairvault_tests::run;
+use fairvault_tests::rgw::{ACCESS_KEY, signed_put};
 use fairvault_tests::s3::S3;
 use serde_json::Value;
 
@@ -52,7 +50,7 @@ pub fn set_default(server: &Server, bucket: &str, days: u32) -> Result<()> {
          <ObjectLockEnabled>Enabled</ObjectLockEnabled>{rule}</ObjectLockConfiguration>"
     );
     let url = format!("{}/{bucket}?object-lock=", server.endpoint);
-    curl(server.secret, &url, &["--data", &body]).map(|_| ())
+    signed_put(server.secret, &url, &["--data", &body]).map(|_| ())
 }
 
 impl World {
@@ -68,11 +66,11 @@ impl World {
         let bucket = format!("{endpoint}/{name}");
         match is_locked {
             true => {
-                curl(secret, &bucket, &["-H", "x-amz-bucket-object-lock-enabled: true"])?;
+                signed_put(secret, &bucket, &["-H", "x-amz-bucket-object-lock-enabled: true"])?;
                 set_default(server, name, 1)?;
             }
             false => {
-                curl(secret, &bucket, &[])?;
+                signed_put(secret, &bucket, &[])?;
                 set_versioning(server, name, "Enabled")?;
             }
         }
@@ -108,18 +106,7 @@ impl World {
     /// A backup with one more row in `t`, and packs of its own. Returns its id, and the first segment that it needs.
     pub fn backup(&self) -> Result<(String, String)> {
         self.s.sql("create table if not exists t (x int); insert into t values (1); create table if not exists bulk (x text); truncate bulk; insert into bulk select md5(random()::text) from generate_series(1, 20000)")?;
-        let full = [
-            "backup",
-            "acme",
-            "--type",
-            "full",
-            "--fast",
-            "--progress",
-            "none",
-            "--output",
-            "json",
-        ];
-        let said = self.s.ok(&full)?;
+        let said = self.s.backup_json(&["--type", "full"])?;
         let start: Lsn = field(&said, "start_lsn")?.parse().map_err(anyhow::Error::msg)?;
         self.s.flush_archive(&self.s.server)?;
         Ok((field(&said, "id")?, Segment::of(1, start, 1 << 20).name(1 << 20)))
@@ -172,29 +159,12 @@ impl World {
     }
 }
 
-/// A signed PUT about a bucket.
-fn curl(secret: &str, url: &str, more: &[&str]) -> Result<String> {
-    run(Command::new("curl")
-        .args([
-            "-sS",
-            "--fail-with-body",
-            "-X",
-            "PUT",
-            "-H",
-            "x-amz-content-sha256: UNSIGNED-PAYLOAD",
-        ])
-        .args(["--aws-sigv4", "aws:amz:us-east-1:s3", "--user"])
-        .arg(format!("{ACCESS_KEY}:{secret}"))
-        .args(more)
-        .arg(url))
-}
-
 /// Has a bucket keep versions ("Enabled"), or those only that it has ("Suspended").
 pub fn set_versioning(server: &Server, bucket: &str, status: &str) -> Result<()> {
     let configuration = format!(
         "<VersioningConfiguration xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Status>{status}</Status></VersioningConfiguration>"
     );
     let url = format!("{}/{bucket}?versioning=", server.endpoint);
-    curl(server.secret, &url, &["--data", &configuration])?;
+    signed_put(server.secret, &url, &["--data", &configuration])?;
     Ok(())
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use fairvault_format::sha256;
 use fairvault_tests::fixture::{Fixture, files};
+use fairvault_tests::tools::reader;
 use fairvault_tests::{Server, run};
 
 /// What is asked of every restored server.
@@ -87,6 +88,39 @@ pub fn query(s: &Fixture, server: &Server) -> Result<String> {
 pub fn restore(s: &Fixture, name: &str, more: &[&str]) -> Result<()> {
     let (exit, text) = s.restore(name, more);
     ensure!(exit == 0, "{text}");
+    Ok(())
+}
+
+/// Every backup comes back byte for byte, by the engine and by the independent reader, and its server answers as it did; so
+/// does the end of the WAL, and a segment. `restore_one` restores a backup, no further than to its end.
+pub fn restores_byte_for_byte(
+    s: &Fixture,
+    content: &Content,
+    restore_one: impl Fn(&str, &str) -> Result<()>,
+) -> Result<()> {
+    let (vault, key) = (s.path("vault"), s.path("key"));
+    for (number, backup) in content.backups()?.iter().enumerate() {
+        let name = format!("copy{number}");
+        restore_one(&name, &backup.id)?;
+        let expected = (backup.files, backup.digest.clone());
+        ensure!(digest(&s.scratch.join(&name))? == expected, "{}", backup.id);
+        let by_reader = s.scratch.join(&format!("reader{number}"));
+        let to = by_reader.display().to_string();
+        reader(&[&vault, "restore", "acme", &backup.id, &to, "--key-file", &key])?;
+        ensure!(digest(&by_reader)? == expected, "{} by the reader", backup.id);
+        let server = s.start(&name, 5433)?;
+        ensure!(query(s, &server)? == backup.result, "{}", backup.id);
+        server.stop(&s.scratch, "fast")?;
+    }
+    restore(s, "latest", &[])?;
+    let server = s.start("latest", 5433)?;
+    ensure!(query(s, &server)? == content.word("latest")?);
+    let segment = content.word("segment")?;
+    let (engine, python) = (s.path("segment-engine"), s.path("segment-reader"));
+    s.ok(&["wal", "get", "acme", segment, &engine])?;
+    reader(&[&vault, "wal", "acme", segment, &python, "--key-file", &key])?;
+    let by_engine = std::fs::read(&engine)?;
+    ensure!(by_engine == std::fs::read(&python)? && hex::encode(sha256(&by_engine)) == content.word("segment-sha256")?);
     Ok(())
 }
 
