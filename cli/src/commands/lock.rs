@@ -26,17 +26,14 @@ pub async fn run(context: &Arc<Context>, args: LockArgs) -> Result<Outcome> {
             dry_run: args.dry_run,
         };
         // Who may lock need not be able to write.
-        let mut noted = match args.dry_run {
-            true => None,
-            false => {
-                let opened = context.open_log_in(&repository, &args.stanza, true).await;
-                let opened = opened.inspect_err(|error| tracing::debug!("nothing will be noted in the log: {error}"));
-                opened.ok()
-            }
+        let noted = async || {
+            let opened = context.open_log_in(&repository, &args.stanza, true).await;
+            let opened = opened.inspect_err(|error| tracing::debug!("nothing is noted in the log: {error}"));
+            opened.ok()
         };
         let progress = Arc::new(Progress::default());
         let display = output::Display::start(args.progress, progress.clone(), "");
-        let result = extend::run(&log, &store, noted.as_mut(), &options, &progress).await;
+        let result = extend::run(&log, &store, noted, &options, &progress).await;
         drop(display);
         let report = result.context(|| format!("repository {repository}"))?;
         if !report.hidden.is_empty() || !report.lost.is_empty() {

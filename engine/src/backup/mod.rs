@@ -14,7 +14,7 @@ pub mod upload;
 mod wal;
 
 use remembered::Draft;
-use source::Source;
+use source::{Source, another};
 use wal::{WalTask, check_archived, may_not_stream, store_histories, wait_for_archive};
 
 use std::collections::{BTreeMap, HashSet};
@@ -287,8 +287,7 @@ async fn transfer(
         workers => workers,
     };
     progress.phase("loading the index");
-    let minimum_s = log.state().policy.as_ref().map_or(0, |p| p.minimum_retention_s);
-    let reliance = options.reliance.clone().map(|reliance| reliance.at_least(minimum_s));
+    let reliance = options.reliance.clone().map(|reliance| reliance.under(log.state()));
     let (mut notes, mut ending) = (Vec::new(), HashSet::new());
     if let Some(reliance) = &reliance {
         ending = reliance.stored_again(&stanza, &mut notes).await?;
@@ -308,8 +307,7 @@ async fn transfer(
                 .context(|| "streaming the WAL of this backup")
                 .map_err(may_not_stream)?;
             if connection.identify().await?.system_identifier != server.system_identifier {
-                return Err(Error::failed("the second connection reached another server")
-                    .remedy("name one host in conninfo, or use target_session_attrs"));
+                return Err(another());
             }
             connection
                 .create_slot(&slot, true, true)

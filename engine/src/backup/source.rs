@@ -130,7 +130,8 @@ async fn connect(server: &Server, options: &Options) -> Result<Connection> {
     }
 }
 
-fn another() -> Error {
+/// The second connection reached another server than the first.
+pub fn another() -> Error {
     Error::failed("the second connection reached another server")
         .remedy("name one host in conninfo, or use target_session_attrs")
 }

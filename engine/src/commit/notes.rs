@@ -17,7 +17,8 @@ const RESULT: usize = 500;
 
 impl Log {
     /// Notes something that was done. Returns the number of its entry, if there is one.
-    pub async fn note(&mut self, operation: proto::Operation) -> Option<u64> {
+    pub async fn note(&mut self, mut operation: proto::Operation) -> Option<u64> {
+        operation.result = operation.result.chars().take(RESULT).collect();
         let noted = self.append(Entry::Operation(operation), |_| Ok(()));
         match tokio::time::timeout(NOTE_TIME, noted).await {
             Ok(Ok(seq)) => return Some(seq),
@@ -38,11 +39,27 @@ impl Log {
         let result = end.unwrap_or_else(|error| format!("failed: {error}"));
         let operation = proto::Operation {
             what: what.to_owned(),
-            result: result.chars().take(RESULT).collect(),
+            result,
             bytes,
             began_us,
             ..Default::default()
         };
         self.note(operation).await
+    }
+
+    /// The same of what was done in parts: `said` is of those that were done, also if it failed then.
+    pub async fn note_done(
+        &mut self,
+        what: &str,
+        began_us: i64,
+        bytes: u64,
+        said: String,
+        error: Option<&Error>,
+    ) -> Option<u64> {
+        let end = match error {
+            None => said,
+            Some(error) => format!("{said}; then it failed: {error}"),
+        };
+        self.note_end(what, began_us, bytes, Ok(end)).await
     }
 }

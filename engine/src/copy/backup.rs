@@ -60,8 +60,7 @@ impl Locks {
         let Some(reliance) = reliance else {
             return Ok(Self::default());
         };
-        let minimum_s = target.state().policy.as_ref().map_or(0, |p| p.minimum_retention_s);
-        let reliance = reliance.at_least(minimum_s);
+        let reliance = reliance.under(target.state());
         let mut notes = Vec::new();
         let ending = reliance.stored_again(target.stanza(), &mut notes).await?;
         say(target.stanza(), &notes);

@@ -400,18 +400,15 @@ pub async fn run(
 async fn note(source: &mut Log, began_us: i64, to: &str, report: &Report, error: Option<&Error>) {
     let wal = report.wal.segments + report.wal.parts + report.wal.files;
     let of_backups: u64 = report.backups.iter().map(|backup| backup.stored_bytes).sum();
-    let copied = format!(
+    let mut said = format!(
         "{} backups and {wal} objects of WAL copied to {to}",
         report.backups.len()
     );
-    let end = match error {
-        Some(error) => format!("{copied}; then it failed: {error}"),
-        None if report.failed.is_empty() => copied,
-        None => format!("{copied}, {} backups could not be", report.failed.len()),
-    };
-    source
-        .note_end("copy", began_us, of_backups + report.wal.bytes, Ok(end))
-        .await;
+    if !report.failed.is_empty() {
+        said += &format!(", {} backups could not be", report.failed.len());
+    }
+    let bytes = of_backups + report.wal.bytes;
+    source.note_done("copy", began_us, bytes, said, error).await;
 }
 
 /// Completes when somebody wishes an end.

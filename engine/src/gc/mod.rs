@@ -129,11 +129,7 @@ async fn note(log: &mut Log, began_us: i64, report: &Report, error: Option<&Erro
         "{} objects of WAL and {} old versions deleted",
         wal.objects, for_good.objects
     );
-    let end = match error {
-        None => deleted,
-        Some(error) => format!("{deleted}; then it failed: {error}"),
-    };
-    log.note_end("gc", began_us, bytes, Ok(end)).await;
+    log.note_done("gc", began_us, bytes, deleted, error).await;
 }
 
 async fn collect(log: &mut Log, options: &Options, progress: &Progress, report: &mut Report) -> Result<()> {

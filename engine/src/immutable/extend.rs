@@ -68,11 +68,11 @@ struct Job {
 }
 
 /// Extends the locks of what the stanza of `log` and its backups need. `repository` is where the stanza lies.
-/// That locks were extended is noted in `noted`, the same log as somebody opens it who may write to it.
+/// If locks were extended, that is noted in what `noted` opens: the same log, for somebody who may write to it.
 pub async fn run(
     log: &Log,
     repository: &Store,
-    noted: Option<&mut Log>,
+    noted: impl AsyncFnOnce() -> Option<Log>,
     options: &Options,
     progress: &Progress,
 ) -> Result<Report> {
@@ -152,8 +152,12 @@ pub async fn run(
         Ok::<_, Error>(())
     };
     let done = work.await;
-    let written = match noted.filter(|_| !options.dry_run) {
-        Some(noted) => note(noted, now, &report, done.as_ref().err()).await,
+    let noted = match !options.dry_run && report.extended.objects > 0 {
+        true => noted().await,
+        false => None,
+    };
+    let written = match noted {
+        Some(mut noted) => note(&mut noted, now, &report, done.as_ref().err()).await,
         None => Vec::new(),
     };
     done?;
@@ -174,19 +178,11 @@ pub async fn run(
     Ok(report)
 }
 
-/// Says in the log what was extended, if anything was. Returns how the names of what was stored for that begin: it
-/// needs locks as well.
+/// Says in the log what was extended. Returns how the names of what was stored for that begin: it needs locks as well.
 async fn note(log: &mut Log, began_us: i64, report: &Report, error: Option<&Error>) -> Vec<String> {
     let extended = report.extended;
-    if extended.objects == 0 {
-        return Vec::new();
-    }
     let said = format!("the locks of {} objects extended", extended.objects);
-    let end = match error {
-        None => said,
-        Some(error) => format!("{said}; then it failed: {error}"),
-    };
-    let Some(seq) = log.note_end("lock", began_us, extended.bytes, Ok(end)).await else {
+    let Some(seq) = log.note_done("lock", began_us, extended.bytes, said, error).await else {
         return Vec::new();
     };
     let mut written = vec![names::log_context(seq)];

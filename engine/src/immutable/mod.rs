@@ -13,9 +13,9 @@ pub mod reliance;
 mod seen;
 
 use crate::error::Result;
-use crate::expire::rules::{Keep, Retention, days};
+use crate::expire::rules::{DAY_S, Keep, Retention, days};
 use crate::store::Store;
-use crate::store::versions::{Bucket, DAY_US};
+use crate::store::versions::Bucket;
 
 /// How long what is stored today is kept, seconds, as far as ages say so; `None` where numbers of backups or a calendar
 /// decide, or nothing does.
@@ -75,8 +75,7 @@ fn advice_on(bucket: Bucket, retention: &Retention, minimum_s: u64) -> Advice {
         return advice;
     };
     advice.is = format!("versions, locked for {locked_days} days ({mode}); {shrinks}");
-    let day_s = (DAY_US / 1_000_000) as u64;
-    let locked_s = u64::from(locked_days) * day_s;
+    let locked_s = u64::from(locked_days) * DAY_S;
     let Some(kept_s) = kept_for(retention, minimum_s) else {
         advice.is += "; how long backups are kept is not known by age, so `fairvault lock` needs --days";
         return advice;
@@ -92,12 +91,12 @@ fn advice_on(bucket: Bucket, retention: &Retention, minimum_s: u64) -> Advice {
         return advice;
     }
     // A day less: so long may a backup take itself.
-    let relied_on = match (locked_s.saturating_sub(kept_s) / day_s).saturating_sub(1) {
+    let relied_on = match (locked_s.saturating_sub(kept_s) / DAY_S).saturating_sub(1) {
         0 => "nothing that is there".to_owned(),
         few => format!("what was stored in the last {few} days"),
     };
     advice.is += &format!("; unless locks are extended, {relied_on} is locked for as long as a new backup is kept");
-    if locked_s > kept_s.saturating_mul(2) && locked_s > kept_s.saturating_add(7 * day_s) {
+    if locked_s > kept_s.saturating_mul(2) && locked_s > kept_s.saturating_add(7 * DAY_S) {
         advice.warnings.push((
             format!(
                 "backups and WAL are kept for {}, and locked for {locked_days} days: what has expired is paid for all that time",
@@ -113,8 +112,6 @@ fn advice_on(bucket: Bucket, retention: &Retention, minimum_s: u64) -> Advice {
 mod tests {
     use super::*;
     use crate::store::versions::Mode;
-
-    const DAY_S: u64 = 86_400;
 
     fn of(locked: u32, full: Option<Keep>, minimum_s: u64) -> Advice {
         let bucket = Bucket {

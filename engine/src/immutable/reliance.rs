@@ -9,6 +9,7 @@
 use std::collections::HashSet;
 
 use fairvault_format::names;
+use fairvault_format::proto::Snapshot;
 
 use super::extend;
 use super::seen::Seen;
@@ -31,9 +32,10 @@ pub struct Reliance {
 }
 
 impl Reliance {
-    /// The same for what is kept for so long at least, seconds.
+    /// The same for what is kept for as long as the signed policy says, at least.
     #[must_use]
-    pub fn at_least(self, minimum_s: u64) -> Self {
+    pub fn under(self, state: &Snapshot) -> Self {
+        let minimum_s = state.policy.as_ref().map_or(0, |policy| policy.minimum_retention_s);
         let kept_s = self.kept_s.max(minimum_s);
         Self { kept_s, ..self }
     }

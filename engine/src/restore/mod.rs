@@ -19,6 +19,7 @@ mod spans;
 mod spare;
 pub mod target;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -236,9 +237,7 @@ async fn note(log: &mut Log, began_us: i64, backup: &str, bytes: u64, error: Opt
     let operation = proto::Operation {
         what: "restore".to_owned(),
         subject: backup.to_owned(),
-        result: error.map_or("done".to_owned(), |error| {
-            format!("failed: {error}").chars().take(500).collect()
-        }),
+        result: error.map_or("done".to_owned(), |error| format!("failed: {error}")),
         bytes,
         began_us,
     };
@@ -254,21 +253,20 @@ fn finish(plan: &Plan, layout: &layout::Layout) -> Result<()> {
     let to = layout.directory.join(CONTROL_FILE);
     std::fs::rename(&from, &to).map_err(|e| Error::io(format_args!("putting {} into place", to.display()), e))?;
     sync_directory(&layout.directory.join("global"))?;
-    sync_above(&layout.directory)?;
-    for location in plan.tablespaces.iter().filter_map(|(_, location)| location.as_ref()) {
-        sync_above(Path::new(location))?;
-    }
+    let locations = plan.tablespaces.iter().filter_map(|(_, location)| location.as_ref());
+    sync_above(locations.map(Path::new).chain([layout.directory.as_path()]))?;
     let marker = layout.directory.join(UNFINISHED_MARKER);
     std::fs::remove_file(&marker).map_err(|e| Error::io(format_args!("removing {}", marker.display()), e))?;
     sync_directory(&layout.directory)?;
     Ok(())
 }
 
-/// Syncs the folders above one that a restore may have made, each of which may be new. Those that may not be read or
+/// Syncs the folders above those that a restore may have made, each of which may be new. Those that may not be read or
 /// written are not, nor are those that cannot be synced (of autofs, squashfs, erofs): nothing was made in them.
-fn sync_above(path: &Path) -> Result<()> {
+fn sync_above<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<()> {
     use std::io::ErrorKind::{InvalidInput, PermissionDenied, ReadOnlyFilesystem};
-    for folder in path.ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty()) {
+    let above: BTreeSet<&Path> = paths.flat_map(|path| path.ancestors().skip(1)).collect();
+    for folder in above.into_iter().filter(|folder| !folder.as_os_str().is_empty()) {
         match std::fs::File::open(folder).and_then(|folder| folder.sync_all()) {
             Err(e) if matches!(e.kind(), PermissionDenied | ReadOnlyFilesystem | InvalidInput) => {}
             synced => synced.map_err(|e| Error::io(format_args!("syncing {}", folder.display()), e))?,

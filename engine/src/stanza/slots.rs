@@ -3,6 +3,7 @@
 //! What always holds: a slot that is added opens every epoch that the log names, or adding it again goes on; what is
 //! removed is never the last slot of an epoch that the configured secret opens.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use fairvault_format::keys::{self, EpochKeys, Secret};
@@ -41,15 +42,14 @@ pub async fn all(log: &Log) -> Result<Vec<SlotObject>> {
     let listed = stanza.store().list(names::KEYS).await?;
     let epochs = log.state().key_epochs.iter();
     let named = epochs.flat_map(|named| named.slots.iter().map(|name| names::slot(named.epoch, name)));
-    let (listed, named): (Vec<String>, Vec<String>) =
-        (listed.into_iter().map(|(name, _)| name).collect(), named.collect());
+    let objects: BTreeSet<String> = listed.into_iter().map(|(name, _)| name).chain(named).collect();
     let mut all = Vec::new();
-    for object in listed.iter().chain(named.iter().filter(|name| !listed.contains(name))) {
+    for object in objects {
         let mut parts = object.rsplit('/');
         let (Some(name), Some(Ok(epoch))) = (parts.next(), parts.next().map(str::parse)) else {
             continue;
         };
-        let slot = match read_slot(stanza.store(), object, &stanza.scope().repository).await {
+        let slot = match read_slot(stanza.store(), &object, &stanza.scope().repository).await {
             Err(error) if error.kind() == Kind::Temporary => return Err(error),
             // It was removed.
             Err(error) if error.kind() == Kind::NotFound => continue,
@@ -61,7 +61,7 @@ pub async fn all(log: &Log) -> Result<Vec<SlotObject>> {
             name: name.to_owned(),
             epoch,
             slot: slot.filter(is_own),
-            object: object.clone(),
+            object,
         });
     }
     all.sort_by(|a, b| (a.epoch, &a.name).cmp(&(b.epoch, &b.name)));

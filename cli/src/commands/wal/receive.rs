@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use fairvault_engine::commit::Log;
@@ -176,7 +175,7 @@ impl Receiver {
         }
         if let Some(mut log) = told {
             let end = ended.as_ref().map(|()| "stopped".to_owned());
-            let taken = self.options.taken.load(Ordering::Relaxed);
+            let taken = self.options.taken.get();
             let noted = log.note_end("wal receive", began_us, taken, end);
             if tokio::time::timeout(LAST_NOTE, noted).await.is_err() {
                 tracing::debug!("that this has stopped is not noted in the log: that takes too long");

@@ -20,7 +20,6 @@ mod start;
 mod storing;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use fairvault_format::wal::Compression;
@@ -32,6 +31,7 @@ use crate::commit::Log;
 use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
+use crate::progress::Counter;
 use crate::replication::connection::{Connection, Mode, SystemIdentity};
 use crate::replication::conninfo::ConnInfo;
 use crate::replication::wal_stream::{Told, WalStream};
@@ -64,7 +64,7 @@ pub struct Options {
     /// How what is stored is compressed.
     pub compression: Compression,
     /// Bytes of WAL that were taken for the repository so far: for whoever asks.
-    pub taken: Arc<AtomicU64>,
+    pub taken: Arc<Counter>,
 }
 
 /// How one connection's work ended, if it did not fail.

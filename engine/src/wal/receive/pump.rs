@@ -6,7 +6,6 @@
 //! than [`WHOLE_BYTES`] are never held: their pieces are sealed.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -179,7 +178,7 @@ impl<'a> Pump<'a> {
     async fn heard(&mut self, item: WalItem, work: &mut Work<'a>) -> Result<Option<Ended>> {
         match item {
             WalItem::Data { start, bytes } => {
-                self.options.taken.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                self.options.taken.add(bytes.len() as u64);
                 self.take(start, bytes)?;
             }
             WalItem::Idle { wants_answer: true, .. } => self.say(false).await?,
