@@ -204,7 +204,7 @@ pub struct KeySource {
 }
 
 /// `[stanza.NAME]`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StanzaConfig {
     /// Connection; it may have a password.
@@ -233,6 +233,13 @@ pub struct StanzaConfig {
     /// Which kind of backup a plain `backup` takes.
     #[serde(default)]
     pub schedule: Schedule,
+}
+
+/// Without its connection, which may have a password.
+impl std::fmt::Debug for StanzaConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StanzaConfig").finish_non_exhaustive()
+    }
 }
 
 /// `schedule = { … }`: cron expressions.

@@ -297,8 +297,8 @@ impl Context {
     }
 
     /// How long the packs must be locked that a backup relies on, unless the configuration says that nobody cares, and where
-    /// the retention says how long that is.
-    pub fn reliance(&self, repository: &str, stanza: &str) -> Result<Option<Reliance>> {
+    /// the retention, or the signed policy with its minimum, says how long that is.
+    pub fn reliance(&self, repository: &str, stanza: &str, minimum_s: u64) -> Result<Option<Reliance>> {
         let Some(repo) = self.config.repo.get(repository) else {
             return Ok(None);
         };
@@ -306,10 +306,13 @@ impl Context {
         if repo.keeper.is_none() && !stores_again {
             return Ok(None);
         }
-        let Some(kept_s) = kept_for(&self.retention(repository, stanza)?, 0) else {
+        // Whatever decides, the policy lets no backup expire before.
+        let promised = Some(minimum_s).filter(|minimum_s| *minimum_s > 0);
+        let Some(kept_s) = kept_for(&self.retention(repository, stanza)?, minimum_s).or(promised) else {
             if is_asked_for {
                 tracing::warn!(
-                    "store_again of repository {repository} has no effect: no retention by age says how long backups are kept"
+                    "store_again of repository {repository} has no effect: neither a retention by age nor a signed policy says how long \
+                     backups are kept"
                 );
             }
             return Ok(None);
@@ -557,14 +560,33 @@ mod tests {
 
     const DAY_S: u64 = 86_400;
 
-    /// What a configuration keeps of stanza `acme` in a repository.
-    fn retention(text: &str, repository: &str) -> Result<Retention> {
+    fn load(text: &str) -> Result<Context> {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("fairvault.toml");
         std::fs::write(&file, text).unwrap();
         let path = file.display().to_string();
         let cli = Cli::parse_from(["fairvault", "--config", path.as_str(), "expire", "acme"]);
-        Context::load(cli.global)?.retention(repository, "acme")
+        Context::load(cli.global)
+    }
+
+    /// What a configuration keeps of stanza `acme` in a repository.
+    fn retention(text: &str, repository: &str) -> Result<Retention> {
+        load(text)?.retention(repository, "acme")
+    }
+
+    #[test]
+    fn what_the_policy_promises_counts_where_no_age_is_configured() {
+        let kept_days = |rules: &str, minimum: u64| {
+            let text = format!("[repo.eu]\nurl = \"file:///eu\"\n[stanza.acme]\nretention = {{ {rules} }}\n");
+            let reliance = load(&text).unwrap().reliance("eu", "acme", minimum * DAY_S).unwrap();
+            reliance.map(|reliance| reliance.kept_s / DAY_S)
+        };
+        assert_eq!(kept_days("full = 2", 0), None);
+        assert_eq!(kept_days("full = 2", 30), Some(30));
+        assert_eq!(kept_days("full = \"20d\"", 0), Some(20));
+        // The later of the two.
+        assert_eq!(kept_days("full = \"20d\"", 30), Some(30));
+        assert_eq!(kept_days("full = \"20d\"", 10), Some(20));
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub mod expire;
 pub mod gc;
 pub mod immutable;
 pub mod inspect;
+pub mod manifest;
 pub mod pack;
 pub mod postgres;
 pub mod progress;

@@ -91,8 +91,10 @@ class Header:
         """Check a header that must be of `kind`."""
         require(len(raw) == HEADER_LEN and raw[:4] == b"FVLT", f"{where}: not a fairvault object")
         version, found, features, epoch, mode = struct.unpack_from("<BBHIB", raw, 4)
-        supported(version == 1 and not features, f"{where}: format version {version}, feature bits {features:#x}")
-        supported(found in KNOWN_KINDS and mode <= 1, f"{where}: object kind {found}, key mode {mode}")
+        supported(version == 1, f"{where}: format version {version}")
+        supported(found in KNOWN_KINDS, f"{where}: object kind {found}")
+        supported(not features & ~(found == ROOT), f"{where}: feature bits {features:#x}")
+        supported(mode <= 1, f"{where}: key mode {mode}")
         require(found == kind, f"{where}: object kind {found} where {kind} belongs")
         require(not any(raw[13:16]) and (mode == 1 or not any(raw[48:])), f"{where}: a header byte is not zero")
         self.raw, self.epoch = raw, epoch
@@ -359,6 +361,17 @@ def read_repository_id(path: Path) -> bytes:
     require(re.fullmatch(r"[0-9a-f]{32}", str(facts.get("repository"))), "fairvault.json: no repository id")
     return bytes.fromhex(facts["repository"])
 
+def from_steps(column: list[int], steps: Any, expected: int, follows: Callable[[int, int], int]) -> list[int]:
+    """Numbers that are there as they are, or as steps from what `follows` on the number before (6)."""
+    require(not (column and steps), "a column is there both as it is and in steps")
+    if not steps:
+        return list(column)
+    numbers = []
+    for i, step in enumerate(steps):
+        numbers.append((expected + step) % 2**32)
+        expected = follows(i, numbers[-1])
+    return numbers
+
 class Frames:
     """Reads frames out of packs, with the headers that a backup's root recorded (4)."""
 
@@ -371,10 +384,11 @@ class Frames:
         self._pack = lru_cache(16)(lambda name: open_named(
             stanza.folder / "packs" / name.hex()[:2] / name.hex(), f"pack {name.hex()}"))
         self._chunk = lru_cache(64)(self._read_chunk)
+        self._last: Any = None
 
     def read(self, table: Any, i: int, names: Any, limit: int, where: str) -> bytes:
         """The chunk in frame `i` of a frame table whose packs are `names`."""
-        columns = (table.pack, table.ordinal, table.offset, table.stored_len, table.plain_len)
+        columns = self._columns(table)
         require(i < len(table.pack) and len(table.ids) == 32 * len(table.pack) and len(set(map(len, columns))) == 1,
                 f"{where}: no frame {i}, or the frame table is not even")
         pack, ordinal, offset, stored_len, plain_len = (column[i] for column in columns)
@@ -382,6 +396,16 @@ class Frames:
         require(ordinal < MAX_FRAMES and plain_len <= limit and stored_len >= 8 + TAG_LEN and offset >= HEADER_LEN
                 and offset + stored_len <= MAX_PACK, f"{where}: frame {i} is outside the limits")
         return self._chunk(names[pack], ordinal, offset, stored_len, plain_len, table.ids[32 * i:32 * i + 32])
+
+    def _columns(self, table: Any) -> tuple[Any, ...]:
+        """The columns of a frame table; those of the last one are kept."""
+        if self._last is None or self._last[0] is not table:
+            lengths = table.stored_len
+            ordinals = from_steps(table.ordinal, table.ordinal_step, 0, lambda _, ordinal: ordinal + 1)
+            require(not table.offset_step or len(table.offset_step) == len(lengths), "the frame table is not even")
+            offsets = from_steps(table.offset, table.offset_step, 0, lambda i, offset: offset + lengths[i])
+            self._last = table, (list(table.pack), ordinals, offsets, list(lengths), list(table.plain_len))
+        return self._last[1]
 
     def _read_chunk(self, name: bytes, ordinal: int, offset: int, stored_len: int, plain_len: int, id_: bytes) -> bytes:
         where = f"pack {name.hex()}, frame {ordinal}"
@@ -415,6 +439,7 @@ class Restore:
         self.target = os.fsencode(target)
         self.directories: list[tuple[bytes, Any]] = []
         self.symlinks: list[tuple[bytes, Any]] = []
+        self.next_frame = 0  # that an extent is expected in
 
     def run(self) -> None:
         """Write everything; symbolic links after all files, so that nothing is written through one."""
@@ -422,7 +447,7 @@ class Restore:
         allowed(not os.listdir(self.target), f"{os.fsdecode(self.target)} is not empty")
         last = b""
         for number in range(len(self.root.segments)):
-            segment = self._segment(number)
+            segment, self.next_frame = self._segment(number), 0
             for entry in segment.files:
                 path: bytes = entry.path_bytes or entry.path.encode()
                 require(len(path) <= MAX_PATH and not (entry.path and entry.path_bytes) and b"\0" not in path
@@ -471,9 +496,16 @@ class Restore:
         os.chmod(full, entry.mode & 0o7777)
         os.utime(full, ns=(entry.mtime_us * 1000, entry.mtime_us * 1000))
 
+    def _extents(self, extents: Any) -> tuple[Any, ...]:
+        """The columns of a file's extents; files come in the order of their segment."""
+        starts = list(extents.file_offset) or [0, *accumulate(extents.len)][:-1]
+        frames = from_steps(extents.frame, extents.frame_step, self.next_frame, lambda _, frame: frame + 1)
+        self.next_frame = frames[-1] + 1 if frames else self.next_frame
+        return starts, extents.len, frames, extents.frame_offset
+
     def _regular(self, full: bytes, entry: Any, segment: Any) -> None:
         """Write a file: what its extents say, and zeros between them."""
-        columns = (entry.extents.file_offset, entry.extents.len, entry.extents.frame, entry.extents.frame_offset)
+        columns = self._extents(entry.extents)
         require(len(set(map(len, columns))) == 1, f"{full!r}: the extents are not even")
         position = crc = 0
         with open(full, "xb") as out:

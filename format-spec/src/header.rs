@@ -6,8 +6,8 @@ use crate::error::{FormatError, Result};
 pub const HEADER_LEN: usize = 80;
 const MAGIC: &[u8; 4] = b"FVLT";
 const VERSION: u8 = 1;
-/// Feature bits that this version knows.
-const KNOWN_FEATURES: u16 = 0;
+/// Feature bit of manifest roots: frame tables and extents may be relative ([`crate::manifest`]).
+const RELATIVE: u16 = 1;
 
 /// What an object is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -54,6 +54,14 @@ impl Kind {
             _ => return None,
         })
     }
+
+    /// Feature bits that this version knows and writes.
+    fn features(self) -> u16 {
+        match self {
+            Self::Root => RELATIVE,
+            _ => 0,
+        }
+    }
 }
 
 /// How the data key of an object is found.
@@ -70,6 +78,8 @@ pub enum KeyMode {
 pub struct ObjectHeader {
     /// What the object is.
     pub kind: Kind,
+    /// Feature bits.
+    pub features: u16,
     /// Key epoch.
     pub epoch: u32,
     /// Where the data key comes from.
@@ -83,6 +93,7 @@ impl ObjectHeader {
     pub fn new(kind: Kind, epoch: u32, salt: [u8; 32]) -> Self {
         Self {
             kind,
+            features: kind.features(),
             epoch,
             key_mode: KeyMode::Symmetric,
             salt,
@@ -95,6 +106,7 @@ impl ObjectHeader {
         out[..4].copy_from_slice(MAGIC);
         out[4] = VERSION;
         out[5] = self.kind as u8;
+        out[6..8].copy_from_slice(&self.features.to_le_bytes());
         out[8..12].copy_from_slice(&self.epoch.to_le_bytes());
         out[16..48].copy_from_slice(&self.salt);
         if let KeyMode::PublicKey(encapsulated) = &self.key_mode {
@@ -121,11 +133,9 @@ impl ObjectHeader {
         let kind = Kind::from_byte(bytes[5])
             .ok_or_else(|| FormatError::unsupported(what, format!("object kind {}", bytes[5])))?;
         let features = u16::from_le_bytes([bytes[6], bytes[7]]);
-        if features & !KNOWN_FEATURES != 0 {
-            return Err(FormatError::unsupported(
-                what,
-                format!("feature bits {:#06x}", features & !KNOWN_FEATURES),
-            ));
+        let unknown = features & !kind.features();
+        if unknown != 0 {
+            return Err(FormatError::unsupported(what, format!("feature bits {unknown:#06x}")));
         }
         let mut salt = [0u8; 32];
         salt.copy_from_slice(&bytes[16..48]);
@@ -143,6 +153,7 @@ impl ObjectHeader {
         let epoch = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
         Ok(Self {
             kind,
+            features,
             epoch,
             key_mode,
             salt,

@@ -22,6 +22,7 @@ pub mod keys;
 mod known_good;
 pub mod limits;
 pub mod log;
+pub mod manifest;
 pub mod names;
 pub mod object;
 pub mod pack;

@@ -32,9 +32,14 @@ impl Scratch {
         let path = PathBuf::from(format!("/tmp/fv-{name}-{}-{number}", std::process::id()));
         let _ = std::fs::remove_dir_all(&path);
         std::fs::create_dir_all(&path)?;
-        // Another process copies: a descriptor for writing that a child of this one inherits would make the copy
-        // "Text file busy" for whoever starts it.
-        run(Command::new("cp").arg(binary()?).arg(path.join("fairvault")))?;
+        let own = path.join("fairvault");
+        match std::env::var_os("FAIRVAULT_TEMPLATES") {
+            // The same file for all tests of a run: nobody writes to it.
+            Some(templates) => std::fs::hard_link(Path::new(&templates).join("fairvault"), own)?,
+            // Another process copies: a descriptor for writing that a child of this one inherits would make the copy
+            // "Text file busy" for whoever starts it.
+            None => drop(run(Command::new("cp").arg(binary()?).arg(own))?),
+        }
         if tools::is_root() {
             run(Command::new("chown").arg("postgres:").arg(&path))?;
         }

@@ -38,13 +38,7 @@ impl Server {
     /// The same with other arguments for initdb.
     pub fn create_with(scratch: &Scratch, major: u32, port: u16, settings: &str, initdb: &[&str]) -> Result<Self> {
         let this = Self::existing(scratch, major, scratch.join(&format!("data{port}")), port);
-        let mut command = this.program(scratch, "initdb");
-        command
-            .arg("-D")
-            .arg(&this.data)
-            .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"])
-            .args(initdb);
-        run(&mut command)?;
+        this.initialize(scratch, initdb)?;
         let conf = this.data.join("postgresql.conf");
         let text = format!(
             "{}\nfsync = off\nlog_min_messages = warning\nmax_wal_senders = 8\nwal_keep_size = 0\nlog_checkpoints = off\n{settings}\n",
@@ -53,6 +47,38 @@ impl Server {
         std::fs::write(&conf, text)?;
         this.start(scratch)?;
         Ok(this)
+    }
+
+    /// Makes its cluster: with initdb, or as a copy of one that initdb has made in the same way for another test, where
+    /// the run has a folder for such. The first cluster of a test may be a copy; the others have identities of their own.
+    fn initialize(&self, scratch: &Scratch, initdb: &[&str]) -> Result<()> {
+        let make = |data: &Path| -> Result<()> {
+            let mut command = self.program(scratch, "initdb");
+            command
+                .arg("-D")
+                .arg(data)
+                .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"])
+                .args(initdb);
+            run(&mut command).map(|_| ())
+        };
+        let may_be_copy = self.port == 5432 && self.major < 19 && !initdb.contains(&"-X");
+        let templates = std::env::var_os("FAIRVAULT_TEMPLATES").filter(|_| may_be_copy);
+        let Some(templates) = templates.map(PathBuf::from) else {
+            return make(&self.data);
+        };
+        let name = format!("{}{}", self.major, initdb.concat());
+        let template = templates.join(&name);
+        if !template.exists() {
+            let of_whom = self.scratch.file_name().unwrap_or_default().to_string_lossy();
+            let new = templates.join(format!("{name}.{of_whom}"));
+            make(&new)?;
+            // Somebody else may have been faster.
+            if std::fs::rename(&new, &template).is_err() {
+                std::fs::remove_dir_all(&new)?;
+            }
+        }
+        let mut copy = scratch.command("cp");
+        run(copy.args(["-a", "-T"]).arg(&template).arg(&self.data)).map(|_| ())
     }
 
     /// Major version.

@@ -1,5 +1,8 @@
 //! What was done is in the log, and the log is proved; key slots that were lost come back from a file.
 
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 use fairvault_tests::fixture::{Fixture, SMALL, Shape, files, refused};
 use serde_json::Value;
@@ -60,6 +63,30 @@ fn who_did_what_is_in_the_log() -> Result<()> {
     refused(s.fairvault(&["audit", "acme"]), 4, "log entry")?;
     std::fs::write(middle, &good)?;
     s.ok(&["audit", "acme"]).map(|_| ())
+}
+
+/// Finds a repair that fails and leaves no trace in the log of what it had read and changed until then.
+#[test]
+fn who_failed_is_in_the_log() -> Result<()> {
+    let s = Fixture::new("auditfailed", SMALL)?;
+    s.backup_id(&[])?;
+    let repair = ["repair", "acme", "--progress", "none"];
+    let runs = s.objects("index");
+    let run = runs.first().context("an index run")?;
+    let may = |mode| std::fs::set_permissions(run, std::fs::Permissions::from_mode(mode));
+    may(0o000)?;
+    let failed = s.fairvault(&repair);
+    may(0o600)?;
+    refused(failed, 1, "index/")?;
+    s.ok(&repair)?;
+    let audit = s.ok(&["audit", "acme"])?;
+    for said in [
+        "repair: 0 objects can be seen again; then it failed: ",
+        "iB: nothing to do",
+    ] {
+        ensure!(audit.matches(said).count() == 1, "{said:?} is not in\n{audit}");
+    }
+    Ok(())
 }
 
 #[test]
@@ -169,4 +196,107 @@ fn what_was_deleted_is_in_the_log_with_its_size() -> Result<()> {
     ensure!(swept <= of("packs") + of("roots") + of("index_runs"), "{swept} {done}");
     ensure!(sizes(&s, "operation", "gc, ")? == [deleted, of("wal")], "{done}");
     Ok(())
+}
+
+/// The file in which this host counts what it archives and fetches.
+fn tally(s: &Fixture) -> Result<std::path::PathBuf> {
+    let found = files(&s.scratch.join("cache")).into_iter();
+    let mut found = found.filter(|path| path.ends_with("tally"));
+    found.next().context("nothing is counted")
+}
+
+/// An hour passes for it.
+fn age(s: &Fixture) -> Result<()> {
+    let path = tally(s)?;
+    let mut books: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    for book in books.as_object_mut().context("counts")?.values_mut() {
+        for name in ["/counting/began_us", "/tried_us"] {
+            if let Some(us) = book.pointer_mut(name) {
+                *us = (us.as_i64().context("a time")? - 3_600_000_000).into();
+            }
+        }
+    }
+    Ok(std::fs::write(&path, books.to_string())?)
+}
+
+#[test]
+fn what_was_pushed_and_fetched_is_in_the_log_once_an_hour() -> Result<()> {
+    let shape = Shape {
+        settings: "wal_keep_size = 64MB\n",
+        ..SMALL
+    };
+    let s = Fixture::new("audittally", shape)?;
+    let mut names = Vec::new();
+    for at in 0..5 {
+        names.push(s.sql("select pg_walfile_name(pg_current_wal_insert_lsn())")?);
+        s.sql(&format!("create table t{at} (x int); select pg_switch_wal()"))?;
+    }
+    let push = |at: usize| -> Result<()> {
+        let path = s.server.data.join("pg_wal").join(&names[at]);
+        s.ok(&["wal", "push", "acme", &path.display().to_string()]).map(|_| ())
+    };
+    let get = |at: usize| s.ok(&["wal", "get", "acme", &names[at], &s.path("got")]);
+    // Ends of what entries say.
+    let ends = |what: &str, ends: &[&str]| -> Result<()> {
+        let audit = json(&s, &["audit", "acme"])?;
+        let entries = audit["entries"].as_array().context("no entries")?.iter();
+        let said: Vec<_> = entries.filter_map(|entry| entry["what"].as_str()).collect();
+        let said: Vec<_> = said.into_iter().filter(|said| said.starts_with(what)).collect();
+        let fits = said.len() == ends.len() && said.iter().zip(ends).all(|(said, end)| said.ends_with(end));
+        ensure!(fits, "{ends:?} is not {said:?}");
+        Ok(())
+    };
+    push(0)?;
+    push(1)?;
+    push(1)?;
+    ends("wal push", &[])?;
+    age(&s)?;
+    push(2)?;
+    let first = format!(
+        "B: 3 segments stored, {} to {}; 1 was there already",
+        names[0], names[2]
+    );
+    ends("wal push", &[&first])?;
+    let lengths = s.objects("wal").into_iter().map(|path| Ok(path.metadata()?.len()));
+    let stored = lengths.sum::<Result<u64>>()?;
+    ensure!(sizes(&s, "operation", "wal push")? == [stored], "{stored}");
+    // What comes then has an hour of its own.
+    push(3)?;
+    ends("wal push", &[&first])?;
+
+    // What cannot be read is counted anew.
+    std::fs::write(tally(&s)?, "{\"wal push\":{")?;
+    push(4)?;
+    // Nothing fails, and nobody waits long, where the log cannot be written; it is tried again in an hour.
+    let log = s.scratch.join("vault/acme/log");
+    let mode = log.metadata()?.permissions();
+    std::fs::set_permissions(&log, std::fs::Permissions::from_mode(0o555))?;
+    age(&s)?;
+    let began = Instant::now();
+    let pushed = push(4);
+    let took = began.elapsed();
+    std::fs::set_permissions(&log, mode)?;
+    pushed?;
+    ensure!(took < Duration::from_secs(15), "{took:?}");
+    push(4)?;
+    ends("wal push", &[&first])?;
+    age(&s)?;
+    push(4)?;
+    let second = format!("B: 1 segment stored, {}; 3 were there already", names[4]);
+    ends("wal push", &[&first, &second])?;
+
+    get(0)?;
+    ends("wal get", &[])?;
+    age(&s)?;
+    get(1)?;
+    let fetched = format!("2 MiB: 2 segments fetched, {} to {}", names[0], names[1]);
+    ends("wal get", &[&fetched])?;
+    // An archive that has stopped has said all that it stored once there is a backup.
+    push(4)?;
+    age(&s)?;
+    s.backup()?;
+    ends(
+        "wal push",
+        &[&first, &second, "wal push: nothing stored; 1 was there already"],
+    )
 }

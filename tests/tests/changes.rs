@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
-use fairvault_engine::restore::plan::Manifest;
+use fairvault_engine::manifest::Manifest;
 use fairvault_format::limits::CHUNK_BYTES;
 use fairvault_tests::fixture::{SMALL, field, number};
 use fairvault_tests::proxy::{Proxy, Target};

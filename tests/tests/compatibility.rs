@@ -1,7 +1,8 @@
 //! A repository that version 0.1.0 has written is read, restored, continued and collected by every later version.
 //!
-//! `tests/fixtures/v1` is never written again. `FAIRVAULT_FIXTURES=write` makes one where there is none. It was written
-//! before keys could be rotated, slots could write only, WAL could expire and stanzas could be upgraded.
+//! `tests/fixtures/v1` was written before keys could be rotated, slots could write only, WAL could expire and stanzas
+//! could be upgraded; `v1-relative` after manifests got relative columns. They are never written again.
+//! `FAIRVAULT_FIXTURES=write` makes the last one where it is not there.
 
 mod old;
 
@@ -18,19 +19,33 @@ use fairvault_tests::{Receiver, run};
 use old::{AT_ONCE, Content, QUERY, RESTORED, digest, insert, query, restore, strip, write_if_asked};
 
 const CONFIGURATION: &str = "retention = { full = 1 }\ncompression = { level = 22 }";
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/v1")
+/// The repositories, oldest first.
+const OLD: &str = "v1";
+const LATER: &str = "v1-relative";
+
+fn folder(repository: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(repository)
 }
 
-/// A scratch copy of the repository.
-fn old(name: &str) -> Result<Fixture> {
-    write_if_asked(&folder(), write_fixture)?;
-    Fixture::of_repository(name, &folder(), CONFIGURATION)
+/// A scratch copy of a repository, and what it is said to hold.
+fn copy_of(repository: &str, name: &str) -> Result<(Fixture, Content)> {
+    write_if_asked(&folder(LATER), write_fixture)?;
+    let s = Fixture::of_repository(name, &folder(repository), CONFIGURATION)?;
+    Ok((s, Content::read(&folder(repository))?))
+}
+
+fn old(name: &str) -> Result<(Fixture, Content)> {
+    copy_of(OLD, name)
 }
 
 #[test]
 fn an_old_repository_is_read() -> Result<()> {
-    let (s, content) = (old("oldread")?, Content::read(&folder())?);
+    is_read(OLD, "oldread")?;
+    is_read(LATER, "laterread")
+}
+
+fn is_read(repository: &str, name: &str) -> Result<()> {
+    let (s, content) = copy_of(repository, name)?;
     let info = s.ok(&["info", "acme", "--output", "json"])?;
     let backups = content.backups()?;
     for backup in &backups {
@@ -48,6 +63,14 @@ fn an_old_repository_is_read() -> Result<()> {
     ensure!(audit.contains(&format!("backup {expired} has expired")), "{audit}");
     let verified = s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
     ensure!(verified.contains("all good"), "{verified}");
+    for root in s.objects("roots") {
+        // Feature bit 0: its columns may be relative.
+        ensure!(
+            std::fs::read(&root)?[6] == u8::from(repository == LATER),
+            "{}",
+            root.display()
+        );
+    }
     // Not less is looked at than there is.
     let count = |what: &str| -> Result<usize> { Ok(content.word(what)?.parse()?) };
     let wal: Vec<String> = s.objects("wal").iter().map(|path| path.display().to_string()).collect();
@@ -64,17 +87,20 @@ fn an_old_repository_is_read() -> Result<()> {
 
 #[test]
 fn an_old_repository_restores_byte_for_byte() -> Result<()> {
-    let (s, content) = (old("oldback")?, Content::read(&folder())?);
-    ensure!(content.backups()?.len() >= 2);
-    // The end of its WAL is across a promotion, and through pieces.
-    old::restores_byte_for_byte(&s, &content, |name, id| {
-        restore(&s, name, &[&["--backup", id], AT_ONCE.as_slice()].concat())
-    })
+    for (repository, name) in [(OLD, "oldback"), (LATER, "laterback")] {
+        let (s, content) = copy_of(repository, name)?;
+        ensure!(content.backups()?.len() >= 2);
+        // The end of its WAL is across a promotion, and through pieces.
+        old::restores_byte_for_byte(&s, &content, |name, id| {
+            restore(&s, name, &[&["--backup", id], AT_ONCE.as_slice()].concat())
+        })?;
+    }
+    Ok(())
 }
 
 #[test]
 fn an_old_repository_is_continued() -> Result<()> {
-    let (s, content) = (old("oldon")?, Content::read(&folder())?);
+    let (s, content) = old("oldon")?;
     restore(&s, "copy", &["--archiving", "keep"])?;
     s.configure("copy", &s.archiving())?;
     let server = s.start("copy", 5432)?;
@@ -118,7 +144,7 @@ fn an_old_repository_is_continued() -> Result<()> {
 
 #[test]
 fn an_old_repository_is_collected() -> Result<()> {
-    let (s, content) = (old("oldgc")?, Content::read(&folder())?);
+    let (s, content) = old("oldgc")?;
     let gc = || s.ok(&["gc", "acme", "--patience", "1s", "--progress", "none"]);
     let roots = s.objects("roots").len();
     let said = gc()?;
@@ -155,10 +181,7 @@ fn an_old_repository_is_collected() -> Result<()> {
 #[test]
 fn an_old_repository_gets_new_keys() -> Result<()> {
     for public in [false, true] {
-        let (s, content) = (
-            old(if public { "oldpublic" } else { "oldkeys" })?,
-            Content::read(&folder())?,
-        );
+        let (s, content) = old(if public { "oldpublic" } else { "oldkeys" })?;
         let (new, vault) = (s.path("new"), s.path("vault"));
         s.ok(&["key", "generate", &new])?;
         let rotate = ["key", "rotate", "acme", "--new-secret-file", &new];
@@ -260,14 +283,15 @@ fn write_fixture() -> Result<()> {
     two.stop(&s.scratch, "immediate")?;
     let text = describe(&s, &expired, &[(&held, "full"), (&last, "incr")], &segment)?;
     ensure!(s.objects("leases").is_empty(), "a lease is left");
-    std::fs::create_dir_all(folder())?;
+    let folder = folder(LATER);
+    std::fs::create_dir_all(&folder)?;
     run(std::process::Command::new("cp")
         .arg("-r")
         .arg(s.scratch.join("vault"))
-        .arg(folder()))?;
-    std::fs::copy(s.scratch.join("key"), folder().join("key"))?;
+        .arg(&folder))?;
+    std::fs::copy(s.scratch.join("key"), folder.join("key"))?;
     // Last: without it, nothing is taken for a fixture.
-    Ok(std::fs::write(folder().join("content.txt"), text)?)
+    Ok(std::fs::write(folder.join("content.txt"), text)?)
 }
 
 fn describe(s: &Fixture, expired: &str, backups: &[(&String, &str)], segment: &str) -> Result<String> {

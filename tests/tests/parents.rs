@@ -6,9 +6,9 @@ mod stores;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use fairvault_engine::manifest::Outline;
 use fairvault_engine::postgres::hints::mask;
 use fairvault_engine::postgres::lsn::Lsn;
-use fairvault_engine::restore::plan::Outline;
 use fairvault_tests::fixture::{SMALL, field, number};
 use fairvault_tests::{Fixture, Shape, code};
 use serde_json::Value;

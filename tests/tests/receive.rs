@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use fairvault_tests::fixture::SMALL;
+use fairvault_tests::fixture::{SMALL, signal};
 use fairvault_tests::proxy::{Proxy, Target};
 use fairvault_tests::receiver::wait_until_durable;
 use fairvault_tests::s3::S3;
@@ -71,6 +71,64 @@ fn when_a_receiver_began_and_ended_is_in_the_log() -> Result<()> {
         ensure!(stops.clone().all(|entry| entry["bytes"].as_u64() > Some(0)), "{audit}");
         ensure!(stops.count() == before + 1, "{audit}");
     }
+    Ok(())
+}
+
+#[test]
+fn what_is_received_is_in_the_log_while_it_goes_on() -> Result<()> {
+    let s = Fixture::new("receivegoeson", Shape::default())?;
+    let at = |lsn: &str| -> Result<u64> { Ok(s.sql(&format!("select {lsn} - '0/0'::pg_lsn"))?.parse()?) };
+    // A receiver begins at the beginning of a segment.
+    let from = at("pg_current_wal_lsn()")? >> 24 << 24;
+    let log = s.scratch.join("receive.log");
+    let file = std::fs::File::create(&log)?;
+    let mut command = s.scratch.command("env");
+    command
+        .arg(format!("HOME={}", s.scratch.path().display()))
+        .arg("FAIRVAULT_FAULT=short hours")
+        .arg(s.path("fairvault"))
+        .args(&s.options)
+        .args(["wal", "receive", "acme"]);
+    let mut child = command.stdout(file.try_clone()?).stderr(file).spawn()?;
+    let noted = |word: &str| -> Result<Vec<u64>> {
+        let audit = s.ok(&["audit", "acme", "--output", "json"])?;
+        let audit: serde_json::Value = serde_json::from_str(&audit)?;
+        let entries = audit["entries"].as_array().context("entries")?.iter();
+        let meant = entries.filter(|entry| {
+            let what = entry["what"].as_str().unwrap_or_default();
+            what.starts_with("wal receive") && what.ends_with(word)
+        });
+        meant.map(|entry| entry["bytes"].as_u64().context("bytes")).collect()
+    };
+    let wait_for = |count: usize| -> Result<Vec<u64>> {
+        let deadline = std::time::Instant::now() + Duration::from_secs(40);
+        loop {
+            let found = noted(": goes on")?;
+            if found.len() >= count {
+                return Ok(found);
+            }
+            let text = std::fs::read_to_string(&log)?;
+            ensure!(std::time::Instant::now() < deadline, "{found:?}: {text}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    };
+    let found = (|| {
+        s.sql("create table t as select generate_series(1, 1000) x")?;
+        let first = wait_for(1)?.len();
+        s.sql("insert into t select generate_series(1, 100000)")?;
+        wait_for(first + 1)
+    })();
+    signal(&child, "TERM")?;
+    ensure!(child.wait()?.success());
+    // Each says what came since the one before.
+    let (found, ends) = (found?, noted(": stopped")?);
+    ensure!(
+        found.iter().all(|&bytes| bytes > 0) && ends.len() == 1,
+        "{found:?} {ends:?}"
+    );
+    let all = noted("")?.iter().sum::<u64>();
+    let written = at("pg_current_wal_lsn()")? - from;
+    ensure!(all <= written, "{all} of {written}: something was said twice");
     Ok(())
 }
 

@@ -390,6 +390,37 @@ fn without_replication(major: u32) -> Result<()> {
     Ok(())
 }
 
+/// Whatever the role may do there. Finds a backup that needs a connection for replication, and a refusal that does not say
+/// what to do.
+#[test]
+fn a_server_without_senders_of_wal_is_backed_up_over_ordinary_connections() -> Result<()> {
+    let shape = Shape {
+        archiving: true,
+        settings: "max_wal_senders = 0\n",
+        ..SMALL
+    };
+    let s = Fixture::new("nosenders", shape)?;
+    s.sql("create table t as select i, md5(i::text) from generate_series(1, 20000) i")?;
+    for source in ["local", "sql"] {
+        let said = s.backup_json(&["--source", source])?;
+        ensure!(
+            field(&said, "source")? == source && !said.contains("could not be compared"),
+            "{said}"
+        );
+    }
+    let (_, check) = s.fairvault(&["check", "acme"]);
+    ensure!(check.contains("sources: local, sql; not stream"), "{check}");
+    for way in ["--source", "--wal"] {
+        let asked = s.fairvault(&["backup", "acme", "--fast", "--progress", "none", way, "stream"]);
+        refused(asked, 75, "raise max_wal_senders")?;
+    }
+    s.flush_archive(&s.server)?;
+    let (exit, text) = s.restore("r", &[]);
+    ensure!(exit == 0, "{text}");
+    ensure!(s.rows(&s.start("r", 5450)?)? == "20000");
+    Ok(())
+}
+
 #[test]
 fn progress_is_told_to_people_and_to_machines() -> Result<()> {
     let s = Fixture::new("progress", Shape::default())?;

@@ -1,18 +1,28 @@
-//! All tests of the workspace, a binary at a time.
+//! All tests of the workspace, two binaries at a time.
 //!
-//! What always holds: every test runs, whatever failed before it. A test that fails is run once more, alone; if it
-//! passes then, it is named as unstable together with what it said, and a second failure fails the run. Tests of
-//! whole servers share two cores with each other, and one that waited too long says nothing about the code.
+//! What always holds: every test runs, whatever failed before it. A test that fails is run once more, alone, when all
+//! others are through; if it passes then, it is named as unstable together with what it said, and a second failure fails
+//! the run. Tests of whole servers share two cores with each other, and one that waited too long says nothing about the
+//! code. They wait more than they compute: that is why two binaries run beside each other, and what only computes, in
+//! simulated time, beside both.
 
-use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use fairvault_tests::Scratch;
 use serde_json::Value;
 
 use crate::steps::{cargo, top};
+
+/// Binaries at a time; each runs as many tests at once as there are cores.
+const LANES: usize = 2;
+/// Only computes, and has no clock but its own: it takes what time the others leave.
+const COMPUTES: &str = "tests/sim";
+/// Measures seconds.
+const ALONE: &str = "tests/rpo";
 
 /// A binary with tests.
 struct Binary {
@@ -24,11 +34,32 @@ struct Binary {
 
 /// Builds and runs all tests, with these variables.
 pub fn run(variables: &[(&str, &str)]) -> Result<()> {
+    let mut binaries = build()?;
+    // Tests begin with copies of clusters that initdb has made for others.
+    let templates = Scratch::new("templates")?;
+    let folder = templates.path().display().to_string();
+    let variables = [variables, &[("FAIRVAULT_TEMPLATES", folder.as_str())]].concat();
+    let computes: Vec<Binary> = binaries.extract_if(.., |binary| binary.name == COMPUTES).collect();
+    let alone: Vec<Binary> = binaries.extract_if(.., |binary| binary.name == ALONE).collect();
+    let results = Mutex::new(Vec::new());
+    let (computes, binaries) = (Mutex::new(computes.into_iter()), Mutex::new(binaries.into_iter()));
+    let lane = |of: &Mutex<std::vec::IntoIter<Binary>>, politely: bool| -> Result<()> {
+        loop {
+            let next = of.lock().unwrap().next();
+            let Some(binary) = next else { return Ok(()) };
+            let outcome = binary.run(&[], &variables, politely)?;
+            results.lock().unwrap().push((binary, outcome));
+        }
+    };
+    std::thread::scope(|scope| {
+        let mut lanes = vec![scope.spawn(|| lane(&computes, true))];
+        lanes.extend((0..LANES).map(|_| scope.spawn(|| lane(&binaries, false))));
+        lanes.into_iter().try_for_each(|lane| lane.join().unwrap())
+    })?;
+    lane(&Mutex::new(alone.into_iter()), false)?;
+
     let (mut failed, mut unstable) = (Vec::new(), Vec::new());
-    for binary in build()? {
-        let begun = Instant::now();
-        let first = binary.run(&[], variables)?;
-        println!("{}: {:.1} s", binary.name, begun.elapsed().as_secs_f64());
+    for (binary, first) in results.into_inner().unwrap() {
         if first.passed {
             continue;
         }
@@ -38,7 +69,7 @@ pub fn run(variables: &[(&str, &str)]) -> Result<()> {
         for test in first.failed {
             let name = format!("{}: {test}", binary.name);
             println!("{name} failed; once more, alone:");
-            match binary.run(&["--exact", &test], variables)?.passed {
+            match binary.run(&["--exact", &test], &variables, false)?.passed {
                 true => unstable.push(name),
                 false => failed.push(name),
             }
@@ -104,25 +135,32 @@ struct Outcome {
 }
 
 impl Binary {
-    fn run(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Result<Outcome> {
-        let mut child = Command::new(&self.program)
+    /// Runs it and prints what it said. `politely`, it gives way to all others.
+    fn run(&self, arguments: &[&str], variables: &[(&str, &str)], politely: bool) -> Result<Outcome> {
+        let begun = Instant::now();
+        let mut command = match politely {
+            true => Command::new("nice"),
+            false => Command::new(&self.program),
+        };
+        if politely {
+            command.args(["-n", "19"]).arg(&self.program);
+        }
+        let output = command
             .args(arguments)
             .envs(variables.iter().copied())
             .current_dir(&self.folder)
             .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
+            .stderr(Stdio::inherit())
+            .output()
             .with_context(|| format!("starting {}", self.program.display()))?;
-        let mut failed = Vec::new();
-        for line in BufReader::new(child.stdout.take().context("no output")?).lines() {
-            let line = line?;
-            println!("{line}");
-            let name = line.strip_prefix("test ").and_then(|l| l.strip_suffix(" ... FAILED"));
-            failed.extend(name.map(str::to_owned));
-        }
+        let text = String::from_utf8_lossy(&output.stdout);
+        println!("{text}{}: {:.1} s", self.name, begun.elapsed().as_secs_f64());
+        let failed = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED"));
         Ok(Outcome {
-            passed: child.wait()?.success(),
-            failed,
+            passed: output.status.success(),
+            failed: failed.map(str::to_owned).collect(),
         })
     }
 }

@@ -7,9 +7,11 @@ use fairvault_engine::backup::{self, Options, SourceKind, WalMethod, judge};
 use fairvault_engine::commit::Log;
 use fairvault_engine::copy as engine;
 use fairvault_engine::error::{Error, Kind, Result};
+use fairvault_engine::immutable::reliance::minimum_s;
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::progress::Progress;
 use fairvault_engine::stanza::create::DataKeys;
+use fairvault_engine::wal::tally;
 
 use super::{Outcome, copy, stanza, stop_signal};
 use crate::args::{BackupArgs, BackupType, Output, Source, WalArg};
@@ -69,7 +71,7 @@ async fn copy_on(context: &Arc<Context>, args: &BackupArgs, log: &Log, id: &str,
                 backup: Some(id.to_owned()),
                 retention: context.retention(repository, &args.stanza)?,
                 compression: context.wal_compression(&args.stanza)?,
-                reliance: context.reliance(repository, &args.stanza)?,
+                reliance: context.reliance(repository, &args.stanza, minimum_s(target.state()))?,
             };
             let progress = Arc::new(Progress::default());
             let display = output::Display::start(args.progress, progress.clone(), "stored");
@@ -148,8 +150,8 @@ pub async fn run(context: &Arc<Context>, args: BackupArgs) -> Result<Outcome> {
         reliance: None,
     };
     let repositories = context.backup_repositories(&args.stanza)?;
-    options.reliance = context.reliance(&repositories[0], &args.stanza)?;
     let mut log = open(context, &args, &repositories[0]).await?;
+    options.reliance = context.reliance(&repositories[0], &args.stanza, minimum_s(log.state()))?;
     let taken = log.state().backups.iter().filter_map(|backup| backup.info.as_ref());
     // Without any backup there is nothing to decide.
     if options.kind == backup::Kind::Auto
@@ -164,6 +166,8 @@ pub async fn run(context: &Arc<Context>, args: BackupArgs) -> Result<Outcome> {
     let display = output::Display::start(args.progress, progress.clone(), "stored");
     let result = backup::run(&mut log, &options, progress.clone(), stop_signal()).await;
     drop(display);
+    // An archive that has stopped says nothing any more.
+    tally::say(&mut log).await;
     let report = result?;
     let info = &report.info;
     let copied = copy_on(context, &args, &log, &info.id, &repositories[1..]).await;

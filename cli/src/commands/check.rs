@@ -276,6 +276,9 @@ async fn server(context: &Context, stanza: &str, lines: &mut Vec<Line>) -> Optio
                 (false, Mode::Replication) => {
                     "does not archive: backups stream their own WAL, and recovery ends with the last backup".to_owned()
                 }
+                (false, Mode::Sql) if senders == "0" => "does not archive, and sends no WAL: backups need \
+                                                         `fairvault wal push`, or max_wal_senders above 0"
+                    .to_owned(),
                 (false, Mode::Sql) => "does not archive, and the role may not replicate: backups need \
                                        `fairvault wal receive` and `--wal archive`"
                     .to_owned(),

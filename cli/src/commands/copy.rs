@@ -5,6 +5,7 @@ use std::sync::Arc;
 use fairvault_engine::commit::Log;
 use fairvault_engine::copy::{self, Options, Plan, Report};
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
+use fairvault_engine::immutable::reliance::minimum_s;
 use fairvault_engine::progress::Progress;
 
 use super::{Outcome, stop_signal};
@@ -105,7 +106,7 @@ async fn into_one(
         compression: context.wal_compression(&args.stanza)?,
         reliance: match args.dry_run {
             true => None,
-            false => context.reliance(to, &args.stanza)?,
+            false => context.reliance(to, &args.stanza, minimum_s(target.state()))?,
         },
     };
     if args.dry_run {

@@ -8,7 +8,7 @@ use std::path::Path;
 use fairvault_engine::commit::Log;
 use fairvault_engine::env::{self, SystemEnv};
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
-use fairvault_engine::restore::plan::Manifest;
+use fairvault_engine::manifest::Manifest;
 use fairvault_engine::stanza::slots::Opens;
 use fairvault_engine::stanza::{Access, Stanza, erase, rotate, slots};
 use fairvault_engine::store::Created;
@@ -417,25 +417,30 @@ async fn import(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
         let access = context.access(&repository, stanza, false, true)?;
         erase::check_import(&access, &decoded).await?;
         let (mut count, mut stored) = (0, 0);
-        for (slot, bytes) in own {
-            let name = names::slot(slot.epoch, &slot.name);
-            match store.create(&name, bytes.clone().into(), limits::SLOT_BYTES).await? {
-                Created::Won if context.global.output == Output::Json => {}
-                Created::Won => output::line(format_args!("{repository}: {name} is there")),
-                Created::Lost(_) => {
-                    return Err(Error::refused(format!(
-                        "{}/{name} is there, and another one",
-                        store.shown()
-                    )));
+        let storing = async {
+            for (slot, bytes) in own {
+                let name = names::slot(slot.epoch, &slot.name);
+                match store.create(&name, bytes.clone().into(), limits::SLOT_BYTES).await? {
+                    Created::Won if context.global.output == Output::Json => {}
+                    Created::Won => output::line(format_args!("{repository}: {name} is there")),
+                    Created::Lost(_) => {
+                        return Err(Error::refused(format!(
+                            "{}/{name} is there, and another one",
+                            store.shown()
+                        )));
+                    }
                 }
+                count += 1;
+                stored += bytes.len() as u64;
+                all.push(serde_json::json!({ "repository": repository, "object": name }));
             }
-            count += 1;
-            stored += bytes.len() as u64;
-            all.push(serde_json::json!({ "repository": repository, "object": name }));
-        }
+            Ok::<_, Error>(())
+        };
+        let done = storing.await;
         if count > 0 {
-            note_import(&access, count, stored).await;
+            note_import(&access, count, stored, done.as_ref().err()).await;
         }
+        done?;
     }
     if all.is_empty() {
         return Err(bad("it holds no slot of a configured repository"));
@@ -447,11 +452,11 @@ async fn import(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
 }
 
 /// In the log, as far as what was imported opens it: the secret may be elsewhere.
-async fn note_import(access: &Access, count: usize, bytes: u64) {
+async fn note_import(access: &Access, count: usize, bytes: u64, error: Option<&Error>) {
     match open(access).await {
         Ok(mut log) => {
-            let (now_us, end) = (log.stanza().env().now_us(), format!("{count} slots are there"));
-            log.note_end("key import", now_us, bytes, Ok(end)).await;
+            let (now_us, said) = (log.stanza().env().now_us(), format!("{count} slots are there"));
+            log.note_done("key import", now_us, bytes, said, error).await;
         }
         Err(error) => tracing::debug!("nothing is noted in the log: {error}"),
     }

@@ -11,9 +11,9 @@ use std::collections::{HashMap, HashSet};
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::index::{PackRef, encode_pack_table};
 use fairvault_format::keys::KeyRole;
+use fairvault_format::manifest::{encode_segment, relative_frames};
 use fairvault_format::object::ObjectWriter;
 use fairvault_format::{limits, proto};
-use prost::Message;
 
 use self::numbers::{Numbers, numbered};
 use super::cut::{Grain, cuts};
@@ -137,7 +137,7 @@ pub fn store_segments(
             if let Some(draft) = &mut draft {
                 draft.add(&segment);
             }
-            out.push((first, files, store_segment(shared, &mut codec, &segment, grain)?));
+            out.push((first, files, store_segment(shared, &mut codec, segment, grain)?));
         }
     }
     Ok(out)
@@ -153,10 +153,10 @@ fn ends_segment(path: &str) -> bool {
 pub fn store_segment(
     shared: &Shared,
     codec: &mut Codec,
-    segment: &proto::ManifestSegment,
+    segment: proto::ManifestSegment,
     grain: Grain,
 ) -> Result<Vec<u32>> {
-    let bytes = segment.encode_to_vec();
+    let bytes = encode_segment(segment);
     fairvault_format::error::check_limit("a manifest segment", bytes.len() as u64, limits::MANIFEST_SEGMENT_BYTES)?;
     let mut handles = Vec::new();
     for cut in cuts(&bytes, grain) {
@@ -328,6 +328,7 @@ pub fn root_of(
             frame_count: handles.len() as u32,
         });
     }
+    relative_frames(&mut frames);
     let (names, headers) = encode_pack_table(packs);
     let mut live = vec![0u64; packs.len()];
     for chunk in known {

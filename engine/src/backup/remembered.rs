@@ -18,7 +18,7 @@ use prost::Message;
 
 use crate::env;
 use crate::error::Result;
-use crate::restore::plan::Manifest;
+use crate::manifest::Manifest;
 use crate::stanza::Stanza;
 
 /// zstd level of segments: as in the repository.

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::progress::Progress;
 use crate::replication::base_backup::{self, BaseBackup};
-use crate::replication::connection::{Connection, Mode, is_denied};
+use crate::replication::connection::{Connection, MORE_SENDERS, Mode, has_no_sender, is_denied};
 use crate::replication::conninfo::ConnInfo;
 use crate::source::Reading;
 use crate::source::backup_mode::{ALL, BackupMode, LOCAL, check_grants};
@@ -53,6 +53,7 @@ impl<'a> Source<'a> {
             // There was none for replication. This says why.
             let opened = Connection::open(&options.conninfo, Mode::Replication).await;
             let mut connection = opened.map_err(|error| match is_denied(&error) {
+                false if has_no_sender(&error) => error.remedy(MORE_SENDERS),
                 true => error.remedy("`fairvault check` prints what `local` and `sql` need, or let the role replicate"),
                 false => error,
             })?;

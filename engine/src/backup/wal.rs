@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::error::{Context, Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
-use crate::replication::connection::{Connection, is_denied};
+use crate::replication::connection::{Connection, MORE_SENDERS, has_no_sender, is_denied};
 use crate::wal::archive::Archive;
 use crate::wal::same;
 
@@ -57,9 +57,10 @@ impl Drop for WalTask {
     }
 }
 
-/// What helps whose role may not replicate.
+/// What helps whose role may not replicate, or whose server sends no WAL.
 pub fn may_not_stream(error: Error) -> Error {
     match is_denied(&error) {
+        false if has_no_sender(&error) => error.remedy(MORE_SENDERS),
         true => error.remedy(
             "archive with `fairvault wal push`, say `--wal archive` if `fairvault wal receive` is running, or let the role \
              replicate (REPLICATION, and a line for it in pg_hba.conf)",

@@ -32,10 +32,10 @@ use crate::commit::{Log, state};
 use crate::dedup::{Claim, Index, Known, SessionChunks, confirm_packs};
 use crate::error::{Error, Result};
 use crate::immutable::reliance::Reliance;
+use crate::manifest::{FrameRef, Outline};
 use crate::pack::Packer;
 use crate::progress::Progress;
 use crate::restore::data::{RANGES, open_frame};
-use crate::restore::plan::{FrameRef, Outline};
 use crate::restore::ranges::ranges;
 use crate::restore::target::info;
 use crate::stanza::Stanza;
@@ -253,7 +253,7 @@ async fn work(
         let (at, known) = (shared.clone(), known.clone());
         let stored = blocking(move || {
             let segment = described(segment, &chosen, &known.0, &known.1)?;
-            store_segment(&at, &mut Codec::new(manifest::LEVEL)?, &segment, grain)
+            store_segment(&at, &mut Codec::new(manifest::LEVEL)?, segment, grain)
         });
         segments.push((first, files, stored.await?));
     }

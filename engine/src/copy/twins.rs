@@ -10,7 +10,7 @@ use fairvault_format::proto::CommittedBackup;
 use futures::StreamExt;
 
 use crate::error::{Error, Kind, Result};
-use crate::restore::plan::Outline;
+use crate::manifest::Outline;
 use crate::stanza::Stanza;
 
 /// Segments that are read at once.

@@ -12,7 +12,7 @@ use fairvault_format::{limits, names, sha256};
 
 use crate::env::{self, has_fault};
 use crate::error::{Error, Result};
-use crate::restore::plan::{FrameRef, Manifest};
+use crate::manifest::{FrameRef, Manifest};
 use crate::stanza::Stanza;
 
 /// Runs fetched at once.

@@ -116,11 +116,13 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
     Ok(report)
 }
 
-/// Of WAL and versions that were deleted, no sweep speaks. Where none was, there is nothing to be noted.
+/// Of WAL and versions that were deleted, no sweep speaks, and of what a sweep that failed has deleted, none does yet.
+/// Where nothing was, there is nothing to be noted.
 async fn note(log: &mut Log, began_us: i64, report: &Report, error: Option<&Error>) {
     let versions = report.versions.as_ref().map(|versions| versions.deleted);
     let (wal, for_good) = (report.wal, versions.unwrap_or_default());
-    if wal.objects + for_good.objects == 0 {
+    let swept = report.packs.objects + report.roots.objects + report.index_runs.objects;
+    if wal.objects + for_good.objects == 0 && (error.is_none() || swept == 0) {
         return;
     }
     // In a bucket that keeps versions, nothing is gone before these are.

@@ -24,6 +24,8 @@ const BATCH: usize = 256;
 pub async fn run(log: &mut Log, mark: &proto::GcMark, options: &Options, report: &mut Report) -> Result<bool> {
     let stanza = log.stanza().clone();
     let swept_before = report.swept_bytes();
+    // Also what was deleted before somebody came between: whoever deletes versions goes by it.
+    let mut gone_roots = BTreeSet::new();
     loop {
         let at_work = end_dead_sessions(log, mark.seq, options).await?;
         if !at_work.is_empty() {
@@ -56,6 +58,7 @@ pub async fn run(log: &mut Log, mark: &proto::GcMark, options: &Options, report:
             .collect();
         delete(log, &packs, names::pack, names::PACKS, &mut report.packs).await?;
         delete(log, &roots, names::root, names::ROOTS, &mut report.roots).await?;
+        gone_roots.extend(roots);
         delete(log, &orphans, names::index_run, names::INDEX, &mut report.index_runs).await?;
 
         // In order, as they come out of the set.
@@ -66,6 +69,7 @@ pub async fn run(log: &mut Log, mark: &proto::GcMark, options: &Options, report:
             index_runs: changes.withdrawn.clone(),
             new_runs: changes.new,
             bytes: report.swept_bytes() - swept_before,
+            roots: gone_roots.iter().map(|root| root.to_vec()).collect(),
         };
         let (before, seen) = (live_roots(log.state()), log.state().seq);
         let (policy, runs) = (log.state().policy.clone(), log.state().index_runs.clone());

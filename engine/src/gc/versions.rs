@@ -2,14 +2,14 @@
 //!
 //! What collection deletes stays there as older versions below a delete marker. Here these versions go, as far as they
 //! are not locked. What always holds: a version goes only if its object cannot be seen, and if it is known that
-//! collection has deleted it: a sweep in the log named it, it is of a kind that nothing relies on, or something whole
+//! collection has deleted it: a sweep in the log says so, it is of a kind that nothing relies on, or something whole
 //! has taken its place. That something is hidden says nothing: whoever wants to harm puts a delete marker above what is
 //! needed. The marker goes last: the version below it would be seen again.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use fairvault_format::names;
-use fairvault_format::proto::log_entry::Kind as Entry;
+use fairvault_format::proto::{GcMark, LogEntry, log_entry::Kind as Entry};
 use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
@@ -64,18 +64,27 @@ struct Swept {
 impl Swept {
     /// From a log that was replayed with all of its entries.
     fn of(log: &Log) -> Self {
-        let mut this = Self::default();
-        let mut marks = std::collections::HashMap::new();
         // What old keys or fenced hosts say was never swept.
-        for entry in log.entries().iter().filter(|entry| !log.is_void(entry.seq)) {
+        let valid = log.entries().iter().filter(|entry| !log.is_void(entry.seq));
+        Self::by(valid, &log.state().open_marks)
+    }
+
+    /// By entries that count. Of what several marks named, the last sweep says whether it is gone: what was marked again
+    /// was seen again. A root that no sweep says it has deleted is kept, as those are that earlier versions have swept: a
+    /// reader may hold it.
+    fn by<'a>(entries: impl Iterator<Item = &'a LogEntry>, open_marks: &[GcMark]) -> Self {
+        let mut this = Self::default();
+        let mut marks = HashMap::new();
+        for entry in entries {
             match &entry.kind {
                 Some(Entry::GcMark(mark)) => _ = marks.insert(entry.seq, mark),
                 Some(Entry::GcSwept(swept)) => {
                     if let Some(mark) = marks.remove(&swept.mark) {
-                        let kept: HashSet<[u8; 32]> = hashes(&swept.kept).collect();
-                        this.packs
-                            .extend(hashes(&mark.packs).filter(|pack| !kept.contains(pack)));
-                        this.roots.extend(hashes(&mark.roots));
+                        this.packs.extend(hashes(&mark.packs));
+                        hashes(&swept.kept).for_each(|pack| _ = this.packs.remove(&pack));
+                        hashes(&mark.roots).for_each(|root| _ = this.roots.remove(&root));
+                        this.roots.extend(hashes(&swept.roots));
+                        // Those that it did not delete are live, or were withdrawn since.
                         this.runs.extend(hashes(&mark.index_runs));
                     }
                     this.runs.extend(hashes(&swept.index_runs));
@@ -84,7 +93,7 @@ impl Swept {
             }
         }
         // What is marked again is somebody else's.
-        for open in &log.state().open_marks {
+        for open in open_marks {
             hashes(&open.packs).for_each(|pack| _ = this.packs.remove(&pack));
             hashes(&open.roots).for_each(|root| _ = this.roots.remove(&root));
             hashes(&open.index_runs).for_each(|run| _ = this.runs.remove(&run));
@@ -239,5 +248,87 @@ impl Purge<'_> {
             ))
             .remedy("the credentials need the right s3:DeleteObjectVersion, or the version is under a legal hold")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use fairvault_format::proto::GcSwept;
+
+    use super::*;
+
+    fn list(numbers: &[u8]) -> Vec<Vec<u8>> {
+        numbers.iter().map(|number| vec![*number; 32]).collect()
+    }
+
+    fn mark(seq: u64, packs: &[u8], roots: &[u8]) -> LogEntry {
+        let mark = GcMark {
+            packs: list(packs),
+            roots: list(roots),
+            ..Default::default()
+        };
+        LogEntry {
+            seq,
+            kind: Some(Entry::GcMark(mark)),
+            ..Default::default()
+        }
+    }
+
+    fn swept(mark: u64, kept: &[u8], roots: &[u8]) -> LogEntry {
+        let swept = GcSwept {
+            mark,
+            kept: list(kept),
+            roots: list(roots),
+            ..Default::default()
+        };
+        LogEntry {
+            seq: mark + 1,
+            kind: Some(Entry::GcSwept(swept)),
+            ..Default::default()
+        }
+    }
+
+    fn of(entries: &[LogEntry]) -> (Vec<u8>, Vec<u8>) {
+        let swept = Swept::by(entries.iter(), &[]);
+        let sorted = |set: &HashSet<[u8; 32]>| {
+            let mut all: Vec<u8> = set.iter().map(|hash| hash[0]).collect();
+            all.sort_unstable();
+            all
+        };
+        (sorted(&swept.packs), sorted(&swept.roots))
+    }
+
+    #[test]
+    fn only_what_a_sweep_says_it_has_deleted_is_gone() {
+        let first = [mark(1, &[1, 2], &[3, 4]), swept(1, &[2], &[4])];
+        assert_eq!(of(&first), (vec![1], vec![4]), "what readers hold is kept");
+        // The reader has gone.
+        let second = [mark(3, &[2], &[3]), swept(3, &[], &[3])];
+        let all = [&first[..], &second[..]].concat();
+        assert_eq!(of(&all), (vec![1, 2], vec![3, 4]));
+        // What was deleted was brought back, marked again, and kept for a reader.
+        let third = [mark(5, &[1], &[4]), swept(5, &[1], &[])];
+        assert_eq!(of(&[&all[..], &third[..]].concat()), (vec![2], vec![3]));
+    }
+
+    #[test]
+    fn roots_of_sweeps_that_do_not_name_them_are_kept() {
+        let entries = [mark(1, &[1], &[3]), swept(1, &[], &[])];
+        assert_eq!(of(&entries), (vec![1], Vec::new()));
+        // A second end of the mark says nothing.
+        let again = [&entries[..], &[swept(1, &[], &[3])]].concat();
+        assert_eq!(of(&again), (vec![1], Vec::new()));
+    }
+
+    #[test]
+    fn what_is_marked_again_is_not_gone() {
+        let entries = [mark(1, &[1], &[3]), swept(1, &[], &[3])];
+        let open = GcMark {
+            packs: list(&[1]),
+            roots: list(&[3]),
+            ..Default::default()
+        };
+        let swept = Swept::by(entries.iter(), &[open]);
+        assert!(swept.packs.is_empty() && swept.roots.is_empty());
     }
 }

@@ -31,12 +31,16 @@ pub struct Reliance {
     pub is_asked_for: bool,
 }
 
+/// How long the signed policy keeps every backup, seconds.
+pub fn minimum_s(state: &Snapshot) -> u64 {
+    state.policy.as_ref().map_or(0, |policy| policy.minimum_retention_s)
+}
+
 impl Reliance {
     /// The same for what is kept for as long as the signed policy says, at least.
     #[must_use]
     pub fn under(self, state: &Snapshot) -> Self {
-        let minimum_s = state.policy.as_ref().map_or(0, |policy| policy.minimum_retention_s);
-        let kept_s = self.kept_s.max(minimum_s);
+        let kept_s = self.kept_s.max(minimum_s(state));
         Self { kept_s, ..self }
     }
 

@@ -11,7 +11,6 @@ pub mod entry;
 mod rebuild;
 
 use std::collections::{BTreeSet, HashSet};
-use std::sync::Arc;
 
 use fairvault_format::names;
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
@@ -78,73 +77,94 @@ impl Report {
     }
 }
 
-/// Brings back what is hidden, in the order in which a stanza is opened: what the repository is opened with, the log,
-/// and what the log names.
-async fn find(access: &Access, dry_run: bool, progress: &Progress) -> Result<(Arc<Stanza>, Vec<Hidden>)> {
-    progress.phase("looking for what is hidden");
-    let back = async |found: Vec<Hidden>| match dry_run {
+/// Brings back what is hidden, unless that is only asked for.
+async fn back(found: Vec<Hidden>, dry_run: bool) -> Result<Vec<Hidden>> {
+    match dry_run {
         true => Ok(found),
         false => hidden::bring_back(found).await,
-    };
+    }
+}
+
+/// Opens the stanza and reads its log to the end. What hides either is brought back, in the order in which a stanza is
+/// opened, and added to `all`.
+async fn open(access: &Access, dry_run: bool, all: &mut Vec<Hidden>) -> Result<Log> {
     // Slots that were destroyed are not hidden.
     let store = access.repository.folder(&access.stanza);
     erase::check_note(&store).await?;
     erase::check_hidden_note(&store).await?;
-    let mut all = back(hidden::of_opening(access).await?).await?;
+    all.extend(back(hidden::of_opening(access).await?, dry_run).await?);
     let lacks = all.iter().filter(|hidden| !hidden.brought_back);
     let names: Vec<&str> = lacks.map(|hidden| hidden.object.as_str()).collect();
-    let opened = Stanza::open(access).await;
-    let stanza = opened.map_err(|error| match names.is_empty() {
+    let opened = async {
+        let stanza = Stanza::open(access).await?;
+        // Not what this host remembers of it: a newer version may have taken over meanwhile.
+        read_repository(&access.repository).await?;
+        Ok::<_, Error>(stanza)
+    };
+    let stanza = opened.await.map_err(|error| match names.is_empty() {
         true => error,
         false => error.remedy(format!(
             "`fairvault repair` without --dry-run brings back {}",
             names.join(", ")
         )),
     })?;
-    let mut log = Log::unread(stanza.clone());
-    all.extend(back(hidden::of_log(&mut log).await?).await?);
-    all.extend(back(hidden::of_content(&log).await?).await?);
-    Ok((stanza, all))
+    let mut log = Log::unread(stanza);
+    all.extend(back(hidden::of_log(&mut log).await?, dry_run).await?);
+    Ok(log)
 }
 
-/// Repairs the stanza that `access` opens.
+/// Repairs the stanza that `access` opens. How it ended is in the log, as soon as that can be read.
 pub async fn run(access: &Access, options: Options, progress: &Progress) -> Result<Report> {
-    let (stanza, hidden) = find(access, options.dry_run, progress).await?;
+    progress.phase("looking for what is hidden");
+    let mut report = Report::default();
+    let mut log = open(access, options.dry_run, &mut report.hidden).await?;
+    let began_us = log.stanza().env().now_us();
+    let done = work(&mut log, options, &mut report, progress).await;
+    if !options.dry_run {
+        note(&mut log, began_us, &report, progress, done.as_ref().err()).await;
+    }
+    done?;
+    Ok(report)
+}
+
+/// Repairs a stanza whose log was read to its end.
+async fn work(log: &mut Log, options: Options, report: &mut Report, progress: &Progress) -> Result<()> {
+    let content = hidden::of_content(log).await?;
+    report.hidden.extend(back(content, options.dry_run).await?);
+    let stanza = log.stanza().clone();
     stanza.check_reads("repairing")?;
     progress.phase("reading the log");
-    // Not what this host remembers of it: a newer version may have taken over meanwhile.
-    read_repository(&access.repository).await?;
-    let began_us = stanza.env().now_us();
     let lease = Lease::for_reading(&stanza, "repair", "").await;
-    let mut log = Log::replay(stanza.clone()).await?;
-    let repaired = match Work::begin(&mut log, options).await {
-        Ok(work) => work.run(progress).await,
-        Err(error) => Err(error),
+    let repaired = async {
+        *log = Log::replay(stanza.clone()).await?;
+        Work::begin(log, options).await?.run(progress).await
     };
+    let repaired = repaired.await;
     if let Some(lease) = lease {
         lease.release().await;
     }
-    let mut report = repaired?;
-    report.hidden = hidden;
-    if !options.dry_run {
-        let operation = proto::Operation {
-            what: "repair".to_owned(),
-            subject: String::new(),
-            result: match report.is_good() {
-                true => "nothing to do".to_owned(),
-                false => format!(
-                    "{} objects can be seen again, {} packs are in the index again, {} are gone",
-                    report.hidden.len(),
-                    report.index.rebuilt_packs,
-                    report.gone_packs.len()
-                ),
-            },
-            bytes: report.found.bytes,
-            began_us,
-        };
-        log.note(operation).await;
-    }
-    Ok(report)
+    let found = repaired?;
+    *report = Report {
+        hidden: std::mem::take(&mut report.hidden),
+        ..found
+    };
+    Ok(())
+}
+
+/// Says in the log what was done, also by a repair that failed then.
+async fn note(log: &mut Log, began_us: i64, report: &Report, progress: &Progress, error: Option<&Error>) {
+    let seen = format!("{} objects can be seen again", report.hidden.len());
+    let said = match (error, report.is_good()) {
+        (Some(_), _) => seen,
+        (None, true) => "nothing to do".to_owned(),
+        (None, false) => format!(
+            "{seen}, {} packs are in the index again, {} are gone",
+            report.index.rebuilt_packs,
+            report.gone_packs.len()
+        ),
+    };
+    log.note_done("repair", began_us, progress.read_bytes.get(), said, error)
+        .await;
 }
 
 /// The live runs: what can be read of them, and what not.
@@ -415,6 +435,7 @@ impl<'a> Work<'a> {
                 index_runs: changes.withdrawn.clone(),
                 new_runs: changes.new,
                 bytes: 0,
+                roots: Vec::new(),
             };
             let withdrawn = &changes.withdrawn;
             let unchanged = |now: &proto::Snapshot| match still_open(now).is_ok()

@@ -57,7 +57,10 @@ pub async fn authenticate(
                     )
                     .remedy("use sslmode=require or better, or SCRAM"));
                 }
-                frontend::password_message(password()?.as_bytes(), &mut out).map_err(|e| broken(e.to_string()))?;
+                let password = password()?;
+                // A buffer that grows leaves parts of the password behind.
+                out.reserve(password.len() + 16);
+                frontend::password_message(password.as_bytes(), &mut out).map_err(|e| broken(e.to_string()))?;
             }
             M::AuthenticationMd5Password(body) => {
                 let answer = md5_hash(info.user.as_bytes(), password()?.as_bytes(), body.salt());

@@ -129,24 +129,32 @@ impl Connection {
         )))
     }
 
-    /// For replication, if the server lets this role; else an ordinary one to a primary, over which identity, timeline
-    /// histories and WAL come from functions and files.
+    /// For replication, if the server lets this role and has senders of WAL; else an ordinary one to a primary, over which
+    /// identity, timeline histories and WAL come from functions and files.
     pub async fn open_either(info: &ConnInfo) -> Result<Self> {
         if info.ordinary_only {
             return Self::open(info, Mode::Sql).await;
         }
         let denied = match Self::open(info, Mode::Replication).await {
             Err(error) if is_denied(&error) => error,
+            Err(error) if has_no_sender(&error) => error.remedy(MORE_SENDERS),
             opened => return opened,
         };
-        match Self::open(info, Mode::Sql).await {
-            // A standby does not tell its timeline and its end of WAL in any other way.
-            Ok(connection) if !connection.in_recovery => Ok(connection),
-            Ok(_) => Err(denied),
+        let mut ordinary = match Self::open(info, Mode::Sql).await {
+            Ok(connection) => connection,
             Err(error) => {
                 tracing::debug!("an ordinary connection is none either: {error}");
-                Err(denied)
+                return Err(denied);
             }
+        };
+        // One that has senders, and none to spare just now, may have one in a moment.
+        if !is_denied(&denied) && ordinary.show("max_wal_senders").await?.as_deref() != Some("0") {
+            return Err(denied);
+        }
+        // A standby does not tell its timeline and its end of WAL in any other way.
+        match ordinary.in_recovery {
+            false => Ok(ordinary),
+            true => Err(denied),
         }
     }
 
@@ -455,6 +463,17 @@ pub fn is_denied(error: &Error) -> bool {
     text.contains("SQLSTATE 28") || text.contains("SQLSTATE 42501")
 }
 
+/// The server has no sender of WAL to spare, or none at all. That there are too many connections of any kind has the same
+/// code, and other words.
+pub fn has_no_sender(error: &Error) -> bool {
+    let text = error.to_string();
+    text.contains("SQLSTATE 53300") && text.contains("max_wal_senders")
+}
+
+/// What to do about that.
+pub const MORE_SENDERS: &str = "raise max_wal_senders and restart the server, or archive with `fairvault wal push`: then \
+                                the primary is backed up over ordinary connections";
+
 /// What to do about a function that the role may not run.
 pub(crate) fn grants(error: Error) -> Error {
     match error.to_string().contains("SQLSTATE 42501") {
@@ -580,6 +599,19 @@ pub(super) const GOODBYE: Duration = Duration::from_secs(5);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_server_without_senders_is_told_from_a_full_one() {
+        let of = |text: &str| has_no_sender(&Error::temporary(format!("PostgreSQL: {text} (SQLSTATE 53300)")));
+        assert!(of(
+            "number of requested standby connections exceeds max_wal_senders (currently 0)"
+        ));
+        assert!(of(
+            "number of requested standby connections exceeds \"max_wal_senders\" (currently 0)"
+        ));
+        assert!(!of("sorry, too many clients already"));
+        assert!(!has_no_sender(&Error::failed("SHOW max_wal_senders (SQLSTATE 42501)")));
+    }
 
     #[test]
     fn versions() {

@@ -1,5 +1,5 @@
-//! WAL of a primary from its own `pg_wal`, over an ordinary connection: for a role that may not replicate, and may run
-//! `pg_read_binary_file` and `pg_stat_file`.
+//! WAL of a primary from its own `pg_wal`, over an ordinary connection: for a role that may not replicate, or a server
+//! without senders of WAL, where the role may run `pg_read_binary_file` and `pg_stat_file`.
 //!
 //! What always holds: what is read was flushed by the server, which is what it would send to a standby; bytes of a
 //! segment that was recycled while it was read are an error, the one that a server gives for WAL that it has removed.

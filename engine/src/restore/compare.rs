@@ -13,8 +13,9 @@ use tokio::sync::mpsc;
 use super::crc::Parts;
 use super::data::PAGE_BYTES;
 use super::direct::Input;
-use super::plan::{Placement, Plan};
+use super::plan::Plan;
 use crate::error::{Error, Result};
+use crate::manifest::Placement;
 use crate::progress::Progress;
 use crate::stanza::Stanza;
 

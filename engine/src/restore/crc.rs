@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use super::plan::{Placement, Plan};
+use super::plan::Plan;
 use crate::crc::combine;
+use crate::manifest::Placement;
 
 /// A part of a file.
 struct Part {

@@ -20,11 +20,12 @@ use super::crc::Parts;
 use super::direct::{DIRECT_BYTES, Output};
 use super::files::{Prepared, create, many_at_once, prepare, sync_file};
 use super::layout::Layout;
-use super::plan::{FrameRef, Placement, Plan};
+use super::plan::Plan;
 use super::ranges::{Range, batches, ranges};
 use super::spans::spans;
 use super::spare::Spares;
 use crate::error::{Context, Error, Kind, Result};
+use crate::manifest::{FrameRef, Placement};
 use crate::progress::Progress;
 use crate::stanza::Stanza;
 

@@ -28,6 +28,7 @@ use crate::commit::lease::Lease;
 use crate::error::{Error, Kind, Result};
 use crate::progress::Progress;
 use crate::wal::push::RESTORED_MARKER;
+use crate::wal::tally;
 use fairvault_format::proto;
 use plan::Plan;
 use spare::Spares;
@@ -242,6 +243,8 @@ async fn note(log: &mut Log, began_us: i64, backup: &str, bytes: u64, error: Opt
         began_us,
     };
     log.note(operation).await;
+    // Of the last recovery on this host.
+    tally::say(log).await;
 }
 
 /// pg_control into its place, folders synced, the marker of an unfinished restore away.

@@ -2,7 +2,7 @@
 //!
 //! What always holds: each frame is in one range, and ranges are in pack order.
 
-use super::plan::FrameRef;
+use crate::manifest::FrameRef;
 
 /// Bytes asked for at once.
 const RANGE_BYTES: u64 = 8 << 20;

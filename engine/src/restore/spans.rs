@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use fairvault_format::proto::FileEntry;
 
-use super::plan::Placement;
+use crate::manifest::Placement;
 
 /// The frames that are written as they once were, by number: each at one place, from its first part that is in use to
 /// its last. `placements` are sorted by frame.

@@ -7,11 +7,12 @@ use fairvault_format::index::PackRef;
 use tokio::sync::OnceCell;
 
 use super::data::read_frame;
-use super::plan::{FrameRef, Manifest, Plan};
+use super::plan::Plan;
 use super::target::info;
 use crate::commit::lease::Lease;
 use crate::commit::{Log, state};
 use crate::error::{Error, Result};
+use crate::manifest::{FrameRef, Manifest, Placement};
 
 /// A copy of the backup in another repository.
 struct Spare {
@@ -85,7 +86,7 @@ impl Spares {
             return Ok(None);
         };
         let manifest = Manifest::read(log.stanza(), &backup.root).await?;
-        let place = |p: &super::plan::Placement| (p.file, p.file_offset, p.len, p.frame_offset);
+        let place = |p: &Placement| (p.file, p.file_offset, p.len, p.frame_offset);
         let same_places = || {
             manifest
                 .placements

@@ -6,8 +6,9 @@
 //! A host whose key writes only keeps manifests here, too (`backup::remembered`): without them it reads everything.
 //! Files have mode 0600 in a folder of mode 0700; keys are kept only for stanzas opened by a passphrase.
 
-use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::fs::{File, TryLockError};
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -34,6 +35,23 @@ pub struct Memory {
 const HEAD_IS_FRESH: Duration = Duration::from_secs(60);
 /// Longest file that is read back.
 const MAX_BYTES: u64 = 64 << 20;
+/// Longest note that is changed in its place.
+const NOTE_BYTES: u64 = 64 << 10;
+/// How often a note is looked at that somebody else changes just now, and after what time again.
+const LOOKS: usize = 200;
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// Locks a file that others have for no longer than a small write takes; an error if one of them does not let go of it.
+fn lock(file: &File) -> std::io::Result<()> {
+    for _ in 0..LOOKS {
+        match file.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(PAUSE),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+    Err(std::io::ErrorKind::WouldBlock.into())
+}
 
 impl Memory {
     /// A memory below `root`, which is made when first needed.
@@ -181,6 +199,31 @@ impl Memory {
     /// Takes a note.
     pub fn take_note(&self, stanza: &Stanza, name: &str, bytes: &[u8]) {
         self.write(&self.folder(stanza.shown()), name, bytes);
+    }
+
+    /// Changes a note, one process after the other; `None` if it cannot be. Nothing is synced, and after a crash the note
+    /// may be anything: `change` is given what there is.
+    pub fn change_note<T>(&self, stanza: &Stanza, name: &str, change: impl FnOnce(&[u8]) -> (Vec<u8>, T)) -> Option<T> {
+        let folder = self.folder(stanza.shown());
+        let attempt = || -> std::io::Result<T> {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
+            let mut options = File::options();
+            options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            let file = options.open(folder.join(name))?;
+            lock(&file)?;
+            let mut before = Vec::new();
+            (&file).take(NOTE_BYTES).read_to_end(&mut before)?;
+            let (after, changed) = change(&before);
+            if after != before {
+                file.write_all_at(&after, 0)?;
+                file.set_len(after.len() as u64)?;
+            }
+            Ok(changed)
+        };
+        let changed = attempt();
+        changed
+            .inspect_err(|error| tracing::debug!("nothing is noted in {}: {error}", folder.display()))
+            .ok()
     }
 
     /// Keeps a file of a stanza: it is synced before it has its name.

@@ -240,20 +240,25 @@ pub async fn add(log: &mut Log, access: &Access, name: &str, secret: &Secret, op
     log.refresh().await?;
     check_can_be_added(log, name, secret, opens).await?;
     let mut made = Vec::new();
-    if let Err(error) = wrap(log, name, secret, opens, &mut made).await {
+    let wrapped = wrap(log, name, secret, opens, &mut made).await;
+    if wrapped.is_err() {
         withdraw_if_erased(log.stanza(), &made).await;
-        return Err(error);
     }
     let new = made.len();
     forget(access);
+    // What was made before it failed opens something, too.
     if new > 0 {
         let what = match opens {
             Opens::All => format!("key slot {name} added"),
             Opens::Writing => format!("key slot {name} added, which writes only"),
         };
-        log.note(operation(log.stanza(), what)).await;
+        let mut said = operation(log.stanza(), what);
+        if let Err(error) = &wrapped {
+            said.result = format!("{new} objects of it; then it failed: {error}");
+        }
+        log.note(said).await;
     }
-    Ok(new)
+    wrapped.map(|()| new)
 }
 
 /// Removes the slots of a name; returns how many there were.

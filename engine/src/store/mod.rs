@@ -8,6 +8,7 @@ mod lazy;
 mod listing;
 pub mod probe;
 mod s3;
+mod signing;
 pub mod url;
 pub mod versions;
 

@@ -12,11 +12,12 @@ use object_store::{BackoffConfig, Certificate, ClientOptions, ObjectStore, Retry
 use zeroize::Zeroizing;
 
 use super::s3::{AddMd5, S3};
+use super::signing::{STAND_IN, Signing};
 use super::{Root, Store, StoreSettings};
 use crate::error::{Error, Result};
 
 /// Where a repository is and how to reach it. Secrets come from files or the environment.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct RepositoryUrl {
     /// The URL.
     pub url: String,
@@ -50,6 +51,15 @@ pub struct RepositoryUrl {
     pub request_timeout: Option<Duration>,
     /// How long the store may stay away.
     pub retry_timeout: Option<Duration>,
+}
+
+/// Without its secrets.
+impl std::fmt::Debug for RepositoryUrl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut shown = f.debug_struct("RepositoryUrl");
+        shown.field("url", &self.url).field("endpoint", &self.endpoint);
+        shown.finish_non_exhaustive()
+    }
 }
 
 /// How an S3 store checks what arrives. A bucket with object lock takes nothing without.
@@ -235,7 +245,10 @@ impl RepositoryUrl {
             builder = builder.with_endpoint(endpoint).with_allow_http(plain);
         }
         if let (Some(key), Some(secret)) = (&self.access_key, &self.secret_key) {
-            builder = builder.with_access_key_id(key).with_secret_access_key(secret.as_str());
+            builder = builder
+                .with_access_key_id(key)
+                .with_secret_access_key(STAND_IN)
+                .with_crypto_provider(Arc::new(Signing::s3(secret)));
         }
         builder = match self.checksum {
             Check::Sha256 => builder.with_checksum_algorithm(Checksum::SHA256),
@@ -301,10 +314,39 @@ impl RepositoryUrl {
             builder = builder.with_endpoint(endpoint.clone()).with_allow_http(plain);
         }
         if let (Some(account), Some(key)) = (&self.access_key, &self.secret_key) {
-            builder = builder.with_account(account).with_access_key(key.as_str());
+            // What is wrong with it is not told: that would tell of it.
+            let signing = Signing::azure(key).ok_or_else(|| {
+                Error::usage(format!("the secret key of account {account} is no Base64"))
+                    .remedy("put a key of the storage account into its file as it is shown, and nothing else")
+            })?;
+            builder = builder
+                .with_account(account)
+                .with_access_key(STAND_IN)
+                .with_crypto_provider(Arc::new(signing));
         }
         builder
             .build()
             .map_err(|e| self.bad("the Azure client cannot be made").caused_by(e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_client_does_not_hold_the_configured_secret() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let url = RepositoryUrl {
+            url: "s3://b/p".to_owned(),
+            endpoint: Some("http://127.0.0.1:1".to_owned()),
+            access_key: Some("k".to_owned()),
+            secret_key: Some(Zeroizing::new("the secret".to_owned())),
+            ..RepositoryUrl::default()
+        };
+        let client = url.s3("b", false).unwrap();
+        let held = client.credentials().get_credential().await.unwrap();
+        assert_eq!((held.key_id.as_str(), held.secret_key.as_str()), ("k", STAND_IN));
+        assert!(!format!("{url:?} {client:?}").contains("the secret"));
     }
 }

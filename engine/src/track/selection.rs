@@ -15,10 +15,10 @@ use fairvault_format::proto::{self, FileKind};
 use super::audit::Audit;
 use super::map::{BlockMap, Changes, RelationId};
 use crate::error::{Error, Result};
+use crate::manifest::{Manifest, Placement};
 use crate::postgres::files::{Fork, RelationFile, relation_file};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT};
-use crate::restore::plan::{Manifest, Placement};
 use crate::source::Wanted;
 
 /// A frame of which less than this part is still used is not relied on any more: its rest is read again.

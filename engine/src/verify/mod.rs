@@ -16,8 +16,8 @@ use serde::Serialize;
 use crate::commit::Log;
 use crate::commit::lease::Lease;
 use crate::error::{Error, Kind, Result};
+use crate::manifest::Manifest;
 use crate::progress::Progress;
-use crate::restore::plan::Manifest;
 use crate::restore::target::info;
 use crate::stanza::Access;
 
@@ -236,24 +236,41 @@ pub(crate) async fn judge(
 const CONCURRENT: usize = 2;
 
 /// Verifies a stanza that `access` has opened. Packs that were found damaged are marked, so that later backups
-/// store their content again.
+/// store their content again. How it ended is in the log.
 pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progress>) -> Result<Report> {
     let stanza = log.stanza().clone();
-    stanza.check_reads("verifying")?;
-    let lease = Lease::for_reading(&stanza, "verify", "").await;
     let began_us = stanza.env().now_us();
-    let mut noted = log.clone();
-    noted.refresh().await?;
-    let log = &noted;
+    let (mut noted, mut report) = (log.clone(), Report::default());
+    let done = async {
+        stanza.check_reads("verifying")?;
+        let lease = Lease::for_reading(&stanza, "verify", "").await;
+        let looked = look(&mut noted, access, level, &progress, &mut report).await;
+        if let Some(lease) = lease {
+            lease.release().await;
+        }
+        looked
+    };
+    let done = done.await;
+    let end = done.as_ref().map(|()| match report.is_good() {
+        true => "clean".to_owned(),
+        false => format!("{} problems", report.findings.len() + report.unread.len()),
+    });
+    noted.note_end("verify", began_us, report.bytes, end).await;
+    done?;
+    Ok(report)
+}
+
+async fn look(log: &mut Log, access: &Access, level: Level, progress: &Progress, report: &mut Report) -> Result<()> {
+    log.refresh().await?;
+    let log = &*log;
     // Keys may have been rotated since it was opened.
     let stanza = log.stanza().clone();
-    let mut report = Report::default();
     progress.phase("verifying keys, log and index");
-    metadata::check_keys(access, log, &mut report).await;
-    metadata::check_log(log, &mut report).await;
-    let indexed = metadata::check_runs(log, &mut report).await;
+    metadata::check_keys(access, log, report).await;
+    metadata::check_log(log, report).await;
+    let indexed = metadata::check_runs(log, report).await;
     progress.phase("looking for what is hidden");
-    metadata::check_hidden(access, &stanza, &mut report).await;
+    metadata::check_hidden(access, &stanza, report).await;
 
     progress.phase("reading manifests");
     let Needed { mut wanted, manifests } = Needed::read(log, |_| ()).await;
@@ -264,18 +281,15 @@ pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progres
         stanza: &stanza,
         level,
         marks: true,
-        progress: &progress,
+        progress,
     };
-    let checked = checking.run(&wanted, &mut report, async |_, _| Ok(())).await?;
+    let checked = checking.run(&wanted, report, async |_, _| Ok(())).await?;
     drop(wanted);
     progress.phase("verifying WAL");
-    let mut archives = wal::Archives::check_objects(log, &mut report, &progress).await;
+    let mut archives = wal::Archives::check_objects(log, report, progress).await;
     for (manifest, backup) in manifests.into_iter().zip(&log.state().backups) {
-        let mut verdict = judge(log, backup, manifest, &checked, &mut report).await;
-        if let Err(error) = archives
-            .check_backup(log, backup, level, &mut verdict, &mut report)
-            .await
-        {
+        let mut verdict = judge(log, backup, manifest, &checked, report).await;
+        if let Err(error) = archives.check_backup(log, backup, level, &mut verdict, report).await {
             report.note(format!("WAL of backup {}", verdict.id), &error);
             verdict.note("its own WAL cannot be read", &error);
         }
@@ -283,19 +297,5 @@ pub async fn run(log: &Log, access: &Access, level: Level, progress: Arc<Progres
         report.backups.push(verdict);
     }
     report.tidy();
-    if let Some(lease) = lease {
-        lease.release().await;
-    }
-    let operation = proto::Operation {
-        what: "verify".to_owned(),
-        subject: String::new(),
-        result: match report.is_good() {
-            true => "clean".to_owned(),
-            false => format!("{} problems", report.findings.len() + report.unread.len()),
-        },
-        bytes: report.bytes,
-        began_us,
-    };
-    noted.note(operation).await;
-    Ok(report)
+    Ok(())
 }

@@ -11,11 +11,11 @@ use futures::StreamExt;
 
 use super::{BackupVerdict, CONCURRENT, Finding, Level, LostFile, MAX_LISTED, Report};
 use crate::error::{Kind, Result};
+use crate::manifest::{FrameRef, Manifest};
 use crate::postgres::files::relation_file;
 use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT, page};
 use crate::progress::Progress;
 use crate::restore::data::open_frame;
-use crate::restore::plan::{FrameRef, Manifest};
 use crate::stanza::Stanza;
 
 /// What is lost, and what is not known.

@@ -296,6 +296,11 @@ impl Archive {
 
     /// Stores a file.
     pub async fn put(&self, file: WalFile, name: &str, content: Vec<u8>) -> Result<Stored> {
+        Ok(self.put_sized(file, name, content).await?.0)
+    }
+
+    /// The same; returns the bytes of its object, too.
+    pub async fn put_sized(&self, file: WalFile, name: &str, content: Vec<u8>) -> Result<(Stored, u64)> {
         match file {
             WalFile::Segment(s) => self.check_open(s.timeline, s.end(self.segment_size))?,
             WalFile::Partial(s) => self.check_open(s.timeline, Lsn(s.start(self.segment_size).0 + 1))?,
@@ -307,15 +312,16 @@ impl Archive {
         let sealed = self
             .seal(kind, object.clone(), self.header(&file, name, &content), content)
             .await?;
+        let len = sealed.0.len() as u64;
         match self
             .stanza
             .store()
             .create(&object, sealed.0.into(), limits::WAL_OBJECT_BYTES)
             .await?
         {
-            Created::Won => return Ok(Stored::New),
+            Created::Won => return Ok((Stored::New, len)),
             Created::Lost(there) if self.has_same(kind, &there, &object, id, Ours::Bytes(&sealed.1)).await? => {
-                return Ok(Stored::Same);
+                return Ok((Stored::Same, len));
             }
             Created::Lost(_) if matches!(file, WalFile::Partial(_)) => {}
             Created::Lost(_) => return Err(other_content(&self.stanza, &object)),
@@ -325,15 +331,16 @@ impl Archive {
         let sealed = self
             .seal(kind, object.clone(), self.header(&file, name, &sealed.1), sealed.1)
             .await?;
+        let len = sealed.0.len() as u64;
         match self
             .stanza
             .store()
             .create(&object, sealed.0.into(), limits::WAL_OBJECT_BYTES)
             .await?
         {
-            Created::Won => Ok(Stored::Beside),
+            Created::Won => Ok((Stored::Beside, len)),
             Created::Lost(there) if self.has_same(kind, &there, &object, id, Ours::Bytes(&sealed.1)).await? => {
-                Ok(Stored::Same)
+                Ok((Stored::Same, len))
             }
             Created::Lost(_) => Err(Error::refused(format!(
                 "{object} exists with other content; nothing was overwritten"

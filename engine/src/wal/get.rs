@@ -9,6 +9,7 @@ use std::path::Path;
 
 use super::archive::Archive;
 use super::coverage::Coverage;
+use super::tally;
 use fairvault_format::names;
 
 use crate::error::{Context, Error, Kind, Result};
@@ -89,10 +90,11 @@ pub async fn get<R>(
             Ok(Some((Answer::Content(content), archive))) => {
                 say_failure(name, failure.as_ref());
                 check_tablespaces(&archive, name, &content, needs).await?;
-                return deliver(destination, &content);
+                return deliver(&archive, name, destination, &content).await;
             }
-            Ok(Some((Answer::Delivered, _))) => {
+            Ok(Some((Answer::Delivered, archive))) => {
                 say_failure(name, failure.as_ref());
+                tell(&archive, name, archive.segment_size).await;
                 return Ok(Outcome::Delivered);
             }
             // Another one may know a newer history, which wants it.
@@ -156,7 +158,7 @@ async fn without_whole(archives: Vec<Archive>, name: &str, destination: &Path, n
     // The segment may have been completed since the first look, and its parts removed under our eyes.
     if let Answer::Content(content) = whole(&archive, name, needs).await? {
         check_tablespaces(&archive, name, &content, needs).await?;
-        return deliver(destination, &content);
+        return deliver(&archive, name, destination, &content).await;
     }
     match best {
         Some((part, request)) => deliver_part(&archive, &request, name, destination, part, proof).await,
@@ -254,11 +256,17 @@ pub async fn ahead(archive: &Archive, segment: Segment, needs: Needs, destinatio
     if needs.through.is_none_or(|through| segment.end(size) > through) {
         return Ok(false);
     }
-    match delivered(archive, &segment.name(size), needs, destination).await? {
-        Answer::Delivered => Ok(true),
-        Answer::Content(content) => deliver(destination, &content).map(|_| true),
-        Answer::NotWanted | Answer::Missing => Ok(false),
+    let name = segment.name(size);
+    match delivered(archive, &name, needs, destination).await? {
+        Answer::Delivered => {}
+        Answer::Content(content) => write(destination, &content)?,
+        Answer::NotWanted | Answer::Missing => return Ok(false),
     }
+    // Recovery may wait for it.
+    if tally::fetched(&archive.stanza, &name, size) {
+        tokio::spawn(tally::say_in(archive.stanza.clone()));
+    }
+    Ok(true)
 }
 
 /// Looks for a file as a whole. A segment that this recovery may have to its end goes to its destination without
@@ -442,7 +450,7 @@ async fn deliver_part(
     }
     part.resize(request.size as usize, 0);
     check_tablespaces(archive, name, &part, request.needs).await?;
-    deliver(destination, &part)
+    deliver(archive, name, destination, &part).await
 }
 
 /// Proves that recovery may end with the first `part` bytes of the segment, which may be none.
@@ -492,9 +500,21 @@ fn copy_at_hand(destination: &Path, name: &str, request: &Request) -> usize {
     usize::try_from(end.0.saturating_sub(request.start().0)).unwrap_or(0)
 }
 
-fn deliver(destination: &Path, content: &[u8]) -> Result<Outcome> {
-    let what = || format!("writing {}", destination.display());
-    // Not synced: after a crash, recovery asks again, and what it keeps it syncs itself.
-    std::fs::write(destination, content).map_err(|e| Error::io(what(), e))?;
+async fn deliver(archive: &Archive, name: &str, destination: &Path, content: &[u8]) -> Result<Outcome> {
+    write(destination, content)?;
+    tell(archive, name, content.len() as u64).await;
     Ok(Outcome::Delivered)
+}
+
+/// Not synced: after a crash, recovery asks again, and what it keeps it syncs itself.
+fn write(destination: &Path, content: &[u8]) -> Result<()> {
+    let what = || format!("writing {}", destination.display());
+    std::fs::write(destination, content).map_err(|e| Error::io(what(), e))
+}
+
+/// Counts what was delivered, for the audit.
+async fn tell(archive: &Archive, name: &str, bytes: u64) {
+    if tally::fetched(&archive.stanza, name, bytes) {
+        tally::say_in(archive.stanza.clone()).await;
+    }
 }

@@ -105,6 +105,8 @@ fn refuse(name: &str, why: impl std::fmt::Display) -> Error {
 pub struct Pushed {
     /// What happened.
     pub stored: Stored,
+    /// Bytes of its object.
+    pub bytes: u64,
     /// BLAKE3 of the content that was stored, without a key, if that was asked for.
     pub hash: Option<[u8; 32]>,
 }
@@ -147,8 +149,8 @@ pub async fn push(
                 crate::postgres::segment::History::parse(timeline, &content)?;
             }
             let hash = wants_hash.then(|| *blake3::hash(&content).as_bytes());
-            let stored = archive.put(file, name, content).await?;
-            Pushed { stored, hash }
+            let (stored, bytes) = archive.put_sized(file, name, content).await?;
+            Pushed { stored, bytes, hash }
         }
     };
     if pushed.stored == Stored::Beside {
@@ -173,6 +175,7 @@ async fn push_segment(
     );
     let sealed = sealed?;
     let hash = sealed.hash;
+    let mut bytes = sealed.object_len();
     let (stopped_at, why) = (Lsn(sealed.summary.stopped_at), sealed.summary.stopped_why.clone());
     let stored = match stopped_at.0 != 0 {
         false => {
@@ -192,13 +195,14 @@ async fn push_segment(
                 // under its complete name.
                 let len = (end.0 - segment.start(size).0) as usize;
                 archive.check_beside(segment, path.to_owned(), len as u64).await?;
+                bytes = len as u64;
                 archive.put_piece(segment, 0, content[..len].to_vec()).await?.0
             } else {
                 return Err(not_filled(name, stopped_at, &why, zeros));
             }
         }
     };
-    Ok(Pushed { stored, hash })
+    Ok(Pushed { stored, bytes, hash })
 }
 
 /// Where the segment's timeline ended inside it, before `stopped_at`, as a history says.

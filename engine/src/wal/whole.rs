@@ -89,6 +89,13 @@ pub(super) async fn blocking<T: Send + 'static>(
     }
 }
 
+impl Sealed {
+    /// Bytes of its object.
+    pub fn object_len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+}
+
 impl Archive {
     /// Reads a segment from a file in one pass: walks, hashes, compresses and seals it.
     pub async fn seal_file(&self, segment: Segment, path: PathBuf, wants_hash: bool) -> Result<Sealed> {

@@ -13,6 +13,7 @@ use fairvault_format::header::{HEADER_LEN, Kind, ObjectHeader};
 use fairvault_format::index::{IndexEntry, IndexRun, PackRef, open_run, seal_run};
 use fairvault_format::keys::{self, EpochKeys, KeyRole, Scope, Secret};
 use fairvault_format::log::{Signers, open_entry, seal_entry};
+use fairvault_format::manifest::{decode_segment, encode_segment};
 use fairvault_format::object::{ObjectReader, ObjectWriter, codec, open_message, seal_message};
 use fairvault_format::pack::{DirectoryEntry, open_pack, seal_tail};
 use fairvault_format::pages::Encoder;
@@ -143,6 +144,47 @@ fn root() {
     assert_eq!(reader.message::<proto::Usage>(KeyRole::Meta).unwrap(), usage);
     assert_eq!(reader.message::<proto::Root>(KeyRole::Data).unwrap(), root);
     reader.end().unwrap();
+}
+
+/// A file of three runs, of which one is in a frame of its own, and one that follows on them.
+#[test]
+fn relative_columns() {
+    let file = |path: &str, size: u64, extents: &[(u64, u32, u32, u32)]| proto::FileEntry {
+        path: path.to_owned(),
+        size,
+        extents: Some(proto::Extents {
+            file_offset: extents.iter().map(|extent| extent.0).collect(),
+            len: extents.iter().map(|extent| extent.1).collect(),
+            frame: extents.iter().map(|extent| extent.2).collect(),
+            frame_offset: extents.iter().map(|extent| extent.3).collect(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let segment = proto::ManifestSegment {
+        pack_names: vec![vec![6; 32], vec![7; 32]],
+        frames: Some(proto::FrameTable {
+            ids: [[1; 32], [2; 32], [3; 32]].concat(),
+            pack: vec![0, 0, 1],
+            ordinal: vec![0, 1, 9],
+            offset: vec![80, 380, 5000],
+            stored_len: vec![300, 200, 100],
+            plain_len: vec![24576, 8192, 8192],
+            ..Default::default()
+        }),
+        files: vec![
+            file("a", 24576, &[(0, 8192, 0, 0), (8192, 8192, 2, 0), (16384, 8192, 0, 16384)]),
+            file("b", 16384, &[(8192, 8192, 1, 0)]),
+        ],
+    };
+    let stored = vector("manifest-segment", &encode_segment(segment.clone()));
+    assert_eq!(decode_segment(&stored, "vector").unwrap(), segment);
+    let stored = proto::ManifestSegment::decode(stored.as_slice()).unwrap();
+    let extents: Vec<_> = stored.files.iter().filter_map(|file| file.extents.as_ref()).collect();
+    assert!(extents[0].file_offset.is_empty() && extents[1].file_offset == [8192]);
+    assert_eq!((&extents[0].frame_step, &extents[1].frame_step), (&vec![0, 1, -3], &vec![0]));
+    let frames = stored.frames.unwrap();
+    assert_eq!((frames.ordinal_step, frames.offset_step), (vec![0, 0, 7], vec![80, 0, 4420]));
 }
 
 #[test]

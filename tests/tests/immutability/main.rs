@@ -26,7 +26,7 @@ use serde_json::Value;
 use bucket::{Server, World};
 use reliance::{
     a_raised_default_is_not_believed_of_what_is_older, what_a_backup_relies_on_is_locked_for_it,
-    what_is_not_locked_for_long_enough_is_stored_again,
+    what_is_not_locked_for_long_enough_is_stored_again, what_the_policy_promises_is_locked_for_it,
 };
 
 /// Does everything to an object that a writer may: it is deleted, replaced, or both, by turns.
@@ -287,7 +287,7 @@ async fn what_is_protected_and_hidden_is_not_collected(server: &Server) -> Resul
 }
 
 /// Nor is it one to let go of what is being read, although it has expired. Finds a sweep that takes a hidden manifest for
-/// one that is gone, and deletes packs below a restore.
+/// one that is gone, and deletes packs below a restore; and one that has kept a manifest, and lets it go once it is hidden.
 async fn what_is_read_and_hidden_is_not_collected(server: &Server) -> Result<()> {
     let w = World::new("readhidden", server, false, "retention = { full = 1 }")?;
     let (first, _) = w.backup()?;
@@ -326,11 +326,19 @@ async fn what_is_read_and_hidden_is_not_collected(server: &Server) -> Result<()>
             }
         }
     });
-    w.store.delete(std::slice::from_ref(&manifest.name)).await?;
-    let (exit, done) = w.report(&["gc", "--patience", "5s"])?;
-    ensure!(exit == 0 && done["packs"]["objects"] == 0, "{exit} {done}");
-    ensure!(done["kept"].to_string().contains("is being read"), "{done}");
-    ensure!(packs().await? == before, "a pack is gone from below a reader");
+    // A sweep while everything can be seen has kept it, and has not deleted it.
+    for is_hidden in [false, true] {
+        if is_hidden {
+            w.store.delete(std::slice::from_ref(&manifest.name)).await?;
+        }
+        let (exit, done) = w.report(&["gc", "--patience", "5s"])?;
+        ensure!(exit == 0 && done["packs"]["objects"] == 0, "{exit} {done}");
+        ensure!(done["kept"].to_string().contains("is being read"), "{done}");
+        ensure!(packs().await? == before, "a pack is gone from below a reader");
+        let now = w.store.all_versions(&manifest.name).await?;
+        let content = now.iter().flat_map(Object::contents).count();
+        ensure!(content == 1, "the manifest is gone from below a reader: {now:?}");
+    }
 
     // Without the reader they go.
     reader.abort();
@@ -648,6 +656,7 @@ async fn backups_rely_on_what_is_locked_for_long_enough_on_ministack() -> Result
     let scratch = Scratch::new("reliedstore")?;
     let server = S3::start(&scratch, "other")?;
     what_a_backup_relies_on_is_locked_for_it(&Server::of(&server)).await?;
+    what_the_policy_promises_is_locked_for_it(&Server::of(&server)).await?;
     what_is_not_locked_for_long_enough_is_stored_again(&Server::of(&server)).await
 }
 
@@ -741,6 +750,7 @@ async fn all_of_it_on_radosgw() -> Result<()> {
     locks_are_left_and_extended(&server).await?;
     locks_last_as_long_as_the_retention(&server).await?;
     what_a_backup_relies_on_is_locked_for_it(&server).await?;
+    what_the_policy_promises_is_locked_for_it(&server).await?;
     wal_that_has_expired_stays_away(&server, false).await?;
     wal_that_has_expired_stays_away(&server, true).await?;
     a_raised_default_is_not_believed_of_what_is_older(&server).await?;

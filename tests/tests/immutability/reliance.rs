@@ -146,3 +146,37 @@ pub async fn a_raised_default_is_not_believed_of_what_is_older(server: &Server) 
     ensure!(again["requests"].as_u64() < done["requests"].as_u64(), "{again} {done}");
     Ok(())
 }
+
+/// What the signed policy promises counts, too, where no age is configured. Finds a backup that relies on packs whose locks
+/// end before it may expire.
+pub async fn what_the_policy_promises_is_locked_for_it(server: &Server) -> Result<()> {
+    let w = World::new("promised", server, true, "retention = { full = 5 }")?;
+    let secret = w.s.path("s3.secret");
+    configure(
+        &w,
+        &format!("keeper = {{ access_key = \"{ACCESS_KEY}\", secret_key_file = \"{secret}\" }}"),
+    )?;
+    let ends = async || -> Result<Vec<i64>> {
+        let mut ends = Vec::new();
+        for pack in w.store.all_versions("acme/packs/").await? {
+            let version = pack.contents().next().context(pack.name.clone())?;
+            let lock = w.store.lock_of(&pack.name, &version.id).await?.context("a lock")?;
+            ends.push(lock.until_us);
+        }
+        Ok(ends)
+    };
+    let late = || now_us() + 19 * DAY_US;
+    w.backup()?;
+    let before = ends().await?;
+    ensure!(
+        !before.is_empty() && before.iter().all(|end| *end < late()),
+        "{before:?}"
+    );
+    w.s.ok(&["policy", "acme", "--minimum-retention", "20d"])?;
+    w.backup()?;
+    let after = ends().await?;
+    let extended = after.iter().filter(|end| **end > late()).count();
+    // What it has stored, and what it relies on.
+    ensure!(extended > after.len() - before.len(), "{before:?} {after:?}");
+    Ok(())
+}

@@ -13,7 +13,7 @@ use fairvault_engine::commit::{Log, fence};
 use fairvault_engine::dedup::{Claim, Index, Place, SessionChunks, confirm_packs, usable_packs};
 use fairvault_engine::error::{Error, Kind};
 use fairvault_engine::expire::rules::{Keep, Retention};
-use fairvault_engine::restore::plan::Manifest;
+use fairvault_engine::manifest::Manifest;
 use fairvault_engine::stanza::{Access, Stanza, rotate};
 use fairvault_engine::store::Store;
 use fairvault_engine::{env, expire, gc, progress::Progress};
@@ -220,6 +220,7 @@ async fn transfer(
                 len: vec![chunk.plain_len],
                 frame: vec![n as u32],
                 frame_offset: vec![0],
+                ..Default::default()
             }),
             ..Default::default()
         });

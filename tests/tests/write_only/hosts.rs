@@ -60,6 +60,11 @@ fn a_host_writes_and_reads_nothing() -> Result<()> {
     refused(s.restore("r", &[]), 1, word)?;
     refused(s.fairvault(&[&["verify", "acme"], &QUIET[..]].concat()), 1, word)?;
     refused(s.fairvault(&[&["repair", "acme"], &QUIET[..]].concat()), 1, word)?;
+    let audit = s.by_operator(&["audit", "acme"])?;
+    for tried in ["verify: failed", "repair: 0 objects can be seen again; then it failed"] {
+        let said = format!("{tried}: this host's key {word}");
+        ensure!(audit.contains(&said), "{said:?} is not in\n{audit}");
+    }
     refused(
         s.fairvault(&[&["backup", "acme", "--audit"], &QUIET[..]].concat()),
         1,

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use fairvault_engine::commit::Log;
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
+use fairvault_engine::stanza::Stanza;
 use fairvault_engine::wal::background::{Exchange, push as background};
-use fairvault_engine::wal::push;
+use fairvault_engine::wal::{push, tally};
 use fairvault_format::wal::Compression;
 
 use super::{PARALLEL, destinations, exchange, file_name, folder_of, open, start_worker};
@@ -41,8 +42,7 @@ pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
     // A file that PostgreSQL has not marked as ready is pushed by a person: the worker would not find it.
     let is_ready = pg_wal.join("archive_status").join(format!("{name}.ready")).exists();
     if !wal.asynchronous || !(is_ready || args.worker) {
-        everywhere.push(&name, &args.path).await?;
-        everywhere.look_for_gap(&name, &args.path).await;
+        everywhere.archive(&name, &args.path).await?;
         return Ok(Outcome::Done);
     }
     let shown = destinations(&context, &args.stanza, &everywhere.repositories)?;
@@ -67,8 +67,7 @@ pub async fn run(context: Arc<Context>, args: PushArgs) -> Result<Outcome> {
         // A worker that cannot live (a full disk, say) must not keep PostgreSQL from freeing pg_wal.
         Err(error) if !exchange.is_worked().unwrap_or(false) => {
             tracing::warn!("without the background worker: {error}");
-            everywhere.push(&name, &args.path).await?;
-            everywhere.look_for_gap(&name, &args.path).await;
+            everywhere.archive(&name, &args.path).await?;
             Ok(Outcome::Done)
         }
         Err(error) => Err(error).context(|| not_archived(&name, &pg_wal)),
@@ -159,8 +158,13 @@ impl Worker {
             if !push::follows(&before, name) {
                 everywhere.look_for_gap(name, &pg_wal.join(name)).await;
             }
+            // PostgreSQL waits for the answer.
+            let telling = everywhere.clone();
+            tokio::spawn(async move { telling.tell().await });
         };
-        background::work(&self.exchange, pg_wal, &self.shown, parallel, idle, one, stored).await
+        let ended = background::work(&self.exchange, pg_wal, &self.shown, parallel, idle, one, stored).await;
+        everywhere.tell().await;
+        ended
     }
 }
 
@@ -223,6 +227,8 @@ struct Everywhere {
     is_worker: bool,
     /// Opened logs of each repository that nobody uses just now.
     logs: Vec<Mutex<Vec<Log>>>,
+    /// Where it is time to note in the log what was stored.
+    due: Mutex<Vec<Arc<Stanza>>>,
 }
 
 impl Everywhere {
@@ -236,8 +242,19 @@ impl Everywhere {
             context: context.clone(),
             stanza: stanza.to_owned(),
             logs: repositories.iter().map(|_| Mutex::default()).collect(),
+            due: Mutex::default(),
             repositories,
         }))
+    }
+
+    /// Stores a file, and says what there is to say.
+    async fn archive(self: &Arc<Self>, name: &str, path: &Path) -> Result<()> {
+        let pushed = self.push(name, path).await;
+        if pushed.is_ok() {
+            self.look_for_gap(name, path).await;
+        }
+        self.tell().await;
+        pushed.map(|_| ())
     }
 
     /// Stores a file in every repository; returns the hash of its content, if this is a worker. An optional repository
@@ -286,10 +303,20 @@ impl Everywhere {
 
     async fn push_into(&self, at: usize, name: &str, path: &Path) -> Result<Option<[u8; 32]>> {
         let mut log = self.log(at).await?;
-        let pushed = push::push(&mut log, name, path, self.compression, self.is_worker).await?;
+        let pushed = push::push(&mut log, name, path, self.compression, self.is_worker).await;
+        if tally::pushed(log.stanza(), name, &pushed) {
+            lock(&self.due).push(log.stanza().clone());
+        }
+        let pushed = pushed?;
         tracing::debug!("{name}: {:?} in {}", pushed.stored, self.repositories[at]);
         lock(&self.logs[at]).push(log);
         Ok(pushed.hash)
+    }
+
+    /// Notes in the logs what is due. What was stored is stored, whatever comes of this.
+    async fn tell(&self) {
+        let due = std::mem::take(&mut *lock(&self.due));
+        futures::future::join_all(due.into_iter().map(tally::say_in)).await;
     }
 
     async fn log(&self, at: usize) -> Result<Log> {

@@ -10,6 +10,7 @@ use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::replication::conninfo::ConnInfo;
 use fairvault_engine::stanza::{Stanza, read_repository};
 use fairvault_engine::wal::receive::{self, AtWork, Options};
+use fairvault_engine::wal::tally;
 use tokio::sync::watch;
 
 use crate::args::ReceiveArgs;
@@ -111,6 +112,15 @@ pub async fn run(context: &Arc<Context>, args: ReceiveArgs) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
+/// The log, and what it knows of a receiver.
+struct Told {
+    log: Log,
+    /// Until when, microseconds since 1970.
+    until_us: i64,
+    /// Bytes of WAL that were taken by then.
+    taken: u64,
+}
+
 /// Receives into one repository.
 struct Receiver {
     context: Arc<Context>,
@@ -157,26 +167,27 @@ impl Receiver {
         }
     }
 
-    /// Receives, and notes in the log when that began and how it ended.
+    /// Receives, and notes in the log when that began, every hour how much it was, and how it ended.
     async fn run(&self, alone: bool, stop: watch::Receiver<bool>) -> Result<()> {
         let (began, began_us) = (Instant::now(), SystemEnv.now_us());
         let (receiving, telling) = (self.receive(alone, stop), self.note_start(began_us));
         tokio::pin!(receiving, telling);
-        let mut told = None;
+        let mut told: Option<Told> = None;
         let ended = loop {
             tokio::select! {
                 ended = &mut receiving => break ended,
-                log = &mut telling, if told.is_none() => told = Some(log),
+                first = &mut telling, if told.is_none() => told = Some(first),
+                () = self.note_on(told.as_mut()) => {}
             }
         };
         // It may just be telling the log that it began.
         if told.is_none() && began.elapsed() > SETTLED {
             told = tokio::time::timeout(LAST_NOTE, telling).await.ok();
         }
-        if let Some(mut log) = told {
+        if let Some(mut told) = told {
             let end = ended.as_ref().map(|()| "stopped".to_owned());
-            let taken = self.options.taken.get();
-            let noted = log.note_end("wal receive", began_us, taken, end);
+            let taken = self.options.taken.get().saturating_sub(told.taken);
+            let noted = told.log.note_end("wal receive", told.until_us, taken, end);
             if tokio::time::timeout(LAST_NOTE, noted).await.is_err() {
                 tracing::debug!("that this has stopped is not noted in the log: that takes too long");
             }
@@ -184,10 +195,10 @@ impl Receiver {
         ended
     }
 
-    /// Notes in the log that this has begun, as soon as it is there; returns the log. Whoever may not write to it never
-    /// gets there. On a thread of its own: the command that gives the key, or a store, may hang, and commits may wait
+    /// Notes in the log that this has begun, as soon as it is there; returns what it knows. Whoever may not write to it
+    /// never gets there. On a thread of its own: the command that gives the key, or a store, may hang, and commits may wait
     /// for what is received meanwhile.
-    async fn note_start(&self, began_us: i64) -> Log {
+    async fn note_start(&self, began_us: i64) -> Told {
         tokio::time::sleep(SETTLED).await;
         loop {
             let (context, repository, stanza) = (self.context.clone(), self.repository.clone(), self.stanza.clone());
@@ -199,10 +210,51 @@ impl Receiver {
                 }
             };
             match bounded(UNTOLD, tell).await {
-                Ok(log) => return log,
+                Ok(log) => {
+                    return Told {
+                        log,
+                        until_us: began_us,
+                        taken: 0,
+                    };
+                }
                 Err(error) => tracing::debug!("that this has begun is not noted in the log: {error}"),
             }
             tokio::time::sleep(UNTOLD).await;
+        }
+    }
+
+    /// Notes in the log from time to time how much was received since it was told last; never ends. On a thread of its own,
+    /// too.
+    async fn note_on(&self, told: Option<&mut Told>) {
+        let Some(told) = told else {
+            return std::future::pending().await;
+        };
+        loop {
+            tokio::time::sleep(tally::every()).await;
+            let (now_us, taken) = (SystemEnv.now_us(), self.options.taken.get());
+            let (mut log, since_us, bytes) = (told.log.clone(), told.until_us, taken.saturating_sub(told.taken));
+            if bytes == 0 {
+                continue;
+            }
+            let tell = move || async move {
+                match log
+                    .note_end("wal receive", since_us, bytes, Ok("goes on".to_owned()))
+                    .await
+                {
+                    Some(_) => Ok(log),
+                    None => Err(Error::temporary("nothing can be written to it")),
+                }
+            };
+            match bounded(UNTOLD, tell).await {
+                Ok(log) => {
+                    *told = Told {
+                        log,
+                        until_us: now_us,
+                        taken,
+                    }
+                }
+                Err(error) => tracing::debug!("what was received is not noted in the log: {error}"),
+            }
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use crate::restore::plan::Numbered;
+use crate::manifest::Numbered;
 use crate::track::selection::Basis;
 
 /// Frames or packs `0..count` in the order of their numbers. `before` is what the parent gave one.

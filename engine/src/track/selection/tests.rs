@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::error::Kind as ErrorKind;
-use crate::restore::plan::FrameRef;
+use crate::manifest::FrameRef;
 use crate::track::PARSER_VERSION;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
