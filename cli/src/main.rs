@@ -15,6 +15,7 @@ mod schedule;
 mod time;
 
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Parser;
 use fairvault_engine::error::{Error, Kind};
@@ -86,6 +87,9 @@ fn table_of(command: &Command) -> Table {
 /// The table of the command, once that is understood.
 static UNDERSTOOD: std::sync::OnceLock<Table> = std::sync::OnceLock::new();
 
+/// The command has ended, and what came of it is known.
+static ENDED: AtomicBool = AtomicBool::new(false);
+
 fn exit_code(table: Table, error: &Error) -> u8 {
     match (table, error.kind()) {
         (Table::Worker, _) => 0,
@@ -138,7 +142,13 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect();
     let table = table(&arguments);
     let default_hook = std::panic::take_hook();
+    let main_thread = std::thread::current().id();
     std::panic::set_hook(Box::new(move |info| {
+        // Nobody waits any more for a thread on which a store hung. When that answers, the thread finds its runtime gone,
+        // and panics: what came of the command stands.
+        if ENDED.load(Ordering::SeqCst) && std::thread::current().id() != main_thread {
+            return;
+        }
         default_hook(info);
         // Whatever thread it was: a process in doubt ends, and with the right code.
         let table = UNDERSTOOD.get().copied().unwrap_or(table);
@@ -172,6 +182,7 @@ fn main() -> ExitCode {
         }
     };
     let result = runtime.block_on(run(cli));
+    ENDED.store(true, Ordering::SeqCst);
     runtime.shutdown_timeout(std::time::Duration::from_secs(2));
     match result {
         Ok(Outcome::Done) => ExitCode::SUCCESS,

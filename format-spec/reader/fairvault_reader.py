@@ -93,7 +93,7 @@ class Header:
         version, found, features, epoch, mode = struct.unpack_from("<BBHIB", raw, 4)
         supported(version == 1, f"{where}: format version {version}")
         supported(found in KNOWN_KINDS, f"{where}: object kind {found}")
-        supported(not features & ~(found == ROOT), f"{where}: feature bits {features:#x}")
+        supported(features in ((0, 1) if found == ROOT else (0,)), f"{where}: feature bits {features:#x}")
         supported(mode <= 1, f"{where}: key mode {mode}")
         require(found == kind, f"{where}: object kind {found} where {kind} belongs")
         require(not any(raw[13:16]) and (mode == 1 or not any(raw[48:])), f"{where}: a header byte is not zero")

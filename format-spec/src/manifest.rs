@@ -39,6 +39,13 @@ pub fn relative_frames(table: &mut FrameTable) {
 pub fn absolute_frames(table: &mut FrameTable, what: &str) -> Result<()> {
     only_one(&table.ordinal, &table.ordinal_step, what)?;
     only_one(&table.offset, &table.offset_step, what)?;
+    // Where the steps of offsets lead depends on lengths: more of them would get lost.
+    if !table.offset_step.is_empty() && table.offset_step.len() != table.stored_len.len() {
+        return Err(FormatError::damaged(
+            what,
+            "the columns of its frame table differ in length",
+        ));
+    }
     let mut expected = 0u32;
     for by in std::mem::take(&mut table.ordinal_step) {
         let ordinal = stepped(expected, by);
@@ -101,7 +108,7 @@ pub fn decode_segment(bytes: &[u8], what: &str) -> Result<ManifestSegment> {
 }
 
 /// Makes the columns of a manifest segment absolute, whichever they are.
-pub fn absolute(segment: &mut ManifestSegment, what: &str) -> Result<()> {
+fn absolute(segment: &mut ManifestSegment, what: &str) -> Result<()> {
     if let Some(frames) = &mut segment.frames {
         absolute_frames(frames, what)?;
     }
@@ -244,5 +251,18 @@ mod tests {
             extents.for_each(|extents| extents.frame_step.push(0));
         });
         assert!(decode_segment(&[0xff; 9], "a segment").is_err());
+    }
+
+    #[test]
+    fn steps_that_are_not_as_many_as_frames_are_damage() {
+        let stored = encode_segment(segment(1, 0));
+        let is_refused = |damage: fn(&mut FrameTable)| {
+            let mut segment = ManifestSegment::decode(stored.as_slice()).unwrap();
+            damage(segment.frames.as_mut().unwrap());
+            decode_segment(&segment.encode_to_vec(), "a segment").is_err()
+        };
+        assert!(!is_refused(|_| ()));
+        assert!(is_refused(|frames| frames.offset_step.push(0)));
+        assert!(is_refused(|frames| frames.offset_step.truncate(1)));
     }
 }

@@ -300,3 +300,44 @@ fn what_was_pushed_and_fetched_is_in_the_log_once_an_hour() -> Result<()> {
         &[&first, &second, "wal push: nothing stored; 1 was there already"],
     )
 }
+
+/// A store may hang while something is noted, and come back when nobody waits for it any more.
+#[test]
+fn a_note_that_hangs_fails_nothing() -> Result<()> {
+    let shape = Shape {
+        settings: "wal_keep_size = 64MB\n",
+        ..SMALL
+    };
+    let s = Fixture::new("audithangs", shape)?;
+    let name = s.sql("select pg_walfile_name(pg_current_wal_insert_lsn())")?;
+    s.sql("create table t (x int); select pg_switch_wal()")?;
+    let path = s.server.data.join("pg_wal").join(&name).display().to_string();
+    let got = s.path("got");
+    s.ok(&["wal", "push", "acme", &path])?;
+    for arguments in [
+        &["wal", "push", "acme", &path][..],
+        &["wal", "get", "acme", &name, &got],
+    ] {
+        age(&s)?;
+        let mut command = s.scratch.command("env");
+        command
+            .arg(format!("HOME={}", s.path("")))
+            .args(["FAIRVAULT_FAULT=notes hang", &s.path("fairvault")])
+            .args(&s.options)
+            .args(arguments);
+        let began = Instant::now();
+        let ended = command.output()?;
+        let (took, text) = (began.elapsed(), String::from_utf8_lossy(&ended.stderr));
+        ensure!(ended.status.success(), "{arguments:?}: {} {text}", ended.status);
+        ensure!(!text.contains("panicked"), "{arguments:?}: {text}");
+        // It was waited for, and not for long.
+        let fits = Duration::from_secs(2)..Duration::from_secs(10);
+        ensure!(fits.contains(&took), "{arguments:?}: {took:?}");
+    }
+    age(&s)?;
+    s.ok(&["wal", "push", "acme", &path])?;
+    // What could not be said then is said now.
+    ensure!(!sizes(&s, "operation", "wal push")?.is_empty());
+    ensure!(sizes(&s, "operation", "wal get")?.len() == 1);
+    Ok(())
+}

@@ -105,3 +105,30 @@ async fn a_clock_that_is_ahead_expires_nothing_unless_somebody_vouches_for_it() 
     ensure!(expiring(&store, -3000, false).await?.is_err());
     Ok(())
 }
+
+/// All backups stay where only WAL has a window; finds a clock that is ahead ending that for WAL between young backups.
+#[tokio::test]
+async fn a_clock_that_is_ahead_ends_no_window_of_wal() -> Result<()> {
+    let store = memory();
+    create(&access(&store, key(1)), CLUSTER, "main").await?;
+    for (id, days) in [("a", -3), ("b", -2), ("c", -1)] {
+        back_up(&store, id, days).await?;
+    }
+    let expire = async |days: i64, trust_clock: bool| -> Result<Outcome<Report>> {
+        let options = Options {
+            retention: Retention {
+                wal: Some(7 * 86_400),
+                ..Default::default()
+            },
+            dry_run: true,
+            trust_clock,
+        };
+        Ok(expire::run(&mut log(&store, days).await?, &options).await)
+    };
+    let report = expire(0, false).await??;
+    ensure!(report.backups.len() == 3 && report.backups.iter().all(|backup| backup.keep));
+    let error = expire(1000, false).await?.err().context("it believes its clock")?;
+    ensure!(error.kind() == Kind::Refused, "{error}");
+    expire(1000, true).await??;
+    Ok(())
+}

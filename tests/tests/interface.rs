@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use fairvault_tests::fixture::{Fixture, Shape};
@@ -85,7 +86,7 @@ fn the_help_texts_are_the_documented_ones() -> Result<()> {
 }
 
 /// What is wrong, the configuration, and a command that notices.
-const WRONG: [(&str, &str, &[&str]); 22] = [
+const WRONG: [(&str, &str, &[&str]); 30] = [
     ("no repository", "", &["info", "acme"]),
     ("not TOML", "[repo.main\n", &["info", "acme"]),
     (
@@ -183,6 +184,47 @@ const WRONG: [(&str, &str, &[&str]); 22] = [
         "a conninfo with an unknown keyword",
         "[repo.a]\nurl = \"file:///a\"\n[stanza.acme]\nconninfo = \"hots=x\"",
         &["backup", "acme"],
+    ),
+    // What is known in each place is named: a key that is gone or new is seen.
+    (
+        "an unknown key of a deleter",
+        "[repo.a]\nurl = \"file:///a\"\ndeleter = { zzzzzzzz = 1 }",
+        &["info", "acme"],
+    ),
+    (
+        "an unknown key of [defaults]",
+        "[defaults]\nzzzzzzzz = 1",
+        &["info", "acme"],
+    ),
+    (
+        "an unknown key of compression",
+        "[defaults]\ncompression = { zzzzzzzz = 1 }",
+        &["info", "acme"],
+    ),
+    (
+        "an unknown key of a stanza",
+        "[stanza.a]\nzzzzzzzz = 1",
+        &["info", "acme"],
+    ),
+    (
+        "an unknown key of a key",
+        "[stanza.a]\nkey = { zzzzzzzz = 1 }",
+        &["info", "acme"],
+    ),
+    (
+        "an unknown key of retention",
+        "[stanza.a]\nretention = { zzzzzzzz = 1 }",
+        &["info", "acme"],
+    ),
+    (
+        "an unknown key of schedule",
+        "[stanza.a]\nschedule = { zzzzzzzz = 1 }",
+        &["info", "acme"],
+    ),
+    (
+        "an unknown key of wal",
+        "[stanza.a]\nwal = { zzzzzzzz = 1 }",
+        &["info", "acme"],
     ),
 ];
 
@@ -337,4 +379,37 @@ fn the_members_about_copies_locks_and_the_end_are_the_documented_ones() -> Resul
     text += &members(&s, &["key", "import", "acme", &kit])?;
     text += &members(&s, &["key", "erase", "acme", "--confirm", "acme"])?;
     compare("tests/snapshots/json-copy-lock-erase.txt", &text)
+}
+
+/// What says that something is wrong has members that nothing has where all is well.
+#[test]
+fn the_members_about_damage_are_the_documented_ones() -> Result<()> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/v1");
+    let s = Fixture::of_repository("jsondamage", &folder, "")?;
+    let mut text = String::from("The members of JSON objects that say what is wrong, and of what types they are.\n");
+    let mut note = |arguments: &[&str], exit: i32| -> Result<()> {
+        let all = [arguments, &["--output", "json"]].concat();
+        let out = output(&mut s.command(&all))?;
+        let said = fairvault_tests::text(&out);
+        ensure!(out.status.code() == Some(exit), "{arguments:?}: {said}");
+        let printed = String::from_utf8_lossy(&out.stdout);
+        let line = printed.lines().rfind(|line| line.starts_with('{')).context(said)?;
+        let shape = shape(&serde_json::from_str(line)?);
+        write!(text, "\n## {}\n{shape}", arguments.join(" "))?;
+        Ok(())
+    };
+    let distrust = ["stanza", "distrust", "acme", "--parser", "1", "--reason", "a trial"];
+    note(&distrust, 0)?;
+    let mut packs = s.objects("packs");
+    packs.sort_by_key(|pack| std::fs::metadata(pack).map_or(0, |meta| meta.len()));
+    std::fs::remove_file(packs.last().context("a pack")?)?;
+    std::fs::write(s.objects("index").first().context("a part of the index")?, b"rubbish")?;
+    note(&["verify", "acme", "--progress", "none"], 4)?;
+    note(&["repair", "acme", "--progress", "none"], 4)?;
+    let next = s.objects("log").len() + 1;
+    s.scratch.write(&format!("vault/acme/log/{next:020}"), b"no entry")?;
+    let next = next.to_string();
+    note(&["repair", "acme", "--drop-entry", &next, "--dry-run"], 0)?;
+    let text = text.replace(&format!("--drop-entry {next}"), "--drop-entry N");
+    compare("tests/snapshots/json-damage.txt", &text)
 }

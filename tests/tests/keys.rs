@@ -153,6 +153,8 @@ fn backups_from_before_and_after_a_rotation_restore() -> Result<()> {
     std::fs::rename(&slot, s.path("slot"))?;
     let (exit, text) = s.fairvault(&[&["verify", "acme"], &QUIET[..]].concat());
     ensure!(exit == 4 && text.contains("no slot of key epoch 1"), "{exit} {text}");
+    let (exit, text) = s.fairvault(&["key", "check", "acme"]);
+    ensure!(exit != 0 && text.contains("epoch 1"), "{exit} {text}");
     std::fs::rename(s.path("slot"), &slot)?;
 
     // The index is made anew from packs of both epochs; what is old expires and is collected.

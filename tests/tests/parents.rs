@@ -246,3 +246,60 @@ fn without_the_manifest_of_the_newest_backup_everything_is_read() -> Result<()> 
     ensure!(is_same(&restored(&s, &next)?, &s.server.data, &table)?, "{next}");
     Ok(())
 }
+
+/// What later backups would take from a pack of which little is used, incremental ones too, they store again; then nobody
+/// uses it, and it goes. Finds a parent whose content keeps such a pack for ever.
+#[test]
+fn a_pack_of_which_little_is_used_runs_dry() -> Result<()> {
+    let s = Fixture::new(
+        "rundry",
+        Shape {
+            archiving: true,
+            settings: "autovacuum = off\n",
+            more: "retention = { full = 1, incr = 1 }",
+            ..Default::default()
+        },
+    )?;
+    let gc = || -> Result<Value> {
+        let quiet = ["--patience", "1s", "--progress", "none", "--output", "json"];
+        let said = s.ok(&[&["gc", "acme"], &quiet[..]].concat())?;
+        let line = said.lines().find(|line| line.starts_with("{\"")).context("no report")?;
+        Ok(serde_json::from_str::<Value>(line)?["report"].clone())
+    };
+    s.backup_id(&["--type", "full"])?;
+    let before = s.objects("packs");
+    s.sql("create table small as select i, md5(i::text) as x from generate_series(1, 2000) i")?;
+    s.sql("create table bulk as select md5(random()::text) as x from generate_series(1, 500000)")?;
+    let first = s.backup_id(&["--type", "incr"])?;
+    let mut packs = s.objects("packs");
+    packs.retain(|pack| !before.contains(pack));
+    packs.sort_by_key(|pack| std::fs::metadata(pack).map_or(0, |meta| meta.len()));
+    let pack = packs.pop().context("a new pack")?;
+
+    // Of that, the next one uses the small table, and not much else.
+    s.sql("drop table bulk")?;
+    let second = s.backup_id(&["--type", "incr"])?;
+    let expire = |id: &str| -> Result<()> {
+        let plan = s.ok(&["expire", "acme"])?;
+        let goes = |line: &str| line.contains(id) && line.contains("  expires ");
+        ensure!(plan.lines().any(goes), "{plan}");
+        Ok(())
+    };
+    expire(&first)?;
+    let done = gc()?;
+    ensure!(
+        done["thin_packs"]["objects"].as_u64() > Some(0) && pack.exists(),
+        "{done}"
+    );
+
+    // The one after that stores it again, although it builds on that one, and nothing of it has changed.
+    let third = s.backup_json(&["--type", "incr"])?;
+    ensure!(field(&third, "parent")? == second, "{third}");
+    expire(&second)?;
+    let done = gc()?;
+    ensure!(!pack.exists() && done["packs"]["objects"].as_u64() > Some(0), "{done}");
+    s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    let (exit, text) = s.restore("r", &["--backup", &field(&third, "id")?, "--target", "immediate"]);
+    ensure!(exit == 0, "{text}");
+    Ok(())
+}

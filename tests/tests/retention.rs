@@ -322,6 +322,7 @@ fn a_backup_at_work_is_waited_for_and_a_dead_one_is_not() -> Result<()> {
         said.contains("no sign of life") && s.objects("packs").len() < packs,
         "{said}"
     );
+    ensure!(s.objects("leases").is_empty(), "the lease of the dead one is left");
     ensure!(!s.ok(&["info", "acme"])?.contains("unfinished"));
     // One that was asleep for that long is told, by whom and when, as soon as it wakes up; what it did does not count.
     let count = || Ok::<_, anyhow::Error>(s.ok(&["info", "acme"])?.matches(" added ").count());

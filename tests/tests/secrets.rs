@@ -95,6 +95,14 @@ fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
     );
     std::thread::sleep(Duration::from_secs(1));
     said += &receiver.stop()?;
+    // What has failed is in the log, too, with why.
+    said += &s.restore("r", &by_passphrase).1;
+    let audit = s.ok(&["audit", "acme", "--output", "json"])?;
+    ensure!(
+        audit.contains("failed: ") && audit.contains("key slot spare added"),
+        "{audit}"
+    );
+    said += &audit;
     // Failures say where and why, not with what.
     let wrong = config.replace("s3.secret", "missing.secret");
     s.scratch.write("s3.toml", wrong.as_bytes())?;

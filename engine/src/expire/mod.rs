@@ -89,7 +89,9 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
     let now_us = log.stanza().env().now_us();
     let mut report = Report::default();
     let mut candidates = candidates(log, &options.retention, now_us).await?;
-    if !options.trust_clock && options.retention.has_rules() {
+    // Which WAL stays depends on it, too, although every backup stays.
+    let decides = options.retention.has_rules() || options.retention.wal.is_some();
+    if !options.trust_clock && decides {
         check_clock(log, now_us)?;
     }
     let policy = log.state().policy.clone().unwrap_or_default();
@@ -97,8 +99,7 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
         age_s: policy.minimum_retention_s,
         fulls: policy.minimum_full,
     };
-    // Which WAL stays depends on it, too, although every backup stays.
-    if options.retention.has_rules() || options.retention.wal.is_some() {
+    if decides {
         let mut damage = damage::of_all(log).await?;
         for candidate in &mut candidates {
             candidate.damage = damage.remove(&candidate.id);
@@ -123,7 +124,7 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
         .filter(|(_, decision)| decision.keep)
         .map(|(backup, decision)| (backup.clone(), decision.goes_on))
         .collect();
-    let expiring = match options.retention.has_rules() || options.retention.wal.is_some() {
+    let expiring = match decides {
         true => expiring_wal(log, &kept, &mut report.wal_notes).await?,
         false => Vec::new(),
     };

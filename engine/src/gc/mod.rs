@@ -127,10 +127,14 @@ async fn note(log: &mut Log, began_us: i64, report: &Report, error: Option<&Erro
     }
     // In a bucket that keeps versions, nothing is gone before these are.
     let bytes = versions.map_or(wal.bytes, |versions| versions.bytes);
-    let deleted = format!(
+    let mut deleted = format!(
         "{} objects of WAL and {} old versions deleted",
         wal.objects, for_good.objects
     );
+    // With those of sweeps that ended before, which have said so.
+    if error.is_some() {
+        deleted += &format!(", {swept} packs, manifests and index runs swept");
+    }
     log.note_done("gc", began_us, bytes, deleted, error).await;
 }
 

@@ -13,6 +13,7 @@ use super::history::Past;
 use super::usage::Usage;
 use super::{Options, Report, runs};
 use crate::commit::Log;
+use crate::commit::fence::by_whom;
 use crate::commit::lease::{self, Found};
 use crate::env::has_fault;
 use crate::error::{Error, Kind, Result};
@@ -157,10 +158,10 @@ pub async fn end_dead_sessions(log: &mut Log, before: u64, options: &Options) ->
         let number = fence.fence;
         let has_effect = |now: &proto::Snapshot| match now.fence < number {
             true => Ok(()),
-            false => Err(Error::new(
-                Kind::Held,
-                "somebody else has fenced writers just now; run this again",
-            )),
+            false => Err(
+                Error::new(Kind::Held, format!("writers were fenced just now{}", by_whom(now)))
+                    .remedy("run this again"),
+            ),
         };
         log.append(Entry::SetFence(fence), has_effect).await?;
     }

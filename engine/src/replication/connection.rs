@@ -148,8 +148,11 @@ impl Connection {
             }
         };
         // One that has senders, and none to spare just now, may have one in a moment.
-        if !is_denied(&denied) && ordinary.show("max_wal_senders").await?.as_deref() != Some("0") {
-            return Err(denied);
+        if !is_denied(&denied) {
+            match ordinary.show("max_wal_senders").await {
+                Ok(Some(senders)) if senders == "0" => {}
+                _ => return Err(denied),
+            }
         }
         // A standby does not tell its timeline and its end of WAL in any other way.
         match ordinary.in_recovery {

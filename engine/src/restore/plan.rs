@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use fairvault_format::index::PackRef;
-use fairvault_format::proto::{self, FileEntry};
+use fairvault_format::proto::{self, FileEntry, FileKind};
 
 use super::Options;
 use super::reader::Reader;
@@ -66,6 +66,7 @@ impl Plan {
                 "the manifest root is damaged: its facts are not those in the log",
             ));
         }
+        check_links(&info.id, &manifest.files)?;
         Ok(Self {
             reachable,
             info,
@@ -75,6 +76,19 @@ impl Plan {
             placements: manifest.placements,
             tablespaces,
         })
+    }
+}
+
+/// Fails if a manifest brings a link. Those of tablespaces are not in it, and PostgreSQL sends no others; the restored
+/// server would write through it, to wherever the host says that took the backup.
+fn check_links(backup: &str, files: &[FileEntry]) -> Result<()> {
+    match files.iter().find(|file| file.kind() == FileKind::FileSymlink) {
+        None => Ok(()),
+        Some(link) => Err(Error::refused(format!(
+            "backup {backup} brings the link {:?} to {:?}, and a backup has none but those of tablespaces",
+            link.path, link.link_target
+        ))
+        .remedy("find out who took it, and restore another one")),
     }
 }
 
@@ -204,4 +218,36 @@ async fn check_replay(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    #[test]
+    fn links_of_a_manifest_are_refused() {
+        let entry = |path: &str, kind: FileKind, target: &str| FileEntry {
+            path: path.to_owned(),
+            kind: kind as i32,
+            link_target: target.to_owned(),
+            ..Default::default()
+        };
+        let good = [
+            entry("base", FileKind::FileDirectory, ""),
+            entry("base/1", FileKind::FileRegular, ""),
+        ];
+        assert!(check_links("b", &good).is_ok());
+        for (path, target) in [
+            ("postmaster.opts", "/home/x/.profile"),
+            ("base/1", "../../other"),
+            ("pg_tblspc/16384", "/srv"),
+        ] {
+            let files = [good[0].clone(), entry(path, FileKind::FileSymlink, target)];
+            let error = check_links("b", &files).unwrap_err();
+            assert_eq!(error.kind(), Kind::Refused);
+            let said = error.to_string();
+            assert!(said.contains(path) && said.contains(target), "{said}");
+        }
+    }
 }

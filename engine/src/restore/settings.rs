@@ -4,10 +4,8 @@
 //! of earlier recoveries are blanked *before* the new target, because PostgreSQL refuses two targets.
 
 use std::io::Write;
-use std::os::unix::fs::{OpenOptionsExt, symlink};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-
-use fairvault_format::proto::FileKind;
 
 use super::layout::Layout;
 use super::plan::Plan;
@@ -48,7 +46,7 @@ pub fn shell_word(word: &str) -> String {
     }
 }
 
-/// Writes a file of its own in the place of whatever is there: never through a link, which a manifest may have brought.
+/// Writes a file of its own in the place of whatever is there: never through a link.
 fn write_file(path: &Path, content: &[u8]) -> Result<()> {
     let what = || format!("writing {}", path.display());
     match std::fs::remove_file(path) {
@@ -227,7 +225,6 @@ pub fn write(plan: &Plan, layout: &Layout, options: &Options, stanza: &Stanza) -
     if write_tablespace_map(plan, directory)? {
         changed.push("tablespace_map".to_owned());
     }
-    write_links(plan, directory)?;
     if !options.keep_archiving {
         let text = "This data directory was restored by fairvault. `fairvault wal push` refuses to archive from it.\n\
                     If it replaces the original for good: delete this file and remove archive_mode from postgresql.auto.conf.\n";
@@ -264,19 +261,10 @@ fn write_tablespace_map(plan: &Plan, directory: &Path) -> Result<bool> {
     Ok(true)
 }
 
-fn write_links(plan: &Plan, directory: &Path) -> Result<()> {
-    for file in plan.files.iter().filter(|f| f.kind() == FileKind::FileSymlink) {
-        let path = directory.join(&file.path);
-        match symlink(&file.link_target, &path) {
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
-            other => other.map_err(|e| Error::io(format_args!("linking {}", path.display()), e))?,
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     #[test]

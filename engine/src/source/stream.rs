@@ -112,14 +112,8 @@ fn begin(feed: &mut Feed, prefix: &str, header: Header) -> Result<Option<Current
         path => format!("{prefix}{path}"),
     };
     check_path(&path)?;
-    // Links of tablespaces are described by the list of tablespaces.
-    if matches!(header.kind, Kind::Symlink(_)) && path.strip_prefix("pg_tblspc/").is_some_and(|p| !p.contains('/')) {
+    let Some(kind) = kind_of(&path, &header.kind)? else {
         return Ok(None);
-    }
-    let (kind, link_target) = match header.kind {
-        Kind::File => (FileKind::FileRegular, String::new()),
-        Kind::Directory => (FileKind::FileDirectory, String::new()),
-        Kind::Symlink(target) => (FileKind::FileSymlink, target),
     };
     let entry = Entry {
         path,
@@ -127,7 +121,7 @@ fn begin(feed: &mut Feed, prefix: &str, header: Header) -> Result<Option<Current
         size: header.size,
         mode: header.mode,
         mtime_us: header.mtime_s.saturating_mul(1_000_000),
-        link_target,
+        link_target: String::new(),
         is_gone: false,
         wanted: Wanted::All,
     };
@@ -149,6 +143,19 @@ fn begin(feed: &mut Feed, prefix: &str, header: Header) -> Result<Option<Current
         runs: Vec::new(),
         lsn: Vec::with_capacity(LSN_BYTES),
     }))
+}
+
+/// What an entry is in the manifest; `None` for a link of a tablespace, which the list of tablespaces describes. PostgreSQL
+/// sends no others, and one of a server that lies would lead out of the restored directory.
+fn kind_of(path: &str, kind: &Kind) -> Result<Option<FileKind>> {
+    match kind {
+        Kind::File => Ok(Some(FileKind::FileRegular)),
+        Kind::Directory => Ok(Some(FileKind::FileDirectory)),
+        Kind::Symlink(_) if path.strip_prefix("pg_tblspc/").is_some_and(|p| !p.contains('/')) => Ok(None),
+        Kind::Symlink(target) => Err(Error::refused(format!(
+            "the server sent the link {path:?} to {target:?}, and a base backup has none but those of tablespaces"
+        ))),
+    }
 }
 
 /// A path of a server that lies must not lead out of the restored directory.
@@ -287,6 +294,17 @@ mod tests {
             &long,
         ] {
             assert!(check_path(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn links_other_than_those_of_tablespaces_are_refused() {
+        let link = |target: &str| Kind::Symlink(target.to_owned());
+        assert_eq!(kind_of("base/1", &Kind::File).unwrap(), Some(FileKind::FileRegular));
+        assert_eq!(kind_of("pg_tblspc/16384", &link("/srv/space")).unwrap(), None);
+        for path in ["base/1", "postmaster.opts", "pg_tblspc/16384/PG_15_202209061/5"] {
+            let error = kind_of(path, &link("../../etc")).unwrap_err().to_string();
+            assert!(error.contains(path) && error.contains("../../etc"), "{error}");
         }
     }
 }

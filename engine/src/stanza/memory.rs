@@ -16,6 +16,7 @@ use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::keys::{EpochKeys, Scope, Secret};
 use fairvault_format::{keys, object, proto, sha256};
 use prost::Message;
+use rustix::fs::OFlags;
 use zeroize::{Zeroize, Zeroizing};
 
 use super::{Access, Stanza};
@@ -202,13 +203,15 @@ impl Memory {
     }
 
     /// Changes a note, one process after the other; `None` if it cannot be. Nothing is synced, and after a crash the note
-    /// may be anything: `change` is given what there is.
+    /// may be anything: `change` is given what there is. Where another user owns the folder, a link in it leads to no file
+    /// of somebody else, and nothing in it is waited for.
     pub fn change_note<T>(&self, stanza: &Stanza, name: &str, change: impl FnOnce(&[u8]) -> (Vec<u8>, T)) -> Option<T> {
         let folder = self.folder(stanza.shown());
         let attempt = || -> std::io::Result<T> {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
             let mut options = File::options();
             options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            options.custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32);
             let file = options.open(folder.join(name))?;
             lock(&file)?;
             let mut before = Vec::new();

@@ -4,11 +4,11 @@ use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey, Checksum};
-use object_store::azure::MicrosoftAzureBuilder;
+use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey, AwsCredential, Checksum};
+use object_store::azure::{AzureAccessKey, AzureCredential, MicrosoftAzureBuilder};
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::local::LocalFileSystem;
-use object_store::{BackoffConfig, Certificate, ClientOptions, ObjectStore, RetryConfig};
+use object_store::{BackoffConfig, Certificate, ClientOptions, ObjectStore, RetryConfig, StaticCredentialProvider};
 use zeroize::Zeroizing;
 
 use super::s3::{AddMd5, S3};
@@ -226,8 +226,12 @@ impl RepositoryUrl {
     }
 
     fn s3(&self, bucket: &str, uploads: bool) -> Result<AmazonS3> {
+        self.s3_from(AmazonS3Builder::from_env(), bucket, uploads)
+    }
+
+    fn s3_from(&self, builder: AmazonS3Builder, bucket: &str, uploads: bool) -> Result<AmazonS3> {
         let plain = self.is_plain();
-        let mut builder = AmazonS3Builder::from_env()
+        let mut builder = builder
             .with_client_options(self.client_options(plain, uploads)?)
             .with_retry(self.retry())
             .with_bucket_name(bucket)
@@ -245,9 +249,14 @@ impl RepositoryUrl {
             builder = builder.with_endpoint(endpoint).with_allow_http(plain);
         }
         if let (Some(key), Some(secret)) = (&self.access_key, &self.secret_key) {
+            // Whole: a session token from the environment belongs to the key that is there.
+            let credential = AwsCredential {
+                key_id: key.clone(),
+                secret_key: STAND_IN.to_owned(),
+                token: None,
+            };
             builder = builder
-                .with_access_key_id(key)
-                .with_secret_access_key(STAND_IN)
+                .with_credentials(Arc::new(StaticCredentialProvider::new(credential)))
                 .with_crypto_provider(Arc::new(Signing::s3(secret)));
         }
         builder = match self.checksum {
@@ -319,9 +328,14 @@ impl RepositoryUrl {
                 Error::usage(format!("the secret key of account {account} is no Base64"))
                     .remedy("put a key of the storage account into its file as it is shown, and nothing else")
             })?;
+            let held = AzureAccessKey::try_new(STAND_IN)
+                .map_err(|e| Error::failed("the Azure client takes no key").caused_by(e))?;
+            // A token from the environment would be taken before it. An emulator looks at the other one only.
+            let credential = StaticCredentialProvider::new(AzureCredential::AccessKey(held));
             builder = builder
                 .with_account(account)
                 .with_access_key(STAND_IN)
+                .with_credentials(Arc::new(credential))
                 .with_crypto_provider(Arc::new(signing));
         }
         builder
@@ -344,9 +358,12 @@ mod tests {
             secret_key: Some(Zeroizing::new("the secret".to_owned())),
             ..RepositoryUrl::default()
         };
-        let client = url.s3("b", false).unwrap();
+        // What the environment holds is not mixed with it.
+        let environment = AmazonS3Builder::new().with_access_key_id("e").with_token("of e");
+        let client = url.s3_from(environment, "b", false).unwrap();
         let held = client.credentials().get_credential().await.unwrap();
         assert_eq!((held.key_id.as_str(), held.secret_key.as_str()), ("k", STAND_IN));
+        assert_eq!(held.token, None);
         assert!(!format!("{url:?} {client:?}").contains("the secret"));
     }
 }

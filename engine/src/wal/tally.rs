@@ -19,11 +19,15 @@ use crate::commit::Log;
 use crate::env::has_fault;
 use crate::error::Result;
 use crate::stanza::Stanza;
+use crate::stanza::memory::Memory;
 
 /// Age at which a count is said; and time between attempts.
 const HOUR: Duration = Duration::from_secs(60 * 60);
-/// How long whoever moves WAL waits for an entry.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long whoever moves WAL waits for an entry: with what the end of a process waits for a thread that hangs, it is no
+/// more than five seconds.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How long an entry may take: where nothing hangs, nothing is left at work then.
+const ENTRY_TIME: Duration = Duration::from_millis(2_900);
 /// Where the counts are.
 const FILE: &str = "tally";
 
@@ -199,16 +203,31 @@ pub fn fetched(stanza: &Stanza, name: &str, bytes: u64) -> bool {
     count(stanza, GET, |count| count.add(name, bytes))
 }
 
-/// Says what is due, in one entry for each kind.
-pub async fn say(log: &mut Log) {
-    let stanza = log.stanza().clone();
+/// Takes what is due, of each kind, to say it: nobody else does within the hour.
+fn take_due(stanza: &Stanza) -> Vec<(String, Count)> {
+    // Whoever only says makes no file: another user, who counts, could not write to it.
+    let is_there = |memory: &Memory| memory.place(stanza).join(FILE).exists();
+    if !stanza.memory().is_some_and(is_there) {
+        return Vec::new();
+    }
     let now_us = stanza.env().now_us();
-    let due = change(&stanza, |books| {
+    let due = change(stanza, |books| {
         let due = books.iter_mut().filter(|(_, book)| book.is_due(now_us));
         let due = due.map(|(what, book)| (what.clone(), book.begin(now_us)));
         due.collect::<Vec<_>>()
     });
-    for (what, count) in due.unwrap_or_default() {
+    due.unwrap_or_default()
+}
+
+/// Says what is due, in one entry for each kind.
+pub async fn say(log: &mut Log) {
+    let due = take_due(log.stanza());
+    tell(log, due).await;
+}
+
+async fn tell(log: &mut Log, due: Vec<(String, Count)>) {
+    let stanza = log.stanza().clone();
+    for (what, count) in due {
         let end = Ok(count.words(&what));
         // It stays, for the next hour.
         if log.note_end(&what, count.began_us, count.bytes, end).await.is_none() {
@@ -227,16 +246,26 @@ pub async fn say(log: &mut Log) {
 /// The same for whoever moves WAL: in a log that is opened for it, on a thread of its own, since a store may hang in a
 /// system call.
 pub async fn say_in(stanza: Arc<Stanza>) {
+    // First of all: if the log cannot even be read, whoever comes next does not wait for it again.
+    let due = take_due(&stanza);
+    if due.is_empty() {
+        return;
+    }
     let runtime = tokio::runtime::Handle::current();
     let saying = move || {
         runtime.block_on(async move {
             let said = async {
+                if has_fault("notes hang") {
+                    // In a system call, and then it goes on.
+                    std::thread::sleep(PATIENCE + Duration::from_secs(1));
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
                 match Log::open(stanza).await {
-                    Ok(mut log) => say(&mut log).await,
+                    Ok(mut log) => tell(&mut log, due).await,
                     Err(error) => tracing::debug!("nothing is noted in the log: {error}"),
                 }
             };
-            tokio::time::timeout(PATIENCE, said).await.is_ok()
+            tokio::time::timeout(ENTRY_TIME, said).await.is_ok()
         })
     };
     let waited = tokio::time::timeout(PATIENCE, tokio::task::spawn_blocking(saying)).await;
@@ -256,7 +285,6 @@ mod tests {
     use super::*;
     use crate::env::{Env, SystemEnv};
     use crate::error::Error;
-    use crate::stanza::memory::Memory;
     use crate::stanza::{Access, create};
     use crate::store::url::RepositoryUrl;
 
@@ -410,6 +438,40 @@ mod tests {
         assert_eq!(noted[0].began_us, w.stanza.env().now_us() - 2 * HOUR_US);
         let said = format!("3 segments stored, {} to {}", segment(1), segment(3));
         assert_eq!(noted[0].result, said);
+    }
+
+    #[tokio::test]
+    async fn a_log_that_cannot_be_read_is_tried_once_an_hour() {
+        let w = world().await;
+        // Whoever says, and has never counted, leaves no file that others might not write to.
+        say(&mut Log::open(w.stanza.clone()).await.unwrap()).await;
+        assert!(!w.stanza.memory().unwrap().place(&w.stanza).join(FILE).exists());
+        w.push(&segment(1), Stored::New, 100);
+        w.wait(HOUR_US);
+        assert!(w.push(&segment(2), Stored::New, 100));
+        let (log, aside) = (w.folder.path().join("vault/acme/log"), w.folder.path().join("aside"));
+        std::fs::rename(&log, &aside).unwrap();
+        say_in(w.stanza.clone()).await;
+        assert!(!w.push(&segment(3), Stored::New, 100), "whoever comes next waits again");
+        std::fs::rename(&aside, &log).unwrap();
+        w.wait(HOUR_US);
+        assert!(w.push(&segment(4), Stored::New, 100));
+        say_in(w.stanza.clone()).await;
+        let noted = w.noted().await;
+        assert_eq!((noted.len(), noted[0].bytes), (1, 400));
+    }
+
+    #[tokio::test]
+    async fn a_link_leads_nowhere() {
+        let w = world().await;
+        let path = w.stanza.memory().unwrap().place(&w.stanza).join(FILE);
+        let other = w.folder.path().join("other");
+        std::fs::write(&other, "somebody's").unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        assert!(!w.push(&segment(1), Stored::New, 100));
+        w.wait(HOUR_US);
+        say(&mut Log::open(w.stanza.clone()).await.unwrap()).await;
+        assert_eq!(std::fs::read_to_string(&other).unwrap(), "somebody's");
     }
 
     #[tokio::test]

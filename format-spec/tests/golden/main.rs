@@ -173,7 +173,11 @@ fn relative_columns() {
             ..Default::default()
         }),
         files: vec![
-            file("a", 24576, &[(0, 8192, 0, 0), (8192, 8192, 2, 0), (16384, 8192, 0, 16384)]),
+            file(
+                "a",
+                24576,
+                &[(0, 8192, 0, 0), (8192, 8192, 2, 0), (16384, 8192, 0, 16384)],
+            ),
             file("b", 16384, &[(8192, 8192, 1, 0)]),
         ],
     };
@@ -182,9 +186,15 @@ fn relative_columns() {
     let stored = proto::ManifestSegment::decode(stored.as_slice()).unwrap();
     let extents: Vec<_> = stored.files.iter().filter_map(|file| file.extents.as_ref()).collect();
     assert!(extents[0].file_offset.is_empty() && extents[1].file_offset == [8192]);
-    assert_eq!((&extents[0].frame_step, &extents[1].frame_step), (&vec![0, 1, -3], &vec![0]));
+    assert_eq!(
+        (&extents[0].frame_step, &extents[1].frame_step),
+        (&vec![0, 1, -3], &vec![0])
+    );
     let frames = stored.frames.unwrap();
-    assert_eq!((frames.ordinal_step, frames.offset_step), (vec![0, 0, 7], vec![80, 0, 4420]));
+    assert_eq!(
+        (frames.ordinal_step, frames.offset_step),
+        (vec![0, 0, 7], vec![80, 0, 4420])
+    );
 }
 
 #[test]

@@ -21,10 +21,10 @@ use fairvault_format::frame::{FRAME_HEADER_LEN, FrameKey};
 use fairvault_format::header::{HEADER_LEN, Kind as ObjectKind, ObjectHeader};
 use fairvault_format::index::{IndexEntry, IndexRun, PackRef, seal_run};
 use fairvault_format::keys::{Secret, TAG_LEN};
+use fairvault_format::manifest::encode_segment;
 use fairvault_format::pack::{DirectoryEntry, seal_tail};
 use fairvault_format::proto::{self, BackupInfo};
 use fairvault_format::{names, sha256};
-use prost::Message;
 
 use super::server::{SEGMENT, Server};
 use super::store::{WAS_LIED_TO, World};
@@ -225,7 +225,7 @@ async fn transfer(
             ..Default::default()
         });
     }
-    let plain = segment.encode_to_vec();
+    let plain = encode_segment(segment);
     let handle = match chunks.claim(stanza.keys().chunk_id(&plain), plain.len() as u32) {
         Claim::Present(handle) => handle,
         Claim::New(handle) => {

@@ -250,7 +250,7 @@ async fn usable_chunks(log: &Log) -> Result<(Chunks, Chunks)> {
         used > 0 && used * 10 >= *len && !marked.contains(&pack[..]) && !bad.contains(pack)
     });
     let usable: HashSet<[u8; 32]> = usable.map(|(pack, _)| *pack).collect();
-    let (mut there, mut known) = (Chunks::new(), Chunks::new());
+    let (mut there, mut known, mut elsewhere) = (Chunks::new(), Chunks::new(), Chunks::new());
     for name in usable.iter().map(names::pack) {
         let bytes = stanza.store().get(&name, limits::PACK_BYTES).await?;
         let (header, frames) = pack::open_pack(stanza.keys_for(&bytes, &name)?, stanza.scope(), &bytes, &name)?;
@@ -264,9 +264,14 @@ async fn usable_chunks(log: &Log) -> Result<(Chunks, Chunks)> {
             .entries
             .iter()
             .map(|entry| (&run.packs[entry.pack as usize], entry.id));
-        let entries = entries.filter(|(pack, _)| usable.contains(&pack.name));
-        known.extend(entries.map(|(pack, id)| (pack.header.epoch, id)));
+        let (of_use, others): (Vec<_>, Vec<_>) = entries.partition(|(pack, _)| usable.contains(&pack.name));
+        known.extend(of_use.iter().map(|(pack, id)| (pack.header.epoch, *id)));
+        // Where two of its packs have a chunk, a run says so of one. If that is of no use any more, the chunk is stored again.
+        if run.packs.iter().any(|pack| usable.contains(&pack.name)) {
+            elsewhere.extend(others.iter().map(|(pack, id)| (pack.header.epoch, *id)));
+        }
     }
+    there.retain(|chunk| known.contains(chunk) || !elsewhere.contains(chunk));
     Ok((there, known))
 }
 
