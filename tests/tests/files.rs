@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use fairvault_tests::fixture::{files, refused, signal};
+use fairvault_tests::fixture::{field, files, refused, signal};
 use fairvault_tests::{Fixture, Shape, output, run};
 
 /// What a restored directory holds: for each path, its mode and content.
@@ -175,11 +175,17 @@ fn churn(source: &str) -> Result<()> {
                 .pgbench(&s.scratch, &["-n", "-c", "2", "-T", "8", "-f", &moves]))
         });
         std::thread::sleep(Duration::from_secs(1));
-        let id = s.backup_id(&["--source", source, "--max-rate", "20MiB"])?;
+        let begun = Instant::now();
+        let said = s.backup_json(&["--source", source, "--max-rate", "20MiB"])?;
+        let took = begun.elapsed().as_secs_f64();
+        // However fast the machine is.
+        let read: f64 = field(&said, "read_bytes")?.parse()?;
+        let least = read / f64::from(20 << 20) - 0.5;
+        ensure!(least > 1.0 && took >= least, "{read} bytes took {took} s");
         for thread in [churning, moving] {
             thread.join().map_err(|_| anyhow::anyhow!("panicked"))??;
         }
-        Ok(id)
+        field(&said, "id")
     })?;
     ensure!(
         s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?

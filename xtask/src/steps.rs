@@ -100,8 +100,6 @@ pub fn test(full: bool) -> Result<()> {
         tools::install_s3s_fs()?;
         tools::install_azurite()?;
     }
-    // Tests run the binary.
-    cargo(&["build", "--workspace"])?;
     let tested = suite::run(if full { &[("FAIRVAULT_FULL", "1")] } else { &[] });
     if full {
         tools::unmount_sid();

@@ -99,7 +99,10 @@ pub fn run(variables: &[(&str, &str)]) -> Result<()> {
 fn build() -> Result<Vec<Binary>> {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(program)
-        .args(["test", "--workspace", "--no-run", "--message-format=json"])
+        .args(["build", "--workspace", "--message-format=json"])
+        // Tests, and the binary that they run: in one command, or all that they have in common is built twice, since
+        // tests ask libraries for more.
+        .args(["--lib", "--bins", "--tests"])
         .current_dir(top())
         .stderr(Stdio::inherit())
         .output()

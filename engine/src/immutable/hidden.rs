@@ -104,15 +104,19 @@ impl Hidden {
     }
 }
 
-/// Brings all of them back.
-pub async fn bring_back(hidden: Vec<Hidden>) -> Result<Vec<Hidden>> {
+/// Brings all of them back, and adds those to `done` that are: also if another one then fails.
+pub async fn bring_back(hidden: Vec<Hidden>, done: &mut Vec<Hidden>) -> Result<()> {
     let memory = &Semaphore::new(HELD);
-    let all = hidden.into_iter().map(|mut hidden| async move {
+    let each = hidden.into_iter().map(|mut hidden| async move {
         hidden.bring_back(memory).await?;
         tracing::info!("{} is there again", hidden.object);
-        Ok(hidden)
+        Ok::<_, Error>(hidden)
     });
-    futures::stream::iter(all).buffered(CONCURRENT).try_collect().await
+    let mut back = futures::stream::iter(each).buffered(CONCURRENT);
+    while let Some(hidden) = back.try_next().await? {
+        done.push(hidden);
+    }
+    Ok(())
 }
 
 fn limit(name: &str) -> u64 {

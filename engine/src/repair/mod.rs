@@ -77,11 +77,11 @@ impl Report {
     }
 }
 
-/// Brings back what is hidden, unless that is only asked for.
-async fn back(found: Vec<Hidden>, dry_run: bool) -> Result<Vec<Hidden>> {
+/// Brings back what is hidden, unless that is only asked for, and adds it to `all`.
+async fn back(found: Vec<Hidden>, dry_run: bool, all: &mut Vec<Hidden>) -> Result<()> {
     match dry_run {
-        true => Ok(found),
-        false => hidden::bring_back(found).await,
+        true => Ok(all.extend(found)),
+        false => hidden::bring_back(found, all).await,
     }
 }
 
@@ -92,7 +92,7 @@ async fn open(access: &Access, dry_run: bool, all: &mut Vec<Hidden>) -> Result<L
     let store = access.repository.folder(&access.stanza);
     erase::check_note(&store).await?;
     erase::check_hidden_note(&store).await?;
-    all.extend(back(hidden::of_opening(access).await?, dry_run).await?);
+    back(hidden::of_opening(access).await?, dry_run, all).await?;
     let lacks = all.iter().filter(|hidden| !hidden.brought_back);
     let names: Vec<&str> = lacks.map(|hidden| hidden.object.as_str()).collect();
     let opened = async {
@@ -109,7 +109,7 @@ async fn open(access: &Access, dry_run: bool, all: &mut Vec<Hidden>) -> Result<L
         )),
     })?;
     let mut log = Log::unread(stanza);
-    all.extend(back(hidden::of_log(&mut log).await?, dry_run).await?);
+    back(hidden::of_log(&mut log).await?, dry_run, all).await?;
     Ok(log)
 }
 
@@ -130,7 +130,7 @@ pub async fn run(access: &Access, options: Options, progress: &Progress) -> Resu
 /// Repairs a stanza whose log was read to its end.
 async fn work(log: &mut Log, options: Options, report: &mut Report, progress: &Progress) -> Result<()> {
     let content = hidden::of_content(log).await?;
-    report.hidden.extend(back(content, options.dry_run).await?);
+    back(content, options.dry_run, &mut report.hidden).await?;
     let stanza = log.stanza().clone();
     stanza.check_reads("repairing")?;
     progress.phase("reading the log");
