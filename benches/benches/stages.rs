@@ -1,4 +1,5 @@
-//! Micro benchmarks of the CPU stages, on one core, in bytes of plaintext a second: `cargo bench -p fairvault-benches`.
+//! Micro benchmarks of the CPU stages, on one core where they do not say otherwise, in bytes of plaintext a second:
+//! `cargo bench -p fairvault-benches`.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -170,6 +171,51 @@ fn codec(c: &mut Criterion) {
     group.finish();
 }
 
+/// What workers on all cores together can make of a backup that costs nothing to read and nothing to store, and what
+/// plain zstd makes on as many.
+fn all_cores(c: &mut Criterion) {
+    /// Chunks of each worker.
+    const EACH: usize = 64;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut group = c.benchmark_group("all cores");
+    group.throughput(Throughput::Bytes((cores * EACH * CHUNK) as u64));
+    group.sample_size(10);
+    for (name, plain) in chunks() {
+        group.bench_function(BenchmarkId::new("encode", name), |b| {
+            b.iter(|| {
+                on_each(cores, || {
+                    let mut codec = Codec::new(1).expect("a level");
+                    for _ in 0..EACH {
+                        black_box(codec.encode(black_box(&plain), Content::Pages { file: 1 }));
+                    }
+                });
+            });
+        });
+        for level in [1, 3] {
+            group.bench_function(BenchmarkId::new(format!("zstd {level}"), name), |b| {
+                b.iter(|| {
+                    on_each(cores, || {
+                        let mut zstd = zstd::bulk::Compressor::new(level).expect("a level");
+                        for _ in 0..EACH {
+                            black_box(zstd.compress(black_box(&plain)).expect("there is room").len());
+                        }
+                    });
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+/// The same work by so many threads.
+fn on_each(threads: usize, work: impl Fn() + Sync) {
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(&work);
+        }
+    });
+}
+
 fn seal(c: &mut Criterion) {
     let (keys, header, plain) = (keys(), ObjectHeader::new(Kind::Pack, 1, [4; 32]), text());
     let key = FrameKey::new(&keys, &SCOPE, &header).expect("the keys are of this epoch");
@@ -317,5 +363,7 @@ fn streams(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(stages, checks, transform, records, codec, seal, packs, streams);
+criterion_group!(
+    stages, checks, transform, records, codec, all_cores, seal, packs, streams
+);
 criterion_main!(stages);

@@ -146,6 +146,11 @@ fn files_that_come_and_go_while_they_are_read_over_sql_do_no_harm() -> Result<()
     churn("sql")
 }
 
+#[test]
+fn files_that_come_and_go_while_they_are_streamed_do_no_harm() -> Result<()> {
+    churn("stream")
+}
+
 fn churn(source: &str) -> Result<()> {
     let s = Fixture::new(&format!("churn-{source}"), Shape::default())?;
     run(&mut s.server.pgbench(&s.scratch, &["-i", "-q", "-s", "3"]))?;
@@ -318,6 +323,11 @@ fn an_interrupted_backup_over_sql_leaves_the_server_as_it_was() -> Result<()> {
     interrupted("sql")
 }
 
+#[test]
+fn an_interrupted_streamed_backup_leaves_the_server_as_it_was() -> Result<()> {
+    interrupted("stream")
+}
+
 fn interrupted(source: &str) -> Result<()> {
     let s = Fixture::new(&format!("{source}stop"), Shape::default())?;
     s.sql("create table t as select i, md5(i::text) from generate_series(1, 200000) i")?;
@@ -339,14 +349,12 @@ fn interrupted(source: &str) -> Result<()> {
         .spawn()?;
     // While files are read, and with all its connections gone afterwards.
     let reading = match source {
-        "sql" => "query like '%pg_read_binary_file%' and query not like '%pg_stat_activity%'",
-        _ => "query like 'SELECT catalog_version_no%' and state = 'idle'",
+        "stream" => "pg_stat_progress_basebackup where phase = 'streaming database files'",
+        "sql" => "pg_stat_activity where query like '%pg_read_binary_file%' and query not like '%pg_stat_activity%'",
+        _ => "pg_stat_activity where query like 'SELECT catalog_version_no%' and state = 'idle'",
     };
-    s.server.wait_for(
-        &s.scratch,
-        &format!("select count(*) > 0 from pg_stat_activity where {reading}"),
-        "t",
-    )?;
+    s.server
+        .wait_for(&s.scratch, &format!("select count(*) > 0 from {reading}"), "t")?;
     signal(&child, "INT")?;
     ensure!(child.wait()?.code() == Some(130));
     s.server.wait_for(

@@ -3,8 +3,11 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use fairvault_format::pages::Encoder;
+use fairvault_tests::fixture::files;
 use fairvault_tests::tools::reader;
 use fairvault_tests::{Scratch, Server, run};
 
@@ -128,6 +131,44 @@ fn engine_and_independent_reader_agree() -> Result<()> {
         with(&["wal", "get", "acme", &segment, &format!("{dir}/wal-engine")])?;
         ensure!(std::fs::read(scratch.join("wal-python"))? == std::fs::read(scratch.join("wal-engine"))?);
     }
+    server.stop(&scratch, "fast")?;
+    pages_are_put_together(&scratch, &server.data.join("base/5"))
+}
+
+/// In the reader's folder: what was taken apart against what it was.
+const PUT_TOGETHER: &str = "\
+import pathlib, sys
+import pages
+apart = sorted(pathlib.Path(sys.argv[1]).glob('*.apart'))
+for file in apart:
+    plain = file.with_suffix('.plain').read_bytes()
+    assert pages.Decoder(file.read_bytes(), len(plain), file.name).decode() == plain, file.name
+print(len(apart))
+";
+
+/// Whatever is chosen for a backup's chunks: the reader puts together the pages of this database, heap and index.
+fn pages_are_put_together(scratch: &Scratch, database: &Path) -> Result<()> {
+    let folder = scratch.join("apart");
+    std::fs::create_dir(&folder)?;
+    let (mut encoder, mut taken) = (Encoder::default(), 0);
+    let relations = files(database);
+    for (number, file) in relations.iter().enumerate() {
+        let mut plain = std::fs::read(file)?;
+        plain.truncate(512 << 10);
+        let (plan, mut apart) = (encoder.propose(&plain, number % 9, number % 5), Vec::new());
+        taken += encoder.encode(&plain, &plan, &mut apart);
+        std::fs::write(folder.join(format!("{number}.plain")), plain)?;
+        std::fs::write(folder.join(format!("{number}.apart")), apart)?;
+    }
+    ensure!(taken > 500, "{taken} pages");
+    let reader = Path::new(env!("CARGO_MANIFEST_DIR")).join("../format-spec/reader");
+    let mut python = Command::new("python3");
+    let said = run(python.args(["-B", "-c", PUT_TOGETHER]).arg(&folder).current_dir(reader))?;
+    ensure!(
+        said.trim() == relations.len().to_string(),
+        "{said} of {}",
+        relations.len()
+    );
     Ok(())
 }
 

@@ -21,6 +21,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
                  rounds (50) on each version
   bench compare [SIZE] [ROUNDS] [DATA] backups and restores beside pgBackRest, pg_basebackup and Barman, of data sets of SIZE (1)
                  times a few hundred MB, ROUNDS (3) times; DATA is pgbench, mixed, small or blobs; needs root
+  bench compare incr    incremental backups: bench incr 1 many
   bench incr [SIZE] [many [PERCENT]] incremental backups of SIZE (1) GB beside pgBackRest; with `many`, the last of 200 is
                  restored, each after changes on PERCENT (0.05) of the pages; needs root
   bench month    what a month of fulls, diffs and incrementals stores, beside pgBackRest; needs root
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         ["torture", rounds] => steps::torture(rounds, "1"),
         ["torture", rounds, seed] => steps::torture(rounds, seed),
         ["bench", "compare"] => bench::compare::run_it(1, 3, None),
+        ["bench", "compare", "incr"] => bench::incremental::run_it(1, Some(0.05)),
         ["bench", "compare", size] => number(size).and_then(|size| bench::compare::run_it(size, 3, None)),
         ["bench", "compare", size, rounds] => {
             number(size).and_then(|size| bench::compare::run_it(size, number(rounds)?, None))

@@ -155,6 +155,7 @@ pub fn torture(rounds: &str, seed: &str) -> Result<()> {
         ("FAIRVAULT_FULL", "1"),
         ("FAIRVAULT_TORTURE_ROUNDS", rounds),
         ("FAIRVAULT_TORTURE_SEED", seed),
+        ("FAIRVAULT_TORTURE_JUDGE", "1"),
     ];
     let tortured = alone("torture", "2", &variables);
     tools::unmount_sid();

@@ -82,8 +82,14 @@ pub async fn choose(log: &Log, archive: &Archive, options: &Options, index: &Ind
     }
     let mut why_not = None;
     for (backup, info) in candidates(log.state(), options.kind, child.system_identifier) {
+        let cannot = |why: String| format!("backup {} cannot be its parent: {why}", info.id);
         let why = match obstacle(info, child, &log.state().distrusted) {
-            Some(why) => format!("backup {} cannot be its parent: {why}", info.id),
+            // An older one may be of a cluster as this is again: what was in between counts all the same.
+            Some(Obstacle::Changed(why)) => {
+                why_not.get_or_insert(cannot(why));
+                break;
+            }
+            Some(Obstacle::Own(why)) => cannot(why),
             None => match manifest(log.stanza(), backup).await? {
                 Ok(manifest) => return with_parent(log, archive, options, index, manifest, info, child.start).await,
                 Err(why) if log.stanza().keys().can_read() => {
@@ -102,37 +108,46 @@ pub async fn choose(log: &Log, archive: &Archive, options: &Options, index: &Ind
 }
 
 /// Why a backup cannot be the parent.
-fn obstacle(info: &proto::BackupInfo, child: &Child, distrusted: &[proto::DistrustParser]) -> Option<String> {
+#[derive(Debug, PartialEq, Eq)]
+enum Obstacle {
+    /// The server has changed since, on this timeline: no older one can be the parent either.
+    Changed(String),
+    /// This one cannot.
+    Own(String),
+}
+
+fn obstacle(info: &proto::BackupInfo, child: &Child, distrusted: &[proto::DistrustParser]) -> Option<Obstacle> {
     let (version, timeline, start) = (child.server_version, child.timeline, child.start);
     if (info.start_timeline, info.stop_timeline) != (timeline, timeline) {
-        return Some(format!(
+        return Some(Obstacle::Own(format!(
             "it is of timeline {}, and this is {timeline}",
             info.stop_timeline
-        ));
+        )));
     }
-    if info.server_version != version {
-        return Some(format!(
-            "it is of server version {}, and this is {version}",
-            info.server_version
-        ));
-    }
-    if info.data_checksums != child.checksums {
-        return Some("checksums were switched on or off since".to_owned());
-    }
-    let bad = distrusted.iter().map(|d| d.parser_version).chain(FAULTY_PARSERS);
-    if let Some(parser) = bad.into_iter().find(|version| info.parser_versions.contains(version)) {
-        return Some(format!("it was built with parser {parser}, which is distrusted"));
-    }
-    if info.block_size != BLOCK_BYTES {
-        return Some("its pages have another size".to_owned());
-    }
+    // What comes after this backup's beginning has changed nothing before it.
     if Lsn(info.stop_lsn) > start {
-        return Some(format!(
+        return Some(Obstacle::Own(format!(
             "it ended at {}, and this one begins at {start}",
             Lsn(info.stop_lsn)
-        ));
+        )));
     }
-    None
+    if info.server_version != version {
+        return Some(Obstacle::Changed(format!(
+            "it is of server version {}, and this is {version}",
+            info.server_version
+        )));
+    }
+    if info.data_checksums != child.checksums {
+        return Some(Obstacle::Changed("checksums were switched on or off since".to_owned()));
+    }
+    if info.block_size != BLOCK_BYTES {
+        return Some(Obstacle::Changed("its pages have another size".to_owned()));
+    }
+    let bad = distrusted.iter().map(|d| d.parser_version).chain(FAULTY_PARSERS);
+    let parser = bad.into_iter().find(|version| info.parser_versions.contains(version))?;
+    Some(Obstacle::Own(format!(
+        "it was built with parser {parser}, which is distrusted"
+    )))
 }
 
 /// The manifest of a backup: from the repository, or what this host keeps of it where its key does not open that; or why
@@ -220,21 +235,31 @@ mod tests {
         };
         assert_eq!(obstacle(&parent, &child, &[]), None);
         type Change = fn(&mut proto::BackupInfo);
-        let changes: [(Change, &str); 8] = [
-            (|p| p.server_version = 150_017, "server version 150017"),
-            (|p| p.server_version = 140_018, "server version 140018"),
-            (|p| p.data_checksums = false, "checksums"),
-            (|p| p.stop_lsn = 501, "it ended at"),
-            (|p| p.start_timeline = 1, "timeline"),
-            (|p| p.stop_timeline = 1, "of timeline 1"),
-            (|p| p.block_size = 4096, "pages"),
-            (|p| p.parser_versions = vec![1, 2], "parser 1"),
+        // And whether older ones are out of the question, too.
+        let changes: [(Change, bool, &str); 8] = [
+            (|p| p.server_version = 150_017, true, "server version 150017"),
+            (|p| p.server_version = 140_018, true, "server version 140018"),
+            (|p| p.data_checksums = false, true, "checksums"),
+            (|p| p.stop_lsn = 501, false, "it ended at"),
+            (|p| p.start_timeline = 1, false, "timeline"),
+            (|p| p.stop_timeline = 1, false, "of timeline 1"),
+            (|p| p.block_size = 4096, true, "pages"),
+            (|p| p.parser_versions = vec![1, 2], false, "parser 1"),
         ];
-        for (change, word) in changes {
+        let told = |info: &proto::BackupInfo| match obstacle(info, &child, &[]) {
+            Some(Obstacle::Changed(why)) => (true, why),
+            Some(Obstacle::Own(why)) => (false, why),
+            None => (false, String::new()),
+        };
+        for (change, ends, word) in changes {
             let mut changed = parent.clone();
             change(&mut changed);
-            let why = obstacle(&changed, &child, &[]).unwrap_or_default();
+            let (is_change, why) = told(&changed);
             assert!(why.contains(word), "{why:?} does not say {word:?}");
+            assert_eq!(is_change, ends, "{why}");
+            // On another timeline, or behind the beginning, it says nothing of what is older.
+            changed.stop_lsn = 501;
+            assert!(!told(&changed).0, "{word}");
         }
         let distrusted = proto::DistrustParser {
             parser_version: 2,

@@ -79,10 +79,11 @@ impl Report {
 
 /// Brings back what is hidden, unless that is only asked for, and adds it to `all`.
 async fn back(found: Vec<Hidden>, dry_run: bool, all: &mut Vec<Hidden>) -> Result<()> {
-    match dry_run {
-        true => Ok(all.extend(found)),
-        false => hidden::bring_back(found, all).await,
+    if !dry_run {
+        return hidden::bring_back(found, all).await;
     }
+    all.extend(found);
+    Ok(())
 }
 
 /// Opens the stanza and reads its log to the end. What hides either is brought back, in the order in which a stanza is

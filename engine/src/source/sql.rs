@@ -5,6 +5,9 @@
 //! is put where it belongs; a file that vanished is left out, a range that is shorter than it was is padded with
 //! zeros; `pg_control` is read last.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -567,48 +570,4 @@ async fn control(connection: &mut Connection) -> Result<Vec<u8>> {
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
     Err(last.unwrap_or_else(|| Error::damaged("pg_control")))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// How often a file's one chunk is asked for whose content is always this.
-    fn times(path: &str, content: &[u8], checksums: bool) -> usize {
-        let size = content.len() as u64;
-        let file = File {
-            number: 3,
-            path: path.into(),
-            size,
-            chunks: match is_whole(path, size) {
-                true => Chunks::Whole,
-                false => Chunks::Of(Wanted::All.chunks(size)),
-            },
-        };
-        let queue = Queue::new(vec![file], checksums);
-        let mut times = 0;
-        loop {
-            let asked = queue.next();
-            let [chunk] = &asked[..] else { return times };
-            assert_eq!((chunk.number, &*chunk.path, chunk.missing), (3, path, 1));
-            assert_eq!(
-                chunk.likely,
-                size.max(u64::from(BLOCK_BYTES)),
-                "what a limit of the rate counts"
-            );
-            times += 1;
-            queue.take_or_ask_again(chunk, content);
-        }
-    }
-
-    #[test]
-    fn a_chunk_with_a_torn_page_is_asked_for_again_a_few_times() {
-        let wrong = [7; 2 * BLOCK_BYTES as usize];
-        assert_eq!(times("base/5/77", &wrong, true), 1 + READS);
-        // There is nothing to be wrong.
-        assert_eq!(times("base/5/77", &wrong, false), 1);
-        assert_eq!(times("base/5/77", &[0; 2 * BLOCK_BYTES as usize], true), 1);
-        assert_eq!(times("pg_xact/0000", &wrong, true), 1);
-        assert_eq!(times("PG_VERSION", b"15\n", true), 1);
-    }
 }

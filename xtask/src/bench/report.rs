@@ -1,6 +1,6 @@
 //! What `bench compare` writes: a table, JSON and a chart, with ratios to the peer.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 
 use super::compare::{Cost, Tool};
 use super::{chart, results};
@@ -15,6 +15,8 @@ pub struct Row {
     pub tool: &'static str,
     /// Medians.
     pub cost: Cost,
+    /// The most requests that it may take, where that is limited.
+    pub allowed: Option<u64>,
 }
 
 /// What was run.
@@ -45,7 +47,7 @@ const RATIOS: [(&str, Value); 6] = [
     ("network", |c| if c.network > 1.0 { c.network } else { 0.0 }),
 ];
 
-/// Writes all, and prints the table. Fails if fairvault took more memory than it may.
+/// Writes all, and prints the table. Fails if fairvault took more memory or more requests than it may.
 pub fn report(rows: &[Row], about: &About<'_>) -> Result<()> {
     let mut table = String::from(
         "| data, place | action | tool | wall s | CPU s | peak MiB | stored MiB | read MiB | network MiB | requests |",
@@ -121,5 +123,15 @@ pub fn report(rows: &[Row], about: &About<'_>) -> Result<()> {
         first.map_or("", |row| row.action),
         first.map_or("", |row| row.data.as_str())
     );
+    let is_more = |row: &&Row| row.allowed.is_some_and(|allowed| row.cost.requests > allowed);
+    if let Some(row) = rows.iter().find(is_more) {
+        let allowed = row.allowed.unwrap_or_default();
+        bail!(
+            "{} of {}: {} requests instead of {allowed}",
+            row.action,
+            row.data,
+            row.cost.requests
+        );
+    }
     Ok(())
 }

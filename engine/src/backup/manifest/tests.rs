@@ -8,8 +8,8 @@ use fairvault_format::manifest::decode_segment;
 use super::*;
 use crate::dedup::Place;
 use crate::manifest::Manifest;
-use crate::postgres::BLOCK_BYTES;
 use crate::postgres::lsn::Lsn;
+use crate::postgres::{BLOCK_BYTES, BLOCKS_PER_SEGMENT};
 use crate::track::map::{BlockMap, RelationId};
 use crate::track::selection::Selection;
 
@@ -213,4 +213,75 @@ fn extents_stay_compact_over_many_backups() {
     assert!(extents > BLOCKS as usize / 2, "{extents} extents");
     assert!(len <= 12 * extents, "{len} bytes for {extents} extents");
     assert!(len as u64 * 400 <= SIZE, "{len} bytes");
+}
+
+/// Of eight files of 1 GiB, every other page has changed since they were read as a whole: each page is an extent of its
+/// own, a million in all. They take a thousandth of the files at most, and each page is where it was.
+#[test]
+fn a_million_extents_stay_compact() {
+    const FILES: u32 = 8;
+    const CHUNK: u32 = limits::CHUNK_BYTES / BLOCK_BYTES;
+    /// Chunks of a file that was read as a whole; half as many hold what has changed since.
+    const WHOLE: u32 = BLOCKS_PER_SEGMENT / CHUNK;
+    const CHUNKS: u32 = WHOLE + WHOLE / 2;
+    const IN_PACK: u32 = 128;
+    // Of a file's block: its chunk, and its number there.
+    let place = |block: u32| match block % 2 {
+        0 => (block / CHUNK, block % CHUNK),
+        _ => (WHOLE + block / 2 / CHUNK, block / 2 % CHUNK),
+    };
+    let packs: Vec<PackRef> = (0..FILES * CHUNKS / IN_PACK).map(pack).collect();
+    let known: Vec<Known> = (0..FILES * CHUNKS)
+        .map(|number| chunk(number, number / IN_PACK, number % IN_PACK, limits::CHUNK_BYTES))
+        .collect();
+    let (mut segments, mut len) = (Vec::new(), 0);
+    for file in 0..FILES {
+        let entry = Entry {
+            path: format!("base/5/{}", 16384 + file),
+            kind: proto::FileKind::FileRegular,
+            size: u64::from(BLOCKS_PER_SEGMENT) * BLOCK,
+            mode: 0o600,
+            mtime_us: 1_800_000_000_000_000,
+            link_target: String::new(),
+            is_gone: false,
+            wanted: Wanted::Blocks(Arc::new([])),
+        };
+        let part = |block: u32| {
+            let (chunk, at) = place(block);
+            Extent {
+                file,
+                offset: u64::from(block) * BLOCK,
+                len: BLOCK_BYTES,
+                handle: file * CHUNKS + chunk,
+                in_chunk: at * BLOCK_BYTES,
+                crc32c: 0,
+            }
+        };
+        let parts: Vec<Extent> = (0..BLOCKS_PER_SEGMENT).map(part).collect();
+        let mut builder = SegmentBuilder::default();
+        builder.file(&entry, &parts, None).unwrap();
+        let bytes = encode_segment(builder.finish(None, &known, &packs).unwrap().0);
+        len += bytes.len();
+        segments.push(decode_segment(&bytes, "a segment").unwrap());
+    }
+    let (names, headers) = encode_pack_table(&packs);
+    let root = proto::Root {
+        packs: Some(proto::PackTable { names, headers }),
+        ..Default::default()
+    };
+    let manifest = Manifest::from_messages(root, proto::Usage::default(), segments, "the manifest").unwrap();
+    let extents = manifest.placements.len();
+    assert_eq!(extents, (FILES * BLOCKS_PER_SEGMENT) as usize);
+    assert!(len <= 8 * extents, "{len} bytes for {extents} extents");
+    for (number, p) in (0..).zip(&manifest.placements) {
+        let (file, block) = (number / BLOCKS_PER_SEGMENT, number % BLOCKS_PER_SEGMENT);
+        let (chunk, at) = place(block);
+        let id = &manifest.frames[p.frame as usize].id;
+        let found = u32::from_be_bytes([id[0], id[1], id[2], id[3]]);
+        assert_eq!(
+            (p.file, p.file_offset, p.len),
+            (file, u64::from(block) * BLOCK, BLOCK_BYTES)
+        );
+        assert_eq!((found, p.frame_offset), (file * CHUNKS + chunk, at * BLOCK_BYTES));
+    }
 }
