@@ -3,7 +3,7 @@
 //!
 //! What always holds: counting costs a small file in what this host remembers of the stanza, and no request; a count is
 //! said in one entry once it is an hour old, by whoever counts next, or by the next backup or restore; nothing fails for
-//! want of it, and no command that moves WAL waits for it longer than [`PATIENCE`]. A count is kept until its entry is
+//! want of it, and no command that moves WAL waits for it longer than `PATIENCE`. A count is kept until its entry is
 //! there: one whose entry was still on its way when that was given up may be said twice. Where nothing is remembered,
 //! nothing is counted.
 
