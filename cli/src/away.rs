@@ -1,7 +1,7 @@
 //! Repositories that did not answer lately, so that those who come next need not wait for them again.
 //!
 //! What always holds: a mark only ever shortens a wait, it decides nothing; a spell raises one alarm, and its end is
-//! told; whatever a repository does, nobody waits for it longer than was said.
+//! told.
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use fairvault_engine::error::{Error, Result};
+use fairvault_engine::error::Error;
 
 use crate::context::Context;
 
@@ -130,24 +130,5 @@ impl Away {
             };
             tracing::warn!("repository {repository} of {} is back{what}", self.stanza);
         }
-    }
-}
-
-/// Does something on a thread of its own, and waits no longer than `limit` for it: a store may hang in a system call.
-pub async fn bounded<T: Send + 'static, W: Future<Output = Result<T>>>(
-    limit: Duration,
-    work: impl FnOnce() -> W + Send + 'static,
-) -> Result<T> {
-    let runtime = tokio::runtime::Handle::current();
-    let timed = move || runtime.block_on(async move { tokio::time::timeout(limit, work()).await });
-    // A thread that hangs outlives this, and ends with the process.
-    let waited = tokio::time::timeout(limit + Duration::from_millis(100), tokio::task::spawn_blocking(timed)).await;
-    match waited {
-        Ok(Ok(Ok(done))) => done,
-        Ok(Err(error)) => Err(Error::failed("asking a repository panicked").caused_by(error)),
-        Ok(Ok(Err(_))) | Err(_) => Err(Error::temporary(format!(
-            "it did not answer within {} s",
-            limit.as_secs()
-        ))),
     }
 }

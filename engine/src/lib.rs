@@ -6,6 +6,7 @@
 
 pub mod audit;
 pub mod backup;
+pub mod bounded;
 mod cached;
 pub mod codec;
 pub mod commit;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use fairvault_engine::backup::source;
+use fairvault_engine::bounded::bounded;
 use fairvault_engine::commit::Log;
 use fairvault_engine::copy::{self as engine, Options};
 use fairvault_engine::env::SystemEnv;
@@ -22,7 +23,7 @@ use serde::Serialize;
 use super::wal::receive::slot_of;
 use super::{Outcome, copy, slot};
 use crate::args::Output;
-use crate::away::{Away, PATIENCE, bounded};
+use crate::away::{Away, PATIENCE};
 use crate::context::Context;
 use crate::output;
 

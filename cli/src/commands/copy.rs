@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use fairvault_engine::bounded::bounded;
 use fairvault_engine::commit::Log;
 use fairvault_engine::copy::{self, Options, Plan, Report};
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
@@ -10,7 +11,7 @@ use fairvault_engine::progress::Progress;
 
 use super::{Outcome, stop_signal};
 use crate::args::{CopyArgs, Output};
-use crate::away::{Away, PATIENCE, bounded};
+use crate::away::{Away, PATIENCE};
 use crate::context::Context;
 use crate::output;
 

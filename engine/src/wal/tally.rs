@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::archive::Stored;
 use super::push::Pushed;
+use crate::bounded::bounded;
 use crate::commit::Log;
 use crate::env::has_fault;
 use crate::error::Result;
@@ -25,9 +26,7 @@ use crate::stanza::memory::Memory;
 const HOUR: Duration = Duration::from_secs(60 * 60);
 /// How long whoever moves WAL waits for an entry: with what the end of a process waits for a thread that hangs, it is no
 /// more than five seconds.
-const PATIENCE: Duration = Duration::from_secs(3);
-/// How long an entry may take: where nothing hangs, nothing is left at work then.
-const ENTRY_TIME: Duration = Duration::from_millis(2_900);
+const PATIENCE: Duration = Duration::from_millis(2_900);
 /// Where the counts are.
 const FILE: &str = "tally";
 
@@ -251,26 +250,17 @@ pub async fn say_in(stanza: Arc<Stanza>) {
     if due.is_empty() {
         return;
     }
-    let runtime = tokio::runtime::Handle::current();
-    let saying = move || {
-        runtime.block_on(async move {
-            let said = async {
-                if has_fault("notes hang") {
-                    // In a system call, and then it goes on.
-                    std::thread::sleep(PATIENCE + Duration::from_secs(1));
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
-                match Log::open(stanza).await {
-                    Ok(mut log) => tell(&mut log, due).await,
-                    Err(error) => tracing::debug!("nothing is noted in the log: {error}"),
-                }
-            };
-            tokio::time::timeout(ENTRY_TIME, said).await.is_ok()
-        })
+    let saying = async move || {
+        if has_fault("notes hang") {
+            // In a system call, and then it goes on.
+            std::thread::sleep(PATIENCE + Duration::from_secs(1));
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        tell(&mut Log::open(stanza).await?, due).await;
+        Ok(())
     };
-    let waited = tokio::time::timeout(PATIENCE, tokio::task::spawn_blocking(saying)).await;
-    if !matches!(waited, Ok(Ok(true))) {
-        tracing::debug!("nothing is noted in the log: that takes too long");
+    if let Err(error) = bounded(PATIENCE, saying).await {
+        tracing::debug!("nothing is noted in the log: {error}");
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use fairvault_engine::bounded::bounded;
 use fairvault_engine::error::{Context as _, Error, Result};
 use fairvault_engine::postgres::segment::{Segment, WalFile};
 use fairvault_engine::stanza::Stanza;
@@ -14,7 +15,7 @@ use fairvault_engine::wal::get::{self, Follow, Needs};
 
 use super::{PARALLEL, destinations, exchange, start_worker};
 use crate::args::GetArgs;
-use crate::away::{Away, PATIENCE, bounded};
+use crate::away::{Away, PATIENCE};
 use crate::commands::Outcome;
 use crate::config;
 use crate::context::Context;

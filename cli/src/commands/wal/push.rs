@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use fairvault_engine::bounded::bounded;
 use fairvault_engine::commit::Log;
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::stanza::Stanza;
@@ -13,7 +14,7 @@ use fairvault_format::wal::Compression;
 
 use super::{PARALLEL, destinations, exchange, file_name, folder_of, open, start_worker};
 use crate::args::PushArgs;
-use crate::away::{Away, PATIENCE, bounded};
+use crate::away::{Away, PATIENCE};
 use crate::commands::{Outcome, stop_signal};
 use crate::config;
 use crate::context::Context;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use fairvault_engine::bounded::bounded;
 use fairvault_engine::commit::Log;
 use fairvault_engine::env::{Env as _, SystemEnv};
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
@@ -14,7 +15,7 @@ use fairvault_engine::wal::tally;
 use tokio::sync::watch;
 
 use crate::args::ReceiveArgs;
-use crate::away::{Away, PATIENCE, bounded};
+use crate::away::{Away, PATIENCE};
 use crate::commands::{Outcome, stop_signal};
 use crate::config;
 use crate::context::Context;
@@ -135,6 +136,13 @@ struct Receiver {
     spool_size: u64,
 }
 
+/// Notes something in the log; returns it.
+async fn noted(mut log: Log, since_us: i64, bytes: u64, said: &str) -> Result<Log> {
+    let entry = log.note_end("wal receive", since_us, bytes, Ok(said.to_owned())).await;
+    entry.ok_or_else(|| Error::temporary("nothing can be written to it"))?;
+    Ok(log)
+}
+
 impl Receiver {
     /// On threads of its own: a store may hang in a system call.
     fn beside(self, stop: watch::Receiver<bool>) -> tokio::task::JoinHandle<()> {
@@ -203,11 +211,8 @@ impl Receiver {
         loop {
             let (context, repository, stanza) = (self.context.clone(), self.repository.clone(), self.stanza.clone());
             let tell = move || async move {
-                let mut log = context.open_log_in(&repository, &stanza, false).await?;
-                match log.note_end("wal receive", began_us, 0, Ok("began".to_owned())).await {
-                    Some(_) => Ok(log),
-                    None => Err(Error::temporary("nothing can be written to it")),
-                }
+                let log = context.open_log_in(&repository, &stanza, false).await?;
+                noted(log, began_us, 0, "began").await
             };
             match bounded(UNTOLD, tell).await {
                 Ok(log) => {
@@ -232,19 +237,11 @@ impl Receiver {
         loop {
             tokio::time::sleep(tally::every()).await;
             let (now_us, taken) = (SystemEnv.now_us(), self.options.taken.get());
-            let (mut log, since_us, bytes) = (told.log.clone(), told.until_us, taken.saturating_sub(told.taken));
+            let (log, since_us, bytes) = (told.log.clone(), told.until_us, taken.saturating_sub(told.taken));
             if bytes == 0 {
                 continue;
             }
-            let tell = move || async move {
-                match log
-                    .note_end("wal receive", since_us, bytes, Ok("goes on".to_owned()))
-                    .await
-                {
-                    Some(_) => Ok(log),
-                    None => Err(Error::temporary("nothing can be written to it")),
-                }
-            };
+            let tell = move || noted(log, since_us, bytes, "goes on");
             match bounded(UNTOLD, tell).await {
                 Ok(log) => {
                     *told = Told {
