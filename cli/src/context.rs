@@ -299,17 +299,18 @@ impl Context {
     /// How long the packs must be locked that a backup relies on, unless the configuration says that nobody cares, and where
     /// the retention, or the signed policy with its minimum, says how long that is.
     pub fn reliance(&self, repository: &str, stanza: &str, minimum_s: u64) -> Result<Option<Reliance>> {
-        let Some(repo) = self.config.repo.get(repository) else {
-            return Ok(None);
-        };
-        let (stores_again, is_asked_for) = (repo.store_again != Some(false), repo.store_again == Some(true));
-        if repo.keeper.is_none() && !stores_again {
+        // One that is given by its URL alone has no settings.
+        let settings = self.config.repo.get(repository);
+        let store_again = settings.and_then(|repo| repo.store_again);
+        let is_required = store_again != Some(false);
+        let keeper = settings.and_then(|repo| repo.keeper.as_ref());
+        if keeper.is_none() && !is_required {
             return Ok(None);
         }
         // Whatever decides, the policy lets no backup expire before.
         let promised = Some(minimum_s).filter(|minimum_s| *minimum_s > 0);
         let Some(kept_s) = kept_for(&self.retention(repository, stanza)?, minimum_s).or(promised) else {
-            if is_asked_for {
+            if store_again == Some(true) {
                 tracing::warn!(
                     "store_again of repository {repository} has no effect: neither a retention by age nor a signed policy says how long \
                      backups are kept"
@@ -317,12 +318,11 @@ impl Context {
             }
             return Ok(None);
         };
-        let keeper = repo.keeper.as_ref();
         let keeper = match keeper.map(|credentials| self.open_repository_as(repository, credentials)) {
             // Its secret may be where `lock` runs, and nowhere else.
             Some(Err(error)) => {
                 tracing::warn!("this backup extends no locks (`fairvault lock` does): {error}");
-                if !stores_again {
+                if !is_required {
                     return Ok(None);
                 }
                 None
@@ -333,7 +333,7 @@ impl Context {
         Ok(Some(Reliance {
             kept_s,
             keeper,
-            is_asked_for,
+            is_required,
         }))
     }
 

@@ -152,7 +152,9 @@ async fn immutability(context: &Context, repository: &str, stanza: &str, store: 
         let log = context.open_log_in(repository, stanza, true).await;
         let policy = log.ok().and_then(|log| log.state().policy.clone()).unwrap_or_default();
         let retention = context.retention(repository, stanza)?;
-        immutable::advice(store, &retention, policy.minimum_retention_s).await
+        let minimum_s = policy.minimum_retention_s;
+        let reliance = context.reliance(repository, stanza, minimum_s)?;
+        immutable::advice(store, &retention, minimum_s, reliance.as_ref()).await
     };
     let advice = match look.await {
         Ok(advice) => advice,
@@ -170,6 +172,9 @@ async fn immutability(context: &Context, repository: &str, stanza: &str, store: 
         ..line(&what, Err(Error::failed(detail).remedy(remedy)))
     });
     lines.extend(warnings);
+    if let Some((detail, remedy)) = advice.refused {
+        lines.push(line(&what, Err(Error::refused(detail).remedy(remedy))));
+    }
     let hidden = async {
         let access = context.access(repository, stanza, false, true)?;
         let mut hidden = immutable::hidden::of_opening(&access).await?;

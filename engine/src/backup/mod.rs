@@ -17,7 +17,7 @@ use remembered::Draft;
 use source::{Source, another};
 use wal::{WalTask, check_archived, may_not_stream, store_histories, wait_for_archive};
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,7 +31,7 @@ use crate::commit::lease::{Lease, NO_BACKUP};
 use crate::commit::session::{Session, timed_id};
 use crate::dedup::{Index, SessionChunks, confirm_packs};
 use crate::error::{Context, Error, Kind as ErrorKind, Result};
-use crate::immutable::reliance::Reliance;
+use crate::immutable::reliance::{Locks, Reliance};
 use crate::pack::Packer;
 use crate::postgres::BLOCK_BYTES;
 use crate::progress::Progress;
@@ -287,12 +287,9 @@ async fn transfer(
         workers => workers,
     };
     progress.phase("loading the index");
-    let reliance = options.reliance.clone().map(|reliance| reliance.under(log.state()));
-    let (mut notes, mut ending) = (Vec::new(), HashSet::new());
-    if let Some(reliance) = &reliance {
-        ending = reliance.stored_again(&stanza, &mut notes).await?;
-    }
-    let index = Index::load_without(&stanza, log.state(), &ending).await?;
+    let mut notes = Vec::new();
+    let locks = Locks::of(log, options.reliance.clone(), &mut notes).await?;
+    let index = Index::load_without(&stanza, log.state(), locks.ending()).await?;
     tracing::debug!("{} chunks are known", index.len());
     let slot = format!("fairvault_{}", hex::encode(crate::env::id(stanza.env())?));
     let wal_connection = match server.wal {
@@ -494,10 +491,9 @@ async fn transfer(
 
     let (known, packs) = chunks.finish()?;
     confirm_packs(&stanza, &known, &packs).await?;
-    if let Some(reliance) = &reliance {
-        let relied_on = packs.iter().map(|pack| pack.name).collect();
-        reliance.extend_locks(&stanza, &relied_on, &mut notes).await?;
-    }
+    let stopped_us = stanza.env().now_us();
+    let used = packs.iter().map(|pack| (pack.name, chunks.was_there(pack)));
+    locks.confirm(&stanza, used, stopped_us, &mut notes).await?;
     let entries = || packed.entries.iter().filter(|entry| !entry.is_gone);
     let info = proto::BackupInfo {
         id: id.to_owned(),
@@ -516,7 +512,7 @@ async fn transfer(
         start_lsn: start.0,
         stop_lsn: ended.stop.0,
         started_us,
-        stopped_us: stanza.env().now_us(),
+        stopped_us,
         wal_segment_size: archive.segment_size,
         block_size: BLOCK_BYTES,
         data_checksums: server.checksums,

@@ -31,7 +31,7 @@ use crate::commit::session::Session;
 use crate::commit::{Log, state};
 use crate::dedup::{Claim, Index, Known, SessionChunks, confirm_packs};
 use crate::error::{Error, Result};
-use crate::immutable::reliance::Reliance;
+use crate::immutable::reliance::Locks;
 use crate::manifest::{FrameRef, Outline};
 use crate::pack::Packer;
 use crate::progress::Progress;
@@ -45,34 +45,8 @@ const SEGMENTS: usize = 4;
 
 type Id = [u8; 32];
 
-/// What the locks of the target mean to all that one run copies. All of that was taken before, and expires before what is
-/// taken now: what was stored by the run itself is locked for long enough.
-#[derive(Default)]
-pub struct Locks {
-    reliance: Option<Reliance>,
-    /// Packs whose content is stored again.
-    ending: HashSet<Id>,
-}
-
-impl Locks {
-    /// Asks the target's bucket, where somebody cares.
-    pub async fn of(target: &Log, reliance: Option<Reliance>) -> Result<Self> {
-        let Some(reliance) = reliance else {
-            return Ok(Self::default());
-        };
-        let reliance = reliance.under(target.state());
-        let mut notes = Vec::new();
-        let ending = reliance.stored_again(target.stanza(), &mut notes).await?;
-        say(target.stanza(), &notes);
-        Ok(Self {
-            reliance: Some(reliance),
-            ending,
-        })
-    }
-}
-
 /// A copy that relies on what is there is as good as a backup that does so: it is said, and makes no run a failed one.
-fn say(target: &Stanza, notes: &[String]) {
+pub fn say(target: &Stanza, notes: &[String]) {
     for note in notes {
         tracing::warn!("{}: {note}", target.shown());
     }
@@ -160,7 +134,7 @@ async fn transfer(
 ) -> Result<Transferred> {
     let (from, to) = (source.stanza().clone(), target.stanza().clone());
     progress.phase("loading the index");
-    let index = Index::load_without(&to, target.state(), &locks.ending).await?;
+    let index = Index::load_without(&to, target.state(), locks.ending()).await?;
     let outline = Arc::new(Outline::read(&from, &original.root).await?);
     let facts = info(original);
     if outline.root.info.as_ref() != Some(&facts) {
@@ -197,11 +171,9 @@ async fn transfer(
     let (segments, handles) = worked?;
     let (known, packs) = chunks.finish()?;
     confirm_packs(&to, &known, &packs).await?;
-    if let Some(reliance) = &locks.reliance {
-        let (relied_on, mut notes) = (packs.iter().map(|pack| pack.name).collect(), Vec::new());
-        reliance.extend_locks(&to, &relied_on, &mut notes).await?;
-        say(&to, &notes);
-    }
+    let (used, mut notes) = (packs.iter().map(|pack| (pack.name, chunks.was_there(pack))), Vec::new());
+    locks.confirm(&to, used, facts.stopped_us, &mut notes).await?;
+    say(&to, &notes);
     let info = proto::BackupInfo {
         id: session.backup().to_owned(),
         copied_from: Some(state::origin(source.state(), &facts)),

@@ -21,7 +21,7 @@ use crate::commit::{Log, state};
 use crate::error::{Context, Error, Kind, Result};
 use crate::expire;
 use crate::expire::rules::{Candidate, Floor, Retention, decide};
-use crate::immutable::reliance::Reliance;
+use crate::immutable::reliance::{Locks, Reliance};
 use crate::manifest::usage;
 use crate::progress::Progress;
 use crate::restore::target::info;
@@ -449,8 +449,13 @@ async fn copy_all(
         proven.insert(needed.source.system_identifier, of_life);
     }
     let locks = match wanted.is_empty() {
-        true => backup::Locks::default(),
-        false => backup::Locks::of(target, options.reliance.clone()).await?,
+        true => Locks::default(),
+        false => {
+            let mut notes = Vec::new();
+            let locks = Locks::of(target, options.reliance.clone(), &mut notes).await?;
+            backup::say(target.stanza(), &notes);
+            locks
+        }
     };
     let mut twins = Twins::default();
     for backup in &wanted {

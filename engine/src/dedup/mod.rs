@@ -357,6 +357,11 @@ impl SessionChunks {
         self.tables().packs[number as usize] = Some(pack);
     }
 
+    /// Whether the pack was there before this session.
+    pub fn was_there(&self, pack: &PackRef) -> bool {
+        self.index.names_pack(&pack.name)
+    }
+
     /// All chunks and packs, once every worker and upload is done.
     pub fn finish(&self) -> Result<(Vec<Known>, Vec<PackRef>)> {
         let t = self.tables();

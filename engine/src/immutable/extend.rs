@@ -4,7 +4,7 @@
 //! locks end long before it expires; and keys and log are needed for as long as there is a backup. Here their locks are
 //! extended. Locks are never shortened. What the log is told of it is locked with the rest.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 use fairvault_format::proto::CommittedBackup;
 use fairvault_format::{limits, names};
@@ -13,7 +13,6 @@ use serde::Serialize;
 
 use super::kept_for;
 use super::needs::Needs;
-use super::reliance;
 use super::seen::{self, Seen};
 use crate::commit::Log;
 use crate::error::{Error, Result};
@@ -21,7 +20,6 @@ use crate::expire::rules::Retention;
 use crate::gc::{Count, SNAPSHOTS};
 use crate::progress::Progress;
 use crate::restore::target::info;
-use crate::stanza::Stanza;
 use crate::store::Store;
 use crate::store::versions::{Bucket, DAY_US, Lock, Mode, Object};
 
@@ -30,7 +28,7 @@ const LEAST_DAYS: i64 = 7;
 /// A lock is extended by so many days more than needed, so that not every run has to do it again.
 const MORE_DAYS: i64 = 7;
 /// Objects at once.
-const CONCURRENT: usize = 16;
+pub(super) const CONCURRENT: usize = 16;
 
 /// How to go about it.
 #[derive(Debug, Clone)]
@@ -61,10 +59,10 @@ pub struct Report {
 }
 
 /// One object, and what its lock is to be.
-struct Job {
-    store: Store,
-    object: Object,
-    until_us: i64,
+pub(super) struct Job {
+    pub store: Store,
+    pub object: Object,
+    pub until_us: i64,
 }
 
 /// Extends the locks of what the stanza of `log` and its backups need. `repository` is where the stanza lies.
@@ -192,38 +190,8 @@ async fn note(log: &mut Log, began_us: i64, report: &Report, error: Option<&Erro
     written
 }
 
-/// Extends the locks of packs that a backup is about to rely on, which may be older than it by weeks: for as long as it is
-/// kept. `keeper` is its repository, with credentials that may do that. Returns how many were extended.
-pub async fn packs(stanza: &Stanza, keeper: &Store, packs: &HashSet<[u8; 32]>, kept_s: u64) -> Result<u64> {
-    let bucket = locking(keeper).await?;
-    let store = keeper.folder(stanza.name());
-    let until_us = reliance::until_us(stanza, kept_s);
-    let known = Seen::load(stanza, bucket);
-    let (mut report, mut found) = (Report::default(), BTreeMap::new());
-    let folder = format!("{}/", names::PACKS);
-    let mut listing = store.versions(&folder);
-    while let Some(page) = listing.next().await? {
-        let is_relied_on = |object: &Object| names::parse_hash(&object.name).is_some_and(|pack| packs.contains(&pack));
-        let jobs = page.into_iter().filter(is_relied_on).map(|object| Job {
-            store: store.clone(),
-            object,
-            until_us,
-        });
-        extend(bucket, &known, jobs.collect(), false, &mut report, &mut found).await?;
-    }
-    known.keep_also(stanza, found);
-    match report.needed.objects == packs.len() as u64 {
-        true => Ok(report.extended.objects),
-        false => Err(Error::failed(format!(
-            "of {} packs, the bucket lists {}",
-            packs.len(),
-            report.needed.objects
-        ))),
-    }
-}
-
 /// The bucket, if it can lock objects.
-async fn locking(repository: &Store) -> Result<Bucket> {
+pub(super) async fn locking(repository: &Store) -> Result<Bucket> {
     match repository.bucket().await? {
         Some(bucket) if bucket.lock => Ok(bucket),
         Some(_) => Err(
@@ -236,11 +204,12 @@ async fn locking(repository: &Store) -> Result<Bucket> {
 }
 
 /// What came out of one job: bytes, whether its lock was extended, requests, and when it ends.
-struct Done {
+pub(super) struct Done {
     /// What is to be remembered of its lock.
-    remember: Option<(String, i64)>,
+    pub remember: Option<(String, i64)>,
     bytes: u64,
-    extended: bool,
+    /// It was too short.
+    pub extended: bool,
     requests: u64,
     until_us: i64,
     hidden: Option<String>,
@@ -272,7 +241,7 @@ async fn extend(
 }
 
 /// Looks at one object, and extends its lock: that of the oldest version, since nothing was ever overwritten.
-async fn one(bucket: Bucket, seen: &Seen, job: Job, dry_run: bool) -> Result<Option<Done>> {
+pub(super) async fn one(bucket: Bucket, seen: &Seen, job: Job, dry_run: bool) -> Result<Option<Done>> {
     let Some(version) = job.object.contents().next() else {
         return Ok(None);
     };
@@ -305,9 +274,9 @@ async fn one(bucket: Bucket, seen: &Seen, job: Job, dry_run: bool) -> Result<Opt
     if !dry_run {
         done.requests += 1;
         job.store.set_lock(name, &version.id, lock).await?;
+        done.remember = seen::to_remember(name, version, lock);
     }
     done.extended = true;
-    done.remember = seen::to_remember(name, version, lock);
     done.until_us = lock.until_us;
     Ok(Some(done))
 }

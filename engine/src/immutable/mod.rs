@@ -15,7 +15,8 @@ mod seen;
 use crate::error::Result;
 use crate::expire::rules::{DAY_S, Keep, Retention, days};
 use crate::store::Store;
-use crate::store::versions::Bucket;
+use crate::store::versions::{Bucket, DAY_US};
+use reliance::Reliance;
 
 /// How long what is stored today is kept, seconds, as far as ages say so; `None` where numbers of backups or a calendar
 /// decide, or nothing does.
@@ -41,24 +42,51 @@ pub struct Advice {
     pub is: String,
     /// What does not fit together, and what to do.
     pub warnings: Vec<(String, String)>,
+    /// Why backups are refused, and what to do.
+    pub refused: Option<(String, String)>,
 }
 
-/// What a repository's bucket does, compared with what is to be kept.
-pub async fn advice(repository: &Store, retention: &Retention, minimum_s: u64) -> Result<Advice> {
-    Ok(match repository.bucket().await? {
-        Some(bucket) => advice_on(bucket, retention, minimum_s),
-        None => Advice {
-            is: "not known: only S3 buckets can be asked for versions and locks".to_owned(),
+impl Advice {
+    fn new(is: &str) -> Self {
+        Self {
+            is: is.to_owned(),
             warnings: Vec::new(),
-        },
-    })
+            refused: None,
+        }
+    }
+}
+
+/// What a repository's bucket does, compared with what is to be kept, and with what backups rely on.
+pub async fn advice(
+    repository: &Store,
+    retention: &Retention,
+    minimum_s: u64,
+    reliance: Option<&Reliance>,
+) -> Result<Advice> {
+    let Some(bucket) = repository.bucket().await? else {
+        return Ok(Advice::new(
+            "not known: only S3 buckets can be asked for versions and locks",
+        ));
+    };
+    let mut advice = advice_on(bucket, retention, minimum_s);
+    if let Some(reliance) = reliance.filter(|reliance| bucket.lock && reliance.refuses(bucket)) {
+        // The warning says less.
+        advice.warnings.clear();
+        let days_locked = bucket.locks_until(0) / DAY_US;
+        advice.refused = Some((
+            format!(
+                "backups are kept for {}, and what is stored is locked for {days_locked} d: no backup could rely on another one, so \
+                 all but the first are refused",
+                days(reliance.kept_s)
+            ),
+            reliance::WAYS_OUT.to_owned(),
+        ));
+    }
+    Ok(advice)
 }
 
 fn advice_on(bucket: Bucket, retention: &Retention, minimum_s: u64) -> Advice {
-    let mut advice = Advice {
-        is: String::new(),
-        warnings: Vec::new(),
-    };
+    let mut advice = Advice::new("");
     if !bucket.versioning {
         "none: the bucket keeps no versions, and whoever may delete or overwrite can destroy backups"
             .clone_into(&mut advice.is);

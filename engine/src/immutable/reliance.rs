@@ -1,23 +1,39 @@
 //! Packs that a new backup would rely on although their locks end before it expires: it would be protected for less long
-//! than it seems. Where somebody may extend locks, theirs are extended before the backup counts; where nobody may, they are
-//! left alone, and their content is stored again, unless the configuration says that nobody cares.
+//! than it seems. Before anything is read, the locks of what the last backups use are asked for, and extended where
+//! somebody may do that. What then ends too soon is not relied on: its content is stored again.
 //!
-//! What always holds: a lock lasts as long as is known of it, or, where nobody has asked for that, as long as the bucket's
-//! default says as far as this host has seen it. The oldest version counts, since nothing was
-//! ever overwritten: whoever stores another one above it makes no lock longer.
+//! What always holds: where locks count, a backup relies on no pack that was there before, unless it is known until when
+//! that is locked, and that is not before the backup expires. What cannot be found out ends too soon. Where a new lock
+//! would end too soon as well, the backup is refused. A lock lasts as long as the store has said, or as the bucket's
+//! default says of what was stored while this host knew it. The oldest version counts, since nothing was ever
+//! overwritten: whoever stores another one above it makes no lock longer.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use fairvault_format::names;
-use fairvault_format::proto::Snapshot;
+use fairvault_format::proto::{CommittedBackup, Snapshot};
+use futures::StreamExt;
 
-use super::extend;
+use super::extend::{CONCURRENT, Job, locking, one};
 use super::seen::Seen;
-use crate::error::{Context, Error, Kind, Result};
+use crate::commit::Log;
+use crate::error::{Error, Kind, Result};
 use crate::expire::rules::days;
+use crate::gc::usage;
+use crate::restore::target::info;
 use crate::stanza::Stanza;
 use crate::store::Store;
-use crate::store::versions::DAY_US;
+use crate::store::versions::{Bucket, DAY_US};
+
+type Pack = [u8; 32];
+
+/// A backup may take so long, beyond what its locks were asked for.
+const DURATION_US: i64 = DAY_US;
+
+/// What to do where nothing is locked for long enough.
+pub(super) const WAYS_OUT: &str = "let a `keeper` extend locks, or raise the bucket's default retention to twice of what is kept; \
+                                   where `fairvault lock` runs elsewhere, and that is enough, set store_again = false for this \
+                                   repository";
 
 /// For how long the packs must be locked that a backup relies on.
 #[derive(Debug, Clone)]
@@ -26,9 +42,8 @@ pub struct Reliance {
     pub kept_s: u64,
     /// The repository with credentials that may extend locks. Without, what is not locked for long enough is stored again.
     pub keeper: Option<Store>,
-    /// Somebody has asked for that: then only what is known of a lock counts, and a bucket that may not be asked is an
-    /// error. Otherwise the bucket's default is taken to have been what it is.
-    pub is_asked_for: bool,
+    /// What is locked for less long is not relied on. Otherwise only the keeper is asked to extend it.
+    pub is_required: bool,
 }
 
 /// How long the signed policy keeps every backup, seconds.
@@ -36,103 +51,332 @@ pub fn minimum_s(state: &Snapshot) -> u64 {
     state.policy.as_ref().map_or(0, |policy| policy.minimum_retention_s)
 }
 
-impl Reliance {
-    /// The same for what is kept for as long as the signed policy says, at least.
-    #[must_use]
-    pub fn under(self, state: &Snapshot) -> Self {
-        let kept_s = self.kept_s.max(minimum_s(state));
-        Self { kept_s, ..self }
+/// Until when something must be locked that is stopped then, microseconds since 1970.
+fn until_us(stopped_us: i64, kept_s: u64) -> i64 {
+    let kept_us = i64::try_from(kept_s.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
+    stopped_us.saturating_add(kept_us)
+}
+
+/// What is known of the locks that a backup, or a run of copies, would rely on.
+#[derive(Debug, Default)]
+pub struct Locks {
+    /// Nothing, where locks do not count.
+    counting: Option<Counting>,
+    /// Packs that are not relied on.
+    ending: HashSet<Pack>,
+}
+
+#[derive(Debug)]
+struct Counting {
+    reliance: Reliance,
+    bucket: Bucket,
+    began_us: i64,
+    /// Until when `locked` are locked at least, microseconds since 1970.
+    until_us: i64,
+    locked: HashSet<Pack>,
+}
+
+impl Locks {
+    /// Asks for the locks of what the last backups of `log` use, and has them extended where somebody may. An error says
+    /// that nothing could be relied on.
+    pub async fn of(log: &Log, reliance: Option<Reliance>, notes: &mut Vec<String>) -> Result<Self> {
+        let Some(mut reliance) = reliance else {
+            return Ok(Self::default());
+        };
+        reliance.kept_s = reliance.kept_s.max(minimum_s(log.state()));
+        let stanza = log.stanza();
+        let began_us = stanza.env().now_us();
+        let until_us = until_us(began_us, reliance.kept_s).saturating_add(DURATION_US);
+        let used = used(log).await?;
+        let Some(found) = reliance
+            .look(stanza, |pack| used.contains(pack), until_us, notes)
+            .await?
+        else {
+            return Ok(Self::default());
+        };
+        // What no backup uses any more is not relied on either, and nobody has to hear of that.
+        let ending = found.ending.intersection(&used).count();
+        if ending > 0 {
+            let what = format!("{ending} packs that the last backups use");
+            let what =
+                format!("{what} are locked for less long than this backup is kept, or it is not known for how long");
+            if reliance.is_required {
+                reliance.may_store_again(&found, &what, until_us.saturating_sub(began_us))?;
+            }
+            notes.push(match reliance.is_required {
+                true => format!("{what}: what it needs of them is stored again"),
+                false => format!("{what} (`fairvault lock`)"),
+            });
+        }
+        Ok(Self {
+            ending: match reliance.is_required {
+                true => found.ending,
+                false => HashSet::new(),
+            },
+            counting: Some(Counting {
+                reliance,
+                bucket: found.bucket,
+                began_us,
+                until_us,
+                locked: found.locked,
+            }),
+        })
     }
 
-    /// Packs whose content is to be stored again: none where somebody extends locks. If that would be everything every
-    /// time, it is none as well, with a note: a backup that relies on what is there is better than none.
-    pub async fn stored_again(&self, stanza: &Stanza, notes: &mut Vec<String>) -> Result<HashSet<[u8; 32]>> {
-        if self.keeper.is_some() {
-            return Ok(HashSet::new());
-        }
-        match ending(stanza, self.kept_s, self.is_asked_for).await {
-            Err(error) if error.kind() == Kind::Refused || (!self.is_asked_for && error.kind() != Kind::Temporary) => {
-                notes.push(format!("nothing is stored again because of its lock: {error}"));
-                Ok(HashSet::new())
-            }
-            other => {
-                let ending = other?;
-                if !ending.is_empty() {
-                    notes.push(format!(
-                        "{} packs are locked for less long than this backup is kept: what it needs of them is stored again",
-                        ending.len()
-                    ));
-                }
-                Ok(ending)
-            }
-        }
+    /// Packs that are not to be relied on.
+    pub fn ending(&self) -> &HashSet<Pack> {
+        &self.ending
     }
 
-    /// Has the locks of packs that a backup relies on extended, where somebody may. A note says if that fails; where
-    /// somebody has asked for it, that is an error.
-    pub async fn extend_locks(
+    /// Asked before a backup counts, with the packs that it uses, and whether each was there before: fails if it relies on
+    /// one of which it is not known that it is locked until the backup expires that ends now. Has the locks of what it
+    /// stored itself extended, where they are too short and somebody may.
+    pub async fn confirm(
         &self,
         stanza: &Stanza,
-        packs: &HashSet<[u8; 32]>,
+        packs: impl Iterator<Item = (Pack, bool)>,
+        stopped_us: i64,
         notes: &mut Vec<String>,
     ) -> Result<()> {
-        let Some(keeper) = &self.keeper else { return Ok(()) };
-        match extend::packs(stanza, keeper, packs, self.kept_s).await {
-            Ok(extended) => tracing::debug!("the locks of {extended} packs were extended"),
-            Err(error) if self.is_asked_for => {
-                return Err(error).context(|| "extending the locks of what this backup relies on (store_again = true)");
+        let Some(counting) = &self.counting else {
+            return Ok(());
+        };
+        let until_us = until_us(stopped_us, counting.reliance.kept_s);
+        let is_late = until_us > counting.until_us;
+        // What it stored itself is locked by the bucket's default, as that was when it began.
+        let is_short = counting.bucket.locks_until(counting.began_us) < until_us;
+        let (mut before, mut own) = (HashSet::new(), HashSet::new());
+        for (pack, was_there) in packs {
+            match was_there {
+                true if is_late || !counting.locked.contains(&pack) => before.insert(pack),
+                false if is_short => own.insert(pack),
+                _ => false,
+            };
+        }
+        if !before.is_empty() {
+            let found = counting
+                .reliance
+                .look(stanza, |pack| before.contains(pack), until_us, notes)
+                .await?;
+            let is_locked = |pack: &Pack| found.as_ref().is_some_and(|found| found.locked.contains(pack));
+            let ending = before.iter().filter(|pack| !is_locked(pack)).count();
+            if ending > 0 && counting.reliance.is_required {
+                return Err(Error::refused(format!(
+                    "{ending} packs that this backup relies on are locked for less long than it would be kept: it does not count"
+                ))
+                .remedy("start it again: locks are asked for, and extended, when it begins (`fairvault check`)"));
             }
-            Err(error) => notes.push(format!(
-                "the locks of what this backup relies on could not be extended, and some of them may end before it expires \
-                 (`fairvault lock`): {error}"
-            )),
+        }
+        if !own.is_empty() {
+            counting.extend_own(stanza, &own, until_us, notes).await;
         }
         Ok(())
     }
 }
 
-/// Until when something must be locked, microseconds since 1970.
-pub(super) fn until_us(stanza: &Stanza, kept_s: u64) -> i64 {
-    let kept_us = i64::try_from(kept_s.saturating_mul(1_000_000)).unwrap_or(i64::MAX);
-    stanza.env().now_us().saturating_add(kept_us)
+impl Counting {
+    /// Extends the locks of what a backup has stored itself. That it cannot be done is said: it relies on nobody.
+    async fn extend_own(&self, stanza: &Stanza, own: &HashSet<Pack>, until_us: i64, notes: &mut Vec<String>) {
+        let mut why = match self.reliance.keeper {
+            Some(_) => "they could not be extended",
+            None => "nobody extends them here (`fairvault lock`)",
+        };
+        if let Some(keeper) = &self.reliance.keeper {
+            match look_as(stanza, keeper, true, |pack| own.contains(pack), until_us).await {
+                Ok(found) if own.iter().all(|pack| found.locked.contains(pack)) => return,
+                Ok(_) => why = "the bucket does not list them",
+                Err(error) => notes.push(format!(
+                    "the locks of what this backup has stored were not extended: {error}"
+                )),
+            }
+        }
+        let locked_us = self.bucket.locks_until(0);
+        notes.push(format!(
+            "what this backup has stored is locked for {} d, and kept for {}: {why}",
+            locked_us / DAY_US,
+            days(self.reliance.kept_s)
+        ));
+    }
 }
 
-/// Packs whose locks do not last as long as a backup that begins now is kept, or, if `is_strict`, of which that is not
-/// known. Nothing is asked of single packs: that what was extended is not known here stores it again.
-async fn ending(stanza: &Stanza, kept_s: u64, is_strict: bool) -> Result<HashSet<[u8; 32]>> {
-    let store = stanza.store();
-    let Some(bucket) = store.bucket().await?.filter(|bucket| bucket.lock) else {
-        return Ok(HashSet::new());
-    };
-    // Since when the default has been what it is: noted also where it is too short, or nobody would know later that it was.
-    let seen = Seen::load(stanza, bucket);
-    seen.note(stanza);
-    let locked_us = bucket.locks_until(0);
-    // A backup may take a day itself.
-    let until_us = until_us(stanza, kept_s).saturating_add(DAY_US);
-    if locked_us <= until_us.saturating_sub(stanza.env().now_us()) {
-        return Err(Error::refused(format!(
-            "backups are kept for {}, and what is stored is locked for {} d: nothing that is there could be relied on, and \
-             every backup would store everything again",
-            days(kept_s),
-            locked_us / DAY_US
-        ))
-        .remedy("raise the bucket's default retention to twice of what is kept, or extend locks (`keeper`) instead"));
-    }
-    let mut ending = HashSet::new();
-    let folder = format!("{}/", names::PACKS);
-    let mut listing = store.versions(&folder);
-    while let Some(page) = listing.next().await? {
-        for object in page {
-            let oldest = object.contents().next();
-            let end = oldest.map(|version| match is_strict {
-                true => seen.end(bucket, &object.name, version),
-                false => seen.likely_end(bucket, &object.name, version),
-            });
-            if end.is_none_or(|end| end < until_us) {
-                ending.extend(names::parse_hash(&object.name));
+/// What came of asking for locks.
+struct Found {
+    bucket: Bucket,
+    /// These last.
+    locked: HashSet<Pack>,
+    /// These do not, or it is not known.
+    ending: HashSet<Pack>,
+    /// Why they could not be extended, or asked for.
+    why: Option<Error>,
+}
+
+impl Reliance {
+    /// Looks for locks that last until then: first with the keeper, who extends those of `wanted`, then without. `None` if
+    /// the bucket locks nothing.
+    async fn look(
+        &self,
+        stanza: &Stanza,
+        wanted: impl Fn(&Pack) -> bool,
+        until_us: i64,
+        notes: &mut Vec<String>,
+    ) -> Result<Option<Found>> {
+        let mut why = None;
+        if let Some(keeper) = &self.keeper {
+            match look_as(stanza, keeper, true, &wanted, until_us).await {
+                Ok(found) => return Ok(Some(found)),
+                Err(error) => {
+                    notes.push(format!(
+                        "the locks of what the last backups use could not be extended (`keeper`): {error}"
+                    ));
+                    why = Some(error);
+                }
+            }
+        }
+        let asked = async {
+            match stanza.store().bucket().await?.is_some_and(|bucket| bucket.lock) {
+                true => look_as(stanza, stanza.store(), false, &wanted, until_us)
+                    .await
+                    .map(Some),
+                false => Ok(None),
+            }
+        };
+        match asked.await {
+            Ok(found) => Ok(found.map(|found| Found {
+                why: why.or(found.why),
+                ..found
+            })),
+            Err(error) if error.kind() == Kind::Temporary => Err(error),
+            Err(error) if self.is_required => Err(error
+                .context("it is not known how long packs are locked that this backup would rely on")
+                .remedy(
+                    "allow s3:GetBucketVersioning, s3:GetBucketObjectLockConfiguration and s3:ListBucketVersions; or, if locks \
+                     do not matter, set store_again = false for this repository",
+                )),
+            Err(error) => {
+                notes.push(format!("it is not known how long packs are locked: {error}"));
+                Ok(None)
             }
         }
     }
-    Ok(ending)
+
+    /// Whether backups in this bucket are refused as soon as there is something to rely on.
+    pub(super) fn refuses(&self, bucket: Bucket) -> bool {
+        let lasting_us = until_us(DURATION_US, self.kept_s);
+        self.is_required && self.keeper.is_none() && bucket.locks_until(0) <= lasting_us
+    }
+
+    /// Fails if it does not help to store again what is not locked for long enough: for `lasting_us` from now on.
+    fn may_store_again(&self, found: &Found, what: &str, lasting_us: i64) -> Result<()> {
+        if found.bucket.locks_until(0) > lasting_us {
+            return Ok(());
+        }
+        let mut said = format!(
+            "{what}. Backups are kept for {}, and what would be stored again is locked for {} d only",
+            days(self.kept_s),
+            found.bucket.locks_until(0) / DAY_US
+        );
+        let mut kind = Kind::Refused;
+        if let Some(why) = &found.why {
+            said += &format!(" ({why})");
+            if why.kind() == Kind::Temporary {
+                kind = Kind::Temporary;
+            }
+        }
+        Err(Error::new(kind, said).remedy(WAYS_OUT))
+    }
+}
+
+/// Looks at the locks of all packs, with the credentials of `role`, a repository or a stanza's folder. Of `wanted` it is
+/// asked for what is not known, and they are extended if `extends`; an error then says that this could not be done.
+async fn look_as(
+    stanza: &Stanza,
+    role: &Store,
+    extends: bool,
+    wanted: impl Fn(&Pack) -> bool,
+    until_us: i64,
+) -> Result<Found> {
+    let bucket = locking(role).await?;
+    let store = match extends {
+        true => role.folder(stanza.name()),
+        false => role.clone(),
+    };
+    let seen = Seen::load(stanza, bucket);
+    let mut found = Found {
+        bucket,
+        locked: HashSet::new(),
+        ending: HashSet::new(),
+        why: None,
+    };
+    let (mut ends, mut failed) = (BTreeMap::new(), None);
+    let folder = format!("{}/", names::PACKS);
+    let mut listing = store.versions(&folder);
+    while let Some(page) = listing.next().await? {
+        let mut jobs = Vec::new();
+        for object in page {
+            let Some(pack) = names::parse_hash(&object.name) else {
+                continue;
+            };
+            let version = object.contents().next();
+            match version.map(|version| seen.end(bucket, &object.name, version)) {
+                Some(end) if end >= until_us => _ = found.locked.insert(pack),
+                Some(_) if wanted(&pack) && failed.is_none() => jobs.push((pack, object)),
+                _ => _ = found.ending.insert(pack),
+            }
+        }
+        let each = jobs.into_iter().map(|(pack, object)| {
+            let job = Job {
+                store: store.clone(),
+                object,
+                until_us,
+            };
+            let (bucket, seen) = (bucket, &seen);
+            async move { (pack, one(bucket, seen, job, !extends).await) }
+        });
+        let mut all = futures::stream::iter(each).buffer_unordered(CONCURRENT);
+        while let Some((pack, done)) = all.next().await {
+            match done {
+                Ok(Some(done)) => {
+                    let lasts = extends || !done.extended;
+                    ends.extend(done.remember);
+                    match lasts {
+                        true => found.locked.insert(pack),
+                        false => found.ending.insert(pack),
+                    };
+                }
+                Ok(None) => _ = found.ending.insert(pack),
+                Err(error) => {
+                    found.ending.insert(pack);
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+    }
+    seen.keep_also(stanza, ends);
+    match failed {
+        // Without the right to ask, what is not known is not relied on.
+        Some(error) if !extends && error.kind() != Kind::Temporary => found.why = Some(error),
+        Some(error) => return Err(error),
+        None => {}
+    }
+    Ok(found)
+}
+
+/// Packs that the newest backup uses and the newest full one: what a new one may build on. A list that cannot be read makes
+/// more to be stored, and no error.
+async fn used(log: &Log) -> Result<HashSet<Pack>> {
+    let backups = &log.state().backups;
+    let full = |backup: &&CommittedBackup| info(backup).r#type == "full";
+    let of = [backups.last(), backups.iter().rev().find(full)];
+    let (mut packs, mut roots) = (HashSet::new(), HashSet::new());
+    for backup in of.into_iter().flatten() {
+        if !roots.insert(&backup.root) {
+            continue;
+        }
+        match usage::read(log.stanza(), &backup.root).await {
+            Ok(list) => packs.extend(list.packs.as_chunks::<32>().0),
+            Err(error) if error.kind() == Kind::Temporary => return Err(error),
+            Err(error) => tracing::warn!("it is not known what backup {} uses: {error}", info(backup).id),
+        }
+    }
+    Ok(packs)
 }

@@ -19,9 +19,6 @@ pub struct Seen {
     default: Option<(Mode, u32)>,
     /// Objects that were stored later are locked by the default, microseconds since 1970.
     since_us: i64,
-    /// Days of the shortest default that was seen before this one; `None` if there was no other.
-    #[serde(default)]
-    shorter: Option<u32>,
     /// When the locks of others end, by name and version: of those that nobody ends early.
     ends: BTreeMap<String, i64>,
 }
@@ -38,11 +35,8 @@ impl Seen {
         if self.default == bucket.default && self.since_us != 0 {
             return self;
         }
-        let days = |default: Option<(Mode, u32)>| default.map_or(0, |(_, days)| days);
-        let before = (self.since_us != 0).then(|| days(self.default));
         Self {
             default: bucket.default,
-            shorter: self.shorter.into_iter().chain(before).min(),
             // The store's clock may be ahead of this host's.
             since_us: now_us.saturating_add(DAY_US),
             ends: self.ends,
@@ -58,20 +52,6 @@ impl Seen {
         self.known(name, version).map_or(0, |(_, end)| end).max(by_default)
     }
 
-    /// The same, if the bucket's default has been what it is since that was stored; of what was stored before this host saw
-    /// another one become this, the shortest that it has seen.
-    pub fn likely_end(&self, bucket: Bucket, name: &str, version: &Version) -> i64 {
-        // Stores tell whole seconds.
-        let seen_us = self.since_us.saturating_sub(DAY_US) / 1_000_000 * 1_000_000;
-        let by_default = match self.shorter.filter(|_| version.modified_us < seen_us) {
-            Some(days) => bucket
-                .locks_until(version.modified_us)
-                .min(version.modified_us.saturating_add(DAY_US.saturating_mul(days.into()))),
-            None => bucket.locks_until(version.modified_us),
-        };
-        self.end(bucket, name, version).max(by_default)
-    }
-
     /// What is remembered of a version.
     pub fn known(&self, name: &str, version: &Version) -> Option<(String, i64)> {
         let key = key(name, version);
@@ -84,14 +64,15 @@ impl Seen {
         Self { ends: found, ..self }.note(stanza);
     }
 
-    /// Remembers what was found beside what was known before.
+    /// Remembers what was found beside what was known before, as long as it lasts.
     pub fn keep_also(mut self, stanza: &Stanza, found: BTreeMap<String, i64>) {
         self.ends.extend(found);
+        let now_us = stanza.env().now_us();
+        self.ends.retain(|_, end| *end > now_us);
         self.note(stanza);
     }
 
-    /// Remembers it as it is.
-    pub fn note(&self, stanza: &Stanza) {
+    fn note(&self, stanza: &Stanza) {
         if let Some(memory) = stanza.memory()
             && let Ok(text) = serde_json::to_vec(self)
         {
@@ -128,7 +109,6 @@ mod tests {
         };
         let seen = Seen::default().with(bucket(1), 5 * DAY_US);
         assert_eq!(seen.end(bucket(1), "a", &version(5 * DAY_US)), 0);
-        assert_eq!(seen.likely_end(bucket(1), "a", &version(5 * DAY_US)), 6 * DAY_US);
         assert_eq!(seen.end(bucket(1), "a", &version(6 * DAY_US)), 7 * DAY_US);
         let seen = Seen {
             ends: [("a#v".to_owned(), 6 * DAY_US)].into(),
@@ -136,15 +116,10 @@ mod tests {
         };
         assert_eq!(seen.since_us, 6 * DAY_US, "it is as it was");
         assert_eq!(seen.end(bucket(1), "a", &version(0)), 6 * DAY_US);
-        assert_eq!(seen.likely_end(bucket(1), "a", &version(0)), 6 * DAY_US);
-        assert_eq!(seen.likely_end(bucket(1), "b", &version(0)), DAY_US);
         let seen = seen.with(bucket(30), 9 * DAY_US);
         assert_eq!(seen.end(bucket(30), "b", &version(9 * DAY_US)), 0);
         assert_eq!(seen.end(bucket(30), "b", &version(10 * DAY_US)), 40 * DAY_US);
         assert_eq!(seen.end(bucket(30), "a", &version(0)), 6 * DAY_US);
-        // The default was a day until the ninth: what is older is locked for a day, whatever it is now.
-        assert_eq!(seen.likely_end(bucket(30), "b", &version(8 * DAY_US)), 9 * DAY_US);
-        assert_eq!(seen.likely_end(bucket(30), "b", &version(9 * DAY_US)), 39 * DAY_US);
         let another = Version {
             id: "w".to_owned(),
             ..version(0)

@@ -17,7 +17,7 @@ use fairvault_engine::stanza::{Access, Stanza};
 use fairvault_engine::store::Store;
 use fairvault_engine::store::versions::{DAY_US, Deleted, Mode, Object};
 use fairvault_format::keys::Secret;
-use fairvault_tests::fixture::{Fixture, SMALL, field, files, refused};
+use fairvault_tests::fixture::{Fixture, SMALL, field, refused};
 use fairvault_tests::rgw::{self, ACCESS_KEY, Rgw};
 use fairvault_tests::s3::S3;
 use fairvault_tests::{Receiver, Scratch, tools};

@@ -34,8 +34,9 @@ pub async fn what_a_backup_relies_on_is_locked_for_it(server: &Server) -> Result
     };
     let (none, before) = late().await?;
     ensure!(none.is_empty() && !before.is_empty());
-    configure(
+    replace(
         &w,
+        "store_again = false",
         &format!("keeper = {{ access_key = \"{ACCESS_KEY}\", secret_key_file = \"{secret}\" }}"),
     )?;
     w.backup()?;
@@ -49,49 +50,111 @@ pub async fn what_a_backup_relies_on_is_locked_for_it(server: &Server) -> Result
         early.is_subset(&before),
         "what was stored just now ends early: {early:?}"
     );
+
+    // A keeper whose secret is no longer right.
+    bucket::set_default(server, "relied", 18)?;
+    w.backup()?;
+    w.s.scratch.write("wrong.secret", b"wrong")?;
+    replace(&w, &secret_line(&secret), &secret_line(&w.s.path("wrong.secret")))?;
+    w.s.sql("insert into t values (2)")?;
+    let locks = async || -> Result<BTreeSet<(String, i64)>> {
+        let mut all = BTreeSet::new();
+        for pack in w.store.all_versions("acme/packs/").await? {
+            let version = pack.contents().next().context(pack.name.clone())?;
+            let lock = w.store.lock_of(&pack.name, &version.id).await?.context("a lock")?;
+            all.insert((pack.name, lock.until_us));
+        }
+        Ok(all)
+    };
+    let before = locks().await?;
+    // What there is was extended for as long as this one is kept, but for the time since then.
+    w.s.ok(&["policy", "acme", "--minimum-retention", "29d"])?;
+    let backups = || -> Result<usize> { Ok(w.s.ok(&["info", "acme"])?.matches("PostgreSQL").count()) };
+    let taken = backups()?;
+    refused(
+        w.s.fairvault(&["backup", "acme", "--type", "full"]),
+        1,
+        "locked for 18 d only",
+    )?;
+    let said = w.s.fairvault(&["backup", "acme", "--type", "full"]).1;
+    ensure!(
+        said.contains("keeper") && said.contains("store_again = false"),
+        "{said}"
+    );
+    ensure!(backups()? == taken && locks().await? == before, "{said}");
+    // It helps to store again what is there.
+    bucket::set_default(server, "relied", 60)?;
+    let said = w.s.backup_json(&["--type", "full"])?;
+    ensure!(
+        said.contains("could not be extended") && said.contains("stored again"),
+        "{said}"
+    );
+    let again = locks().await?;
+    ensure!(again.is_superset(&before), "{before:?} {again:?}");
+    let stored: u64 = field(&said, "new_stored_bytes")?.parse()?;
+    let said = w.s.backup_json(&["--type", "full"])?;
+    let relied: u64 = field(&said, "new_stored_bytes")?.parse()?;
+    ensure!(relied * 4 < stored, "{said}");
+    // Somebody has decided that backups matter more.
+    bucket::set_default(server, "relied", 1)?;
+    w.s.ok(&["policy", "acme", "--minimum-retention", "90d"])?;
+    configure(&w, "store_again = false")?;
+    let said = w.s.backup_json(&["--type", "full"])?;
+    ensure!(
+        said.contains("could not be extended") && said.contains("fairvault lock"),
+        "{said}"
+    );
+    let relied: u64 = field(&said, "new_stored_bytes")?.parse()?;
+    ensure!(relied * 4 < stored, "{said}");
+    w.s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
     Ok(())
+}
+
+fn secret_line(path: &str) -> String {
+    format!("secret_key_file = \"{path}\" }}")
 }
 
 /// Where nobody extends locks, what is locked for less long than a backup is kept is stored again.
 pub async fn what_is_not_locked_for_long_enough_is_stored_again(server: &Server) -> Result<()> {
     let w = World::new("again", server, true, "retention = { full = \"20d\" }")?;
     bucket::set_default(server, "again", 20)?;
+    replace(&w, "store_again = false\n", "")?;
+    // The first relies on nothing.
     let text = w.s.backup_json(&["--type", "full"])?;
-    ensure!(text.contains("nothing that is there could be relied on"), "{text}");
-    bucket::set_default(server, "again", 60)?;
+    ensure!(text.contains("is locked for 20 d, and kept for 20 d"), "{text}");
+    for kind in ["full", "incr"] {
+        let (exit, said) = w.s.fairvault(&["backup", "acme", "--type", kind]);
+        ensure!(exit == 1 && said.contains("locked for 20 d only"), "{exit} {said}");
+        ensure!(said.contains("store_again = false"), "{said}");
+    }
+    refused(w.s.fairvault(&["check", "acme"]), 1, "all but the first are refused")?;
+    // Of what is there that says nothing: the store is asked.
+    bucket::set_default(server, "again", 40)?;
+    w.s.ok(&["check", "acme"])?;
     let first: u64 = field(&text, "new_stored_bytes")?.parse()?;
     let stored = || -> Result<u64> { Ok(field(&w.s.backup_json(&["--type", "full"])?, "new_stored_bytes")?.parse()?) };
-    // This host has seen that the default was another one when that was stored. Stores tell whole seconds.
-    std::thread::sleep(Duration::from_millis(1100));
     let again = stored()?;
     ensure!(again * 2 > first, "{first} {again}");
     // What has come since is locked for long enough.
     let relied = stored()?;
     ensure!(first > 0 && relied * 4 < first, "{first} {relied}");
-    // It is not known yet that it has been.
-    configure(&w, "store_again = true")?;
-    let again = stored()?;
-    ensure!(again * 2 > first, "{first} {again}");
-    let as_known_for_long = || -> Result<()> {
-        for path in files(&w.s.scratch.join("cache")) {
-            if path.ends_with("locks") {
-                let mut known: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
-                known["since_us"] = 1.into();
-                std::fs::write(&path, known.to_string())?;
-            }
-        }
-        Ok(())
-    };
-    as_known_for_long()?;
-    let last = stored()?;
-    ensure!(last * 4 < first, "{first} {last}");
-    w.s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
-
-    // Of another default nothing is known yet.
-    bucket::set_default(server, "again", 59)?;
-    replace(&w, "store_again = true", "store_again = false")?;
+    // Also for a host that sees all of that for the first time.
+    w.forget()?;
     let relied = stored()?;
     ensure!(relied * 4 < first, "{first} {relied}");
+    w.s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+
+    // What is kept for longer from now on needs longer locks.
+    w.s.ok(&["policy", "acme", "--minimum-retention", "39d"])?;
+    refused(
+        w.s.fairvault(&["backup", "acme", "--type", "full"]),
+        1,
+        "locked for 40 d only",
+    )?;
+    configure(&w, "store_again = false")?;
+    let relied = stored()?;
+    ensure!(relied * 4 < first, "{first} {relied}");
+    w.s.ok(&["policy", "acme", "--minimum-retention", "0s"])?;
 
     // A copy does as a backup does, by what is configured for where it goes.
     add_second(&w, server, "again")?;
@@ -101,15 +164,17 @@ pub async fn what_is_not_locked_for_long_enough_is_stored_again(server: &Server)
         let backups = report["backups"].as_array().context("backups")?.iter();
         Ok(backups.filter_map(|backup| backup["stored_bytes"].as_u64()).sum())
     };
+    // The second of what one run copies relies on the first.
     let all = copied()?;
+    ensure!(all * 2 < first * 3, "{all} {first}");
     stored()?;
     let relied = copied()?;
     ensure!(all > 0 && relied * 4 < all, "{all} {relied}");
-    replace(&w, "[repo.second]", "[repo.second]\nstore_again = true")?;
+    bucket::set_default(server, "again", 100)?;
+    replace(&w, "full = \"20d\"", "full = \"80d\"")?;
     stored()?;
     let again = copied()?;
     ensure!(again * 2 > all, "{all} {again}");
-    as_known_for_long()?;
     stored()?;
     let last = copied()?;
     ensure!(last * 4 < all, "{all} {last}");
@@ -152,8 +217,9 @@ pub async fn a_raised_default_is_not_believed_of_what_is_older(server: &Server) 
 pub async fn what_the_policy_promises_is_locked_for_it(server: &Server) -> Result<()> {
     let w = World::new("promised", server, true, "retention = { full = 5 }")?;
     let secret = w.s.path("s3.secret");
-    configure(
+    replace(
         &w,
+        "store_again = false",
         &format!("keeper = {{ access_key = \"{ACCESS_KEY}\", secret_key_file = \"{secret}\" }}"),
     )?;
     let ends = async || -> Result<Vec<i64>> {
