@@ -258,6 +258,7 @@ fn stanza() -> Arc<Stanza> {
         memory: None,
         may_stretch: true,
         env: Arc::new(SystemEnv),
+        trace: Default::default(),
     };
     let cluster = Cluster {
         system_identifier: 7,

@@ -1,8 +1,9 @@
 //! From options and configuration to opened repositories, stanzas and secrets.
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fairvault_engine::commit::Log;
@@ -14,7 +15,7 @@ use fairvault_engine::immutable::reliance::Reliance;
 use fairvault_engine::replication::conninfo::ConnInfo;
 use fairvault_engine::restore::settings::shell_word;
 use fairvault_engine::stanza::memory::Memory;
-use fairvault_engine::stanza::{Access, Stanza};
+use fairvault_engine::stanza::{Access, Stanza, Trace};
 use fairvault_engine::store::{Store, url::RepositoryUrl};
 use fairvault_format::keys::Secret;
 use fairvault_format::{names, wal};
@@ -40,13 +41,19 @@ pub struct Context {
     /// Options.
     pub global: Global,
     config: Config,
+    /// How each stanza was to be opened last, by its repository and name: what was done leaves entries in their logs.
+    opened: Mutex<BTreeMap<(String, String), Access>>,
 }
 
 impl Context {
     /// Reads the configuration.
     pub fn load(global: Global) -> Result<Self> {
         let config = Config::load(global.config.as_deref())?;
-        Ok(Self { global, config })
+        Ok(Self {
+            global,
+            config,
+            opened: Mutex::default(),
+        })
     }
 
     fn stanza(&self, name: &str) -> Option<&StanzaConfig> {
@@ -185,14 +192,33 @@ impl Context {
 
     /// How to open a stanza in a repository.
     pub fn access(&self, repository: &str, stanza: &str, create: bool, may_stretch: bool) -> Result<Access> {
-        Ok(Access {
+        let access = Access {
             repository: self.open_repository(repository, create)?,
             stanza: stanza.to_owned(),
             secret: self.secret(stanza)?,
             memory: self.memory(),
             may_stretch,
             env: Arc::new(SystemEnv),
-        })
+            trace: Trace::default(),
+        };
+        Ok(self.remembered(repository, access))
+    }
+
+    /// Remembers how a stanza is to be opened. All that is opened of one stanza shares a trace.
+    fn remembered(&self, repository: &str, mut access: Access) -> Access {
+        let name = (repository.to_owned(), access.stanza.clone());
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = opened.get(&name) {
+            access.trace = before.trace.clone();
+        }
+        opened.insert(name, access.clone());
+        access
+    }
+
+    /// How each stanza was to be opened last.
+    pub fn opened(&self) -> Vec<Access> {
+        let opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        opened.values().cloned().collect()
     }
 
     /// Opens a stanza's log in a repository.
@@ -245,31 +271,23 @@ impl Context {
 
     /// The same, and how it was opened.
     pub async fn open_to_delete(&self, repository: &str, stanza: &str) -> Result<(Log, Access)> {
-        self.open_log_as(repository, stanza, |repo| repo.deleter.as_ref()).await
-    }
-
-    /// Opens a stanza's log with the credentials that may lock objects, where there are such; and its repository.
-    pub async fn open_log_to_lock(&self, repository: &str, stanza: &str) -> Result<(Log, Store)> {
-        let (log, access) = self
-            .open_log_as(repository, stanza, |repo| repo.keeper.as_ref())
-            .await?;
-        Ok((log, access.repository))
-    }
-
-    async fn open_log_as(
-        &self,
-        repository: &str,
-        stanza: &str,
-        role: impl Fn(&Repo) -> Option<&Credentials>,
-    ) -> Result<(Log, Access)> {
-        let access = self.access_as(repository, stanza, role)?;
+        let access = self.access_to_delete(repository, stanza)?;
         let log = Log::open(Stanza::open(&access).await?).await?;
         Ok((log, access))
     }
 
+    /// Opens a stanza's log with the credentials that may lock objects, where there are such; and its repository.
+    pub async fn open_log_to_lock(&self, repository: &str, stanza: &str) -> Result<(Log, Store)> {
+        // These write no entries: what is remembered are the repository's own.
+        let access = self.access_as(repository, stanza, |repo| repo.keeper.as_ref())?;
+        let log = Log::open(Stanza::open(&access).await?).await?;
+        Ok((log, access.repository))
+    }
+
     /// How to open a stanza with the credentials that may delete, where there are such.
     pub fn access_to_delete(&self, repository: &str, stanza: &str) -> Result<Access> {
-        self.access_as(repository, stanza, |repo| repo.deleter.as_ref())
+        let access = self.access_as(repository, stanza, |repo| repo.deleter.as_ref())?;
+        Ok(self.remembered(repository, access))
     }
 
     fn access_as(

@@ -9,20 +9,24 @@ mod commands;
 mod config;
 mod context;
 mod memory;
+mod noted;
 mod output;
 mod repository;
 mod schedule;
 mod time;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Parser;
-use fairvault_engine::error::{Error, Kind};
+use fairvault_engine::env::{Env as _, SystemEnv};
+use fairvault_engine::error::{Error, Kind, Result};
 use tokio::runtime::{Builder, Runtime};
 
 use args::{Cli, Command, Global, LogFormat, WalCommand};
 use commands::Outcome;
+use context::Context;
 
 /// Which table of exit codes applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -236,44 +240,57 @@ fn start_log(global: &Global) {
     };
 }
 
-async fn run(cli: Cli) -> fairvault_engine::error::Result<Outcome> {
-    let context = std::sync::Arc::new(context::Context::load(cli.global)?);
-    match cli.command {
+async fn run(cli: Cli) -> Result<Outcome> {
+    let context = Arc::new(Context::load(cli.global)?);
+    let (what, began_us) = (noted::what(&cli.command), SystemEnv.now_us());
+    let result = carry_out(&context, cli.command).await;
+    // What comes now changes nothing of it.
+    ENDED.store(true, Ordering::SeqCst);
+    if let Some(what) = what {
+        noted::note(&context, what, began_us, &result).await;
+    }
+    result
+}
+
+async fn carry_out(context: &Arc<Context>, command: Command) -> Result<Outcome> {
+    match command {
         Command::Stanza(args::StanzaCommand::Create(args)) | Command::StanzaCreate(args) => {
-            commands::stanza::create(&context, args).await
+            commands::stanza::create(context, args).await
         }
-        Command::Stanza(args::StanzaCommand::Upgrade(args)) => commands::stanza::upgrade(&context, args).await,
-        Command::Stanza(args::StanzaCommand::Fence(args)) => commands::stanza::fence(&context, args).await,
-        Command::Stanza(args::StanzaCommand::Distrust(args)) => commands::stanza::distrust(&context, args).await,
-        Command::Stanza(args::StanzaCommand::List) => commands::stanza::list(&context).await,
-        Command::Check { stanza } => commands::check::run(&context, &stanza).await,
-        Command::Backup(args) => commands::backup::run(&context, args).await,
-        Command::Restore(args) => commands::restore::run(&context, args).await,
+        Command::Stanza(args::StanzaCommand::Upgrade(args)) => commands::stanza::upgrade(context, args).await,
+        Command::Stanza(args::StanzaCommand::Fence(args)) => commands::stanza::fence(context, args).await,
+        Command::Stanza(args::StanzaCommand::Distrust(args)) => commands::stanza::distrust(context, args).await,
+        Command::Stanza(args::StanzaCommand::List) => commands::stanza::list(context).await,
+        Command::Check { stanza } => commands::check::run(context, &stanza).await,
+        Command::Backup(args) => commands::backup::run(context, args).await,
+        Command::Restore(args) => commands::restore::run(context, args).await,
         Command::Wal(WalCommand::Push(args)) | Command::ArchivePush(args) => {
-            commands::wal::push::run(context, args).await
+            commands::wal::push::run(context.clone(), args).await
         }
-        Command::Wal(WalCommand::Get(args)) | Command::ArchiveGet(args) => commands::wal::get::run(context, args).await,
-        Command::Wal(WalCommand::Receive(args)) => commands::wal::receive::run(&context, args).await,
-        Command::Info { stanza } => commands::info::run(&context, stanza).await,
+        Command::Wal(WalCommand::Get(args)) | Command::ArchiveGet(args) => {
+            commands::wal::get::run(context.clone(), args).await
+        }
+        Command::Wal(WalCommand::Receive(args)) => commands::wal::receive::run(context, args).await,
+        Command::Info { stanza } => commands::info::run(context, stanza).await,
         Command::Verify {
             stanza,
             level,
             progress,
-        } => commands::verify::run(&context, &stanza, level, progress).await,
-        Command::Copy(args) => commands::copy::run(context, args).await,
-        Command::Repair(args) => commands::repair::run(&context, args).await,
-        Command::Expire(args) => commands::expire::run(&context, args).await,
-        Command::Gc(args) => commands::gc::run(&context, args).await,
-        Command::Lock(args) => commands::lock::run(&context, args).await,
+        } => commands::verify::run(context, &stanza, level, progress).await,
+        Command::Copy(args) => commands::copy::run(context.clone(), args).await,
+        Command::Repair(args) => commands::repair::run(context, args).await,
+        Command::Expire(args) => commands::expire::run(context, args).await,
+        Command::Gc(args) => commands::gc::run(context, args).await,
+        Command::Lock(args) => commands::lock::run(context, args).await,
         Command::Hold { stanza, backup, reason } => {
-            commands::expire::hold(&context, &stanza, &backup, &reason, false).await
+            commands::expire::hold(context, &stanza, &backup, &reason, false).await
         }
         Command::Unhold { stanza, backup, reason } => {
-            commands::expire::hold(&context, &stanza, &backup, &reason, true).await
+            commands::expire::hold(context, &stanza, &backup, &reason, true).await
         }
-        Command::Audit { stanza } => commands::audit::run(&context, &stanza).await,
-        Command::Policy(args) => commands::expire::policy(&context, args).await,
-        Command::Key(command) => commands::key::run(&context, command).await,
+        Command::Audit { stanza } => commands::audit::run(context, &stanza).await,
+        Command::Policy(args) => commands::expire::policy(context, args).await,
+        Command::Key(command) => commands::key::run(context, command).await,
     }
 }
 

@@ -29,6 +29,7 @@ pub mod restore;
 pub mod source;
 pub mod stanza;
 pub mod store;
+pub mod tally;
 pub mod track;
 pub mod verify;
 pub mod wal;

@@ -181,9 +181,11 @@ fn what_was_deleted_is_in_the_log_with_its_size() -> Result<()> {
     ensure!(deleted > 0 && done["packs"]["objects"] == 0, "{done}");
     ensure!(sizes(&s, "gc-swept", "")?.is_empty(), "{done}");
     ensure!(sizes(&s, "operation", "gc, ")? == [deleted], "{done}");
-    // Nothing to do, and nothing to say.
+    // That there was nothing to do is said once an hour.
     gc()?;
-    ensure!(sizes(&s, "operation", "gc")?.len() == 1);
+    gc()?;
+    ensure!(sizes(&s, "operation", "gc, ")? == [deleted]);
+    ensure!(sizes(&s, "operation", "gc: once")? == [0]);
 
     full()?;
     let expired = sizes(&s, "expired", "backup ")?;
@@ -198,16 +200,24 @@ fn what_was_deleted_is_in_the_log_with_its_size() -> Result<()> {
     Ok(())
 }
 
-/// The file in which this host counts what it archives and fetches.
-fn tally(s: &Fixture) -> Result<std::path::PathBuf> {
-    let found = files(&s.scratch.join("cache")).into_iter();
-    let mut found = found.filter(|path| path.ends_with("tally"));
+/// Where this host counts what it archives and fetches.
+const TALLY: &str = "tally";
+/// Where a user counts commands that have left nothing.
+const LOOKS: &str = "looks-";
+
+/// The file of counts whose name begins like this.
+fn counts(s: &Fixture, begin: &str) -> Result<std::path::PathBuf> {
+    let begins = |path: &std::path::PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with(begin)
+    };
+    let mut found = files(&s.scratch.join("cache")).into_iter().filter(begins);
     found.next().context("nothing is counted")
 }
 
 /// An hour passes for it.
-fn age(s: &Fixture) -> Result<()> {
-    let path = tally(s)?;
+fn age(s: &Fixture, begin: &str) -> Result<()> {
+    let path = counts(s, begin)?;
     let mut books: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
     for book in books.as_object_mut().context("counts")?.values_mut() {
         for name in ["/counting/began_us", "/tried_us"] {
@@ -250,7 +260,7 @@ fn what_was_pushed_and_fetched_is_in_the_log_once_an_hour() -> Result<()> {
     push(1)?;
     push(1)?;
     ends("wal push", &[])?;
-    age(&s)?;
+    age(&s, TALLY)?;
     push(2)?;
     let first = format!(
         "B: 3 segments stored, {} to {}; 1 was there already",
@@ -265,13 +275,13 @@ fn what_was_pushed_and_fetched_is_in_the_log_once_an_hour() -> Result<()> {
     ends("wal push", &[&first])?;
 
     // What cannot be read is counted anew.
-    std::fs::write(tally(&s)?, "{\"wal push\":{")?;
+    std::fs::write(counts(&s, TALLY)?, "{\"wal push\":{")?;
     push(4)?;
     // Nothing fails, and nobody waits long, where the log cannot be written; it is tried again in an hour.
     let log = s.scratch.join("vault/acme/log");
     let mode = log.metadata()?.permissions();
     std::fs::set_permissions(&log, std::fs::Permissions::from_mode(0o555))?;
-    age(&s)?;
+    age(&s, TALLY)?;
     let began = Instant::now();
     let pushed = push(4);
     let took = began.elapsed();
@@ -280,20 +290,20 @@ fn what_was_pushed_and_fetched_is_in_the_log_once_an_hour() -> Result<()> {
     ensure!(took < Duration::from_secs(15), "{took:?}");
     push(4)?;
     ends("wal push", &[&first])?;
-    age(&s)?;
+    age(&s, TALLY)?;
     push(4)?;
     let second = format!("B: 1 segment stored, {}; 3 were there already", names[4]);
     ends("wal push", &[&first, &second])?;
 
     get(0)?;
     ends("wal get", &[])?;
-    age(&s)?;
+    age(&s, TALLY)?;
     get(1)?;
     let fetched = format!("2 MiB: 2 segments fetched, {} to {}", names[0], names[1]);
     ends("wal get", &[&fetched])?;
     // An archive that has stopped has said all that it stored once there is a backup.
     push(4)?;
-    age(&s)?;
+    age(&s, TALLY)?;
     s.backup()?;
     ends(
         "wal push",
@@ -317,8 +327,9 @@ fn a_note_that_hangs_fails_nothing() -> Result<()> {
     for arguments in [
         &["wal", "push", "acme", &path][..],
         &["wal", "get", "acme", &name, &got],
+        &["info", "acme"],
     ] {
-        age(&s)?;
+        age(&s, TALLY)?;
         let mut command = s.scratch.command("env");
         command
             .arg(format!("HOME={}", s.path("")))
@@ -334,10 +345,162 @@ fn a_note_that_hangs_fails_nothing() -> Result<()> {
         let fits = Duration::from_secs(2)..Duration::from_secs(10);
         ensure!(fits.contains(&took), "{arguments:?}: {took:?}");
     }
-    age(&s)?;
+    age(&s, TALLY)?;
     s.ok(&["wal", "push", "acme", &path])?;
     // What could not be said then is said now.
     ensure!(!sizes(&s, "operation", "wal push")?.is_empty());
     ensure!(sizes(&s, "operation", "wal get")?.len() == 1);
+    Ok(())
+}
+
+/// What entries say that begin like this.
+fn said(s: &Fixture, begin: &str) -> Result<Vec<String>> {
+    let audit = json(s, &["audit", "acme"])?;
+    let entries = audit["entries"].as_array().context("no entries")?.iter();
+    let said = entries.filter_map(|entry| entry["what"].as_str().map(str::to_owned));
+    Ok(said.filter(|said| said.starts_with(begin)).collect())
+}
+
+/// Finds a command that fails before it has changed anything, and leaves no trace of who tried it.
+#[test]
+fn what_fails_before_it_changes_anything_is_in_the_log() -> Result<()> {
+    let s = Fixture::new("auditrefused", SMALL)?;
+    let spare = s.path("spare");
+    s.ok(&["key", "generate", &spare])?;
+    for (arguments, verb) in [
+        (&["hold", "acme", "none", "--reason", "a trial"][..], "hold"),
+        (&["unhold", "acme", "none"], "unhold"),
+        (&["lock", "acme", "--days", "1"], "lock"),
+        (&["key", "remove-slot", "acme", "none"], "key remove-slot"),
+        (
+            &["key", "add-slot", "acme", "no/name", "--secret-file", &spare],
+            "key add-slot",
+        ),
+        (
+            &["backup", "acme", "--conninfo", "host=/nowhere", "--progress", "none"],
+            "backup",
+        ),
+    ] {
+        // Each time, and not only the first in an hour.
+        for count in 1..=2 {
+            let (exit, text) = s.fairvault(arguments);
+            ensure!(exit != 0, "{arguments:?}: {text}");
+            let failed = said(&s, &format!("{verb}: failed: "))?;
+            ensure!(failed.len() == count, "{arguments:?}: {failed:?} {text}");
+        }
+    }
+    ensure!(said(&s, "hold: failed: stanza acme has no backup \"none\"")?.len() == 2);
+    // What cannot be understood is refused before anything is opened.
+    let entries = s.objects("log").len();
+    refused(s.fairvault(&["gc", "acme", "--patience", "soon"]), 2, "--patience")?;
+    refused(
+        s.fairvault(&["hold", "other", "none", "--reason", "a trial"]),
+        3,
+        "no stanza",
+    )?;
+    ensure!(s.objects("log").len() == entries);
+
+    // A slot that cannot be deleted is not said to be.
+    s.ok(&["key", "add-slot", "acme", "spare", "--secret-file", &spare])?;
+    let slots = s.objects("keys");
+    let folder = slots
+        .first()
+        .and_then(|slot| slot.parent())
+        .context("a folder of slots")?;
+    let may = |mode| std::fs::set_permissions(folder, std::fs::Permissions::from_mode(mode));
+    let remove = ["key", "remove-slot", "acme", "spare"];
+    may(0o500)?;
+    let (exit, text) = s.fairvault(&remove);
+    may(0o700)?;
+    ensure!(exit != 0 && s.objects("keys") == slots, "{exit} {text}");
+    let noted = said(&s, "removal of key slot spare: ")?;
+    ensure!(noted.len() == 2 && noted[0].ends_with(": began"), "{noted:?}");
+    ensure!(noted[1].contains(": failed: "), "{noted:?}");
+    ensure!(said(&s, "key slot spare removed")?.is_empty());
+    s.ok(&remove)?;
+    ensure!(said(&s, "key slot spare removed: done")?.len() == 1);
+    ensure!(said(&s, "removal of key slot spare: began")?.len() == 2);
+    Ok(())
+}
+
+/// Finds a command that only looks, or has nothing to do, and is not in the log; and one that fills it.
+#[test]
+fn what_only_looks_is_in_the_log_once_an_hour() -> Result<()> {
+    let shape = Shape {
+        more: "retention = { full = 2 }",
+        ..SMALL
+    };
+    let s = Fixture::new("auditlooks", shape)?;
+    s.backup_id(&[])?;
+    let to = s.path("r");
+    for (arguments, verb) in [
+        (&["info", "acme"][..], "info"),
+        (&["check", "acme"], "check"),
+        (&["key", "list", "acme"], "key list"),
+        (&["policy", "acme"], "policy"),
+        (&["expire", "acme", "--dry-run"], "expire --dry-run"),
+        (&["gc", "acme", "--dry-run", "--progress", "none"], "gc --dry-run"),
+        (
+            &["repair", "acme", "--dry-run", "--progress", "none"],
+            "repair --dry-run",
+        ),
+        (&["restore", "acme", "--dry-run", "--to", &to], "restore --dry-run"),
+        // Nothing is to be done.
+        (&["expire", "acme"], "expire"),
+        (&["stanza", "create", "acme"], "stanza create"),
+        (&["stanza", "upgrade", "acme"], "stanza upgrade"),
+    ] {
+        for _ in 0..3 {
+            s.fairvault(arguments);
+        }
+        let found = said(&s, &format!("{verb}: "))?;
+        ensure!(found.len() == 1, "{arguments:?}: {found:?}");
+        ensure!(verb == "check" || found[0] == format!("{verb}: once"), "{found:?}");
+    }
+    ensure!(said(&s, "audit: ")? == ["audit: once"]);
+    // What follows within the hour is said when that is over, by whoever comes then.
+    let entries = s.objects("log").len();
+    s.ok(&["info", "acme"])?;
+    ensure!(s.objects("log").len() == entries, "the hour is not over");
+    age(&s, LOOKS)?;
+    s.ok(&["info", "acme"])?;
+    ensure!(said(&s, "info: ")? == ["info: once", "info: 4 times"]);
+    ensure!(said(&s, "gc --dry-run: ")? == ["gc --dry-run: once", "gc --dry-run: 2 times"]);
+    // A look that fails is one, too.
+    age(&s, LOOKS)?;
+    for _ in 0..2 {
+        refused(s.restore("r", &["--dry-run", "--backup", "none"]), 3, "no backup")?;
+    }
+    let failed = said(&s, "restore --dry-run: failed: ")?;
+    ensure!(failed.len() == 1 && failed[0].contains("no backup"), "{failed:?}");
+    // A backup says what is due, and itself.
+    age(&s, LOOKS)?;
+    s.backup()?;
+    let failed = said(&s, "restore --dry-run: failed: ")?;
+    ensure!(failed.len() == 2, "{failed:?}");
+
+    // Where the log cannot be written, nothing fails, and nothing is lost.
+    age(&s, LOOKS)?;
+    let (entries, log) = (s.objects("log").len(), s.scratch.join("vault/acme/log"));
+    let may = |mode| std::fs::set_permissions(&log, std::fs::Permissions::from_mode(mode));
+    may(0o500)?;
+    let began = Instant::now();
+    let found = s.fairvault(&["info", "acme"]);
+    let held = s.fairvault(&["hold", "acme", "none", "--reason", "a trial"]);
+    let took = began.elapsed();
+    let left = s.objects("log").len();
+    may(0o700)?;
+    refused(found, 0, "restorable")?;
+    refused(held, 3, "no backup")?;
+    ensure!(
+        left == entries && took < Duration::from_secs(15),
+        "{left} {entries} {took:?}"
+    );
+    // The next look says what failed; what was tried already waits for its hour.
+    s.ok(&["key", "list", "acme"])?;
+    ensure!(said(&s, "hold: failed: ")?.len() == 1 && said(&s, "info: ")?.len() == 2);
+    age(&s, LOOKS)?;
+    s.ok(&["key", "list", "acme"])?;
+    ensure!(said(&s, "info: ")?.len() == 3);
     Ok(())
 }

@@ -259,7 +259,9 @@ fn a_new_secret_opens_everything_and_the_old_one_what_was() -> Result<()> {
     let audit = s.ok(&["audit", "acme"])?;
     for said in [
         "key slot spare added: done",
+        "removal of key slot main: began",
         "key slot main removed: done",
+        "key remove-slot: failed: stanza acme has no slot",
         "opened by key2",
     ] {
         ensure!(audit.contains(said), "{said:?} is not in\n{audit}");

@@ -72,6 +72,8 @@ fn the_index_is_made_anew_from_packs() -> Result<()> {
     let before = content(&s)?;
     let said = s.ok(&["repair", "acme", "--progress", "none"])?;
     ensure!(said.contains("nothing to repair") && content(&s)? == before, "{said}");
+    // That somebody looked is in the log once an hour.
+    refused(repair(&s, &["--dry-run"]), 0, "nothing to repair")?;
 
     for damage in ["gone", "rubbish", "half"] {
         // What earlier rounds have withdrawn.

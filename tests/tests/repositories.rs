@@ -138,6 +138,11 @@ fn a_copy_under_other_keys_is_incremental_and_restores_alone() -> Result<()> {
     let noted: Vec<&str> = noted.collect();
     ensure!(noted.len() == 2, "{audit}");
     ensure!(noted.iter().all(|line| line.contains(": 1 backups and ")), "{audit}");
+    let audit = s.ok(&["--repo", "second", "audit", "acme"])?;
+    let came = audit
+        .lines()
+        .filter(|line| line.contains("  copy, ") && line.contains(" objects of WAL copied from "));
+    ensure!(came.count() == 2, "{audit}");
     ensure!(
         third.contains("\"backups\":[]") && number(&third, "segments")? == 0,
         "{third}"

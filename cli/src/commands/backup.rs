@@ -11,7 +11,7 @@ use fairvault_engine::immutable::reliance::minimum_s;
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::progress::Progress;
 use fairvault_engine::stanza::create::DataKeys;
-use fairvault_engine::wal::tally;
+use fairvault_engine::tally;
 
 use super::{Outcome, copy, stanza, stop_signal};
 use crate::args::{BackupArgs, BackupType, Output, Source, WalArg};
@@ -75,9 +75,12 @@ async fn copy_on(context: &Arc<Context>, args: &BackupArgs, log: &Log, id: &str,
             };
             let progress = Arc::new(Progress::default());
             let display = output::Display::start(args.progress, progress.clone(), "stored");
+            let began_us = target.stanza().env().now_us();
             let copied = engine::run(log, &mut target, &options, &progress, stop_signal()).await;
             drop(display);
-            match copied?.failed.pop() {
+            let mut copied = copied?;
+            copy::note_wal(&mut target, log, began_us, &copied).await;
+            match copied.failed.pop() {
                 None => Ok(()),
                 Some(failed) => Err(Error::damaged(failed.why)),
             }
@@ -167,7 +170,7 @@ pub async fn run(context: &Arc<Context>, args: BackupArgs) -> Result<Outcome> {
     let result = backup::run(&mut log, &options, progress.clone(), stop_signal()).await;
     drop(display);
     // An archive that has stopped says nothing any more.
-    tally::say(&mut log).await;
+    tally::say(&log).await;
     let report = result?;
     let info = &report.info;
     let copied = copy_on(context, &args, &log, &info.id, &repositories[1..]).await;

@@ -116,12 +116,24 @@ async fn into_one(
     }
     let progress = Arc::new(Progress::default());
     let started = std::time::Instant::now();
+    let began_us = target.stanza().env().now_us();
     let display = output::Display::start(args.progress, progress.clone(), "stored");
     let result = copy::run(source, &mut target, &options, &progress, stop_signal()).await;
     drop(display);
     let report = result?;
+    note_wal(&mut target, source, began_us, &report).await;
     print(context, from, to, &report, started.elapsed());
     Ok(report)
+}
+
+/// Notes in the log of where WAL was copied to how much that was. Of backups, it says so in any case.
+pub async fn note_wal(target: &mut Log, source: &Log, began_us: i64, report: &Report) {
+    let wal = &report.wal;
+    let objects = wal.segments + wal.parts + wal.files;
+    if objects > 0 {
+        let said = format!("{objects} objects of WAL copied from {}", source.stanza().shown());
+        target.note_end("copy", began_us, wal.bytes, Ok(said)).await;
+    }
 }
 
 /// Opens a stanza in a repository; with an end to waiting, if it is optional.

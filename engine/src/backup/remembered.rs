@@ -186,6 +186,7 @@ mod tests {
             memory: Some(Memory::new(folder.join("cache"))),
             may_stretch: true,
             env: Arc::new(SystemEnv),
+            trace: Default::default(),
         };
         let cluster = create::Cluster {
             system_identifier: 7,

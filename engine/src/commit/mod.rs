@@ -146,6 +146,7 @@ impl Log {
         let this = &mut self;
         this.refresh_proven().await?;
         this.check_seen()?;
+        this.mark_read();
         Ok(self)
     }
 
@@ -240,6 +241,7 @@ impl Log {
         if is_news {
             this.remember();
         }
+        this.mark_read();
         Ok((this, done))
     }
 
@@ -454,6 +456,7 @@ impl Log {
                 .await?
             {
                 Created::Won => {
+                    self.stanza.trace().mark_entry();
                     self.apply(&bytes)?;
                     self.follow_keys().await?;
                     self.remember();

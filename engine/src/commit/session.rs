@@ -190,6 +190,7 @@ impl Session {
             |_| Ok(()),
         )
         .await?;
+        log.stanza().trace().mark_failure();
         Ok(())
     }
 }

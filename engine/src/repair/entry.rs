@@ -46,6 +46,7 @@ pub async fn find(access: &Access, seq: u64) -> Result<NoEntry> {
     let mut log = Log::unread(stanza.clone());
     // An older version of it may be a good one.
     let Err(error) = hidden::of_log(&mut log).await else {
+        log.mark_read();
         return Err(Error::refused(format!(
             "the log of {} can be read up to its end, entry {}: there is nothing to drop",
             stanza.shown(),

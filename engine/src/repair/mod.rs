@@ -111,6 +111,7 @@ async fn open(access: &Access, dry_run: bool, all: &mut Vec<Hidden>) -> Result<L
     })?;
     let mut log = Log::unread(stanza);
     back(hidden::of_log(&mut log).await?, dry_run, all).await?;
+    log.mark_read();
     Ok(log)
 }
 

@@ -27,8 +27,8 @@ use crate::commit::Log;
 use crate::commit::lease::Lease;
 use crate::error::{Error, Kind, Result};
 use crate::progress::Progress;
+use crate::tally;
 use crate::wal::push::RESTORED_MARKER;
-use crate::wal::tally;
 use fairvault_format::proto;
 use plan::Plan;
 use spare::Spares;
@@ -242,8 +242,8 @@ async fn note(log: &mut Log, began_us: i64, backup: &str, bytes: u64, error: Opt
         bytes,
         began_us,
     };
-    log.note(operation).await;
-    // Of the last recovery on this host.
+    log.note(operation, error).await;
+    // Of the last recovery on this host, too.
     tally::say(log).await;
 }
 

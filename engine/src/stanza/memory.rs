@@ -202,11 +202,16 @@ impl Memory {
         self.write(&self.folder(stanza.shown()), name, bytes);
     }
 
+    /// Whether there is such a note.
+    pub fn has_note(&self, access: &Access, name: &str) -> bool {
+        self.access_folder(access).join(name).exists()
+    }
+
     /// Changes a note, one process after the other; `None` if it cannot be. Nothing is synced, and after a crash the note
     /// may be anything: `change` is given what there is. Where another user owns the folder, a link in it leads to no file
     /// of somebody else, and nothing in it is waited for.
-    pub fn change_note<T>(&self, stanza: &Stanza, name: &str, change: impl FnOnce(&[u8]) -> (Vec<u8>, T)) -> Option<T> {
-        let folder = self.folder(stanza.shown());
+    pub fn change_note<T>(&self, access: &Access, name: &str, change: impl FnOnce(&[u8]) -> (Vec<u8>, T)) -> Option<T> {
+        let folder = self.access_folder(access);
         let attempt = || -> std::io::Result<T> {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
             let mut options = File::options();

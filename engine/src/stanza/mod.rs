@@ -8,6 +8,7 @@ pub mod erase;
 pub mod memory;
 pub mod rotate;
 pub mod slots;
+mod trace;
 pub mod upgrade;
 
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use crate::env::{Env, SharedEnv};
 use crate::error::{Error, Kind, Result, WITH_THE_OTHER_KEY};
 use crate::store::Store;
 use memory::Memory;
+pub use trace::Trace;
 
 /// How a stanza is to be opened.
 #[derive(Clone)]
@@ -36,6 +38,8 @@ pub struct Access {
     pub may_stretch: bool,
     /// Clock and randomness.
     pub env: SharedEnv,
+    /// What this process has left in its log so far.
+    pub trace: Trace,
 }
 
 /// An opened stanza.
@@ -230,6 +234,25 @@ impl Stanza {
     /// Who runs this process, for the log.
     pub fn user(&self) -> &str {
         &self.user
+    }
+
+    /// How it was opened.
+    pub(crate) fn access(&self) -> &Access {
+        &self.access
+    }
+
+    /// What this process has left in its log so far.
+    pub fn trace(&self) -> &Trace {
+        &self.access.trace
+    }
+
+    /// The same with a trace of its own: for entries about what others have done.
+    pub(crate) fn untraced(&self) -> Self {
+        let access = Access {
+            trace: Trace::default(),
+            ..self.access.clone()
+        };
+        Self { access, ..self.clone() }
     }
 
     /// Whether a key is configured.

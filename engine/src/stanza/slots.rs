@@ -256,12 +256,13 @@ pub async fn add(log: &mut Log, access: &Access, name: &str, secret: &Secret, op
         if let Err(error) = &wrapped {
             said.result = format!("{new} objects of it; then it failed: {error}");
         }
-        log.note(said).await;
+        log.note(said, wrapped.as_ref().err()).await;
     }
     wrapped.map(|()| new)
 }
 
-/// Removes the slots of a name; returns how many there were.
+/// Removes the slots of a name; returns how many there were. That it began is in the log before the first one goes: whatever
+/// dies then, somebody knows of it.
 pub async fn remove(log: &mut Log, access: &Access, name: &str) -> Result<usize> {
     check_encrypted(log.stanza())?;
     log.refresh().await?;
@@ -292,12 +293,25 @@ pub async fn remove(log: &mut Log, access: &Access, name: &str) -> Result<usize>
             ));
         }
     }
-    let said = operation(&stanza, format!("key slot {name} removed"));
+    let what = format!("removal of key slot {name}");
+    let said = proto::Operation {
+        result: "began".to_owned(),
+        ..operation(&stanza, what.clone())
+    };
+    let began_us = said.began_us;
     log.append(Entry::Operation(said), |_| Ok(())).await?;
     let objects: Vec<String> = gone.into_iter().map(|slot| slot.object).collect();
-    stanza.store().delete(&objects).await?;
+    let deleted = stanza.store().delete(&objects).await;
     forget(access);
-    Ok(objects.len())
+    match &deleted {
+        Ok(()) => {
+            let said = operation(&stanza, format!("key slot {name} removed"));
+            log.note(proto::Operation { began_us, ..said }, None).await
+        }
+        // Some of them may be gone.
+        Err(error) => log.note_end(&what, began_us, 0, Err(error)).await,
+    };
+    deleted.map(|()| objects.len())
 }
 
 /// What this host remembers of slots is no longer true.

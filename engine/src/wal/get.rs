@@ -9,13 +9,13 @@ use std::path::Path;
 
 use super::archive::Archive;
 use super::coverage::Coverage;
-use super::tally;
 use fairvault_format::names;
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
 use crate::postgres::walker::{Record, WAL_PAGE, Walker, What, begins_inside_record, rmgr};
+use crate::tally;
 
 /// What the recovery is known to need.
 #[derive(Debug, Clone, Copy, Default)]
@@ -263,7 +263,7 @@ pub async fn ahead(archive: &Archive, segment: Segment, needs: Needs, destinatio
         Answer::NotWanted | Answer::Missing => return Ok(false),
     }
     // Recovery may wait for it.
-    if tally::fetched(&archive.stanza, &name, size) {
+    if tally::wal::fetched(&archive.stanza, &name, size) {
         tokio::spawn(tally::say_in(archive.stanza.clone()));
     }
     Ok(true)
@@ -514,7 +514,7 @@ fn write(destination: &Path, content: &[u8]) -> Result<()> {
 
 /// Counts what was delivered, for the audit.
 async fn tell(archive: &Archive, name: &str, bytes: u64) {
-    if tally::fetched(&archive.stanza, name, bytes) {
+    if tally::wal::fetched(&archive.stanza, name, bytes) {
         tally::say_in(archive.stanza.clone()).await;
     }
 }

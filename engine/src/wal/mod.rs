@@ -3,7 +3,7 @@
 //! [`archive`] stores, [`whole`] moves complete segments, [`push`] is `archive_command`, [`fetch`] reads, [`get`] is `restore_command`,
 //! [`coverage`] knows what is there, [`stream`] takes WAL from the server during a backup, [`receive`] all the
 //! time; `known` and [`same`] compare what is stored with what the server has; [`background`] works ahead of PostgreSQL's
-//! commands; [`tally`] counts both for the audit.
+//! commands.
 
 pub mod archive;
 pub mod background;
@@ -17,5 +17,4 @@ pub mod receive;
 pub mod same;
 pub mod stream;
 pub mod summary;
-pub mod tally;
 pub mod whole;

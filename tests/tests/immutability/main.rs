@@ -306,6 +306,7 @@ async fn what_is_read_and_hidden_is_not_collected(server: &Server) -> Result<()>
         memory: None,
         may_stretch: true,
         env: Arc::new(SystemEnv),
+        trace: Default::default(),
     };
     let stanza = Stanza::open(&access).await?;
     let packs = async || -> Result<BTreeSet<String>> {

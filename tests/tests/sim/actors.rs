@@ -41,6 +41,7 @@ pub fn access(store: Store, world: &Arc<World>) -> Access {
         memory: None,
         may_stretch: true,
         env: world.clone(),
+        trace: Default::default(),
     }
 }
 

@@ -41,6 +41,7 @@ pub fn access(store: &Store, secret: Option<Secret>) -> Access {
         memory: None,
         may_stretch: true,
         env: Arc::new(SystemEnv),
+        trace: Default::default(),
     }
 }
 

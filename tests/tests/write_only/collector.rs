@@ -65,6 +65,14 @@ fn what_the_operator_decides_a_host_does_not() -> Result<()> {
     ensure!(plan.contains("would be deleted"), "{plan}");
     refused(s.fairvault(&GC), 1, "the operator")?;
     ensure!(stored(&s) == before, "a host has deleted something");
+    // Who tried it is in the log.
+    let audit = s.by_operator(&["audit", "acme"])?;
+    for verb in ["expire", "policy", "stanza fence", "gc"] {
+        ensure!(
+            audit.matches(&format!("  {verb}: failed: ")).count() == 1,
+            "{verb} is not in\n{audit}"
+        );
+    }
     s.by_operator(&GC)?;
     ensure!(s.objects("roots").len() == 1);
     s.all_good()

@@ -8,8 +8,9 @@ use fairvault_engine::bounded::bounded;
 use fairvault_engine::commit::Log;
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::stanza::Stanza;
+use fairvault_engine::tally;
 use fairvault_engine::wal::background::{Exchange, push as background};
-use fairvault_engine::wal::{push, tally};
+use fairvault_engine::wal::push;
 use fairvault_format::wal::Compression;
 
 use super::{PARALLEL, destinations, exchange, file_name, folder_of, open, start_worker};
@@ -305,7 +306,7 @@ impl Everywhere {
     async fn push_into(&self, at: usize, name: &str, path: &Path) -> Result<Option<[u8; 32]>> {
         let mut log = self.log(at).await?;
         let pushed = push::push(&mut log, name, path, self.compression, self.is_worker).await;
-        if tally::pushed(log.stanza(), name, &pushed) {
+        if tally::wal::pushed(log.stanza(), name, &pushed) {
             lock(&self.due).push(log.stanza().clone());
         }
         let pushed = pushed?;

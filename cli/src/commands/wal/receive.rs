@@ -10,8 +10,8 @@ use fairvault_engine::env::{Env as _, SystemEnv};
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::replication::conninfo::ConnInfo;
 use fairvault_engine::stanza::{Stanza, read_repository};
+use fairvault_engine::tally;
 use fairvault_engine::wal::receive::{self, AtWork, Options};
-use fairvault_engine::wal::tally;
 use tokio::sync::watch;
 
 use crate::args::ReceiveArgs;

@@ -113,6 +113,7 @@ impl Cluster {
             memory: None,
             may_stretch: true,
             env: Arc::new(SystemEnv),
+            trace: Default::default(),
         };
         let cluster = create::Cluster {
             system_identifier: 7,

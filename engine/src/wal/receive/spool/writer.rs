@@ -251,6 +251,7 @@ mod tests {
             memory: None,
             may_stretch: true,
             env: Arc::new(SystemEnv),
+            trace: Default::default(),
         };
         let cluster = create::Cluster {
             system_identifier: 7,
