@@ -15,7 +15,7 @@ use crate::proxy::S3Request;
 /// When a lock ends, in days from now: what a condition may limit.
 pub const LOCKED_DAYS: &str = "s3:object-lock-remaining-retention-days";
 /// What names begin with that are listed.
-const PREFIX: &str = "s3:prefix";
+pub const PREFIX: &str = "s3:prefix";
 
 /// What somebody wants to do, in S3's words.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,19 +83,27 @@ pub fn blocks(page: &str) -> Result<Vec<String>> {
         .collect())
 }
 
+/// The blocks of docs/access.md, which are about stanza `acme` in `s3://bucket/prefix`: those of a reader, a writer, a
+/// founder and a deleter. The reader's is for all of them, the writer's also for the founder.
+pub fn access() -> Result<[String; 4]> {
+    let blocks = blocks("docs/access.md")?;
+    let count = blocks.len();
+    let four = <[String; 4]>::try_from(blocks).ok();
+    four.with_context(|| format!("{count} policies instead of four"))
+}
+
 impl Policy {
-    /// Of blocks: each is a policy, or statements as they stand between others. `bucket` is what stands for BUCKET.
-    pub fn of(blocks: &[&str], bucket: &str) -> Result<Self> {
+    /// Of blocks: each is a policy, or statements as they stand between others.
+    pub fn of(blocks: &[&str]) -> Result<Self> {
         let mut statements = Vec::new();
         for block in blocks {
-            let block = block.replace("BUCKET", bucket);
-            let whole = serde_json::from_str::<Value>(&block).ok();
+            let whole = serde_json::from_str::<Value>(block).ok();
             let list = match whole.filter(|policy| policy.get("Statement").is_some()) {
                 Some(policy) => {
                     ensure!(policy["Version"] == "2012-10-17", "{policy}");
                     policy["Statement"].clone()
                 }
-                None => serde_json::from_str(&format!("[{block}]")).with_context(|| block.clone())?,
+                None => serde_json::from_str(&format!("[{block}]")).with_context(|| (*block).to_owned())?,
             };
             for statement in list.as_array().context("no list of statements")? {
                 statements.push(Statement::of(statement)?);

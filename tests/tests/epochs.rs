@@ -18,6 +18,7 @@ use fairvault_format::keys::{EpochKeys, Secret};
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use fairvault_format::{names, object, sha256};
 use fairvault_tests::Scratch;
+use fairvault_tests::fixture::host_name;
 
 use stores::{CLUSTER, Fault, Faulty, access, forge, key, memory};
 
@@ -180,11 +181,18 @@ async fn of_two_rotations_one_wins_and_one_that_died_is_gone_on_with() -> Result
         rotate::plan(&mut two, &access, &options).await?,
     );
     rotate::rotate(&one, &access, &options, plans.0).await?;
-    expect(
-        rotate::rotate(&two, &access, &options, plans.1).await,
-        Kind::Held,
-        "somebody else rotates",
-    )?;
+    let error = rotate::rotate(&two, &access, &options, plans.1).await.err();
+    let error = error.context("both have won")?;
+    let said = error.to_string();
+    ensure!(
+        error.kind() == Kind::Held && said.contains("somebody else rotates"),
+        "{said}"
+    );
+    let host = host_name()?;
+    ensure!(
+        said.contains(&format!(" on {host} at 20")) && said.contains("(entry 2 of the log)"),
+        "{said}"
+    );
 
     // Slots without an entry: nobody writes with their keys, until the rotation is run again.
     let log = open(&access).await?;
@@ -213,6 +221,33 @@ async fn of_two_rotations_one_wins_and_one_that_died_is_gone_on_with() -> Result
     let done = rotated(&access, &options).await?;
     ensure!(done.to == 6 && done.dropped == ["bad"]);
     Ok(())
+}
+
+#[tokio::test]
+async fn whose_new_keys_a_secret_does_not_open_it_is_told_all_the_same() -> Result<()> {
+    let store = memory();
+    let access = access(&store, key(1));
+    create(&access, CLUSTER, "main").await?;
+    let (mut one, mut two) = (open(&access).await?, open(&access).await?);
+    let (to_one, to_two) = (to_new(2), to_new(3));
+    let plans = (
+        rotate::plan(&mut one, &access, &to_one).await?,
+        rotate::plan(&mut two, &access, &to_two).await?,
+    );
+    rotate::rotate(&one, &access, &to_one, plans.0).await?;
+    let late = rotate::rotate(&two, &access, &to_two, plans.1).await;
+    expect(late, Kind::Held, "(entry 2 of the log)")?;
+
+    // A slot that no entry names yet says since when it is there.
+    let store = memory();
+    let access = self::access(&store, key(1));
+    create(&access, CLUSTER, "main").await?;
+    let mut log = open(&access).await?;
+    let plan = rotate::plan(&mut log, &access, &Options::default()).await?;
+    let other = new_keys(log.stanza().env(), 2, DataKeys::Symmetric)?;
+    slots::put(log.stanza(), &other, "main", access.secret.as_ref()).await?;
+    let outrun = rotate::rotate(&log, &access, &Options::default(), plan).await;
+    expect(outrun, Kind::Held, "keys/00000002/main was made at 20")
 }
 
 #[tokio::test]

@@ -45,17 +45,15 @@ fn granted(blocks: &[&str], user: &str, is_conditional: bool) -> Result<Vec<Valu
     Ok(out)
 }
 
-/// The policy of the bucket: four users, each with what the documentation gives to its role.
+/// The policy of the bucket: five users, each with what the documentation gives to its role.
 fn whole_policy() -> Result<String> {
-    let blocks = policy::blocks("docs/access.md")?;
-    let [reader, writer, deleter] = &blocks[..] else {
-        bail!("{} policies instead of three", blocks.len());
-    };
+    let [reader, writer, founder, deleter] = policy::access()?;
     let all = [
-        granted(&[reader], "reader", false)?,
-        granted(&[reader, writer], "writer", false)?,
-        granted(&[reader, deleter], "deleter", false)?,
-        granted(&[reader], "lister", true)?,
+        granted(&[&reader], "reader", false)?,
+        granted(&[&reader, &writer], "writer", false)?,
+        granted(&[&reader, &writer, &founder], "founder", false)?,
+        granted(&[&reader, &deleter], "deleter", false)?,
+        granted(&[&reader], "lister", true)?,
     ];
     Ok(json!({ "Version": "2012-10-17", "Statement": all.concat() }).to_string())
 }
@@ -104,7 +102,7 @@ async fn roles_are_what_the_gateway_makes_of_them() -> Result<()> {
     let scratch = Scratch::new("rolesrgw")?;
     let gateway = Rgw::start(&scratch)?;
     gateway.bucket(BUCKET)?;
-    for user in ["reader", "writer", "deleter", "lister"] {
+    for user in ["reader", "writer", "founder", "deleter", "lister"] {
         gateway.add_user(user)?;
     }
     let mut s = Fixture::new("roles", Shape { stanza: false, ..SMALL })?;
@@ -117,8 +115,14 @@ async fn roles_are_what_the_gateway_makes_of_them() -> Result<()> {
     refused(s.fairvault(&["stanza", "create", "acme"]), 1, REFUSED)?;
     gateway.set_policy(BUCKET, &whole_policy()?)?;
 
-    // The writer: everything but deleting.
+    // The founder makes the stanza.
+    refused(s.fairvault(&["stanza", "create", "acme"]), 1, REFUSED)?;
+    use_key(&s, "founder", "")?;
     s.ok(&["stanza", "create", "acme"])?;
+
+    // The writer: everything but deleting, and keys.
+    use_key(&s, "writer", "")?;
+    refused(s.fairvault(&["key", "rotate", "acme"]), 1, REFUSED)?;
     for kind in ["full", "full", "incr"] {
         s.sql("create table if not exists t (x int); insert into t values (1); create table if not exists bulk (x text); truncate bulk; insert into bulk select md5(random()::text) from generate_series(1, 20000)")?;
         s.backup_id(&["--type", kind, "--wal", "stream"])?;
@@ -155,11 +159,13 @@ async fn roles_are_what_the_gateway_makes_of_them() -> Result<()> {
     open(&gateway, rgw::ACCESS_KEY, "other")?
         .put_hashed("x", garbage().into())
         .await?;
+    // The same of another stanza in the repository.
+    owner.put_hashed("other/packs/x", garbage().into()).await?;
     let packs = owner.list("acme/packs").await?;
     let [(pack, _), ..] = &packs[..] else {
         bail!("no packs");
     };
-    for user in ["reader", "writer", "deleter", "lister"] {
+    for user in ["reader", "writer", "founder", "deleter", "lister"] {
         let store = open(&gateway, user, "prefix")?;
         if user != "deleter" {
             let deleted = store.delete(std::slice::from_ref(pack)).await;
@@ -167,11 +173,29 @@ async fn roles_are_what_the_gateway_makes_of_them() -> Result<()> {
         }
         for folder in ["packs", "log", "keys"] {
             let put = store.put_hashed(&free(folder), garbage().into()).await;
-            match user == "writer" || (user == "deleter" && folder == "log") {
+            let is_own = match user {
+                "writer" => folder != "keys",
+                "founder" => true,
+                "deleter" => folder == "log",
+                _ => false,
+            };
+            match is_own {
                 true => put?,
                 false => is_refused(&format!("{user} stores in {folder}"), put)?,
             }
         }
+        // Nor into what stands above stanzas, or into another one.
+        for name in ["fairvault.json", "acme/erased", "other/packs/y", "other/log/y"] {
+            let is_own = matches!((user, name), ("founder", "fairvault.json") | ("deleter", "acme/erased"));
+            if !is_own {
+                let put = store.put_hashed(name, garbage().into()).await;
+                is_refused(&format!("{user} stores {name}"), put)?;
+            }
+        }
+        is_refused(
+            &format!("{user} reads another stanza"),
+            store.get("other/packs/x", 100).await,
+        )?;
         // Nor into another folder of the bucket.
         let other = open(&gateway, user, "other")?;
         let put = other.put_hashed("x", garbage().into()).await;

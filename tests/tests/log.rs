@@ -2,15 +2,19 @@
 
 mod stores;
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use fairvault_engine::commit::Log;
 use fairvault_engine::commit::session::Session;
 use fairvault_engine::commit::state;
 use fairvault_engine::error::{Error, Kind};
+use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::repair;
-use fairvault_engine::stanza::create::create;
+use fairvault_engine::stanza::create::{Cluster, create};
 use fairvault_engine::stanza::memory::Memory;
+use fairvault_engine::stanza::upgrade::{Claims, upgrade};
 use fairvault_engine::stanza::{Access, Stanza};
 use fairvault_engine::store::Store;
 use fairvault_format::keys::{self, EpochKeys};
@@ -19,7 +23,7 @@ use fairvault_format::names;
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use fairvault_tests::Scratch;
 
-use stores::{CLUSTER, access, key, memory};
+use stores::{CLUSTER, Fault, Faulty, access, key, memory};
 
 fn entry(seq: u64) -> String {
     format!("acme/log/{seq:020}")
@@ -58,6 +62,62 @@ async fn a_dead_creator_leaves_nothing_in_the_way() -> Result<()> {
     // As if it had died between the key slot and the first log entry.
     store.delete(&[format!("acme/log/{:020}", 1)]).await?;
     ensure!(create(&access(&store, key(1)), CLUSTER, "main").await?.state().seq == 1);
+    Ok(())
+}
+
+/// A store that has these of another one's objects; others of them come as soon as a folder is listed.
+async fn with_late(of: &Faulty, folder: &'static str, late: &str, left_out: &str) -> Result<Arc<Faulty>> {
+    let store = Faulty::new(Fault::LateOnceListed(folder));
+    for (path, bytes) in of.objects().await? {
+        let name = path.to_string();
+        if name.contains(late) {
+            store.late.lock().expect("one at a time").push((path, bytes));
+        } else if !name.contains(left_out) {
+            store.store().put_hashed(&name, bytes.into()).await?;
+        }
+    }
+    Ok(store)
+}
+
+#[tokio::test]
+async fn whoever_comes_second_is_told_who_was_first() -> Result<()> {
+    let host = fairvault_tests::fixture::host_name()?;
+    let first = Faulty::new(Fault::None);
+    let mut log = create(&access(&first.store(), key(1)), CLUSTER, "main").await?;
+    let by = format!(" on {host} at 20");
+
+    // Two create it: a slot says since when, an entry says who.
+    let store = with_late(&first, "keys", "acme/keys/", "acme/log/").await?.store();
+    let said = create(&access(&store, key(1)), CLUSTER, "main").await;
+    expect(said, Kind::Held, "just now: keys/00000001/main was made at 20")?;
+    let store = with_late(&first, "packs", "acme/log/", "nothing").await?.store();
+    let said = create(&access(&store, key(1)), CLUSTER, "main").await;
+    expect(said, Kind::Held, &by)?;
+    create(&access(&store, key(1)), CLUSTER, "main").await?;
+
+    // Two go on with another cluster each.
+    let to = |system_identifier| Cluster {
+        system_identifier,
+        ..CLUSTER
+    };
+    upgrade(
+        &mut log,
+        &access(&first.store(), key(1)),
+        to(8),
+        Lsn(0),
+        Claims::default(),
+    )
+    .await?;
+    let late = with_late(&first, "", &entry(2), "nothing").await?;
+    let hidden = std::mem::take(&mut *late.late.lock().expect("one at a time"));
+    let access = access(&late.store(), key(1));
+    let mut log = Log::open(Stanza::open(&access).await?).await?;
+    *late.late.lock().expect("one at a time") = hidden;
+    let said = upgrade(&mut log, &access, to(9), Lsn(0), Claims::default()).await;
+    let said = said.err().context("both have won")?;
+    ensure!(said.kind() == Kind::Held, "{said}");
+    let said = said.to_string();
+    ensure!(said.contains(&by) && said.contains("(entry 2 of the log)"), "{said}");
     Ok(())
 }
 

@@ -1,5 +1,5 @@
-//! The policies of docs/immutability.md, as they stand there: with them each role can do what it is for, and whoever
-//! has stolen it nothing that another one is for.
+//! The policies of docs/access.md with what docs/immutability.md adds to them, as they stand there: with them each role
+//! can do what it is for, and whoever has stolen it nothing that another one is for.
 
 #[allow(dead_code)]
 mod bucket;
@@ -13,14 +13,16 @@ use bytes::Bytes;
 use fairvault_engine::store::Store;
 use fairvault_engine::store::url::RepositoryUrl;
 use fairvault_engine::store::versions::{DAY_US, Deleted, Lock, Mode};
+use fairvault_format::names;
 use fairvault_tests::fixture::{Fixture, SMALL, Shape, refused};
-use fairvault_tests::policy::{self, Act, LOCKED_DAYS, Policy};
+use fairvault_tests::policy::{self, Act, LOCKED_DAYS, PREFIX, Policy};
 use fairvault_tests::proxy::{Proxy, S3Request, Target};
 use fairvault_tests::s3::S3;
 
-use bucket::World;
+use bucket::{Server, World};
 
-const BUCKET: &str = "acme-backups";
+const BUCKET: &str = "bucket";
+const REFUSED: &str = "refused the credentials";
 
 /// By role.
 static POLICIES: LazyLock<BTreeMap<&str, Policy>> = LazyLock::new(|| documented().unwrap_or_default());
@@ -28,14 +30,18 @@ static POLICIES: LazyLock<BTreeMap<&str, Policy>> = LazyLock::new(|| documented(
 static DONE: Mutex<BTreeSet<(String, &str)>> = Mutex::new(BTreeSet::new());
 
 fn documented() -> Result<BTreeMap<&'static str, Policy>> {
+    let [reader, writer, founder, deleter] = policy::access()?;
     let blocks = policy::blocks("docs/immutability.md")?;
-    let [writer, deleter, keeper] = &blocks[..] else {
+    let [versions, deletes, locks] = &blocks[..] else {
         bail!("{} policies instead of three", blocks.len());
     };
+    let of = |more: &[&str]| Policy::of(&[&[reader.as_str(), versions.as_str()], more].concat());
     Ok(BTreeMap::from([
-        ("writer", Policy::of(&[writer.as_str()], BUCKET)?),
-        ("deleter", Policy::of(&[deleter.as_str()], BUCKET)?),
-        ("keeper", Policy::of(&[keeper.as_str()], BUCKET)?),
+        ("reader", of(&[])?),
+        ("writer", of(&[writer.as_str()])?),
+        ("founder", of(&[writer.as_str(), founder.as_str()])?),
+        ("deleter", of(&[deleter.as_str(), deletes.as_str()])?),
+        ("keeper", of(&[locks.as_str()])?),
     ]))
 }
 
@@ -69,7 +75,7 @@ struct Place {
     number: u32,
     /// The configuration of somebody who may do everything.
     original: String,
-    _s3: S3,
+    s3: S3,
 }
 
 impl Place {
@@ -84,7 +90,7 @@ impl Place {
         let lock = "x-amz-bucket-object-lock-enabled: true";
         s3.curl(&["-fsS", "-X", "PUT", "-H", lock, &format!("{}/{BUCKET}", s3.endpoint())])?;
         let proxy = Proxy::start(Target::Guarded(s3.port, allows))?;
-        let url = format!("s3://{BUCKET}/prod");
+        let url = format!("s3://{BUCKET}/prefix");
         s.use_s3(&format!("http://127.0.0.1:{}", proxy.port), &url, more)?;
         let original = std::fs::read_to_string(s.scratch.join("s3.toml"))?;
         let store = open(&s3.endpoint(), "test")?;
@@ -93,11 +99,12 @@ impl Place {
             proxy,
             number,
             original,
-            _s3: s3,
+            s3,
         };
-        this.configure("writer", &["deleter", "keeper"])?;
+        this.configure("founder", &["deleter", "keeper"])?;
         this.w.s.ok(&["stanza", "create", "acme"])?;
         this.nothing_was_denied("making a stanza")?;
+        this.configure("writer", &["deleter", "keeper"])?;
         Ok(this)
     }
 
@@ -138,7 +145,7 @@ impl Place {
 
 fn open(endpoint: &str, access_key: &str) -> Result<Store> {
     let url = RepositoryUrl {
-        url: format!("s3://{BUCKET}/prod"),
+        url: format!("s3://{BUCKET}/prefix"),
         endpoint: Some(endpoint.to_owned()),
         region: Some("us-east-1".into()),
         access_key: Some(access_key.to_owned()),
@@ -152,11 +159,14 @@ fn open(endpoint: &str, access_key: &str) -> Result<Store> {
 async fn each_role_can_do_what_it_is_for() -> Result<()> {
     let place = Place::new("roles", 1, "retention = { full = 1 }")?;
     let (w, s) = (&place.w, &place.w.s);
-    let (first, _) = w.backup()?;
+    let (first, segment) = w.backup()?;
     s.ok(&["hold", "acme", &first, "--reason", "a test"])?;
     s.ok(&["unhold", "acme", &first])?;
-    s.ok(&["check", "acme"])?;
+    for verb in ["info", "check", "audit"] {
+        s.ok(&[verb, "acme"])?;
+    }
     s.ok(&["verify", "acme", "--progress", "none"])?;
+    s.ok(&["wal", "get", "acme", &segment, &s.path("fetched")])?;
     let (exit, text) = s.restore("copy", &[]);
     ensure!(exit == 0, "{text}");
     place.nothing_was_denied("a writer")?;
@@ -168,7 +178,9 @@ async fn each_role_can_do_what_it_is_for() -> Result<()> {
     place.nothing_was_denied("lock")?;
 
     // New keys: nothing of the first backup is used by the second.
+    place.configure("founder", &["deleter", "keeper"])?;
     s.ok(&["key", "rotate", "acme"])?;
+    place.configure("writer", &["deleter", "keeper"])?;
     w.backup()?;
     s.ok(&["expire", "acme"])?;
     place.nothing_was_denied("a writer")?;
@@ -204,6 +216,7 @@ async fn each_role_can_do_what_it_is_for() -> Result<()> {
 
     let spare = s.path("spare");
     s.ok(&["key", "generate", &spare])?;
+    place.configure("founder", &["deleter", "keeper"])?;
     s.ok(&["key", "add-slot", "acme", "spare", "--secret-file", &spare])?;
     s.ok(&["key", "remove-slot", "acme", "spare"])?;
     place.nothing_was_denied("adding or removing a slot")?;
@@ -227,6 +240,19 @@ async fn each_role_can_do_what_it_is_for() -> Result<()> {
         ensure!(keeper.contains(action), "{action}: {keeper:?}");
     }
     Ok(())
+}
+
+/// Before a backup counts, its writer asks how long the packs are locked that it relies on.
+#[test]
+fn a_writer_asks_for_locks() -> Result<()> {
+    let place = Place::new("asks", 4, "retention = { full = \"20d\" }")?;
+    bucket::set_default(&Server::of(&place.s3), BUCKET, 60)?;
+    place.configure("writer", &["deleter"])?;
+    place.w.backup()?;
+    place.w.backup()?;
+    let writer = done_by("writer4");
+    ensure!(writer.contains("s3:GetObjectRetention"), "{writer:?}");
+    place.nothing_was_denied("a backup that relies on packs")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -271,13 +297,25 @@ async fn what_was_stolen_does_not_do_what_others_are_for() -> Result<()> {
             ensure!(locked(102).await.is_err(), "{role} locked {} for long", object.name);
             ensure!(locked(90).await.is_ok() == (role == "keeper"), "{role} {}", object.name);
             let is_own = match role {
-                "writer" => true,
+                "writer" => folder != "keys",
                 "deleter" => ["log", "index"].contains(&folder),
                 _ => false,
             };
             let put = store.put_hashed(&free(folder), garbage().into()).await;
             ensure!(put.is_ok() == is_own, "{role} {folder}: {put:?}");
         }
+        // Nor what stands above stanzas, nor another stanza, nor that this one was erased.
+        for name in ["fairvault.json", "other/log/x", "other/packs/x", "acme/erased"] {
+            if (role, name) != ("deleter", "acme/erased") {
+                let put = store.put_hashed(name, garbage().into()).await;
+                let said = put.err().map(|error| error.to_string()).unwrap_or_default();
+                ensure!(said.contains(REFUSED), "{role} stored {name}: {said}");
+            }
+        }
+        let read = store.get_opt("other/keys/00000001/x", 100).await;
+        ensure!(read.is_err(), "{role} reads another stanza: {read:?}");
+        let listed = store.list("other").await;
+        ensure!(listed.is_err(), "{role} lists another stanza: {listed:?}");
     }
     let after = w.contents().await?;
     ensure!(after.is_superset(&before), "a version is lost");
@@ -287,13 +325,14 @@ async fn what_was_stolen_does_not_do_what_others_are_for() -> Result<()> {
     let lock = |days| s.fairvault(&["lock", "acme", "--days", days, "--progress", "none"]);
     refused(lock("120"), 1, "s3:PutObjectRetention")?;
     place.configure("writer", &[])?;
-    refused(lock("95"), 1, "s3:GetObjectRetention")?;
+    refused(lock("95"), 1, "s3:PutObjectRetention")?;
+    refused(s.fairvault(&["key", "rotate", "acme"]), 1, REFUSED)?;
     place.configure("keeper", &["deleter", "keeper"])?;
     for words in [
         &["backup", "acme", "--fast", "--progress", "none"][..],
         &["hold", "acme", "latest", "--reason", "a test"],
     ] {
-        refused(s.fairvault(words), 1, "refused the credentials")?;
+        refused(s.fairvault(words), 1, REFUSED)?;
     }
     Ok(())
 }
@@ -323,32 +362,67 @@ fn no_role_changes_the_bucket_or_ends_a_lock() -> Result<()> {
             "s3:BypassGovernanceRetention",
             "s3:PutObjectLegalHold",
         ] {
-            for name in ["", "prod/fairvault.json", "prod/acme/log/00000000000000000001"] {
+            for name in ["", "prefix/fairvault.json", "prefix/acme/log/00000000000000000001"] {
                 ensure!(!own.allows(&Act::new(action, BUCKET, name)), "{role} {action} {name}");
             }
         }
         ensure!(
-            !own.allows(&Act::new("s3:GetObject", "another", "prod/fairvault.json")),
+            !own.allows(&Act::new("s3:GetObject", "another", "prefix/fairvault.json")),
             "{role}"
         );
         ensure!(
-            own.allows(&Act::new("s3:GetObject", BUCKET, "prod/fairvault.json")),
+            own.allows(&Act::new("s3:GetObject", BUCKET, "prefix/fairvault.json")),
             "{role}"
         );
-        ensure!(own.allows(&Act::new("s3:ListBucket", BUCKET, "")), "{role}");
+        for action in ["s3:ListBucket", "s3:ListBucketVersions"] {
+            let lists = |prefix: &str| own.allows(&Act::new(action, BUCKET, "").with(PREFIX, prefix));
+            ensure!(
+                lists("prefix/acme/log/") && !lists("") && !lists("other/"),
+                "{role} {action}"
+            );
+            let is_founder = (*role, action) == ("founder", "s3:ListBucket");
+            ensure!(lists("prefix/other/log/") == is_founder, "{role} {action}");
+        }
     }
     let may = |role: &str, action, name: &str| policies[role].allows(&Act::new(action, BUCKET, name));
-    ensure!(may("writer", "s3:PutObject", "prod/acme/packs/00/x") && !may("writer", "s3:DeleteObject", "prod/acme/x"));
-    ensure!(may("deleter", "s3:PutObject", "prod/acme/log/1") && !may("deleter", "s3:PutObject", "prod/acme/packs/1"));
-    ensure!(!may("deleter", "s3:PutObject", "prod/acme/keys/00000001/log"));
-    ensure!(!may("keeper", "s3:PutObject", "prod/acme/log/1") && !may("keeper", "s3:DeleteObject", "prod/acme/log/1"));
+    let stores = |role: &str, name: &str| may(role, "s3:PutObject", &format!("prefix/{name}"));
+    for folder in [
+        names::PACKS,
+        names::ROOTS,
+        names::INDEX,
+        names::WAL,
+        names::LOG,
+        names::SNAPSHOTS,
+        names::LEASES,
+        names::DISTRUSTED,
+    ] {
+        for role in ["writer", "founder"] {
+            ensure!(stores(role, &format!("acme/{folder}/x")), "{role} {folder}");
+            ensure!(!stores(role, &format!("other/{folder}/x")), "{role} {folder}");
+        }
+        ensure!(!may("writer", "s3:DeleteObject", &format!("prefix/acme/{folder}/x")));
+    }
+    ensure!(stores("writer", "probe/x") && !stores("reader", "probe/x") && !stores("reader", "acme/log/1"));
+    for (name, is_founders) in [
+        ("acme/keys/00000001/main", true),
+        ("fairvault.json", true),
+        ("acme/erased", false),
+        ("acme/x", false),
+        ("other/keys/00000001/main", false),
+    ] {
+        ensure!(!stores("writer", name), "{name}");
+        ensure!(stores("founder", name) == is_founders, "{name}");
+    }
+    ensure!(stores("deleter", "acme/log/1") && !stores("deleter", "acme/packs/1"));
+    ensure!(!stores("deleter", "acme/keys/00000001/log"));
+    ensure!(!stores("keeper", "acme/log/1") && !may("keeper", "s3:DeleteObject", "prefix/acme/log/1"));
     let locks = |days: &str| {
-        let act = Act::new("s3:PutObjectRetention", BUCKET, "prod/acme/log/1");
+        let act = Act::new("s3:PutObjectRetention", BUCKET, "prefix/acme/log/1");
         policies["keeper"].allows(&act.with(LOCKED_DAYS, days))
     };
     ensure!(locks("100") && !locks("101") && !locks("100000000000000000000") && !locks(""));
     ensure!(
-        !may("keeper", "s3:PutObjectRetention", "prod/acme/log/1"),
+        !may("keeper", "s3:PutObjectRetention", "prefix/acme/log/1"),
         "for how long is not said"
     );
     Ok(())

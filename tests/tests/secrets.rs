@@ -6,11 +6,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use fairvault_tests::fixture::{SMALL, files};
 use fairvault_tests::s3::S3;
-use fairvault_tests::{Fixture, Receiver, Shape};
+use fairvault_tests::{Fixture, Receiver, Scratch, Shape, code, run};
 
 const S3_SECRET: &str = "the-canary-of-the-bucket";
 const PASSWORD: &str = "the-canary-of-the-server";
 const DELETER_SECRET: &str = "the-canary-of-the-deleter";
+const KEEPER_SECRET: &str = "the-canary-of-the-keeper";
 const PASSPHRASE: &str = "the canary that opens everything";
 
 fn holds(content: &[u8], secret: &str) -> bool {
@@ -26,15 +27,18 @@ fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
     s.use_s3(&s3.endpoint(), "s3://bucket/x", more)?;
     s.scratch.write("s3.secret", S3_SECRET.as_bytes())?;
     s.scratch.write("deleter.secret", DELETER_SECRET.as_bytes())?;
+    s.scratch.write("keeper.secret", KEEPER_SECRET.as_bytes())?;
     s.scratch.write("passphrase", format!("{PASSPHRASE}\n").as_bytes())?;
     let config = std::fs::read_to_string(s.scratch.join("s3.toml"))?;
     let config: Vec<String> = config
         .lines()
         .map(|line| match line {
             line if line.starts_with("secret_key") => format!(
-                "secret_key_file = \"{}\"\ndeleter = {{ access_key = \"deleter\", secret_key_file = \"{}\" }}",
+                "secret_key_file = \"{}\"\ndeleter = {{ access_key = \"deleter\", secret_key_file = \"{}\" }}\n\
+                 keeper = {{ access_key = \"keeper\", secret_key_file = \"{}\" }}",
                 s.path("s3.secret"),
-                s.path("deleter.secret")
+                s.path("deleter.secret"),
+                s.path("keeper.secret")
             ),
             line if line.starts_with("conninfo") => {
                 line.replace("user=postgres", &format!("user=postgres password={PASSWORD}"))
@@ -45,13 +49,20 @@ fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
     let config = config.join("\n") + "\n";
     let says = |word: &str| config.contains(word);
     ensure!(
-        says(PASSWORD) && says("s3.secret") && says("deleter.secret"),
+        says(PASSWORD) && says("s3.secret") && says("deleter.secret") && says("keeper.secret"),
         "{config}"
     );
     s.scratch.write("s3.toml", config.as_bytes())?;
     let key = std::fs::read_to_string(s.path("key"))?.trim().to_owned();
     let digits = key.rsplit(':').next().context("a key")?.to_owned();
-    let secrets = [S3_SECRET, DELETER_SECRET, PASSWORD, PASSPHRASE, digits.as_str()];
+    let secrets = [
+        S3_SECRET,
+        DELETER_SECRET,
+        KEEPER_SECRET,
+        PASSWORD,
+        PASSPHRASE,
+        digits.as_str(),
+    ];
     let passphrase = s.path("passphrase");
     let mut said = String::new();
     let mut run = |arguments: &[&str]| {
@@ -68,6 +79,8 @@ fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
     run(&["key", "add-slot", "acme", "spare", "--secret-file", &passphrase]);
     run(&["key", "list", "acme"]);
     run(&["gc", "acme", "--patience", "1s", "--progress", "none"]);
+    // The bucket locks nothing.
+    run(&["lock", "acme", "--days", "1", "--progress", "none"]);
     // What a passphrase opens is kept, and the command that fetches WAL says where it is.
     let to = s.path("r");
     let by_passphrase = ["--passphrase-file", &passphrase];
@@ -112,6 +125,17 @@ fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
     let wrong = config.replace("deleter.secret", "missing.secret");
     s.scratch.write("s3.toml", wrong.as_bytes())?;
     run(&["gc", "acme", "--progress", "none"]);
+    let wrong = config.replace("keeper.secret", "missing-keeper.secret");
+    s.scratch.write("s3.toml", wrong.as_bytes())?;
+    run(&["lock", "acme", "--days", "1", "--progress", "none"]);
+    // Whoever has a retention by age asks for locks before a backup.
+    let kept = format!("{config}retention = {{ full = \"20d\" }}\n");
+    s.scratch.write("s3.toml", kept.as_bytes())?;
+    run(&["backup", "acme", "--fast", "--progress", "none"]);
+    let wrong = config.replace(&s3.endpoint(), "http://127.0.0.1:1");
+    s.scratch.write("s3.toml", wrong.as_bytes())?;
+    run(&["gc", "acme", "--progress", "none"]);
+    run(&["lock", "acme", "--days", "1", "--progress", "none"]);
     let wrong = config.replace("port=5432", "port=5999");
     s.scratch.write("s3.toml", wrong.as_bytes())?;
     run(&["backup", "acme", "--progress", "none"]);
@@ -119,6 +143,8 @@ fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
     let wrong = config.replace("s3://bucket/", "s3://nobucket/");
     s.scratch.write("s3.toml", wrong.as_bytes())?;
     run(&["backup", "acme", "--progress", "none"]);
+    run(&["gc", "acme", "--progress", "none"]);
+    run(&["lock", "acme", "--days", "1", "--progress", "none"]);
     let wrong = config.replace("[stanza.acme]", "[stanza.acme]\nnonsense = 1");
     s.scratch.write("s3.toml", wrong.as_bytes())?;
     run(&["info", "acme"]);
@@ -127,6 +153,10 @@ fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
     s.scratch.write("s3.toml", config.as_bytes())?;
     run(&["info", "acme"]);
     ensure!(said.len() > 5_000, "{said}");
+    ensure!(
+        said.contains("missing-keeper.secret") && said.contains("onnection refused"),
+        "the keeper was not asked for, or nobody was away: {said}"
+    );
     for secret in secrets {
         if let Some(line) = said.lines().find(|line| line.contains(secret)) {
             anyhow::bail!("{secret} is in: {line}");
@@ -140,6 +170,140 @@ fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
                     "{secret} is in {}",
                     path.display()
                 );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What a command says that finds these variables in its environment.
+fn said_with(scratch: &Scratch, environment: &[String], arguments: &[&str]) -> String {
+    let mut command = scratch.command("env");
+    command
+        .arg(format!("HOME={}", scratch.path().display()))
+        .args(environment)
+        .arg(scratch.join("fairvault"))
+        .args(["--config", "other.toml", "--log-level", "trace"])
+        .args(arguments);
+    code(&mut command).1
+}
+
+/// Azure and GCS, from the configuration or from variables: nobody listens where they are said to be.
+#[test]
+fn secrets_of_other_stores_are_in_no_message() -> Result<()> {
+    // A key of an account is Base64: of "the canary of the account".
+    const ACCOUNT_KEY: &str = "dGhlIGNhbmFyeSBvZiB0aGUgYWNjb3VudA==";
+    const NO_KEY: &str = "the canary that is no key of an account";
+    const WORD: &str = "the-canary-in-a-variable";
+    let scratch = Scratch::new("others")?;
+    run(&mut scratch.fairvault(&["key", "generate", "key"]))?;
+    scratch.write("account.secret", ACCOUNT_KEY.as_bytes())?;
+    scratch.write("wrong.secret", NO_KEY.as_bytes())?;
+    run(scratch
+        .command("openssl")
+        .args("genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048 -out service.pem".split(' ')))?;
+    let pem = std::fs::read_to_string(scratch.join("service.pem"))?;
+    let line_of_pem = pem.lines().nth(3).context("a private key")?.to_owned();
+    let service = |private_key: &str| {
+        let account = serde_json::json!({
+            "private_key": private_key, "private_key_id": "1", "client_email": "nobody@nowhere.invalid",
+        });
+        account.to_string()
+    };
+    scratch.write("service.json", service(&pem).as_bytes())?;
+
+    let azure = "url = \"az://vault/x\"\nendpoint = \"http://127.0.0.1:1/account\"";
+    let configured = |file: &str| {
+        let secret = scratch.join(file);
+        format!(
+            "{azure}\naccess_key = \"account\"\nsecret_key_file = \"{}\"",
+            secret.display()
+        )
+    };
+    let google = "url = \"gs://vault/x\"\nendpoint = \"http://127.0.0.1:1\"";
+    let of_account = |more: &[&str]| -> Vec<String> {
+        let name = ["AZURE_STORAGE_ACCOUNT_NAME=account"];
+        name.iter().chain(more).map(|&variable| variable.to_owned()).collect()
+    };
+    let client = [
+        "AZURE_CLIENT_ID=client",
+        "AZURE_TENANT_ID=tenant",
+        "AZURE_AUTHORITY_HOST=http://127.0.0.1:1",
+        &format!("AZURE_CLIENT_SECRET={WORD}"),
+    ];
+    let cut = &service(&pem)[..100];
+    let in_variable = |key: &str| vec![format!("GOOGLE_SERVICE_ACCOUNT_KEY={key}")];
+    let away = "onnection refused";
+    let cases: [(&str, String, Vec<String>, &str); 10] = [
+        ("a key", configured("account.secret"), Vec::new(), away),
+        ("no key", configured("wrong.secret"), Vec::new(), "is no Base64"),
+        (
+            "a key in a variable",
+            azure.to_owned(),
+            of_account(&[&format!("AZURE_STORAGE_ACCOUNT_KEY={ACCOUNT_KEY}")]),
+            away,
+        ),
+        (
+            "a signature",
+            azure.to_owned(),
+            of_account(&[&format!("AZURE_STORAGE_SAS_KEY=sv=2021-08-06&sp=rwl&sig={WORD}")]),
+            away,
+        ),
+        (
+            "a token",
+            azure.to_owned(),
+            of_account(&[&format!("AZURE_STORAGE_TOKEN={WORD}")]),
+            away,
+        ),
+        ("a client's secret", azure.to_owned(), of_account(&client), away),
+        (
+            "a service account",
+            google.to_owned(),
+            in_variable(&service(&pem)),
+            away,
+        ),
+        (
+            "a service account's file",
+            google.to_owned(),
+            vec![format!(
+                "GOOGLE_SERVICE_ACCOUNT={}",
+                scratch.path().join("service.json").display()
+            )],
+            away,
+        ),
+        (
+            "no private key",
+            google.to_owned(),
+            in_variable(&service(WORD)),
+            "the GCS client cannot be made",
+        ),
+        (
+            "half of a service account",
+            google.to_owned(),
+            in_variable(cut),
+            "the GCS client cannot be made",
+        ),
+    ];
+    let secrets = [
+        ACCOUNT_KEY,
+        "the canary of the account",
+        NO_KEY,
+        WORD,
+        line_of_pem.as_str(),
+        &cut[20..60],
+    ];
+    for (what, repository, environment, word) in cases {
+        let dir = scratch.path().display();
+        let config = format!(
+            "cache = \"{dir}/cache\"\n[repo.main]\n{repository}\nretry_timeout = \"1s\"\n\
+             [stanza.acme]\nkey = {{ file = \"{dir}/key\" }}\n"
+        );
+        scratch.write("other.toml", config.as_bytes())?;
+        for form in ["text", "json"] {
+            let said = said_with(&scratch, &environment, &["info", "acme", "--output", form]);
+            ensure!(said.contains(word), "{what}: {said}");
+            for secret in secrets {
+                ensure!(!said.contains(secret), "{what}: {secret} is in: {said}");
             }
         }
     }

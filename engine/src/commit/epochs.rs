@@ -71,5 +71,5 @@ pub fn rotated(stanza: &Stanza) -> Error {
             stanza.shown()
         ),
     )
-    .remedy("start it again: it uses the new keys then")
+    .remedy("start it again: it uses the new keys then. `fairvault audit` shows every rotation")
 }

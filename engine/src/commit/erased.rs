@@ -24,7 +24,7 @@ impl Log {
 /// Longest text that is shown of what an object says, which nobody may have signed.
 const SHOWN: usize = 200;
 
-fn shown_text(text: &str) -> String {
+pub(super) fn shown_text(text: &str) -> String {
     let plain = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     text.chars().take(SHOWN).map(plain).collect()
 }

@@ -6,6 +6,7 @@
 use fairvault_format::proto::{self, CloseTimeline, log_entry::Kind as Entry};
 
 use super::Log;
+use super::authors::who;
 use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
 use crate::wal::archive::Archive;
@@ -23,21 +24,12 @@ pub fn by_whom(now: &proto::Snapshot) -> String {
     let Some(fenced) = &now.fenced else {
         return String::new();
     };
-    let time = jiff::Timestamp::from_microsecond(fenced.time_us).unwrap_or_default();
-    let user = match fenced.user.as_str() {
-        "" => "somebody",
-        user => user,
-    };
     let because = match fenced.reason.as_str() {
         "" => String::new(),
         reason => format!(": {reason}"),
     };
-    format!(
-        " by {user} on {} at {} (entry {} of the log){because}",
-        fenced.host,
-        time.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        fenced.seq
-    )
+    let by = who(&fenced.user, &fenced.host, fenced.time_us, fenced.seq);
+    format!(" by {by}{because}")
 }
 
 /// Ends all open sessions, and stops all writers that are at work; returns how many sessions that were.

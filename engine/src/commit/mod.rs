@@ -5,6 +5,7 @@
 //! written is of the newest key epoch, and what older keys have written since is void; a log that is shorter
 //! than, or different from, what this host saw before is refused.
 
+pub mod authors;
 mod epochs;
 pub mod erased;
 pub mod fence;
@@ -24,6 +25,7 @@ use crate::env;
 use crate::error::{Error, Kind, Result};
 use crate::stanza::Stanza;
 use crate::store::Created;
+use authors::Authors;
 pub use epochs::rotated;
 
 /// Entries fetched at once.
@@ -43,6 +45,8 @@ pub struct Log {
     void: Vec<u64>,
     /// The log of a stanza that was erased may be read.
     reads_erased: bool,
+    /// Who wrote what was read of it.
+    authors: Authors,
 }
 
 impl Log {
@@ -56,6 +60,7 @@ impl Log {
             backups_only: false,
             void: Vec::new(),
             reads_erased: false,
+            authors: Authors::default(),
         }
     }
 
@@ -343,10 +348,14 @@ impl Log {
         if let Some(epoch) = &named {
             self.check_signers(&self.stanza, epoch)?;
         }
-        if state::is_void(&self.state, &entry, keys.epoch) {
+        let is_void = state::is_void(&self.state, &entry, keys.epoch);
+        if is_void {
             self.void.push(seq);
         }
         state::apply(&mut self.state, &entry, keys.epoch)?;
+        if !is_void {
+            self.authors.see(&entry, named.is_some());
+        }
         if let Some(epoch) = &named {
             self.signers.add(epoch);
         }

@@ -313,7 +313,7 @@ pub fn trusts_parsers(state: &Snapshot, info: &BackupInfo) -> Result<()> {
                 info.id, d.parser_version, d.reason
             ),
         )
-        .remedy("take it again: it will not rely on that")),
+        .remedy("take it again: it will not rely on that. `fairvault audit` shows who said so")),
     }
 }
 

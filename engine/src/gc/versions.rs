@@ -5,6 +5,11 @@
 //! collection has deleted it: a sweep in the log says so, it is of a kind that nothing relies on, or something whole
 //! has taken its place. That something is hidden says nothing: whoever wants to harm puts a delete marker above what is
 //! needed. The marker goes last: the version below it would be seen again.
+//!
+//! Of two collectors at one mark, one may keep for a reader what the other, who has seen none, deletes a moment later and
+//! cannot say any more: the mark has ended. No listing shows it, so no mark would ever name it again. Therefore what the last
+//! sweep has left, and what cannot be seen and is needed by no backup, is marked once more. Then a sweep decides as always:
+//! for a reader who lives it is kept once more, whoever has hidden it.
 
 use std::collections::{HashMap, HashSet};
 
@@ -13,10 +18,11 @@ use fairvault_format::proto::{GcMark, LogEntry, log_entry::Kind as Entry};
 use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
-use super::sweep::hashes;
+use super::history::Past;
+use super::sweep::{self, hashes};
 use super::usage::Usage;
 use super::wal::Expired;
-use super::{Count, Options, Report, SNAPSHOTS};
+use super::{Count, MARK_PACKS, Options, Report, SNAPSHOTS};
 use crate::commit::Log;
 use crate::error::{Error, Result};
 use crate::immutable::pieces::{Pieces, Settled};
@@ -59,6 +65,31 @@ struct Swept {
     packs: HashSet<[u8; 32]>,
     roots: HashSet<[u8; 32]>,
     runs: HashSet<[u8; 32]>,
+    left: Left,
+}
+
+/// What the last sweep that could have deleted it has not, as far as it says.
+#[derive(Debug, Default)]
+struct Left {
+    packs: HashSet<[u8; 32]>,
+    roots: HashSet<[u8; 32]>,
+}
+
+impl Left {
+    /// Those of some objects in a folder that cannot be seen: somebody has deleted or hidden them since.
+    fn unseen(&self, folder: &str, objects: &[Object]) -> Vec<Vec<u8>> {
+        let left = match folder {
+            names::PACKS => &self.packs,
+            names::ROOTS => &self.roots,
+            _ => return Vec::new(),
+        };
+        let unseen = objects.iter().filter(|object| !object.is_visible());
+        let named = unseen.filter_map(|object| names::parse_hash(&object.name));
+        named
+            .filter(|hash| left.contains(hash))
+            .map(|hash| hash.to_vec())
+            .collect()
+    }
 }
 
 impl Swept {
@@ -80,9 +111,14 @@ impl Swept {
                 Some(Entry::GcMark(mark)) => _ = marks.insert(entry.seq, mark),
                 Some(Entry::GcSwept(swept)) => {
                     if let Some(mark) = marks.remove(&swept.mark) {
+                        let left = &mut this.left;
                         this.packs.extend(hashes(&mark.packs));
+                        hashes(&mark.packs).for_each(|pack| _ = left.packs.remove(&pack));
                         hashes(&swept.kept).for_each(|pack| _ = this.packs.remove(&pack));
+                        left.packs.extend(hashes(&swept.kept));
                         hashes(&mark.roots).for_each(|root| _ = this.roots.remove(&root));
+                        left.roots.extend(hashes(&mark.roots));
+                        hashes(&swept.roots).for_each(|root| _ = left.roots.remove(&root));
                         this.roots.extend(hashes(&swept.roots));
                         // Those that it did not delete are live, or were withdrawn since.
                         this.runs.extend(hashes(&mark.index_runs));
@@ -94,11 +130,30 @@ impl Swept {
         }
         // What is marked again is somebody else's.
         for open in open_marks {
-            hashes(&open.packs).for_each(|pack| _ = this.packs.remove(&pack));
-            hashes(&open.roots).for_each(|root| _ = this.roots.remove(&root));
+            for pack in hashes(&open.packs) {
+                this.packs.remove(&pack);
+                this.left.packs.remove(&pack);
+            }
+            for root in hashes(&open.roots) {
+                this.roots.remove(&root);
+                this.left.roots.remove(&root);
+            }
             hashes(&open.index_runs).for_each(|run| _ = this.runs.remove(&run));
         }
         this
+    }
+
+    /// Without what is needed.
+    fn without(&mut self, past: &Past, usage: &Usage) {
+        for packs in [&mut self.packs, &mut self.left.packs] {
+            packs.retain(|pack| !usage.uses(pack));
+        }
+        for backup in past.needed() {
+            for root in hashes([&backup.root]) {
+                self.roots.remove(&root);
+                self.left.roots.remove(&root);
+            }
+        }
     }
 }
 
@@ -121,9 +176,7 @@ pub async fn purge(
     let mut swept = Swept::of(&Log::replay(stanza.clone()).await?);
     log.refresh().await?;
     let (past, usage) = Usage::of_needed(log).await?;
-    swept.packs.retain(|pack| !usage.uses(pack));
-    past.needed()
-        .for_each(|backup| hashes([&backup.root]).for_each(|root| _ = swept.roots.remove(&root)));
+    swept.without(&past, &usage);
     hashes(&log.state().index_runs).for_each(|run| _ = swept.runs.remove(&run));
     drop(usage);
     let snapshots = store.list(names::SNAPSHOTS).await?;
@@ -135,6 +188,7 @@ pub async fn purge(
         now_us: stanza.env().now_us(),
         dry_run: options.dry_run,
     };
+    let mut again = GcMark::default();
     let out = report.versions.insert(Versions::default());
     for folder in [
         names::PACKS,
@@ -155,6 +209,10 @@ pub async fn purge(
                 names::SNAPSHOTS => oldest_kept.as_ref().is_some_and(|kept| object.name < *kept),
                 _ => true,
             };
+            match folder {
+                names::PACKS => again.packs.extend(swept.left.unseen(folder, &page)),
+                _ => again.roots.extend(swept.left.unseen(folder, &page)),
+            }
             let is_lease = folder == names::LEASES;
             let mut old: Vec<Object> = page.into_iter().filter(is_old).collect();
             // Of a lease that somebody holds, the heartbeats before the last one.
@@ -183,7 +241,26 @@ pub async fn purge(
     }
     pieces.settle(&mut settled).await?;
     out.add(&purge.all(settled.replaced).await?);
-    Ok(())
+    match options.dry_run {
+        true => Ok(()),
+        false => mark_again(log, again, options, report).await,
+    }
+}
+
+/// Marks and sweeps what is gone, and no sweep says of it that it is. Its versions are for a later run.
+async fn mark_again(log: &mut Log, mut again: GcMark, options: &Options, report: &mut Report) -> Result<()> {
+    again.packs.truncate(MARK_PACKS);
+    again.roots.truncate(MARK_PACKS);
+    if again.packs.is_empty() && again.roots.is_empty() {
+        return Ok(());
+    }
+    let seq = log.append(Entry::GcMark(again), |_| Ok(())).await?;
+    let mut open = log.state().open_marks.iter();
+    // If somebody has to be waited for, that is said, and the mark stays open.
+    match open.find(|mark| mark.seq == seq).cloned() {
+        Some(mark) => sweep::run(log, &mark, options, report).await.map(|_| ()),
+        None => Ok(()),
+    }
 }
 
 struct Purge<'a> {
@@ -322,13 +399,59 @@ mod tests {
 
     #[test]
     fn what_is_marked_again_is_not_gone() {
-        let entries = [mark(1, &[1], &[3]), swept(1, &[], &[3])];
+        let entries = [mark(1, &[1, 2], &[3, 4]), swept(1, &[2], &[3])];
         let open = GcMark {
-            packs: list(&[1]),
-            roots: list(&[3]),
+            packs: list(&[1, 2]),
+            roots: list(&[3, 4]),
             ..Default::default()
         };
         let swept = Swept::by(entries.iter(), &[open]);
         assert!(swept.packs.is_empty() && swept.roots.is_empty());
+        assert!(swept.left.packs.is_empty() && swept.left.roots.is_empty());
+    }
+
+    fn object(folder: &str, number: u8, markers: &[bool]) -> Object {
+        let name = match folder {
+            names::PACKS => names::pack(&[number; 32]),
+            _ => names::root(&[number; 32]),
+        };
+        let version = |is_marker: &bool| Version {
+            id: "1".to_owned(),
+            is_marker: *is_marker,
+            modified_us: 0,
+            size: 1,
+            etag: String::new(),
+        };
+        Object {
+            name,
+            versions: markers.iter().map(version).collect(),
+        }
+    }
+
+    #[test]
+    fn what_a_sweep_has_left_and_nobody_sees_is_for_the_next_one() {
+        // A sweep has kept a pack and a manifest for a reader; another one, of the same mark, has deleted them.
+        let first = [mark(1, &[1, 2], &[3, 4]), swept(1, &[2], &[4])];
+        let unseen = |entries: &[LogEntry], folder: &str, markers: &[bool]| {
+            let left = Swept::by(entries.iter(), &[]).left;
+            let objects: Vec<Object> = (1..=4).map(|number| object(folder, number, markers)).collect();
+            left.unseen(folder, &objects)
+        };
+        let deleted = [true, false];
+        assert_eq!(unseen(&first, names::PACKS, &deleted), list(&[2]));
+        assert_eq!(unseen(&first, names::ROOTS, &deleted), list(&[3]));
+        // What can be seen is marked as it always is.
+        assert!(unseen(&first, names::PACKS, &[false]).is_empty());
+        assert!(unseen(&first, names::ROOTS, &[false]).is_empty());
+        // The next sweep says that they are gone: there is nothing left.
+        let second = [&first[..], &[mark(3, &[2], &[3]), swept(3, &[], &[3])]].concat();
+        assert_eq!(of(&second), (vec![1, 2], vec![3, 4]));
+        for folder in [names::PACKS, names::ROOTS, names::INDEX] {
+            assert!(unseen(&second, folder, &deleted).is_empty(), "{folder}");
+        }
+        // Or a reader still holds them.
+        let second = [&first[..], &[mark(3, &[2], &[3]), swept(3, &[2], &[])]].concat();
+        assert_eq!(of(&second), (vec![1], vec![4]));
+        assert_eq!(unseen(&second, names::ROOTS, &deleted), list(&[3]));
     }
 }

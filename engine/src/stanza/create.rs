@@ -7,8 +7,9 @@ use fairvault_format::keys::{self, EpochKeys, Scope};
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use fairvault_format::{limits, names, repository::Repository};
 
-use super::{Access, Stanza, erase, read_repository};
+use super::{Access, Stanza, erase, read_repository, slots};
 use crate::commit::Log;
+use crate::commit::authors::Deed;
 use crate::env::{self, Env};
 use crate::error::{Error, Kind, Result};
 use crate::store::{Created, Store, probe};
@@ -60,14 +61,14 @@ pub async fn create_with(access: &Access, cluster: Cluster, slot: &str, data: Da
             env::salt(env)?,
             env.now_us(),
         )?;
-        if let Created::Lost(_) = store
-            .create(&names::slot(1, slot), sealed.into(), limits::SLOT_BYTES)
-            .await?
-        {
+        let object = names::slot(1, slot);
+        if let Created::Lost(there) = store.create(&object, sealed.into(), limits::SLOT_BYTES).await? {
+            let since = slots::since(&object, keys::decode_slot(&there, &object).ok().as_ref());
             return Err(Error::new(
                 Kind::Held,
-                format!("somebody else is creating stanza {} just now", access.stanza),
-            ));
+                format!("somebody else is creating stanza {} just now{since}", access.stanza),
+            )
+            .remedy("run it again: with the same key, it goes on with what the other one has made"));
         }
     }
     // From the store: what this host remembers must not stand in for what the repository holds.
@@ -236,12 +237,23 @@ async fn begin_log(stanza: Arc<Stanza>, access: &Access, cluster: Cluster, slot:
         single_writer: access.repository.settings().single_writer,
     };
     let mut log = Log::empty(stanza.clone());
-    log.append(Entry::Genesis(genesis), |state| match state.seq {
+    let is_first = |state: &proto::Snapshot| match state.seq {
         0 => Ok(()),
-        _ => Err(Error::new(Kind::Held, "somebody else created the stanza just now")),
-    })
-    .await?;
-    Log::open(stanza).await
+        _ => Err(Error::new(Kind::Held, "somebody else has created it")),
+    };
+    match log.append(Entry::Genesis(genesis), is_first).await {
+        Ok(_) => Log::open(stanza).await,
+        Err(error) if error.kind() == Kind::Held => Err(Error::new(
+            Kind::Held,
+            format!(
+                "somebody else has created stanza {} just now{}",
+                access.stanza,
+                log.whose(Deed::Creation)
+            ),
+        )
+        .remedy("run it again: it opens what the other one has made, if that is of the same cluster")),
+        Err(error) => Err(error),
+    }
 }
 
 /// Fails if the log is of another cluster.

@@ -4,6 +4,8 @@
 //! names; before the entry, the secret that is to open the new epoch was seen to open all of them; keys of a rotation
 //! that died are used again only if nobody else can know them.
 
+use std::time::Duration;
+
 use fairvault_format::keys::{EpochKeys, Secret};
 use fairvault_format::names;
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
@@ -11,9 +13,13 @@ use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use super::create::{DataKeys, new_keys};
 use super::slots::{self, Opens, Put, SlotObject};
 use super::{Access, Stanza, keys_in, read_slot};
+use crate::commit::authors::Deed;
 use crate::commit::{Log, state};
 use crate::env::has_fault;
 use crate::error::{Error, Kind, Result};
+
+/// How long it may take to find out who came first, where a rotation has failed.
+const LOOK_TIME: Duration = Duration::from_secs(10);
 
 /// How to rotate.
 #[derive(Clone, Default)]
@@ -172,13 +178,36 @@ fn unfinished(
 /// Carries out what [`plan`] has found.
 pub async fn rotate(log: &Log, access: &Access, options: &Options, plan: Plan) -> Result<Rotated> {
     let mut made = Vec::new();
+    let (from, operator) = (plan.from, plan.keys.public_keys().operator);
     match carry_out(log, access, options, plan, &mut made).await {
         Ok(done) => Ok(done),
         Err(error) => {
             slots::withdraw_if_erased(log.stanza(), &made).await;
-            Err(error)
+            Err(match outrun(log, from, operator, &error).await {
+                Some(who) => held(log.stanza(), &who),
+                None => error,
+            })
         }
     }
+}
+
+/// The error of whoever comes second; `who` says what is known of the first.
+fn held(stanza: &Stanza, who: &str) -> Error {
+    Error::new(
+        Kind::Held,
+        format!("somebody else rotates the keys of {} just now{who}", stanza.shown()),
+    )
+    .remedy("see `fairvault key list`; to rotate once more, run it again")
+}
+
+/// Who has begun an epoch that follows on `from`, and when; `None` if that is not known, or if it was this rotation.
+async fn outrun(log: &Log, from: u32, operator: Option<[u8; 32]>, error: &Error) -> Option<String> {
+    let mut log = log.clone();
+    // Its keys may be such as this host's secret does not open: the entry that names them is read all the same.
+    let _ = tokio::time::timeout(LOOK_TIME, log.refresh()).await;
+    let newest = log.state().key_epochs.last().filter(|newest| newest.epoch > from)?;
+    let is_own = operator.is_some_and(|own| newest.operator_public_key == own);
+    (!is_own || error.kind() == Kind::Held).then(|| log.whose(Deed::Rotation))
 }
 
 /// The same; slots that it makes are in `made`.
@@ -196,13 +225,6 @@ async fn carry_out(
         slots,
         dropped,
     } = plan;
-    let held = || {
-        Error::new(
-            Kind::Held,
-            format!("somebody else rotates the keys of {} just now", stanza.shown()),
-        )
-        .remedy("see `fairvault key list`; to rotate once more, run it again")
-    };
     // What there is comes first: a secret that opens only what is to come would be worth nothing.
     if let Some(secret) = &options.new_secret {
         for name in &slots {
@@ -214,7 +236,11 @@ async fn carry_out(
         match slots::put(stanza, &keys, name, secret).await? {
             Put::New => made.push(names::slot(keys.epoch, name)),
             Put::Same => {}
-            Put::Other => return Err(held()),
+            Put::Other => {
+                let object = names::slot(keys.epoch, name);
+                let slot = read_slot(stanza.store(), &object, &stanza.scope().repository).await;
+                return Err(held(stanza, &slots::since(&object, slot.ok().as_ref())));
+            }
         }
     }
     if has_fault("rotate") {
@@ -232,7 +258,7 @@ async fn carry_out(
         let slot = read_slot(stanza.store(), &object, &stanza.scope().repository).await?;
         let opened = keys_in(&slot, secret, stanza.scope());
         if opened.is_none_or(|opened| opened.encode() != keys.encode()) {
-            return Err(held());
+            return Err(held(stanza, &slots::since(&object, Some(&slot))));
         }
     }
     let bundle = keys.to_bundle();
@@ -245,7 +271,7 @@ async fn carry_out(
     };
     let unchanged = |now: &proto::Snapshot| match state::newest_epoch(now) == from {
         true => Ok(()),
-        false => Err(held()),
+        false => Err(held(stanza, "")),
     };
     log.append(Entry::KeyEpoch(entry), unchanged).await?;
     // This host goes on with the new keys at once, also where a passphrase must not be stretched.

@@ -102,6 +102,15 @@ pub async fn put(stanza: &Stanza, keys: &EpochKeys, name: &str, secret: Option<&
     }
 }
 
+/// Since when a slot is there, for a message; who made it, it does not say. Empty if it cannot be read.
+pub(super) fn since(object: &str, slot: Option<&proto::Slot>) -> String {
+    let Some(slot) = slot else {
+        return String::new();
+    };
+    let time = jiff::Timestamp::from_microsecond(slot.created_us).unwrap_or_default();
+    format!(": {object} was made at {}", time.strftime("%Y-%m-%dT%H:%M:%SZ"))
+}
+
 fn taken(stanza: &Stanza, name: &str) -> Error {
     Error::refused(format!(
         "stanza {} already has another slot {name:?}, which this secret does not open",

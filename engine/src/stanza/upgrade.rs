@@ -10,6 +10,7 @@ use fairvault_format::proto::{self, Incarnation, log_entry::Kind as Entry};
 use super::Access;
 use super::create::Cluster;
 use crate::commit::Log;
+use crate::commit::authors::Deed;
 use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 
@@ -69,10 +70,21 @@ pub async fn upgrade(log: &mut Log, access: &Access, cluster: Cluster, flush: Ls
     }
     let unchanged = |now: &proto::Snapshot| match newest(now)? == from {
         true => Ok(()),
-        false => Err(Error::new(Kind::Held, "somebody else has upgraded the stanza just now")),
+        false => Err(Error::new(Kind::Held, "somebody else has upgraded it")),
     };
-    log.append(Entry::Incarnation(to), unchanged).await?;
-    Ok(Upgraded { from, to })
+    match log.append(Entry::Incarnation(to), unchanged).await {
+        Ok(_) => Ok(Upgraded { from, to }),
+        Err(error) if error.kind() == Kind::Held => Err(Error::new(
+            Kind::Held,
+            format!(
+                "somebody else has upgraded stanza {} just now{}",
+                log.stanza().name(),
+                log.whose(Deed::Upgrade)
+            ),
+        )
+        .remedy("run it again: it says whether the stanza is of this server's cluster now")),
+        Err(error) => Err(error),
+    }
 }
 
 fn newest(state: &proto::Snapshot) -> Result<Incarnation> {

@@ -6,6 +6,7 @@
 pub mod arriving;
 mod lazy;
 mod listing;
+pub(crate) mod owner;
 pub mod probe;
 mod s3;
 mod signing;
@@ -29,6 +30,7 @@ use fairvault_format::names;
 use crate::env::has_fault;
 use crate::error::{Error, Kind, Result};
 use lazy::Lazy;
+use owner::Owner;
 
 /// How a conditional create ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,22 +92,27 @@ impl Default for StoreSettings {
 pub struct Root {
     path: PathBuf,
     identity: (u64, u64),
+    /// As whom to write there, if not as who this process is.
+    owner: Option<Owner>,
+}
+
+fn identity(path: &std::path::Path) -> std::io::Result<(u64, u64)> {
+    std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino()))
 }
 
 impl Root {
     /// The folder as it is now.
     pub fn of(path: &std::path::Path) -> std::io::Result<Self> {
-        let meta = std::fs::metadata(path)?;
         Ok(Self {
             path: path.to_owned(),
-            identity: (meta.dev(), meta.ino()),
+            identity: identity(path)?,
+            owner: Owner::of(path),
         })
     }
 
     /// Still the same folder, or another one with this repository in it.
     fn is_there(&self) -> bool {
-        Self::of(&self.path).is_ok_and(|now| now.identity == self.identity)
-            || self.path.join(names::REPOSITORY).is_file()
+        identity(&self.path).is_ok_and(|now| now == self.identity) || self.path.join(names::REPOSITORY).is_file()
     }
 }
 
@@ -281,7 +288,7 @@ impl Store {
             ..self.put_options(&payload)
         };
         let uploads = self.uploads.client()?;
-        self.throttled(|| uploads.put_opts(&path, payload.clone(), options.clone()))
+        self.throttled(|| self.upload(&uploads, &path, payload.clone(), options.clone()))
             .await
             .map_err(|e| self.error("writing", name, e))?;
         self.check_written(&path)
@@ -361,7 +368,8 @@ impl Store {
             ..self.put_options(&payload)
         };
         loop {
-            let unclear = match uploads.put_opts(&path, payload.clone(), options.clone()).await {
+            let upload = self.upload(&uploads, &path, payload.clone(), options.clone());
+            let unclear = match upload.await {
                 Ok(_) => return Ok(Created::Won),
                 Err(object_store::Error::AlreadyExists { .. }) if has_fault("exists") => return Ok(Created::Won),
                 Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {

@@ -62,7 +62,8 @@ async fn raw_create(store: &Store, name: &str, bytes: Bytes) -> Result<bool> {
         mode: PutMode::Create,
         ..store.put_options(&payload)
     };
-    match store.uploads.client()?.put_opts(&path, payload, options).await {
+    let uploads = store.uploads.client()?;
+    match store.upload(&uploads, &path, payload, options).await {
         Ok(_) => Ok(true),
         Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(false),
         Err(error @ (object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. })) => {

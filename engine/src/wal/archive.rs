@@ -12,6 +12,7 @@ use fairvault_format::{limits, names, object, proto, wal};
 use super::fetch::{HEADER_GUESS, Piece};
 use super::summary;
 use super::whole::{blocking, ids_of_file};
+use crate::commit::authors::Deed;
 use crate::commit::fence::by_whom;
 use crate::commit::{Log, state};
 use crate::env::{self, has_fault};
@@ -648,11 +649,18 @@ impl Archive {
         let before = log.state().fence;
         log.refresh().await?;
         let now = log.state();
-        let same = now.archive_epochs == self.epochs && now.closed_timelines == self.closed;
-        match now.fence == before && same {
-            true => Ok(()),
-            false => Err(fenced(now)),
+        if now.fence != before {
+            return Err(fenced(now));
         }
+        let what = match now.closed_timelines == self.closed {
+            true if now.archive_epochs == self.epochs => return Ok(()),
+            true => "another archive epoch began".to_owned(),
+            false => format!("a timeline was closed or reopened{}", log.whose(Deed::Closing)),
+        };
+        Err(
+            Error::new(Kind::Held, format!("what was just written may not count: {what}"))
+                .remedy("start it again; `fairvault audit` shows why that was done"),
+        )
     }
 }
 

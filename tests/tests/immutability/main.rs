@@ -288,6 +288,7 @@ async fn what_is_protected_and_hidden_is_not_collected(server: &Server) -> Resul
 
 /// Nor is it one to let go of what is being read, although it has expired. Finds a sweep that takes a hidden manifest for
 /// one that is gone, and deletes packs below a restore; and one that has kept a manifest, and lets it go once it is hidden.
+/// Without the reader it goes for good: so it would be if another collector, who saw no reader, had deleted it meanwhile.
 async fn what_is_read_and_hidden_is_not_collected(server: &Server) -> Result<()> {
     let w = World::new("readhidden", server, false, "retention = { full = 1 }")?;
     let (first, _) = w.backup()?;
@@ -348,6 +349,19 @@ async fn what_is_read_and_hidden_is_not_collected(server: &Server) -> Result<()>
         exit == 0 && done["packs"]["objects"].as_u64() > Some(0) && packs().await?.len() < before.len(),
         "{exit} {done}"
     );
+    // No listing shows the manifest, and yet that collection has marked it and says that it is gone.
+    let (exit, done) = w.gc()?;
+    ensure!(
+        exit == 0 && done["versions"]["deleted"]["objects"].as_u64() > Some(0),
+        "{exit} {done}"
+    );
+    let left = w.store.all_versions(&manifest.name).await?;
+    ensure!(left.is_empty(), "a manifest that nobody needs stays for ever: {left:?}");
+    // Once only.
+    let marks = || -> Result<usize> { Ok(w.s.ok(&["audit", "acme"])?.matches("to be collected").count()) };
+    let before = marks()?;
+    let (exit, done) = w.gc()?;
+    ensure!(exit == 0 && marks()? == before, "{exit} {done}");
     w.s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
     Ok(())
 }

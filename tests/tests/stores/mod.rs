@@ -106,6 +106,8 @@ pub enum Fault {
     SealedOnceListed,
     /// As soon as one of them was read.
     SealedOnceRead,
+    /// As soon as a folder was listed whose name has this in it, what is [`Faulty::late`] is there.
+    LateOnceListed(&'static str),
 }
 
 /// A store that counts requests and fails in one way.
@@ -117,7 +119,7 @@ pub struct Faulty {
     pub requests: AtomicU64,
     fault: Fault,
     asked: std::sync::Mutex<std::collections::HashSet<Path>>,
-    /// Objects that take the place of pieces.
+    /// Objects that take the place of pieces, or that somebody else has just stored.
     pub late: std::sync::Mutex<Vec<(Path, Bytes)>>,
 }
 
@@ -142,6 +144,18 @@ impl Faulty {
     /// As a repository.
     pub fn store(self: &Arc<Self>) -> Store {
         Store::new(self.clone(), "", "faulty://", StoreSettings::default())
+    }
+
+    /// Every object.
+    pub async fn objects(&self) -> Answer<Vec<(Path, Bytes)>> {
+        let mut all = Vec::new();
+        let mut listed = self.inner.list(None);
+        while let Some(found) = listed.next().await {
+            let path = found?.location;
+            let bytes = self.inner.get(&path).await?.bytes().await?;
+            all.push((path, bytes));
+        }
+        Ok(all)
     }
 
     /// Whoever receives has sealed a segment and removes its pieces.
@@ -171,6 +185,10 @@ impl Faulty {
 }
 
 type Answer<T> = object_store::Result<T>;
+
+fn is_in(folder: Option<&Path>, word: &str) -> bool {
+    folder.map_or("", |folder| folder.as_ref()).contains(word)
+}
 
 #[async_trait::async_trait]
 impl ObjectStore for Faulty {
@@ -251,16 +269,19 @@ impl ObjectStore for Faulty {
             return futures::stream::once(async { Err(error) }).boxed();
         }
         let listed = self.inner.list(p);
-        if self.fault != Fault::SealedOnceListed {
+        if !matches!(self.fault, Fault::SealedOnceListed | Fault::LateOnceListed(_)) {
             return listed;
         }
         // What is listed is that from before; in memory, nothing is waited for.
         let found: Vec<_> = listed.collect().now_or_never().expect("in memory");
-        if found
-            .iter()
-            .flatten()
-            .any(|meta| meta.location.as_ref().contains(".d/"))
-        {
+        let is_time = match self.fault {
+            Fault::LateOnceListed(word) => is_in(p, word),
+            _ => found
+                .iter()
+                .flatten()
+                .any(|meta| meta.location.as_ref().contains(".d/")),
+        };
+        if is_time {
             let sealed = self.seal().now_or_never().expect("in memory");
             sealed.expect("in memory");
         }
@@ -268,7 +289,11 @@ impl ObjectStore for Faulty {
     }
     async fn list_with_delimiter(&self, p: Option<&Path>) -> Answer<ListResult> {
         self.count();
-        self.inner.list_with_delimiter(p).await
+        let listed = self.inner.list_with_delimiter(p).await;
+        if matches!(self.fault, Fault::LateOnceListed(word) if is_in(p, word)) {
+            self.seal().await?;
+        }
+        listed
     }
     async fn copy_opts(&self, f: &Path, t: &Path, o: CopyOptions) -> Answer<()> {
         self.inner.copy_opts(f, t, o).await

@@ -14,6 +14,7 @@ use crate::env;
 use crate::error::{Context, Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, valid_segment_size};
+use crate::store::owner;
 
 /// Names up to where whole segments were released: what a release that died has left goes at the next start.
 const RELEASED: &str = "released";
@@ -339,7 +340,7 @@ impl Spool {
             std::fs::rename(&temporary, self.path(&name))?;
             sync_folder(&self.folder)
         };
-        write().map_err(self.io("writing", &name))
+        owner::write(self.owner.as_ref(), write, |_| true).map_err(self.io("writing", &name))
     }
 
     /// The history of a timeline: content, and what it says.

@@ -23,6 +23,7 @@ use crate::error::{Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::Segment;
 use crate::stanza::Stanza;
+use crate::store::owner::{self, Owner};
 use files::Part;
 pub use reader::Reader;
 pub use writer::Writer;
@@ -80,6 +81,8 @@ pub struct Spool {
     limit: u64,
     state: Mutex<State>,
     changed: watch::Sender<()>,
+    /// As whom journals in a repository are written, if not as who this process is.
+    owner: Option<Owner>,
     _lock: File,
 }
 
@@ -90,23 +93,31 @@ fn sync_folder(folder: &Path) -> std::io::Result<()> {
 impl Spool {
     /// Opens the spool in `folder`, which is made if it is not there. It holds `limit` bytes at most.
     pub fn open(stanza: Arc<Stanza>, folder: PathBuf, limit: u64) -> Result<Arc<Self>> {
+        let owner = stanza.store().owner_of(&folder);
+        let open = || Self::open_as(owner.as_ref(), &stanza, &folder, limit);
+        let is_for_root = |error: &Error| matches!(error.kind(), Kind::Failed | Kind::Temporary);
+        owner::write(owner.as_ref(), open, is_for_root)
+    }
+
+    fn open_as(owner: Option<&Owner>, stanza: &Arc<Stanza>, folder: &Path, limit: u64) -> Result<Arc<Self>> {
         let what = |doing: &str| format!("{doing} the receiver's spool {}", folder.display());
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
-            .create(&folder)
+            .create(folder)
             .map_err(|e| Error::io(what("making"), e))?;
         // The folder of the stanza in it, and the spool folder itself, may have been made just now.
         for above in folder.ancestors().skip(1).take(2) {
             sync_folder(above).map_err(|e| Error::io(what("syncing the folders of"), e))?;
         }
-        let lock = lock::take(&stanza, &folder)?;
+        let lock = lock::take(stanza, folder)?;
         let this = Self {
             state: Mutex::default(),
             changed: watch::channel(()).0,
-            stanza: Mutex::new(stanza),
-            folder,
+            stanza: Mutex::new(stanza.clone()),
+            folder: folder.to_owned(),
             limit,
+            owner: owner.cloned(),
             _lock: lock,
         };
         let state = this.scan()?;
@@ -131,6 +142,7 @@ impl Spool {
             stanza: Mutex::new(stanza),
             folder,
             limit: 0,
+            owner: None,
             _lock: lock,
         };
         this.last_position()

@@ -13,6 +13,7 @@ use super::files::Part;
 use super::{Cluster, Position, Spool, sync_folder};
 use crate::error::{Error, Result};
 use crate::postgres::lsn::Lsn;
+use crate::store::owner;
 
 /// A journal that is being written.
 struct OpenJournal {
@@ -165,7 +166,7 @@ impl Writer {
             sync_folder(&spool.folder)?;
             Ok(file)
         };
-        let file = create().map_err(spool.io("writing", &name))?;
+        let file = owner::write(spool.owner.as_ref(), create, |_| true).map_err(spool.io("writing", &name))?;
         let len = bytes.len() as u64;
         let reserved = reserved.max(len);
         let mut state = spool.state();
@@ -229,8 +230,9 @@ mod tests {
 
     use super::*;
     use crate::env::SystemEnv;
-    use crate::stanza::Access;
     use crate::stanza::create::{self, create};
+    use crate::stanza::{Access, Stanza};
+    use crate::store::owner::tests::{SOMEBODY, owners, somebodys};
     use crate::store::{Store, StoreSettings};
 
     const SIZE: u64 = 1 << 20;
@@ -242,10 +244,9 @@ mod tests {
         }
     }
 
-    async fn spool(folder: &std::path::Path) -> Arc<Spool> {
-        let memory = Arc::new(object_store::memory::InMemory::new());
+    async fn stanza(repository: Store) -> Arc<Stanza> {
         let access = Access {
-            repository: Store::new(memory, "", "memory://", StoreSettings::default()),
+            repository,
             stanza: "acme".into(),
             secret: Some(Secret::Key([1; 32])),
             memory: None,
@@ -259,7 +260,13 @@ mod tests {
             wal_segment_size: SIZE,
         };
         let log = create(&access, cluster, "main").await.unwrap();
-        Spool::open(log.stanza().clone(), folder.join("spool"), 8 * SIZE).unwrap()
+        log.stanza().clone()
+    }
+
+    async fn spool(folder: &std::path::Path) -> Arc<Spool> {
+        let memory = Arc::new(object_store::memory::InMemory::new());
+        let stanza = stanza(Store::new(memory, "", "memory://", StoreSettings::default())).await;
+        Spool::open(stanza, folder.join("spool"), 8 * SIZE).unwrap()
     }
 
     const CLUSTER: Cluster = Cluster {
@@ -350,6 +357,28 @@ mod tests {
         let mut reader = spool.reader(at(8 * SIZE + 500), None);
         assert_eq!(reader.next().await.unwrap().unwrap().0, Lsn(8 * SIZE + 500));
         assert!(reader.next().await.unwrap().is_none());
+    }
+
+    /// Root receives into a repository of somebody else, and that user has to go on with the journals.
+    #[tokio::test]
+    async fn journals_in_a_repository_belong_to_its_owner() {
+        let Some((folder, repository)) = somebodys() else {
+            return;
+        };
+        let stanza = stanza(repository).await;
+        let journals = stanza.store().directory().unwrap().join("journals/host");
+        let spool = Spool::open(stanza.clone(), journals.clone(), 8 * SIZE).unwrap();
+        spool.put_history(2, b"1\t0/800000\tno recovery target\n").unwrap();
+        let mut writer = spool.writer(CLUSTER, at(8 * SIZE), false).unwrap();
+        writer.append(&[vec![7; SIZE as usize + 100].into()]).unwrap();
+        // The lock, what is released, a history, two journals.
+        assert_eq!(owners(&journals), (vec![SOMEBODY], 5));
+        // Whoever opens it next writes the last journal anew.
+        drop((writer, spool));
+        let spool = Spool::open(stanza, journals.clone(), 8 * SIZE).unwrap();
+        assert_eq!(spool.end(), Some(at(9 * SIZE + 100)));
+        assert_eq!(owners(&journals), (vec![SOMEBODY], 5));
+        assert_eq!(owners(folder.path()).0, [SOMEBODY]);
     }
 
     /// Nothing counts that went into a journal which is not there any more.
