@@ -255,7 +255,7 @@ pub struct ExpireArgs {
     /// Only say what would be decided, and why
     #[arg(long)]
     pub dry_run: bool,
-    /// The clock of this host is right, although weeks seem to lie between the last backups
+    /// The clock of this host is right, although much time seems to lie between the last backups
     #[arg(long)]
     pub trust_clock: bool,
 }
@@ -287,6 +287,9 @@ pub struct LockArgs {
     /// Only say what would be locked
     #[arg(long)]
     pub dry_run: bool,
+    /// The clock of this host is right, although the log makes it seem far ahead or behind
+    #[arg(long)]
+    pub trust_clock: bool,
     /// How progress looks
     #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
     pub progress: ProgressMode,

@@ -1,4 +1,4 @@
-//! Hosts with wrong clocks: what is young does not expire by them.
+//! Hosts with wrong clocks: what is young does not expire by them, and no lock is extended.
 
 mod stores;
 
@@ -9,6 +9,7 @@ use fairvault_engine::commit::Log;
 use fairvault_engine::commit::session::Session;
 use fairvault_engine::env::{Env, SystemEnv};
 use fairvault_engine::error::{Kind, Result as Outcome};
+use fairvault_engine::expire::clock::check_for_locks;
 use fairvault_engine::expire::rules::{Keep, Retention};
 use fairvault_engine::expire::{self, Options, Report};
 use fairvault_engine::stanza::create::create;
@@ -130,5 +131,101 @@ async fn a_clock_that_is_ahead_ends_no_window_of_wal() -> Result<()> {
     let error = expire(1000, false).await?.err().context("it believes its clock")?;
     ensure!(error.kind() == Kind::Refused, "{error}");
     expire(1000, true).await??;
+    Ok(())
+}
+
+/// Finds a clock believed that is ahead by less than would be noticed where backups are rare.
+#[tokio::test]
+async fn a_clock_is_judged_by_how_often_backups_are_taken() -> Result<()> {
+    let store = memory();
+    create(&access(&store, key(1)), CLUSTER, "main").await?;
+    for (id, days) in ["a", "b", "c", "d", "e", "f", "g"].into_iter().zip(-7..) {
+        back_up(&store, id, days).await?;
+    }
+    // Two nights without a backup are nothing.
+    for days in [0, 2] {
+        ensure!(expiring(&store, days, false).await??.is_empty());
+    }
+    let in_doubt = async |days: i64| -> Result<bool> {
+        let error = expiring(&store, days, false).await?.err();
+        let error = error.context("it believes its clock")?;
+        Ok(error.kind() == Kind::Refused && error.to_string().contains("more than 4 d is in doubt"))
+    };
+    ensure!(in_doubt(8).await? && in_doubt(40).await?);
+    ensure!(expiring(&store, 40, true).await??.len() == 6);
+    // Nothing is too old by numbers alone.
+    let by_number = Options {
+        retention: Retention {
+            full: Some(Keep::Count(3)),
+            ..Default::default()
+        },
+        dry_run: true,
+        trust_clock: false,
+    };
+    let report = expire::run(&mut log(&store, 40).await?, &by_number).await?;
+    ensure!(report.backups.len() == 7, "{report:?}");
+    // A backup was taken by that clock, which was set right then, or was not.
+    back_up(&store, "h", 40).await?;
+    ensure!(in_doubt(40).await? && in_doubt(0).await?);
+    ensure!(expiring(&store, 0, true).await??.is_empty());
+    Ok(())
+}
+
+/// Whether locks would be extended by a clock that is so many days ahead: by whoever has read all of the log, and by a
+/// backup.
+async fn locks_by(store: &Store, days: i64) -> Result<(Outcome<()>, Outcome<()>)> {
+    let opened = log(store, days).await?;
+    let replayed = Log::replay(opened.stanza().clone()).await?;
+    let now_us = opened.stanza().env().now_us();
+    Ok((check_for_locks(&replayed, now_us), check_for_locks(&opened, now_us)))
+}
+
+#[tokio::test]
+async fn locks_do_not_last_for_years_because_of_a_clock() -> Result<()> {
+    let store = memory();
+    create(&access(&store, key(1)), CLUSTER, "main").await?;
+    for (id, days) in [("a", -2), ("b", -1)] {
+        back_up(&store, id, days).await?;
+    }
+    let believed = async |days: i64| -> Result<bool> {
+        let (all, backups) = locks_by(&store, days).await?;
+        ensure!(all.is_ok() == backups.is_ok(), "{days}: {all:?} {backups:?}");
+        let error = all.err();
+        ensure!(error.as_ref().is_none_or(|error| {
+            error.kind() == Kind::Refused && error.advice().is_some_and(|advice| advice.contains("--trust-clock"))
+        }));
+        Ok(error.is_none())
+    };
+    // Some days too many do no harm, and backups may have stopped for a while.
+    for days in [0, 8, 40] {
+        ensure!(believed(days).await?, "{days}");
+    }
+    for days in [-3, 60, 3650] {
+        ensure!(!believed(days).await?, "{days}");
+    }
+    // The newest backup was taken by that clock.
+    back_up(&store, "c", 3650).await?;
+    ensure!(!believed(3650).await? && !believed(0).await?);
+    // The next one was not.
+    back_up(&store, "d", 0).await?;
+    ensure!(believed(0).await? && !believed(3650).await?);
+    Ok(())
+}
+
+/// A stanza that takes no backups any more stays locked.
+#[tokio::test]
+async fn locks_that_were_extended_say_that_the_clock_was_right() -> Result<()> {
+    let store = memory();
+    create(&access(&store, key(1)), CLUSTER, "main").await?;
+    back_up(&store, "a", -1).await?;
+    let (before, _) = locks_by(&store, 80).await?;
+    ensure!(before.is_err());
+    let noted = log(&store, 40)
+        .await?
+        .note_done("lock", 0, 0, "the locks of 3 objects extended".to_owned(), None)
+        .await;
+    ensure!(noted.is_some());
+    let (after, _) = locks_by(&store, 80).await?;
+    after?;
     Ok(())
 }

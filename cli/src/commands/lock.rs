@@ -24,6 +24,7 @@ pub async fn run(context: &Arc<Context>, args: LockArgs) -> Result<Outcome> {
             retention: context.retention(&repository, &args.stanza)?,
             days: args.days,
             dry_run: args.dry_run,
+            trust_clock: args.trust_clock,
         };
         // Who may lock need not be able to write.
         let noted = async || {

@@ -5,6 +5,7 @@
 //! snapshot of it; a backup expires only while all that stay instead of it are there: two that decide at once, by other rules
 //! or by other damage that they know of, do not take away one another's last one.
 
+pub mod clock;
 pub mod rules;
 pub mod wal;
 
@@ -21,13 +22,9 @@ use crate::postgres::lsn::Lsn;
 use crate::restore::target::info;
 use crate::wal::archive::Archive;
 use crate::wal::coverage::Coverage;
-use rules::{Candidate, Decision, Floor, Retention, days, decide};
+pub(crate) use clock::QUIET_US;
+use rules::{Candidate, Decision, Floor, Retention, decide};
 use wal::{Expiring, Kept};
-
-/// Time between backups from which on this host's clock is doubted.
-const QUIET_S: u64 = 45 * 86_400;
-/// The same, microseconds.
-pub(crate) const QUIET_US: i64 = QUIET_S as i64 * 1_000_000;
 
 /// How to go about it.
 #[derive(Debug, Clone, Default)]
@@ -36,7 +33,7 @@ pub struct Options {
     pub retention: Retention,
     /// Only say it.
     pub dry_run: bool,
-    /// The clock of this host is right, although long times seem to lie between the last backups.
+    /// The clock of this host is right, although more time than usual seems to lie between the last backups.
     pub trust_clock: bool,
 }
 
@@ -91,10 +88,11 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
     let mut candidates = candidates(log, &options.retention, now_us).await?;
     // Which WAL stays depends on it, too, although every backup stays.
     let decides = options.retention.has_rules() || options.retention.wal.is_some();
-    if !options.trust_clock && decides {
-        check_clock(log, now_us)?;
-    }
     let policy = log.state().policy.clone().unwrap_or_default();
+    // By numbers alone nothing is too old.
+    if !options.trust_clock && (options.retention.has_times() || policy.minimum_retention_s > 0) && decides {
+        clock::check(log, now_us)?;
+    }
     let floor = Floor {
         age_s: policy.minimum_retention_s,
         fulls: policy.minimum_full,
@@ -124,8 +122,13 @@ pub async fn run(log: &mut Log, options: &Options) -> Result<Report> {
         .filter(|(_, decision)| decision.keep)
         .map(|(backup, decision)| (backup.clone(), decision.goes_on))
         .collect();
+    let judged = candidates.iter().zip(&decisions);
+    let proven: HashSet<u64> = judged
+        .filter(|(candidate, decision)| decision.keep && candidate.is_good())
+        .map(|(candidate, _)| candidate.system_identifier)
+        .collect();
     let expiring = match decides {
-        true => expiring_wal(log, &kept, &mut report.wal_notes).await?,
+        true => expiring_wal(log, &kept, &proven, &mut report.wal_notes).await?,
         false => Vec::new(),
     };
     report.wal = expiring.iter().map(wal_line).collect();
@@ -188,17 +191,13 @@ fn may_expire<'a>(id: &str, mut kept: impl Iterator<Item = &'a CommittedBackup>,
 }
 
 /// Backups at work need WAL from a position that the log does not know: it is behind every backup that was complete
-/// when they began. The newest of those stands for them, with all WAL after it.
-fn at_work(log: &Log, system_identifier: u64) -> std::result::Result<Vec<Kept>, String> {
+/// when they began. The newest of those stands for them, with all WAL after it. `lives` if they may be of this cluster.
+fn at_work(log: &Log, system_identifier: u64, lives: bool) -> std::result::Result<Vec<Kept>, String> {
     let state = log.state();
-    let is_newest = state
-        .incarnations
-        .last()
-        .is_some_and(|life| life.system_identifier == system_identifier);
     let sessions = state
         .open_sessions
         .iter()
-        .filter(|_| is_newest && !has_fault("expired wal"));
+        .filter(|_| lives && !has_fault("expired wal"));
     let stands_for = |session: &proto::OpenSession| {
         let complete = state.backups.iter().filter(|backup| backup.seq < session.seq);
         let of_cluster = complete
@@ -232,13 +231,26 @@ fn wal_line(expiring: &Expiring) -> WalLine {
     }
 }
 
-/// The WAL that backups need no more, of every incarnation; adds what else there is to say.
-async fn expiring_wal(log: &Log, kept: &[(CommittedBackup, bool)], notes: &mut Vec<String>) -> Result<Vec<Expiring>> {
+/// Whether the `n`th of these clusters has had no successor: one that came later, and of which `proven` says that recovery
+/// can begin from a backup of it. Every writer may say that another cluster came; that alone ends nothing.
+fn lives_on(lives: &[proto::Incarnation], n: usize, proven: &HashSet<u64>) -> bool {
+    let mut later = lives.iter().skip(n + 1);
+    later.all(|life| !proven.contains(&life.system_identifier))
+}
+
+/// The WAL that backups need no more, of every incarnation; adds what else there is to say. `proven` are the clusters of
+/// which a backup stays from which recovery can begin.
+async fn expiring_wal(
+    log: &Log,
+    kept: &[(CommittedBackup, bool)],
+    proven: &HashSet<u64>,
+    notes: &mut Vec<String>,
+) -> Result<Vec<Expiring>> {
     let lives = &log.state().incarnations;
     let mut all = Vec::new();
     for (n, life) in lives.iter().enumerate() {
         let id = life.system_identifier;
-        let is_newest = n + 1 == lives.len();
+        let lives_on = lives_on(lives, n, proven);
         let of_life: Vec<Kept> = kept
             .iter()
             .map(|(backup, goes_on)| Kept {
@@ -247,14 +259,10 @@ async fn expiring_wal(log: &Log, kept: &[(CommittedBackup, bool)], notes: &mut V
             })
             .filter(|kept| kept.info.system_identifier == id)
             .collect();
-        let has_successor = kept.iter().any(|(backup, _)| {
-            let of = info(backup).system_identifier;
-            lives.iter().skip(n + 1).any(|later| later.system_identifier == of)
-        });
-        if of_life.is_empty() && !has_successor {
+        if of_life.is_empty() && lives_on {
             continue;
         }
-        let of_life = match at_work(log, id) {
+        let of_life = match at_work(log, id, lives_on) {
             Ok(at_work) => of_life.into_iter().chain(at_work).collect::<Vec<_>>(),
             Err(why) => {
                 notes.push(format!("no WAL of cluster {id} expires: {why}"));
@@ -262,7 +270,7 @@ async fn expiring_wal(log: &Log, kept: &[(CommittedBackup, bool)], notes: &mut V
             }
         };
         let coverage = Coverage::read(&Archive::open(log, Some(id), 0)?).await?;
-        match wal::expiring(&coverage, &of_life, id, is_newest) {
+        match wal::expiring(&coverage, &of_life, id, lives_on) {
             Ok(expiring) => all.extend(expiring),
             Err(why) => notes.push(format!("no WAL of cluster {id} expires: {why}")),
         }
@@ -331,28 +339,6 @@ async fn candidates(log: &Log, retention: &Retention, now_us: i64) -> Result<Vec
         }
     });
     Ok(all.collect())
-}
-
-/// A clock that is far ahead would make everything old: also if the newest backup was taken by it.
-fn check_clock(log: &Log, now_us: i64) -> Result<()> {
-    let mut times: Vec<i64> = log.state().backups.iter().map(|b| info(b).stopped_us).collect();
-    times.push(now_us);
-    times.sort_unstable();
-    let last = times.iter().rev().zip(times.iter().rev().skip(1)).take(2);
-    let quiet = last
-        .map(|(later, earlier)| later.saturating_sub(*earlier))
-        .max()
-        .unwrap_or(0);
-    let quiet = u64::try_from(quiet / 1_000_000).unwrap_or(0);
-    match quiet > QUIET_S {
-        false => Ok(()),
-        true => Err(Error::refused(format!(
-            "between the last backups of {}, or since the last one, {} seem to have passed: if this host's clock is ahead, backups that are young would expire",
-            log.stanza().shown(),
-            days(quiet)
-        ))
-        .remedy("if the clock is right, say so with --trust-clock")),
-    }
 }
 
 /// Holds a backup, or lets go of it.
@@ -456,5 +442,23 @@ mod tests {
             }
         }
         assert_eq!(now.backups, [backup("b")]);
+    }
+
+    /// Whoever has a key that writes can say that another cluster came, and commit what is no backup of it.
+    #[test]
+    fn a_cluster_ends_with_a_backup_of_the_next_one() {
+        let lives = [1, 2, 3].map(|system_identifier| proto::Incarnation {
+            system_identifier,
+            ..Default::default()
+        });
+        let living = |proven: &[u64]| {
+            let proven = proven.iter().copied().collect();
+            [0, 1, 2].map(|n| lives_on(&lives, n, &proven))
+        };
+        assert_eq!(living(&[1, 2, 3]), [false, false, true]);
+        assert_eq!(living(&[1]), [true, true, true]);
+        assert_eq!(living(&[1, 2]), [false, true, true]);
+        // One that the log does not know is none.
+        assert_eq!(living(&[1, 4]), [true, true, true]);
     }
 }

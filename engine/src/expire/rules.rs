@@ -61,6 +61,13 @@ impl Retention {
     pub fn has_rules(&self) -> bool {
         self.full.is_some() || self.diff.is_some() || self.incr.is_some() || self.calendar != Calendar::default()
     }
+
+    /// Whether what it says depends on what time it is.
+    pub fn has_times(&self) -> bool {
+        let mut kinds = [self.full, self.diff, self.incr].into_iter();
+        let has_age = kinds.any(|keep| matches!(keep, Some(Keep::Age(_))));
+        has_age || self.wal.is_some() || self.calendar != Calendar::default()
+    }
 }
 
 /// What is known of a backup.
@@ -86,7 +93,7 @@ pub struct Candidate {
 
 impl Candidate {
     /// Whether recovery can begin from it. One from which it cannot takes the place of none that rules by number keep.
-    fn is_good(&self) -> bool {
+    pub(crate) fn is_good(&self) -> bool {
         self.restorable && self.damage.is_none()
     }
 }
@@ -195,7 +202,15 @@ pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us
             None => {}
         }
     }
-    by_calendar(backups, &times, retention, &mut keep);
+    // After a clock that was ahead, what came later is believed to be of the day that this one said. By what they say
+    // themselves, backups are of other days, and what is from the future may take the place of others: what is kept either
+    // way stays.
+    let said: Vec<(usize, i64)> = backups.iter().map(|b| b.stopped_us).enumerate().collect();
+    let past: Vec<(usize, i64)> = said.iter().copied().filter(|(_, time)| *time <= now_us).collect();
+    let trusted: Vec<(usize, i64)> = times.iter().copied().enumerate().collect();
+    for dated in [trusted, past, said] {
+        by_calendar(backups, dated, retention, &mut keep);
+    }
     let mut starts = BTreeSet::new();
     if let Some(window) = retention.wal {
         // Of each timeline of each incarnation: recovery to the beginning of the window starts from it.
@@ -208,10 +223,10 @@ pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us
         }
         for n in anchors.into_values().collect::<BTreeSet<_>>() {
             // Where a later life of the cluster has been going on for longer than that, nothing starts from it.
-            // One that was gone back to goes on itself.
+            // One that was gone back to goes on itself. What nothing starts from replaces nothing.
             let is_same = |m: usize| backups[m].system_identifier == backups[n].system_identifier;
             let last = (n..backups.len()).rev().find(|&m| is_same(m)).unwrap_or(n);
-            let replaced = (last + 1..backups.len()).any(|m| age(m) >= window);
+            let replaced = (last + 1..backups.len()).any(|m| age(m) >= window && backups[m].is_good());
             if !replaced {
                 keep(n, format!("recovery into the last {} starts from it", days(window)));
                 starts.insert(n);
@@ -257,17 +272,22 @@ pub fn decide(backups: &[Candidate], retention: &Retention, floor: Floor, now_us
     decisions.collect()
 }
 
-fn by_calendar(backups: &[Candidate], times: &[i64], retention: &Retention, keep: &mut impl FnMut(usize, String)) {
+/// Keeps what the calendar keeps of backups that ended at these times, in the order of the log.
+fn by_calendar(
+    backups: &[Candidate],
+    dated: Vec<(usize, i64)>,
+    retention: &Retention,
+    keep: &mut impl FnMut(usize, String),
+) {
     let zone = retention.timezone.clone().unwrap_or(TimeZone::UTC);
-    let dates: Vec<jiff::civil::Date> = times
-        .iter()
-        .map(|&us| {
-            Timestamp::from_microsecond(us)
-                .unwrap_or_default()
-                .to_zoned(zone.clone())
-                .date()
-        })
-        .collect();
+    let date = |us| {
+        Timestamp::from_microsecond(us)
+            .unwrap_or_default()
+            .to_zoned(zone.clone())
+    };
+    let dates = dated.into_iter().map(|(n, us)| (n, date(us).date()));
+    // The newest first, those from which recovery can begin before others.
+    let (good, others): (Vec<_>, Vec<_>) = dates.rev().partition(|(n, _)| backups[*n].is_good());
     type Period = fn(jiff::civil::Date) -> String;
     let Calendar {
         daily,
@@ -286,9 +306,8 @@ fn by_calendar(backups: &[Candidate], times: &[i64], retention: &Retention, keep
     ];
     for (count, word, period) in periods {
         let mut newest = BTreeMap::new();
-        let (good, others): (Vec<usize>, Vec<usize>) = (0..dates.len()).rev().partition(|&n| backups[n].is_good());
-        for n in good.into_iter().chain(others) {
-            if let Entry::Vacant(free) = newest.entry(period(dates[n])) {
+        for &(n, date) in good.iter().chain(&others) {
+            if let Entry::Vacant(free) = newest.entry(period(date)) {
                 free.insert(n);
             }
         }

@@ -116,7 +116,7 @@ pub struct Expiring {
 }
 
 /// What expires of one incarnation's WAL; else, why nothing does. `is_newest` if the cluster of the incarnation is the
-/// one that lives.
+/// one that lives, or may be.
 pub fn expiring(
     coverage: &Coverage,
     kept: &[Kept],

@@ -2,7 +2,8 @@
 //!
 //! A bucket's default retention counts from the upload. Backups share packs, so a new backup may rely on packs whose
 //! locks end long before it expires; and keys and log are needed for as long as there is a backup. Here their locks are
-//! extended. Locks are never shortened. What the log is told of it is locked with the rest.
+//! extended. Locks are never shortened, so none is extended by a clock that is in doubt. What the log is told of it is locked
+//! with the rest.
 
 use std::collections::BTreeMap;
 
@@ -16,6 +17,7 @@ use super::needs::Needs;
 use super::seen::{self, Seen};
 use crate::commit::Log;
 use crate::error::{Error, Result};
+use crate::expire::clock;
 use crate::expire::rules::Retention;
 use crate::gc::{Count, SNAPSHOTS};
 use crate::progress::Progress;
@@ -39,6 +41,8 @@ pub struct Options {
     pub days: Option<u32>,
     /// Only say what would be done.
     pub dry_run: bool,
+    /// The clock of this host is right, although the log makes it seem far ahead or behind.
+    pub trust_clock: bool,
 }
 
 /// What was done, or would be.
@@ -83,6 +87,9 @@ pub async fn run(
         .as_ref()
         .map_or(0, |policy| policy.minimum_retention_s);
     let now = log.stanza().env().now_us();
+    if !options.trust_clock {
+        clock::check_for_locks(&log, now)?;
+    }
     let least = now + LEAST_DAYS * DAY_US;
     let kept_us = match (options.days, kept_for(&options.retention, minimum_s)) {
         (Some(_), _) => None,
@@ -96,8 +103,10 @@ pub async fn run(
     };
     let until = |backup: &CommittedBackup| match (options.days, kept_us) {
         (Some(days), _) => now.saturating_add(DAY_US.saturating_mul(days.into())),
+        // What comes from the future is of now.
         (None, kept) => info(backup)
             .stopped_us
+            .min(now)
             .saturating_add(kept.unwrap_or_default())
             .max(least),
     };

@@ -13,7 +13,7 @@ pub mod reliance;
 mod seen;
 
 use crate::error::Result;
-use crate::expire::rules::{DAY_S, Keep, Retention, days};
+use crate::expire::rules::{Calendar, DAY_S, Keep, Retention, days};
 use crate::store::Store;
 use crate::store::versions::{Bucket, DAY_US};
 use reliance::Reliance;
@@ -33,6 +33,24 @@ pub fn kept_for(retention: &Retention, minimum_s: u64) -> Option<u64> {
     ];
     let longest = ages.into_iter().flatten().max()?;
     Some(longest.max(minimum_s))
+}
+
+/// What may keep backups for longer than the ages of a retention, in words; `None` if only a hold may.
+fn kept_otherwise(retention: &Retention) -> Option<String> {
+    let mut kinds = [retention.full, retention.diff, retention.incr].into_iter();
+    let has_count = kinds.any(|keep| matches!(keep, Some(Keep::Count(_))));
+    let words = [
+        (retention.calendar != Calendar::default(), "the calendar"),
+        (has_count, "a number of backups"),
+        // Of one alone there is always a newer one, as long as backups are taken.
+        (retention.min_full > 1, "`min_full`"),
+    ];
+    let said: Vec<&str> = words
+        .into_iter()
+        .filter(|(is_set, _)| *is_set)
+        .map(|(_, word)| word)
+        .collect();
+    (!said.is_empty()).then(|| format!("{} or a hold", said.join(", ")))
 }
 
 /// What `check` says of a bucket.
@@ -108,6 +126,12 @@ fn advice_on(bucket: Bucket, retention: &Retention, minimum_s: u64) -> Advice {
         advice.is += "; how long backups are kept is not known by age, so `fairvault lock` needs --days";
         return advice;
     };
+    if let Some(others) = kept_otherwise(retention) {
+        advice.is += &format!(
+            "; what {others} keeps for longer than {} is locked for a week ahead only, and by nobody but `fairvault lock`",
+            days(kept_s)
+        );
+    }
     if locked_s < kept_s {
         advice.warnings.push((
             format!(
@@ -171,6 +195,44 @@ mod tests {
         assert!(
             counted.warnings.is_empty() && counted.is.contains("--days"),
             "{counted:?}"
+        );
+    }
+
+    #[test]
+    fn what_outlives_the_ages_is_said_to_be_locked_by_nobody_else() {
+        let bucket = Bucket {
+            versioning: true,
+            has_versions: true,
+            lock: true,
+            default: Some((Mode::Compliance, 30)),
+        };
+        let ages = Retention {
+            full: Some(Keep::Age(7 * DAY_S)),
+            min_full: 1,
+            ..Default::default()
+        };
+        let said = |retention: &Retention| advice_on(bucket, retention, 0).is;
+        assert!(!said(&ages).contains("fairvault lock"), "{}", said(&ages));
+        let monthly = Retention {
+            calendar: Calendar {
+                monthly: 12,
+                ..Default::default()
+            },
+            ..ages.clone()
+        };
+        let calendar = said(&monthly);
+        assert!(
+            calendar.contains("what the calendar or a hold keeps for longer than 7 d is locked for a week ahead only"),
+            "{calendar}"
+        );
+        let all = said(&Retention {
+            min_full: 3,
+            diff: Some(Keep::Count(9)),
+            ..monthly
+        });
+        assert!(
+            all.contains("the calendar, a number of backups, `min_full` or a hold keeps"),
+            "{all}"
         );
     }
 

@@ -18,6 +18,7 @@ use super::extend::{CONCURRENT, Job, locking, one};
 use super::seen::Seen;
 use crate::commit::Log;
 use crate::error::{Error, Kind, Result};
+use crate::expire::clock;
 use crate::expire::rules::days;
 use crate::gc::usage;
 use crate::restore::target::info;
@@ -88,12 +89,26 @@ impl Locks {
         let began_us = stanza.env().now_us();
         let until_us = until_us(began_us, reliance.kept_s).saturating_add(DURATION_US);
         let used = used(log).await?;
-        let Some(found) = reliance
+        // Nobody can take back a lock: by a clock in doubt none is extended, as if the keeper had failed.
+        let doubt = clock::check_for_locks(log, began_us).err().map(|doubt| {
+            Error::refused(format!(
+                "no locks are extended, and how long they must last is in doubt: {doubt}; if the clock is right, \
+                 `fairvault lock --trust-clock --days N` extends them"
+            ))
+        });
+        if doubt.is_some() {
+            reliance.keeper = None;
+        }
+        let Some(mut found) = reliance
             .look(stanza, |pack| used.contains(pack), until_us, notes)
             .await?
         else {
             return Ok(Self::default());
         };
+        if let Some(doubt) = doubt {
+            notes.push(doubt.to_string());
+            found.why.get_or_insert(doubt);
+        }
         // What no backup uses any more is not relied on either, and nobody has to hear of that.
         let ending = found.ending.intersection(&used).count();
         if ending > 0 {

@@ -3,6 +3,7 @@
 
 #[path = "../bucket/mod.rs"]
 mod bucket;
+mod clocks;
 mod reliance;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -177,6 +177,12 @@ fn of_each_life_of_a_cluster() {
     assert_eq!(kept(&all, &retention), ["0full", "1full"]);
     all[1].stopped_us = NOW - 8 * DAY;
     assert_eq!(kept(&all, &retention), ["1full"]);
+    // What somebody has committed as a backup of another cluster, and is none, ends nothing.
+    for (restorable, damage) in [(false, None), (true, Some("its root is gone".to_owned()))] {
+        (all[1].restorable, all[1].damage) = (restorable, damage);
+        let decided = decide(&all, &retention, Floor::default(), NOW);
+        assert!(decided[0].keep && decided[0].goes_on, "{decided:?}");
+    }
 }
 
 #[test]
@@ -214,6 +220,64 @@ fn clocks_that_jumped_make_nothing_old() {
         ..Default::default()
     };
     assert_eq!(kept(&all, &retention).len(), 4);
+}
+
+/// Each day's backup was taken by a right clock, but for one that was ten days ahead; or this host's clock is behind.
+#[test]
+fn clocks_that_jumped_take_no_days_from_the_calendar() {
+    let list: Vec<(&str, i64)> = (0..=20).rev().map(|days| ("incr", days * DAY + HOUR)).collect();
+    let right = backups(&list);
+    let mut ahead = right.clone();
+    ahead[8].stopped_us += 10 * DAY;
+    let retention = Retention {
+        calendar: Calendar {
+            daily: 14,
+            ..Default::default()
+        },
+        ..Default::default()
+    };
+    let kept_at = |all: &[Candidate], now_us| -> Vec<usize> {
+        let decided = decide(all, &retention, Floor::default(), now_us);
+        (0..all.len()).filter(|&n| decided[n].keep).collect()
+    };
+    let last: Vec<usize> = (7..=20).collect();
+    assert_eq!(kept_at(&right, NOW), last);
+    // The day before the one that it said, that day, and the days after.
+    for (newest, now_us) in [17, 18, 19, 20]
+        .into_iter()
+        .zip((0..4).rev().map(|days| NOW - days * DAY))
+    {
+        let all = kept_at(&ahead[..=newest], now_us);
+        let mut others = (newest - 13..=newest).filter(|n| *n != 8);
+        assert!(others.all(|n| all.contains(&n)), "{newest} {all:?}");
+    }
+    for behind in [1, 10, 30] {
+        let all = kept_at(&right, NOW - behind * DAY);
+        assert!(last.iter().all(|n| all.contains(n)), "{behind} {all:?}");
+    }
+}
+
+#[test]
+fn only_times_need_a_clock() {
+    let counts = Retention {
+        full: Some(Keep::Count(3)),
+        incr: Some(Keep::Count(3)),
+        min_full: 2,
+        ..Default::default()
+    };
+    assert!(!counts.has_times() && !Retention::default().has_times());
+    for (diff, wal, daily) in [(age(1), None, 0), (None, Some(0), 0), (None, None, 1)] {
+        let timed = Retention {
+            diff,
+            wal,
+            calendar: Calendar {
+                daily,
+                ..Default::default()
+            },
+            ..counts.clone()
+        };
+        assert!(timed.has_times(), "{timed:?}");
+    }
 }
 
 #[test]

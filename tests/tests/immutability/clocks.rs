@@ -1,0 +1,94 @@
+//! By a clock that is in doubt no lock is extended: nobody can take that back.
+
+use fairvault_engine::commit::Log;
+use fairvault_engine::env::Env;
+use fairvault_engine::error::{Kind, Result as Outcome};
+use fairvault_engine::expire::rules::Retention;
+use fairvault_engine::immutable::extend::{self, Options};
+use fairvault_engine::immutable::reliance::{Locks, Reliance};
+use fairvault_engine::progress::Progress;
+
+use super::*;
+
+/// A machine whose clock is ahead.
+#[derive(Debug)]
+struct Ahead {
+    days: i64,
+}
+
+impl Env for Ahead {
+    fn now_us(&self) -> i64 {
+        SystemEnv.now_us() + self.days * DAY_US
+    }
+
+    fn random(&self, buffer: &mut [u8]) -> Outcome<()> {
+        SystemEnv.random(buffer)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_lock_is_extended_by_a_clock_in_doubt() -> Result<()> {
+    let scratch = Scratch::new("clockstore")?;
+    let server = S3::start(&scratch, "other")?;
+    let w = World::new("clocks", &Server::of(&server), true, "retention = { full = \"20d\" }")?;
+    w.backup()?;
+    let opened = async |days: i64| -> Result<Log> {
+        let access = Access {
+            repository: w.store.clone(),
+            stanza: "acme".to_owned(),
+            secret: Some(Secret::from_text(&std::fs::read(w.s.path("key"))?)?),
+            memory: None,
+            may_stretch: true,
+            env: Arc::new(Ahead { days }),
+        };
+        Ok(Log::open(Stanza::open(&access).await?).await?)
+    };
+    let locks = async || -> Result<BTreeSet<(String, i64)>> {
+        let mut all = BTreeSet::new();
+        for pack in w.store.all_versions("acme/packs/").await? {
+            let version = pack.contents().next().context(pack.name.clone())?;
+            let lock = w.store.lock_of(&pack.name, &version.id).await?.context("a lock")?;
+            all.insert((pack.name, lock.until_us));
+        }
+        Ok(all)
+    };
+    let rely = async |log: &Log| -> Result<Vec<String>> {
+        let reliance = Reliance {
+            kept_s: 20 * 86_400,
+            keeper: Some(w.store.clone()),
+            is_required: false,
+        };
+        let mut notes = Vec::new();
+        Locks::of(log, Some(reliance), &mut notes).await?;
+        Ok(notes)
+    };
+    let before = locks().await?;
+    for days in [3650, -30] {
+        let log = opened(days).await?;
+        let lock = async |dry_run: bool, trust_clock: bool| {
+            let options = Options {
+                retention: Retention::default(),
+                days: Some(30),
+                dry_run,
+                trust_clock,
+            };
+            extend::run(&log, &w.store, async || None::<Log>, &options, &Progress::default()).await
+        };
+        let error = lock(false, false).await.err().context("it believes its clock")?;
+        ensure!(
+            error.kind() == Kind::Refused && error.advice().is_some_and(|advice| advice.contains("--trust-clock")),
+            "{error}"
+        );
+        let notes = rely(&log).await?;
+        ensure!(
+            notes.iter().any(|note| note.contains("no locks are extended")),
+            "{notes:?}"
+        );
+        ensure!(locks().await? == before, "{days}");
+        lock(true, true).await?;
+    }
+    let log = opened(0).await?;
+    let notes = rely(&log).await?;
+    ensure!(notes.is_empty() && locks().await? != before, "{notes:?}");
+    Ok(())
+}
