@@ -466,6 +466,111 @@ async fn what_is_no_entry_is_dropped_on_purpose() -> Result<()> {
     Ok(())
 }
 
+/// What whoever may create objects leaves behind the end of the log is no sign of an entry that is missing, wherever it lies,
+/// and each of it can be taken away.
+#[tokio::test]
+async fn what_is_no_entry_stops_nobody_from_behind_the_end() -> Result<()> {
+    let store = memory();
+    let mut log = with_sessions(&store, 3).await?;
+    let (last, access) = (log.state().seq, access(&store, key(1)));
+    let far = 999_999;
+    let put = async |seq: u64, content: Bytes| store.put_hashed(&entry(seq), content.into()).await;
+    put(far, Bytes::from_static(b"garbage")).await?;
+    // An entry of another place, one of a newer version, one of unknown keys, and more than one may have.
+    let good = store.get(&entry(last), 1 << 20).await?;
+    let (mut newer, mut epoch) = (good.to_vec(), good.to_vec());
+    newer[4] = 2;
+    epoch[8..12].copy_from_slice(&77u32.to_le_bytes());
+    let others = [good, newer.into(), epoch.into(), Bytes::from(vec![7; 17 << 20])];
+    for (number, content) in (10..).zip(others) {
+        put(last + number, content).await?;
+    }
+    ensure!(open(&store).await?.state().seq == last);
+    Log::replay(log.stanza().clone()).await?;
+    log.append(Entry::Hold(proto::Hold::default()), |_| Ok(())).await?;
+    let found = repair::entry::find(&access, far).await?;
+    ensure!(found.object == names::log_context(far) && &found.content[..] == b"garbage");
+    found.drop().await?;
+    expect(
+        repair::entry::find(&access, far).await,
+        Kind::Refused,
+        "nothing to drop",
+    )?;
+    ensure!(store.len(&entry(far)).await?.is_none());
+    let all = Log::replay(log.stanza().clone()).await?;
+    let said = all.entries().last().and_then(|entry| entry.kind.clone());
+    ensure!(
+        matches!(&said, Some(Entry::Operation(o)) if o.subject == names::log_context(far)),
+        "{said:?}"
+    );
+    // What a newer version wrote stays.
+    expect(
+        repair::entry::find(&access, last + 11).await,
+        Kind::Unsupported,
+        "version 2",
+    )?;
+    // Two beside each other: one goes after the other, the one that the log is stuck at first.
+    let next = all.state().seq + 1;
+    for seq in [next, next + 1] {
+        put(seq, Bytes::from_static(b"garbage")).await?;
+    }
+    expect(
+        repair::entry::find(&access, next + 1).await,
+        Kind::Refused,
+        &format!("--drop-entry {next}"),
+    )?;
+    for seq in [next, next + 1] {
+        let error = open(&store).await.err().context("it is read")?;
+        let advice = format!("--drop-entry {seq}");
+        ensure!(error.advice().is_some_and(|text| text.contains(&advice)), "{error}");
+        repair::entry::find(&access, seq).await?.drop().await?;
+    }
+    ensure!(open(&store).await?.state().seq == next + 1);
+    Ok(())
+}
+
+/// An entry that proves itself says that those before it are missing: then nobody goes on, and nothing is dropped.
+#[tokio::test]
+async fn a_later_entry_shows_that_one_is_missing() -> Result<()> {
+    let store = memory();
+    let log = with_sessions(&store, 3).await?;
+    let (last, access) = (log.state().seq, access(&store, key(1)));
+    let later = |seq: u64, keys: &EpochKeys| -> Result<Bytes> {
+        let later = proto::LogEntry {
+            seq,
+            previous: vec![5; 32],
+            kind: Some(Entry::Operation(proto::Operation::default())),
+            ..Default::default()
+        };
+        Ok(seal_entry(keys, log.stanza().scope(), [seq as u8; 32], &later)?.into())
+    };
+    // Sealed with the right key, and signed by nobody who may.
+    let forged = EpochKeys {
+        writer_seed: Some([8; 32]),
+        ..log.stanza().keys().clone()
+    };
+    let content = later(last + 9, &forged)?;
+    store.put_hashed(&entry(last + 9), content.into()).await?;
+    open(&store).await?;
+    let content = later(last + 9, log.stanza().keys())?;
+    store.put_hashed(&entry(last + 9), content.into()).await?;
+    expect(open(&store).await, Kind::Damaged, "is missing")?;
+    store
+        .put_hashed(&entry(last + 5), Bytes::from_static(b"garbage").into())
+        .await?;
+    for seq in [last + 5, last + 9] {
+        expect(repair::entry::find(&access, seq).await, Kind::Damaged, "is missing")?;
+    }
+    store
+        .put_hashed(&entry(last + 1), Bytes::from_static(b"garbage").into())
+        .await?;
+    expect(
+        repair::entry::find(&access, last + 1).await,
+        Kind::Damaged,
+        "it was an entry once",
+    )
+}
+
 /// A host that remembers the log knows what was an entry, and what was taken away with it.
 #[tokio::test]
 async fn what_this_host_has_seen_is_not_dropped() -> Result<()> {

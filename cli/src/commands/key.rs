@@ -10,7 +10,7 @@ use fairvault_engine::env::{self, SystemEnv};
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::manifest::Manifest;
 use fairvault_engine::stanza::slots::Opens;
-use fairvault_engine::stanza::{Access, Stanza, erase, rotate, slots};
+use fairvault_engine::stanza::{Access, Stanza, erasure, rotate, slots};
 use fairvault_engine::store::Created;
 use fairvault_format::keys::{self, Secret};
 use fairvault_format::{limits, names};
@@ -415,7 +415,7 @@ async fn import(context: &Context, stanza: &str, path: &Path) -> Result<Outcome>
         let own: Vec<_> = slots.iter().filter(|(slot, _)| slot.repository_id == id).collect();
         let decoded: Vec<_> = own.iter().map(|(slot, _)| slot.clone()).collect();
         let access = context.access(&repository, stanza, false, true)?;
-        erase::check_import(&access, &decoded).await?;
+        erasure::check_import(&access, &decoded).await?;
         let (mut count, mut stored) = (0, 0);
         let storing = async {
             for (slot, bytes) in own {

@@ -9,6 +9,7 @@ pub mod authors;
 mod epochs;
 pub mod erased;
 pub mod fence;
+mod later;
 pub mod lease;
 mod notes;
 pub mod session;
@@ -256,33 +257,6 @@ impl Log {
             self.signers.add(epoch);
         }
         self.state = state;
-    }
-
-    /// Reads the log to an end that is certain: where an entry is absent, nothing later may be listed.
-    pub async fn refresh_proven(&mut self) -> Result<()> {
-        let store = self.stanza.store().clone();
-        loop {
-            self.refresh().await?;
-            let next = names::log_context(self.state.seq + 1);
-            let later = store
-                .list_after(names::LOG, &names::log_context(self.state.seq), "log/")
-                .await?;
-            let later = later
-                .iter()
-                .find(|name| name.rsplit('/').next().and_then(names::parse_log).is_some());
-            match later {
-                None => return Ok(()),
-                // Appended just now.
-                Some(_) if store.get_opt(&next, limits::LOG_ENTRY_BYTES).await?.is_some() => {}
-                Some(later) => {
-                    return Err(Error::damaged(format!(
-                        "{}/{next} is missing, and {later} is there: what the log says after it cannot be known",
-                        self.stanza.shown()
-                    ))
-                    .remedy("bring the entry back from a copy of the repository, or from an older version of the object where the bucket keeps versions"));
-                }
-            }
-        }
     }
 
     /// Reads what was appended since.

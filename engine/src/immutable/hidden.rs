@@ -4,7 +4,7 @@
 //! more. No content is ever deleted.
 
 use bytes::Bytes;
-use fairvault_format::{limits, names, sha256};
+use fairvault_format::{keys, limits, names, proto, sha256};
 use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 use tokio::sync::Semaphore;
@@ -98,7 +98,8 @@ impl Hidden {
         Ok(true)
     }
 
-    async fn read(&self) -> Result<Option<Bytes>> {
+    /// The right content; `None` if its version is gone.
+    pub(crate) async fn read(&self) -> Result<Option<Bytes>> {
         let limit = limit(&self.object);
         self.store.get_version(&self.object, &self.right.id, limit).await
     }
@@ -224,6 +225,40 @@ pub async fn of_opening(access: &Access) -> Result<Vec<Hidden>> {
         found.extend(judge(&stanza, object).await?);
     }
     Ok(found)
+}
+
+/// Whether this is a key slot.
+pub(crate) fn is_slot(hidden: &Hidden) -> bool {
+    hidden.object.split('/').next() == Some(names::KEYS)
+}
+
+/// All key slots of a stanza that can be read, with the right content of those that [`of_opening`] has found. Nothing is
+/// brought back.
+pub async fn slots(stanza: &Store, found: &[Hidden]) -> Result<Vec<proto::Slot>> {
+    let mut contents = Vec::new();
+    for hidden in found.iter().filter(|hidden| is_slot(hidden)) {
+        contents.push((hidden.object.clone(), hidden.read().await));
+    }
+    for (name, _) in stanza.list(names::KEYS).await? {
+        if found.iter().all(|hidden| hidden.object != name) {
+            let content = stanza.get_opt(&name, limits::SLOT_BYTES).await;
+            contents.push((name, content));
+        }
+    }
+    let mut slots = Vec::new();
+    for (name, content) in contents {
+        let slot = match content {
+            Ok(None) => continue,
+            Ok(Some(bytes)) => keys::decode_slot(&bytes, &name).map_err(Error::from),
+            Err(error) if error.kind() == Kind::Temporary => return Err(error),
+            Err(error) => Err(error),
+        };
+        match slot {
+            Ok(slot) => slots.push(slot),
+            Err(error) => tracing::debug!("a key slot is passed over: {error}"),
+        }
+    }
+    Ok(slots)
 }
 
 /// Entries of the log below a delete marker: entries are never deleted. No key is needed.

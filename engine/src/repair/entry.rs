@@ -1,9 +1,10 @@
-//! What lies where the next entry of the log belongs and is no entry: whoever may create objects can put something there,
-//! and a torn file can be there after a crash. Nobody gets past it, and nothing can be restored, until it is taken away.
+//! What lies under a name of the log and is no entry: whoever may create objects can put something there, and a torn file
+//! can be there after a crash. Where the next entry belongs, nobody gets past it, and nothing can be restored, until it is
+//! taken away; under a later name, it is in the way when the log comes there.
 //!
-//! What always holds: only what is behind the last good entry goes, and has nothing behind it; what this secret merely
+//! What always holds: only what is behind the last good entry goes, and has no entry behind it; what this secret merely
 //! cannot open, what a newer version wrote, and what this host has seen as an entry, stays. That it went is an entry
-//! itself, in its place.
+//! itself: in its place, if that is the next one.
 
 use bytes::Bytes;
 use fairvault_format::header::ObjectHeader;
@@ -40,51 +41,58 @@ async fn peek(store: &Store, object: &str) -> Result<Option<(u64, Bytes)>> {
     Ok(Some(content))
 }
 
-/// Finds it; an error if it is not `seq` whose object is no entry, or if it must not go.
+/// Finds it; an error if what `seq` names is an entry, is not there, or must not go. Where the log is stuck, what it is
+/// stuck at goes first: else it could not say what went.
 pub async fn find(access: &Access, seq: u64) -> Result<NoEntry> {
     let stanza = Stanza::open(access).await?;
     let mut log = Log::unread(stanza.clone());
     // An older version of it may be a good one.
-    let Err(error) = hidden::of_log(&mut log).await else {
-        log.mark_read();
-        return Err(Error::refused(format!(
-            "the log of {} can be read up to its end, entry {}: there is nothing to drop",
-            stanza.shown(),
-            log.state().seq
-        )));
+    let stuck = match hidden::of_log(&mut log).await {
+        Ok(hidden) => {
+            log.mark_read();
+            if !hidden.is_empty() {
+                return Err(
+                    Error::refused(format!("entries of the log of {} are hidden", stanza.shown()))
+                        .remedy("bring them back first, with `fairvault repair`"),
+                );
+            }
+            None
+        }
+        Err(error) => Some(error),
     };
-    if matches!(error.kind(), Kind::Temporary | Kind::Unsupported | Kind::Interrupted) {
-        return Err(error);
-    }
     let next = log.state().seq + 1;
-    if next != seq {
-        return Err(Error::refused(format!(
-            "the log of {} can be read up to entry {}, so it would be --drop-entry {next}, not {seq}: {error}",
-            stanza.shown(),
-            next - 1
-        )));
-    }
+    let object = names::log_context(seq);
+    let problem = match stuck {
+        None => behind_the_end(&log, seq).await?,
+        Some(error) if matches!(error.kind(), Kind::Temporary | Kind::Unsupported | Kind::Interrupted) => {
+            return Err(error);
+        }
+        Some(error) if next != seq => {
+            return Err(Error::refused(format!(
+                "the log of {} can be read up to entry {}, so it would be --drop-entry {next}, not {seq}: {error}",
+                stanza.shown(),
+                next - 1
+            )));
+        }
+        Some(error) => error,
+    };
     if seq == 1 {
-        return Err(error.remedy("the first entry is what the stanza was created with: bring it back from a copy"));
+        return Err(problem.remedy("the first entry is what the stanza was created with: bring it back from a copy"));
     }
     // If it was an entry once, somebody may remember it.
     log.check_seen()?;
-    let object = names::log_context(seq);
     let Some((len, content)) = peek(stanza.store(), &object).await? else {
-        return Err(error);
+        return Err(problem);
     };
     let epoch = ObjectHeader::decode(&content, &object).map(|header| header.epoch);
     let known = state::newest_epoch(log.state()).max(stanza.newest_slot());
     if epoch.is_ok_and(|epoch| epoch <= known && stanza.keys_of(epoch).is_err()) {
-        return Err(error.remedy("use a secret that opens every key epoch of the stanza"));
+        return Err(problem.remedy("use a secret that opens every key epoch of the stanza"));
     }
-    let later = stanza.store().list_after(names::LOG, &object, "log/").await?;
-    if let Some(later) = later
-        .iter()
-        .find(|name| name.rsplit('/').next().and_then(names::parse_log).is_some())
-    {
+    let later = log.names_after(&object).await?;
+    if let Some(later) = log.first_entry(&later).await? {
         return Err(Error::damaged(format!(
-            "{}/{object} cannot be read ({error}), and {later} follows on it: it was an entry once",
+            "{}/{object} cannot be read ({problem}), and {later} follows on it: it was an entry once",
             stanza.shown()
         ))
         .remedy(
@@ -94,10 +102,38 @@ pub async fn find(access: &Access, seq: u64) -> Result<NoEntry> {
     Ok(NoEntry {
         log,
         object,
-        problem: error.to_string(),
+        problem: problem.to_string(),
         len,
         content,
     })
+}
+
+/// Why what lies behind the end of a log is no entry; an error if it may be one, or if one before it is missing.
+async fn behind_the_end(log: &Log, seq: u64) -> Result<Error> {
+    let stanza = log.stanza();
+    let object = names::log_context(seq);
+    let there = match seq > log.state().seq {
+        true => peek(stanza.store(), &object).await?,
+        false => None,
+    };
+    let Some((_, content)) = there else {
+        return Err(Error::refused(format!(
+            "the log of {} can be read up to its end, entry {}, and behind that there is no {object}: there is nothing to drop",
+            stanza.shown(),
+            log.state().seq
+        )));
+    };
+    // Fails if entries are missing. Somebody may also have written on just now.
+    log.clone().refresh_proven().await?;
+    match log.check_entry(&object, &content) {
+        Ok(()) => Err(Error::damaged(format!(
+            "{}/{object} is an entry, and others before it are missing",
+            stanza.shown()
+        ))
+        .remedy("bring them back from a copy of the repository")),
+        Err(error) if error.kind() == Kind::Unsupported => Err(error),
+        Err(error) => Ok(error),
+    }
 }
 
 impl NoEntry {

@@ -26,7 +26,7 @@ use crate::error::{Error, Kind, Result};
 use crate::gc::{runs, sweep::are_live, usage::Usage};
 use crate::immutable::hidden::{self, Hidden};
 use crate::progress::Progress;
-use crate::stanza::{Access, Stanza, erase, read_repository};
+use crate::stanza::{Access, Stanza, erasure, read_repository};
 use crate::verify::packs::Checking;
 use crate::verify::{self, Finding, Level, Needed};
 use rebuild::Rebuild;
@@ -89,11 +89,10 @@ async fn back(found: Vec<Hidden>, dry_run: bool, all: &mut Vec<Hidden>) -> Resul
 /// Opens the stanza and reads its log to the end. What hides either is brought back, in the order in which a stanza is
 /// opened, and added to `all`.
 async fn open(access: &Access, dry_run: bool, all: &mut Vec<Hidden>) -> Result<Log> {
+    let found = hidden::of_opening(access).await?;
     // Slots that were destroyed are not hidden.
-    let store = access.repository.folder(&access.stanza);
-    erase::check_note(&store).await?;
-    erase::check_hidden_note(&store).await?;
-    back(hidden::of_opening(access).await?, dry_run, all).await?;
+    let is_note_false = erasure::check_repair(access, &found).await?;
+    back(found, dry_run, all).await?;
     let lacks = all.iter().filter(|hidden| !hidden.brought_back);
     let names: Vec<&str> = lacks.map(|hidden| hidden.object.as_str()).collect();
     let opened = async {
@@ -104,10 +103,17 @@ async fn open(access: &Access, dry_run: bool, all: &mut Vec<Hidden>) -> Result<L
     };
     let stanza = opened.await.map_err(|error| match names.is_empty() {
         true => error,
-        false => error.remedy(format!(
-            "`fairvault repair` without --dry-run brings back {}",
-            names.join(", ")
-        )),
+        false => {
+            // Where no slot can be seen, the note is all that is read.
+            let error = match is_note_false && error.kind() == Kind::Refused {
+                true => Error::refused(format!("key slots of stanza {} are hidden", access.stanza)),
+                false => error,
+            };
+            error.remedy(format!(
+                "`fairvault repair` without --dry-run brings back {}",
+                names.join(", ")
+            ))
+        }
     })?;
     let mut log = Log::unread(stanza);
     back(hidden::of_log(&mut log).await?, dry_run, all).await?;

@@ -49,65 +49,20 @@ pub async fn note(stanza: &Store) -> Result<Option<proto::Erased>> {
     })
 }
 
-/// Fails if a note says that the stanza was erased. It is not signed: whoever may write to the store can leave one.
+/// Fails if a note says that the stanza was erased, where no slot can be seen and the log is not asked. It is not signed:
+/// whoever may write to the store can leave one.
 pub async fn check_note(stanza: &Store) -> Result<()> {
-    match note(stanza).await? {
-        None => Ok(()),
-        Some(found) => Err(erased::error(stanza.shown(), &found).remedy(format!(
-            "that is what {}/{} says. If it is not so, somebody with access to the store made it: remove it, and bring the \
-             slots back with `fairvault key import` or `fairvault repair`",
-            stanza.shown(),
-            names::ERASED
-        ))),
-    }
-}
-
-/// Fails if versions of the note are left that the bucket hides: slots are not brought back beside it either.
-pub async fn check_hidden_note(stanza: &Store) -> Result<()> {
-    if !stanza.bucket_or_plain().await?.has_versions {
-        return Ok(());
-    }
-    for object in stanza.all_versions(names::ERASED).await? {
-        for version in object.contents().filter(|_| object.name == names::ERASED) {
-            let bytes = stanza
-                .get_version(names::ERASED, &version.id, limits::REPOSITORY_JSON_BYTES)
-                .await?;
-            let what = format!("a version of {}/{}", stanza.shown(), names::ERASED);
-            if let Some(bytes) = bytes {
-                let found = ErasedNote::decode(&bytes, &what)?.erased();
-                return Err(erased::error(stanza.shown(), &found).remedy(format!(
-                    "that is what {what} says, which is hidden by a deletion. If it is not so, delete all versions of it for good, \
-                     and run this again"
-                )));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Fails if these slots must not be brought back: the stanza was erased, as a note says, or the log that they open. Where the
-/// configured secret opens none of them, the log is for those to read who can.
-pub async fn check_import(access: &Access, slots: &[proto::Slot]) -> Result<()> {
-    let store = access.repository.folder(&access.stanza);
-    check_note(&store).await?;
-    let access = Access {
-        memory: None,
-        ..access.clone()
-    };
-    let Ok(stanza) = Stanza::open_with(&access, slots) else {
-        return Ok(());
-    };
-    match Log::unread(stanza).also_erased().replayed().await {
-        Ok(log) => match &log.state().erased {
-            Some(found) => Err(erased::error(store.shown(), found)
-                .remedy("there is no way back into it here: what is stored is read from an exported file by the independent reader")),
-            None => Ok(()),
-        },
-        Err(error) if error.kind() == Kind::Temporary => Err(error),
-        Err(error) => {
-            tracing::debug!("the log does not say whether the stanza was erased: {error}");
-            Ok(())
-        }
+    let remedy = format!(
+        "that is what {}/{} says, and somebody with access to the store can have made it. If it is not so, bring the slots \
+         back with `fairvault key import` or `fairvault repair`: they ask the log",
+        stanza.shown(),
+        names::ERASED
+    );
+    match note(stanza).await {
+        Ok(None) => Ok(()),
+        Ok(Some(found)) => Err(erased::error(stanza.shown(), &found).remedy(remedy)),
+        Err(error) if error.kind() == Kind::Damaged => Err(error.remedy(remedy)),
+        Err(error) => Err(error),
     }
 }
 

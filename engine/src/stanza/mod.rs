@@ -5,6 +5,7 @@
 
 pub mod create;
 pub mod erase;
+pub mod erasure;
 pub mod memory;
 pub mod rotate;
 pub mod slots;

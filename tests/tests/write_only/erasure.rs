@@ -164,6 +164,22 @@ fn a_forged_note_destroys_nothing() -> Result<()> {
     refused(s.fairvault(&erase), 1, "the operator's key")?;
     ensure!(s.objects("keys") == slots);
     s.by_operator(&["info", "acme"])?;
+    // It keeps no slots away: the log is asked, which an exported file opens.
+    let kit = s.path("kit");
+    s.by_operator(&["key", "export", "acme", &kit])?;
+    for slot in &slots {
+        std::fs::remove_file(slot)?;
+    }
+    let import = ["key", "import", "acme", &kit, "--cache", &nothing];
+    refused(
+        s.fairvault(&[&import[..], &["--key-file", &wrong]].concat()),
+        1,
+        "was erased at",
+    )?;
+    ensure!(s.objects("keys").is_empty());
+    let said = s.fairvault(&[&import[..], &["--key-file", &s.path("key")]].concat());
+    refused(said, 0, "the log does not")?;
+    ensure!(s.objects("keys") == slots);
     // The log counts; what the note says is not written over, and is told.
     let said = s.by_operator(&erase)?;
     ensure!(said.contains("says something else than the log"), "{said}");
