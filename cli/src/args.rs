@@ -242,6 +242,10 @@ pub struct RepairArgs {
     /// read again; a copy of it is kept in the cache
     #[arg(long, value_name = "N")]
     pub drop_entry: Option<u64>,
+    /// Where a bucket with versions has two logs that part at this entry: bring back the one that was written first, also
+    /// if the one that can be seen has backups or decisions of its own, which are lost then
+    #[arg(long, value_name = "N", conflicts_with = "drop_entry")]
+    pub older_log: Option<u64>,
     /// How progress looks
     #[arg(long, value_enum, default_value_t = ProgressMode::Auto)]
     pub progress: ProgressMode,

@@ -1,7 +1,7 @@
 //! What was done with a stanza: its log, verified from its first entry on, in words.
 //!
-//! What always holds: every line was signed by a key that may say it, follows on the one before, and is still what this
-//! host saw there; or there is an error instead of lines.
+//! What always holds: every line was signed by a key that may say it, follows on the one before, is still what this host
+//! saw there, and is what a bucket that keeps versions had there first; or there is an error instead of lines.
 
 use std::sync::Arc;
 
@@ -9,7 +9,8 @@ use fairvault_format::proto::{LogEntry, log_entry::Kind as Entry};
 use serde::Serialize;
 
 use crate::commit::Log;
-use crate::error::Result;
+use crate::error::{Kind, Result};
+use crate::immutable::written;
 use crate::postgres::lsn::Lsn;
 use crate::stanza::Stanza;
 
@@ -45,7 +46,14 @@ pub struct Audit {
 
 /// Reads and verifies a stanza's log.
 pub async fn read(stanza: Arc<Stanza>) -> Result<Audit> {
-    let log = Log::unread(stanza).also_erased().replayed().await?;
+    let log = Log::unread(stanza.clone()).also_erased().replayed().await?;
+    match written::check(Log::unread(stanza).also_erased()).await {
+        // Not every reader may ask.
+        Err(error) if error.kind() == Kind::Failed => {
+            tracing::warn!("whether another log was there before is not looked at: {error}");
+        }
+        checked => checked?,
+    }
     if log.state().erased.is_some() {
         log.stanza().forget_keys();
     }

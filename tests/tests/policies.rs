@@ -36,12 +36,19 @@ fn documented() -> Result<BTreeMap<&'static str, Policy>> {
         bail!("{} policies instead of three", blocks.len());
     };
     let of = |more: &[&str]| Policy::of(&[&[reader.as_str(), versions.as_str()], more].concat());
+    // A deleter that may not ask whether the bucket keeps versions.
+    let blind = reader.replace("\"s3:GetBucketVersioning\", ", "");
+    ensure!(blind != reader, "{reader}");
     Ok(BTreeMap::from([
         ("reader", of(&[])?),
         ("writer", of(&[writer.as_str()])?),
         ("founder", of(&[writer.as_str(), founder.as_str()])?),
         ("deleter", of(&[deleter.as_str(), deletes.as_str()])?),
         ("keeper", of(&[locks.as_str()])?),
+        (
+            "blind",
+            Policy::of(&[&blind, versions, &deleter, deletes].map(String::as_str))?,
+        ),
     ]))
 }
 
@@ -334,6 +341,44 @@ async fn what_was_stolen_does_not_do_what_others_are_for() -> Result<()> {
     ] {
         refused(s.fairvault(words), 1, REFUSED)?;
     }
+    Ok(())
+}
+
+/// Finds a collector that takes what is hidden for gone where it may not ask whether the bucket keeps versions.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_may_not_ask_for_versions_deletes_nothing() -> Result<()> {
+    let place = Place::new("blind", 5, "retention = { full = 1 }")?;
+    let (w, s) = (&place.w, &place.w.s);
+    w.backup()?;
+    let first = w.store.all_versions("acme/roots/").await?;
+    // Nothing of the first backup is used by the second.
+    place.configure("founder", &["deleter", "keeper"])?;
+    s.ok(&["key", "rotate", "acme"])?;
+    place.configure("writer", &["deleter", "keeper"])?;
+    w.backup()?;
+    s.ok(&["expire", "acme"])?;
+    s.ok(&["policy", "acme", "--minimum-retention", "1d"])?;
+    let names: Vec<String> = first.into_iter().map(|root| root.name).collect();
+    ensure!(names.len() == 1, "{names:?}");
+    w.store.delete(&names).await?;
+    let visible = async || -> Result<BTreeSet<String>> {
+        let packs = w.store.all_versions("acme/packs/").await?;
+        Ok(packs
+            .into_iter()
+            .filter(|pack| pack.is_visible())
+            .map(|pack| pack.name)
+            .collect())
+    };
+    let before = visible().await?;
+    for name in ["s3.toml", "fairvault.toml"] {
+        let text = std::fs::read_to_string(s.scratch.join(name))?;
+        let blind = text.replace(&place.key("deleter"), &place.key("blind"));
+        ensure!(blind != text, "{text}");
+        s.scratch.write(name, blind.as_bytes())?;
+    }
+    let gc = s.fairvault(&["gc", "acme", "--patience", "1s", "--progress", "none"]);
+    refused(gc, 1, "s3:GetBucketVersioning")?;
+    ensure!(visible().await? == before, "packs are gone");
     Ok(())
 }
 

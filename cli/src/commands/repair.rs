@@ -24,6 +24,7 @@ pub async fn run(context: &Context, args: RepairArgs) -> Result<Outcome> {
             VerifyLevel::Objects => Level::Objects,
             VerifyLevel::Data => Level::Data,
         },
+        older_log: args.older_log,
     };
     let (mut outcome, mut unread) = (Outcome::Done, 0);
     for repository in context.repositories(Some(&args.stanza))? {

@@ -12,6 +12,7 @@ pub mod fence;
 mod later;
 pub mod lease;
 mod notes;
+mod over;
 pub mod session;
 mod snapshots;
 pub mod state;
@@ -171,7 +172,8 @@ impl Log {
                 self.stanza.shown(),
                 self.state.seq,
                 seen.seq
-            ))),
+            ))
+            .remedy("where the bucket keeps versions, `fairvault repair` brings back what was written first")),
             false => Ok(()),
         }
     }
@@ -261,14 +263,19 @@ impl Log {
 
     /// Reads what was appended since.
     pub async fn refresh(&mut self) -> Result<()> {
-        self.read_on().await?;
+        self.refresh_up_to(u64::MAX).await
+    }
+
+    /// The same, and nothing behind this entry.
+    pub(crate) async fn refresh_up_to(&mut self, last: u64) -> Result<()> {
+        self.read_on(last).await?;
         self.check_not_erased()
     }
 
-    async fn read_on(&mut self) -> Result<()> {
+    async fn read_on(&mut self, last: u64) -> Result<()> {
         let store = self.stanza.store().clone();
         self.follow_keys().await?;
-        loop {
+        while self.state.seq < last {
             let from = self.state.seq + 1;
             // One probe tells whether there is anything; only then more are asked for at once.
             let first = store.get_opt(&names::log_context(from), limits::LOG_ENTRY_BYTES).await;
@@ -277,7 +284,8 @@ impl Log {
             };
             self.apply(&first)?;
             self.follow_keys().await?;
-            let batch = (from + 1..from + BATCH).map(|seq| {
+            let end = from.saturating_add(BATCH).min(last.saturating_add(1));
+            let batch = (from + 1..end).map(|seq| {
                 let store = store.clone();
                 async move { store.get_opt(&names::log_context(seq), limits::LOG_ENTRY_BYTES).await }
             });
@@ -294,6 +302,7 @@ impl Log {
                 self.follow_keys().await?;
             }
         }
+        Ok(())
     }
 
     fn apply(&mut self, bytes: &[u8]) -> Result<()> {
@@ -376,7 +385,8 @@ impl Log {
                 if found.is_some() { "is different" } else { "is gone" }
             ))
             .remedy(format!(
-                "if the repository was emptied or replaced on purpose, delete {}",
+                "where the bucket keeps versions, `fairvault repair` brings back what was written first; if the repository \
+                 was emptied or replaced on purpose, delete {}",
                 self.stanza
                     .memory()
                     .map(|m| m.place(&self.stanza).display().to_string())
@@ -410,28 +420,7 @@ impl Log {
         loop {
             allowed(&self.state)?;
             let seq = self.state.seq + 1;
-            let mut entry = LogEntry {
-                seq,
-                previous: if seq == 1 { vec![0; 32] } else { self.state.head.clone() },
-                time_us: self.stanza.env().now_us(),
-                fence: self.state.fence,
-                nonce: nonce.clone(),
-                host: self.stanza.host().to_owned(),
-                user: self.stanza.user().to_owned(),
-                snapshot: Vec::new(),
-                kind: Some(entry.clone()),
-            };
-            if seq.is_multiple_of(limits::SNAPSHOT_INTERVAL) {
-                entry.snapshot = self.write_snapshot().await?.to_vec();
-            }
-            // What readers could not apply must never be written.
-            state::apply(&mut self.state.clone(), &entry, self.stanza.keys().epoch)?;
-            let bytes = seal_entry(
-                self.stanza.keys(),
-                self.stanza.scope(),
-                env::salt(self.stanza.env())?,
-                &entry,
-            )?;
+            let bytes = self.sealed(entry.clone(), &nonce).await?;
             match self
                 .stanza
                 .store()
@@ -451,6 +440,29 @@ impl Log {
                 }
             }
         }
+    }
+
+    /// The bytes of an entry that follows on what was read; with every so many, a snapshot is stored.
+    async fn sealed(&self, kind: Entry, nonce: &[u8]) -> Result<Vec<u8>> {
+        let seq = self.state.seq + 1;
+        let mut entry = LogEntry {
+            seq,
+            previous: if seq == 1 { vec![0; 32] } else { self.state.head.clone() },
+            time_us: self.stanza.env().now_us(),
+            fence: self.state.fence,
+            nonce: nonce.to_vec(),
+            host: self.stanza.host().to_owned(),
+            user: self.stanza.user().to_owned(),
+            snapshot: Vec::new(),
+            kind: Some(kind),
+        };
+        if seq.is_multiple_of(limits::SNAPSHOT_INTERVAL) {
+            entry.snapshot = self.write_snapshot().await?.to_vec();
+        }
+        // What readers could not apply must never be written.
+        state::apply(&mut self.state.clone(), &entry, self.stanza.keys().epoch)?;
+        let salt = env::salt(self.stanza.env())?;
+        Ok(seal_entry(self.stanza.keys(), self.stanza.scope(), salt, &entry)?)
     }
 
     /// Either every writer relies on conditional create, or there is one writer.

@@ -6,9 +6,9 @@
 //!
 //! What always holds: the state is computed from all entries of the log, not from a snapshot; what the signed
 //! policy protects stays, whatever the log says has expired; what a backup uses is known from its usage list, or
-//! nothing is deleted; whoever comes after an interrupted collector goes on where that stopped. No data key is
-//! needed. In a bucket that keeps versions, what was deleted is deleted for good once its lock has ended (`versions`).
-//! Of WAL and versions that were deleted, a note in the log tells.
+//! nothing is deleted; nor is anything where a bucket that keeps versions hides an entry of the log; whoever comes after
+//! an interrupted collector goes on where that stopped. No data key is needed. In a bucket that keeps versions, what was
+//! deleted is deleted for good once its lock has ended (`versions`). Of WAL and versions that were deleted, a note in the log tells.
 //!
 //! Memory: something for each pack that is listed or used, for each backup, run and entry of the log; one usage list and
 //! one index run at a time; nothing for each chunk.
@@ -29,7 +29,8 @@ use serde::Serialize;
 
 use crate::commit::Log;
 use crate::commit::lease;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
+use crate::immutable::written;
 use crate::progress::Progress;
 use crate::stanza::slots;
 use usage::Usage;
@@ -105,6 +106,9 @@ pub async fn run(log: &Log, options: &Options, progress: &Progress) -> Result<Re
     }
     let began_us = stanza.env().now_us();
     let mut log = Log::replay_backups(stanza).await?;
+    // Of two logs, nobody knows which one is to stay: what either needs is kept.
+    let checked = written::check(Log::unread(log.stanza().clone())).await;
+    checked.context(|| "nothing is deleted")?;
     let mut report = Report::default();
     let done = collect(&mut log, options, progress, &mut report).await;
     if !options.dry_run {

@@ -76,7 +76,12 @@ impl Usage {
         let Ok(hash) = <[u8; 32]>::try_from(backup.root.as_slice()) else {
             return Ok(false);
         };
-        if let Some(bytes) = right_content(stanza.store(), &names::root(&hash)).await? {
+        let hidden = right_content(stanza.store(), &names::root(&hash)).await;
+        let hidden = hidden.context(|| {
+            let id = backup.info.as_ref().map(|info| info.id.as_str()).unwrap_or_default();
+            format!("nothing is deleted, since it is not known whether the bucket has what backup {id} uses")
+        })?;
+        if let Some(bytes) = hidden {
             self.add_list(&open(stanza, &hash, &bytes)?);
             return Ok(true);
         }

@@ -168,6 +168,7 @@ pub async fn purge(
     let stanza = log.stanza().clone();
     let store = stanza.store();
     let bucket = store.bucket_or_plain().await?;
+    // Not where versioning is suspended: whatever is stored then has the same id as the marker that it takes the place of.
     if !bucket.versioning {
         return Ok(());
     }

@@ -22,7 +22,7 @@ const CONCURRENT: usize = 16;
 /// Of these, objects that are held in memory.
 const HELD: usize = 2;
 /// Versions of one object that are read to find the right one.
-const TRIES: usize = 16;
+pub(super) const TRIES: usize = 16;
 
 /// A hidden object.
 #[derive(Debug, Clone, Serialize)]
@@ -43,7 +43,7 @@ pub struct Hidden {
 }
 
 impl Hidden {
-    fn new(store: &Store, object: &Object, right: &Version) -> Self {
+    pub(super) fn new(store: &Store, object: &Object, right: &Version) -> Self {
         let above: Vec<Version> = object
             .versions
             .iter()
@@ -89,6 +89,10 @@ impl Hidden {
         let Some(markers) = self.markers.as_ref().filter(|_| self.store.settings().may_delete) else {
             return Ok(false);
         };
+        // Where versioning is suspended, whatever comes next has the same id as the marker, and would be deleted for it.
+        if markers.iter().any(|marker| marker.id == "null") {
+            return Ok(false);
+        }
         for marker in markers {
             if let Deleted::Refused(why) = self.store.delete_version(&self.object, &marker.id).await? {
                 tracing::debug!("the marker above {} stays: {why}", self.object);
@@ -142,16 +146,25 @@ fn is_suspicious(object: &Object) -> bool {
     !object.is_visible() || object.versions.len() > 1
 }
 
+/// Whether the store says that all versions with content have the same; `true` also if there is one, or none.
+pub(super) fn have_same_content(object: &Object) -> bool {
+    let Some(oldest) = object.contents().next() else {
+        return true;
+    };
+    object
+        .contents()
+        .skip(1)
+        .all(|version| !version.etag.is_empty() && version.etag == oldest.etag && version.size == oldest.size)
+}
+
 /// Finds the right version of an object, and says whether anything hides it. `None` also if there is no right version:
 /// then the object is damaged, and that is found elsewhere.
 async fn judge(store: &Store, object: &Object) -> Result<Option<Hidden>> {
     let Some(oldest) = object.contents().next() else {
         return Ok(None);
     };
-    let is_same =
-        |version: &Version| !version.etag.is_empty() && version.etag == oldest.etag && version.size == oldest.size;
     let newest = object.versions.first().filter(|newest| !newest.is_marker);
-    if object.contents().count() == 1 || object.contents().all(is_same) {
+    if have_same_content(object) {
         return Ok(match newest {
             Some(_) => None,
             None => Some(Hidden::new(store, object, oldest)),
@@ -187,9 +200,10 @@ async fn judge(store: &Store, object: &Object) -> Result<Option<Hidden>> {
     Ok(None)
 }
 
-/// The content of a hidden object that is named by its hash; `None` if no version has it.
+/// The content of a hidden object that is named by its hash; `None` if no version has it. An error if the bucket may not be
+/// asked: what may be there is not gone.
 pub async fn right_content(store: &Store, name: &str) -> Result<Option<Bytes>> {
-    if !store.bucket_or_plain().await?.has_versions {
+    if !store.bucket().await?.is_some_and(|bucket| bucket.has_versions) {
         return Ok(None);
     }
     for object in store
@@ -264,7 +278,7 @@ pub async fn slots(stanza: &Store, found: &[Hidden]) -> Result<Vec<proto::Slot>>
 /// Entries of the log below a delete marker: entries are never deleted. No key is needed.
 pub async fn deleted_entries(stanza: &Store) -> Result<Vec<Hidden>> {
     let mut found = Vec::new();
-    if !stanza.bucket_or_plain().await?.versioning {
+    if !stanza.bucket_or_plain().await?.has_versions {
         return Ok(found);
     }
     for object in stanza.all_versions(&format!("{}/", names::LOG)).await? {
@@ -275,48 +289,12 @@ pub async fn deleted_entries(stanza: &Store) -> Result<Vec<Hidden>> {
     Ok(found)
 }
 
-/// Reads the log with the entries that are hidden: those that follow on the entry before. Returns the whole log.
-pub async fn of_log(log: &mut Log) -> Result<Vec<Hidden>> {
-    let store = log.stanza().store().clone();
-    let mut found = Vec::new();
-    let listed = match store.bucket_or_plain().await?.versioning {
-        true => store.all_versions(&format!("{}/", names::LOG)).await?,
-        false => Vec::new(),
-    };
-    let mut suspicious = listed.into_iter().filter(is_suspicious).peekable();
-    loop {
-        let stopped = log.refresh().await;
-        if stopped.as_ref().is_err_and(|error| error.kind() == Kind::Temporary) {
-            return stopped.map(|()| found);
-        }
-        let next = names::log_context(log.state().seq + 1);
-        while suspicious.next_if(|object| object.name < next).is_some() {}
-        let mut is_found = false;
-        if let Some(object) = suspicious.next_if(|object| object.name == next) {
-            for version in object.contents().take(TRIES) {
-                let Ok(Some(bytes)) = store.get_version(&next, &version.id, limits::LOG_ENTRY_BYTES).await else {
-                    continue;
-                };
-                if log.follow(&bytes).is_ok() {
-                    found.push(Hidden::new(&store, &object, version));
-                    is_found = true;
-                    break;
-                }
-            }
-        }
-        if !is_found {
-            stopped?;
-            return Ok(found);
-        }
-    }
-}
-
 /// Hidden objects among what a log that was read to its end, and its backups, need.
 pub async fn of_content(log: &Log) -> Result<Vec<Hidden>> {
     let stanza = log.stanza();
     let store = stanza.store();
     let mut found = Vec::new();
-    if !store.bucket_or_plain().await?.versioning {
+    if !store.bucket_or_plain().await?.has_versions {
         return Ok(found);
     }
     let needs = Needs::of(log, 0, |_| 0).await?;

@@ -2,8 +2,8 @@
 //!
 //! In such a bucket a DELETE puts a marker above an object, and a PUT puts another version above it; nothing that is
 //! locked is lost by either. Since fairvault never overwrites, it is always known which version is the right one: of an
-//! object that is named by its hash, the one that matches it; of a log entry, the one that follows on the entry before;
-//! of anything else, the oldest one.
+//! object that is named by its hash, the one that matches it; of a log entry, the oldest one that follows on the entry
+//! before; of anything else, the oldest one.
 
 pub mod extend;
 pub mod hidden;
@@ -11,6 +11,7 @@ pub mod needs;
 pub(crate) mod pieces;
 pub mod reliance;
 mod seen;
+pub mod written;
 
 use crate::error::Result;
 use crate::expire::rules::{Calendar, DAY_S, Keep, Retention, days};

@@ -13,7 +13,7 @@ use fairvault_format::{limits, names, sha256};
 
 use crate::commit::{Log, state};
 use crate::error::{Error, Kind, Result};
-use crate::immutable::hidden;
+use crate::immutable::written;
 use crate::stanza::{Access, Stanza};
 use crate::store::Store;
 
@@ -47,10 +47,10 @@ pub async fn find(access: &Access, seq: u64) -> Result<NoEntry> {
     let stanza = Stanza::open(access).await?;
     let mut log = Log::unread(stanza.clone());
     // An older version of it may be a good one.
-    let stuck = match hidden::of_log(&mut log).await {
-        Ok(hidden) => {
+    let stuck = match written::of_log(&mut log).await {
+        Ok(found) => {
             log.mark_read();
-            if !hidden.is_empty() {
+            if !found.hidden.is_empty() || found.fork.is_some() {
                 return Err(
                     Error::refused(format!("entries of the log of {} are hidden", stanza.shown()))
                         .remedy("bring them back first, with `fairvault repair`"),

@@ -25,6 +25,7 @@ use crate::env::has_fault;
 use crate::error::{Error, Kind, Result};
 use crate::gc::{runs, sweep::are_live, usage::Usage};
 use crate::immutable::hidden::{self, Hidden};
+use crate::immutable::written;
 use crate::progress::Progress;
 use crate::stanza::{Access, Stanza, erasure, read_repository};
 use crate::verify::packs::Checking;
@@ -38,6 +39,8 @@ pub struct Options {
     pub dry_run: bool,
     /// How thoroughly packs are looked at.
     pub level: Level,
+    /// Where two logs part at this entry: the one that was written first comes back, whatever the other one says.
+    pub older_log: Option<u64>,
 }
 
 /// What became of the index.
@@ -88,7 +91,8 @@ async fn back(found: Vec<Hidden>, dry_run: bool, all: &mut Vec<Hidden>) -> Resul
 
 /// Opens the stanza and reads its log to the end. What hides either is brought back, in the order in which a stanza is
 /// opened, and added to `all`.
-async fn open(access: &Access, dry_run: bool, all: &mut Vec<Hidden>) -> Result<Log> {
+async fn open(access: &Access, options: Options, all: &mut Vec<Hidden>) -> Result<Log> {
+    let dry_run = options.dry_run;
     let found = hidden::of_opening(access).await?;
     // Slots that were destroyed are not hidden.
     let is_note_false = erasure::check_repair(access, &found).await?;
@@ -116,7 +120,26 @@ async fn open(access: &Access, dry_run: bool, all: &mut Vec<Hidden>) -> Result<L
         }
     })?;
     let mut log = Log::unread(stanza);
-    back(hidden::of_log(&mut log).await?, dry_run, all).await?;
+    let found = written::of_log(&mut log).await?;
+    match (&found.fork, options.older_log) {
+        (Some(fork), wanted) => {
+            fork.decide(&log, wanted)?;
+            if !dry_run {
+                // First: it asks for keys that write, without which nothing is to be changed.
+                fork.make_room(&mut log).await?;
+            }
+        }
+        (None, Some(wanted)) => {
+            return Err(Error::refused(format!(
+                "{} has one log: no older one parts from it at entry {wanted}",
+                log.stanza().shown()
+            ))
+            .remedy("run this without --older-log"));
+        }
+        (None, None) if dry_run && !found.hidden.is_empty() => log.check_seen()?,
+        (None, None) => {}
+    }
+    back(found.hidden, dry_run, all).await?;
     log.mark_read();
     Ok(log)
 }
@@ -125,7 +148,7 @@ async fn open(access: &Access, dry_run: bool, all: &mut Vec<Hidden>) -> Result<L
 pub async fn run(access: &Access, options: Options, progress: &Progress) -> Result<Report> {
     progress.phase("looking for what is hidden");
     let mut report = Report::default();
-    let mut log = open(access, options.dry_run, &mut report.hidden).await?;
+    let mut log = open(access, options, &mut report.hidden).await?;
     let began_us = log.stanza().env().now_us();
     let done = work(&mut log, options, &mut report, progress).await;
     if !options.dry_run {
@@ -143,8 +166,17 @@ async fn work(log: &mut Log, options: Options, report: &mut Report, progress: &P
     stanza.check_reads("repairing")?;
     progress.phase("reading the log");
     let lease = Lease::for_reading(&stanza, "repair", "").await;
+    let log_folder = format!("{}/", names::LOG);
+    let is_hidden = report
+        .hidden
+        .iter()
+        .any(|hidden| hidden.object.starts_with(&log_folder));
     let repaired = async {
-        *log = Log::replay(stanza.clone()).await?;
+        match options.dry_run && is_hidden {
+            // What would come back was read; what can be seen is something else.
+            true => {}
+            false => *log = Log::replay(stanza.clone()).await?,
+        }
         Work::begin(log, options).await?.run(progress).await
     };
     let repaired = repaired.await;

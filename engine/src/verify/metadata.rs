@@ -8,7 +8,7 @@ use fairvault_format::{limits, names, sha256};
 use super::Report;
 use crate::commit::Log;
 use crate::error::{Error, Kind};
-use crate::immutable::hidden;
+use crate::immutable::{hidden, written};
 use crate::stanza::{Access, Stanza, keys_in, read_repository, read_slot};
 
 /// Checks `fairvault.json` and the key slots: each can be read, and the configured secret opens one of every key epoch.
@@ -84,7 +84,7 @@ pub async fn check_hidden(access: &Access, stanza: &Arc<Stanza>, report: &mut Re
     let find = async {
         let mut log = Log::unread(stanza.clone());
         let mut all = hidden::of_opening(access).await?;
-        all.extend(hidden::of_log(&mut log).await?);
+        all.extend(written::of_log(&mut log).await?.hidden);
         all.extend(hidden::of_content(&log).await?);
         Ok::<_, Error>(all)
     };

@@ -4,6 +4,7 @@
 #[path = "../bucket/mod.rs"]
 mod bucket;
 mod clocks;
+mod forks;
 mod reliance;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,6 +26,7 @@ use fairvault_tests::{Receiver, Scratch, tools};
 use serde_json::Value;
 
 use bucket::{Server, World};
+use forks::{of_two_logs_with_backups_nobody_chooses_unasked, the_end_of_the_log_is_not_shadowed};
 use reliance::{
     a_raised_default_is_not_believed_of_what_is_older, what_a_backup_relies_on_is_locked_for_it,
     what_is_not_locked_for_long_enough_is_stored_again, what_the_policy_promises_is_locked_for_it,
@@ -768,6 +770,20 @@ async fn nothing_locked_is_lost_on_ministack() -> Result<()> {
     let scratch = Scratch::new("lockstore")?;
     let server = S3::start(&scratch, "other")?;
     nothing_locked_is_lost(&Server::of(&server)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_of_the_log_is_not_shadowed_on_ministack() -> Result<()> {
+    let scratch = Scratch::new("shadowstore")?;
+    let server = S3::start(&scratch, "other")?;
+    the_end_of_the_log_is_not_shadowed(&Server::of(&server)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_logs_with_backups_nobody_chooses_unasked_on_ministack() -> Result<()> {
+    let scratch = Scratch::new("forkstore")?;
+    let server = S3::start(&scratch, "other")?;
+    of_two_logs_with_backups_nobody_chooses_unasked(&Server::of(&server)).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -278,6 +278,7 @@ async fn usable_chunks(log: &Log) -> Result<(Chunks, Chunks)> {
 const REPAIR: repair::Options = repair::Options {
     dry_run: false,
     level: Level::Objects,
+    older_log: None,
 };
 
 /// What was lost of the index before is repaired: what is lost with it later could not be told from that.

@@ -66,6 +66,7 @@ pub async fn repairer(world: &Arc<World>, notes: &Notes) -> Result<()> {
     let options = repair::Options {
         dry_run: false,
         level: Level::Objects,
+        older_log: None,
     };
     let repaired = repair::run(&access(world.store(0), world), options, &Progress::default()).await;
     match repaired {
