@@ -117,6 +117,39 @@ fn lost_key_slots_come_back_from_a_file() -> Result<()> {
     ensure!(audit.matches("  key import, ").count() == 1, "{audit}");
     ensure!(audit.matches("key check: it opens everything").count() == 2, "{audit}");
 
+    // This host remembers the slots, and garbage in their place is no reason to write none, or to leave one out.
+    let slot = s.scratch.join("vault/acme/keys/00000001/main");
+    let kept = std::fs::read(&slot)?;
+    std::fs::remove_file(&slot)?;
+    let (late, nowhere) = (s.path("late"), s.path("nowhere"));
+    refused(
+        s.fairvault(&["key", "export", "acme", &late]),
+        6,
+        "the repository has lost",
+    )?;
+    let slots_of = |kit: &str| -> Result<Vec<String>> {
+        let text = std::fs::read_to_string(kit)?;
+        let slots = text.lines().filter(|line| line.starts_with("slot "));
+        Ok(slots.map(str::to_owned).collect())
+    };
+    ensure!(slots_of(&late)? == slots_of(&kit)?, "{:?}", slots_of(&late)?);
+    std::fs::write(&slot, b"garbage")?;
+    let (again, empty) = (s.path("again"), s.path("empty"));
+    let said = s.fairvault(&["key", "export", "acme", &again]);
+    refused(said, 6, "left out: ")?;
+    ensure!(slots_of(&again)? == slots_of(&kit)?, "{:?}", slots_of(&again)?);
+    // What is there is not written over; a host that remembers nothing has nothing to write.
+    refused(s.fairvault(&["key", "import", "acme", &kit]), 1, "and another one")?;
+    let export = ["key", "export", "acme", &empty, "--cache", &nowhere];
+    ensure!(s.fairvault(&export).0 != 0 && !std::path::Path::new(&empty).exists());
+    std::fs::remove_file(&slot)?;
+    // A line that was damaged does not keep the others from coming back.
+    let damaged = format!("{}slot keys/00000001/torn 00ff\n", std::fs::read_to_string(&kit)?);
+    std::fs::write(&late, damaged)?;
+    refused(s.fairvault(&["key", "import", "acme", &late]), 6, "left out: line ")?;
+    ensure!(std::fs::read(&slot)? == kept);
+    s.ok(&["key", "check", "acme"])?;
+
     // Neither another slot nor another key passes.
     let text = std::fs::read_to_string(&kit)?;
     std::fs::write(

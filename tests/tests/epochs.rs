@@ -3,6 +3,9 @@
 
 mod stores;
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use fairvault_engine::commit::Log;
@@ -12,13 +15,16 @@ use fairvault_engine::stanza::create::{DataKeys, create, new_keys};
 use fairvault_engine::stanza::memory::Memory;
 use fairvault_engine::stanza::rotate::{self, Options, Rotated};
 use fairvault_engine::stanza::slots::{self, Opens};
-use fairvault_engine::stanza::{Access, Stanza};
+use fairvault_engine::stanza::{Access, Stanza, read_slot};
+use fairvault_engine::store::{Store, StoreSettings};
 use fairvault_format::header::Kind as ObjectKind;
 use fairvault_format::keys::{EpochKeys, Secret};
 use fairvault_format::proto::{self, log_entry::Kind as Entry};
 use fairvault_format::{names, object, sha256};
 use fairvault_tests::Scratch;
-use fairvault_tests::fixture::host_name;
+use fairvault_tests::fixture::{files, host_name};
+use object_store::memory::InMemory;
+use object_store::throttle::{ThrottleConfig, ThrottledStore};
 
 use stores::{CLUSTER, Fault, Faulty, access, forge, key, memory};
 
@@ -332,5 +338,160 @@ async fn slots_open_all_epochs_or_are_refused() -> Result<()> {
     // A rotation to a secret that has slots already keeps their name.
     let done = rotated(&with(2), &to_new(2)).await?;
     ensure!(done.slots == ["spare"] && done.dropped.is_empty() && done.to == 3);
+    Ok(())
+}
+
+/// A store that takes its time, so that two who are at work take turns.
+fn slow(inner: &Arc<InMemory>, delete: Duration) -> Store {
+    let each = Duration::from_millis(1);
+    let config = ThrottleConfig {
+        wait_get_per_call: each,
+        wait_put_per_call: each,
+        wait_list_per_call: each,
+        wait_delete_per_call: delete,
+        ..Default::default()
+    };
+    let store = ThrottledStore::new(inner.clone(), config);
+    Store::new(Arc::new(store), "", "slow://", StoreSettings::default())
+}
+
+/// A stanza with two slots, of two operators.
+async fn with_two(store: &Store) -> Result<(Access, Access)> {
+    let one = access(store, key(1));
+    let mut log = create(&one, CLUSTER, "main").await?;
+    let second = key(2).context("a key")?;
+    slots::add(&mut log, &one, "other", &second, Opens::All).await?;
+    let two = Access {
+        secret: key(2),
+        ..one.clone()
+    };
+    Ok((one, two))
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_who_remove_each_others_slot_one_is_refused() -> Result<()> {
+    let store = slow(&Arc::default(), Duration::from_millis(1));
+    let (one, two) = with_two(&store).await?;
+    let (mut first, mut second) = (open(&one).await?, open(&two).await?);
+    let (one_done, two_done) = tokio::join!(
+        slots::remove(&mut first, &one, "other"),
+        slots::remove(&mut second, &two, "main")
+    );
+    let left = store.list("acme/keys").await?;
+    ensure!(left.len() == 1, "{left:?}");
+    let (winner, loser) = match one_done.is_ok() {
+        true => (one, two_done),
+        false => (two, one_done),
+    };
+    expect(loser, Kind::Refused, "without slot")?;
+    open(&winner).await?;
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slot_that_somebody_began_to_remove_counts_as_gone() -> Result<()> {
+    let inner = Arc::new(InMemory::new());
+    let store = slow(&inner, Duration::from_millis(1));
+    let (one, two) = with_two(&store).await?;
+    // Somebody stands still between the entry and the deletion.
+    let stuck = access(&slow(&inner, Duration::from_secs(3600)), key(1));
+    let mut log = open(&stuck).await?;
+    let removal = slots::remove(&mut log, &stuck, "other");
+    ensure!(tokio::time::timeout(Duration::from_secs(600), removal).await.is_err());
+    ensure!(store.list("acme/keys").await?.len() == 2);
+    let mut log = open(&two).await?;
+    let refused = slots::remove(&mut log, &two, "main").await;
+    expect(refused, Kind::Refused, "slot other (entry ")?;
+    // What others write meanwhile is no reason.
+    let mut beside = open(&two).await?;
+    let holding = async {
+        for at in 0..5 {
+            beside.append(hold(&at.to_string()), |_| Ok(())).await?;
+        }
+        Ok::<_, Error>(())
+    };
+    // Another slot counts, and the one who stood still is run again.
+    let second = key(2).context("a key")?;
+    ensure!(slots::add(&mut log, &two, "spare", &second, Opens::All).await? == 1);
+    let (removed, held) = tokio::join!(slots::remove(&mut log, &two, "main"), holding);
+    held?;
+    ensure!(removed? == 1);
+    ensure!(slots::remove(&mut log, &two, "other").await? == 1);
+    expect(open(&one).await, Kind::Refused, "wrong key")?;
+    open(&two).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_log_from_before_a_rotation_is_refused_where_the_newer_one_was_seen() -> Result<()> {
+    let scratch = Scratch::new("rolledkeys")?;
+    let store = memory();
+    let remembered = Memory::new(scratch.join("cache"));
+    let host = Access {
+        memory: Some(remembered.clone()),
+        ..access(&store, key(1))
+    };
+    create(&host, CLUSTER, "main").await?;
+    rotated(&host, &Options::default()).await?;
+    let mut log = open(&host).await?;
+    log.append(hold("x"), |_| Ok(())).await?;
+    let repository = log.stanza().scope().repository;
+
+    // What is remembered of slots may be older than what is remembered of the log: that is no doubt, where all is there.
+    let entry = format!("acme/{}", names::log_context(log.state().seq));
+    let kept = store.get(&entry, 1 << 20).await?;
+    let old = read_slot(&store.folder("acme"), &names::slot(1, "main"), &repository).await?;
+    remembered.remember_slots(&host, std::slice::from_ref(&old));
+    ensure!(open(&host).await?.state().seq == log.state().seq);
+    store.delete(std::slice::from_ref(&entry)).await?;
+    remembered.remember_slots(&host, std::slice::from_ref(&old));
+    expect(open(&host).await, Kind::Damaged, "rolled back")?;
+    store.put_hashed(&entry, kept.into()).await?;
+    open(&host).await?;
+
+    // All that was newer goes, and this host has the slots anew.
+    let rotation = format!("acme/{}", names::log_context(log.state().seq - 1));
+    let slot = format!("acme/{}", names::slot(2, "main"));
+    store.delete(&[entry, rotation, slot]).await?;
+    for _ in 0..2 {
+        remembered.forget_slots(&host);
+        expect(open(&host).await, Kind::Damaged, "rolled back")?;
+        let replayed = Log::replay(Stanza::open(&host).await?).await;
+        expect(replayed, Kind::Damaged, "does not open")?;
+        let archiving = Log::open_to_archive(Stanza::open(&host).await?).await;
+        expect(archiving, Kind::Damaged, "rolled back")?;
+    }
+    // A host without a memory cannot know.
+    open(&access(&store, key(1))).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_damaged_memory_of_the_log_holds_up_whoever_can_wait() -> Result<()> {
+    let scratch = Scratch::new("tornhead")?;
+    let store = memory();
+    let host = Access {
+        memory: Some(Memory::new(scratch.join("cache"))),
+        ..access(&store, key(1))
+    };
+    create(&host, CLUSTER, "main").await?;
+    let is_head = |path: &std::path::PathBuf| path.ends_with("head");
+    let head = files(&scratch.join("cache")).into_iter().find(is_head);
+    let head = head.context("a head")?;
+    std::fs::write(&head, b"torn")?;
+    let error = open(&host).await.err().context("it went well")?;
+    let path = head.display().to_string();
+    ensure!(
+        error.kind() == Kind::Damaged && error.to_string().contains(&path),
+        "{error}"
+    );
+    ensure!(error.advice().is_some_and(|advice| advice.contains(&path)));
+    // WAL goes on, and what somebody has to look at stays.
+    let mut log = Log::open_to_archive(Stanza::open(&host).await?).await?;
+    log.append(hold("x"), |_| Ok(())).await?;
+    ensure!(std::fs::read(&head)? == b"torn");
+    std::fs::remove_file(&head)?;
+    open(&host).await?;
+    ensure!(head.exists());
     Ok(())
 }

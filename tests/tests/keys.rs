@@ -235,7 +235,12 @@ fn a_new_secret_opens_everything_and_the_old_one_what_was() -> Result<()> {
     restores(&s, "b", &["--backup", &between], "1001")?;
     restores(&s, "c", &[], "1001")?;
 
-    // The old slots go; what was left out comes back for everything.
+    // The old slots go, also if somebody died over it; what was left out comes back for everything.
+    let mut dying = s.scratch.command("env");
+    dying.arg("FAIRVAULT_FAULT=remove-slot").arg(s.path("fairvault"));
+    dying.args(&s.options).args(["key", "remove-slot", "acme", "main"]);
+    refused(fairvault_tests::code(&mut dying), 1, "dies before it deletes")?;
+    ensure!(s.ok(&["key", "list", "acme"])?.contains("main ("));
     s.ok(&["key", "remove-slot", "acme", "main"])?;
     let list = s.ok(&["key", "list", "acme"])?;
     ensure!(
@@ -259,7 +264,8 @@ fn a_new_secret_opens_everything_and_the_old_one_what_was() -> Result<()> {
     let audit = s.ok(&["audit", "acme"])?;
     for said in [
         "key slot spare added: done",
-        "removal of key slot main: began",
+        "removal of key slot main: began: keys/00000001/main ",
+        "removal of key slot main: failed: the removal dies",
         "key slot main removed: done",
         "key remove-slot: failed: stanza acme has no slot",
         "opened by key2",

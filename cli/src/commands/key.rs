@@ -1,4 +1,4 @@
-//! `key generate`, `list`, `add-slot`, `remove-slot`, `rotate`, `check`, `export`, `import`; `key erase` is beside it.
+//! `key generate`, `list`, `add-slot`, `remove-slot`, `rotate`, `check`; `export`, `import` and `erase` are beside it.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -10,12 +10,10 @@ use fairvault_engine::env::{self, SystemEnv};
 use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::manifest::Manifest;
 use fairvault_engine::stanza::slots::Opens;
-use fairvault_engine::stanza::{Access, Stanza, erasure, rotate, slots};
-use fairvault_engine::store::Created;
-use fairvault_format::keys::{self, Secret};
-use fairvault_format::{limits, names};
+use fairvault_engine::stanza::{Access, Stanza, rotate, slots};
+use fairvault_format::keys::Secret;
 
-use super::Outcome;
+use super::{Outcome, kit};
 use crate::args::{KeyCommand, Output, RotateArgs};
 use crate::context::{Context, secret_from_file};
 use crate::output;
@@ -26,8 +24,8 @@ pub async fn run(context: &Context, command: KeyCommand) -> Result<Outcome> {
         KeyCommand::Generate { file } => generate(context, &file),
         KeyCommand::List { stanza } => list(context, &stanza).await,
         KeyCommand::Check { stanza } => check(context, &stanza).await,
-        KeyCommand::Export { stanza, file } => export(context, &stanza, &file).await,
-        KeyCommand::Import { stanza, file } => import(context, &stanza, &file).await,
+        KeyCommand::Export { stanza, file } => kit::export(context, &stanza, &file).await,
+        KeyCommand::Import { stanza, file } => kit::import(context, &stanza, &file).await,
         KeyCommand::AddSlot {
             stanza,
             name,
@@ -327,137 +325,4 @@ async fn check_in(context: &Context, repository: &str, log: &Log, all: &mut Vec<
         }
     }
     Ok(())
-}
-
-/// First word of a line with a slot in an exported file.
-const SLOT: &str = "slot";
-
-/// Slots are wrapped: the file alone opens nothing.
-async fn export(context: &Context, stanza: &str, path: &Path) -> Result<Outcome> {
-    let mut text = format!(
-        "# Key slots of stanza {stanza}, written by fairvault {}.\n\
-         # Together with a key file or passphrase that belongs to one of them, they open the stanza.\n\
-         # If the objects below {stanza}/keys/ are lost: fairvault key import {stanza} FILE\n",
-        env!("CARGO_PKG_VERSION")
-    );
-    let mut read = Vec::new();
-    for repository in context.repositories(Some(stanza))? {
-        let access = context.access(&repository, stanza, false, true)?;
-        // Not of a stanza that was erased, as its log says.
-        let log = open(&access).await?;
-        let began_us = log.stanza().env().now_us();
-        let (mut count, mut bytes) = (0, 0);
-        let opened = log.stanza();
-        text += &format!(
-            "repository {} {}\n",
-            hex::encode(opened.scope().repository),
-            opened.shown()
-        );
-        for (name, _) in opened.store().list(names::KEYS).await? {
-            let slot = opened.store().get(&name, limits::SLOT_BYTES).await?;
-            text += &format!("{SLOT} {name} {}\n", hex::encode(&slot));
-            count += 1;
-            bytes += slot.len() as u64;
-        }
-        read.push((log, began_us, count, bytes));
-    }
-    let written = write_new(path, &text);
-    for (mut log, began_us, count, bytes) in read {
-        let end = written.as_ref().map(|()| format!("{count} slots written to a file"));
-        log.note_end("key export", began_us, bytes, end).await;
-    }
-    written?;
-    if context.global.output == Output::Json {
-        output::json(
-            "key-export",
-            &serde_json::json!({ "stanza": stanza, "file": path.display().to_string() }),
-        );
-        return Ok(Outcome::Done);
-    }
-    output::line(format_args!(
-        "{} is written. Keep it apart from the key or passphrase that it needs",
-        path.display()
-    ));
-    Ok(Outcome::Done)
-}
-
-/// Writes a file that is not there yet.
-fn write_new(path: &Path, text: &str) -> Result<()> {
-    let what = || format!("writing {}", path.display());
-    let mut options = std::fs::OpenOptions::new();
-    let file = options.write(true).create_new(true).mode(0o600).open(path);
-    let mut file = file.map_err(|e| Error::io(what(), e).remedy("an existing file is never overwritten"))?;
-    let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
-    written.map_err(|e| Error::io(what(), e))
-}
-
-async fn import(context: &Context, stanza: &str, path: &Path) -> Result<Outcome> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(format_args!("reading {}", path.display()), e))?;
-    let bad = |why: &str| Error::usage(format!("{}: {why}", path.display()));
-    let mut slots = Vec::new();
-    for line in text.lines().filter(|line| line.starts_with(SLOT)) {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let [_, name, slot] = words.as_slice() else {
-            return Err(bad("a line with a slot has three words"));
-        };
-        let bytes = hex::decode(slot).map_err(|_| bad("a slot is not hexadecimal"))?;
-        let decoded = keys::decode_slot(&bytes, name)?;
-        if *name != names::slot(decoded.epoch, &decoded.name) {
-            return Err(bad("a slot has the name of another"));
-        }
-        slots.push((decoded, bytes));
-    }
-    let mut all = Vec::new();
-    for repository in context.repositories(Some(stanza))? {
-        let store = context.open_repository(&repository, false)?;
-        let id = fairvault_engine::stanza::read_repository(&store).await?.id()?;
-        let store = store.folder(stanza);
-        let own: Vec<_> = slots.iter().filter(|(slot, _)| slot.repository_id == id).collect();
-        let decoded: Vec<_> = own.iter().map(|(slot, _)| slot.clone()).collect();
-        let access = context.access(&repository, stanza, false, true)?;
-        erasure::check_import(&access, &decoded).await?;
-        let (mut count, mut stored) = (0, 0);
-        let storing = async {
-            for (slot, bytes) in own {
-                let name = names::slot(slot.epoch, &slot.name);
-                match store.create(&name, bytes.clone().into(), limits::SLOT_BYTES).await? {
-                    Created::Won if context.global.output == Output::Json => {}
-                    Created::Won => output::line(format_args!("{repository}: {name} is there")),
-                    Created::Lost(_) => {
-                        return Err(Error::refused(format!(
-                            "{}/{name} is there, and another one",
-                            store.shown()
-                        )));
-                    }
-                }
-                count += 1;
-                stored += bytes.len() as u64;
-                all.push(serde_json::json!({ "repository": repository, "object": name }));
-            }
-            Ok::<_, Error>(())
-        };
-        let done = storing.await;
-        if count > 0 {
-            note_import(&access, count, stored, done.as_ref().err()).await;
-        }
-        done?;
-    }
-    if all.is_empty() {
-        return Err(bad("it holds no slot of a configured repository"));
-    }
-    if context.global.output == Output::Json {
-        output::json("key-import", &serde_json::json!({ "stanza": stanza, "imported": all }));
-    }
-    Ok(Outcome::Done)
-}
-
-/// In the log, as far as what was imported opens it: the secret may be elsewhere.
-async fn note_import(access: &Access, count: usize, bytes: u64, error: Option<&Error>) {
-    match open(access).await {
-        Ok(mut log) => {
-            let (now_us, said) = (log.stanza().env().now_us(), format!("{count} slots are there"));
-            log.note_done("key import", now_us, bytes, said, error).await;
-        }
-        Err(error) => tracing::debug!("nothing is noted in the log: {error}"),
-    }
 }

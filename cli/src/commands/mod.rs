@@ -9,6 +9,7 @@ pub mod expire;
 pub mod gc;
 pub mod info;
 pub mod key;
+mod kit;
 pub mod lock;
 pub mod repair;
 pub mod restore;

@@ -13,6 +13,7 @@ mod later;
 pub mod lease;
 mod notes;
 mod over;
+mod seen;
 pub mod session;
 mod snapshots;
 pub mod state;
@@ -29,6 +30,7 @@ use crate::stanza::Stanza;
 use crate::store::Created;
 use authors::Authors;
 pub use epochs::rotated;
+use seen::Purpose;
 
 /// Entries fetched at once.
 const BATCH: u64 = 16;
@@ -160,7 +162,7 @@ impl Log {
     /// Fails unless the log, of which all entries were read, is that of this stanza and goes on from what this host saw.
     pub(crate) fn check_seen(&self) -> Result<()> {
         self.check_pins()?;
-        let Some(seen) = self.stanza.memory().and_then(|m| m.head(&self.stanza)) else {
+        let Some(seen) = self.remembered()? else {
             return Ok(());
         };
         // What follows on an entry says what that was.
@@ -190,27 +192,37 @@ impl Log {
 
     /// Reads the log to its end.
     pub async fn open(stanza: Arc<Stanza>) -> Result<Self> {
-        let (log, _) = Self::open_with(stanza, false, async |_| ()).await?;
+        let (log, _) = Self::open_with(stanza, Purpose::Any, async |_| ()).await?;
+        Ok(log)
+    }
+
+    /// The same for whoever stores WAL. A server's disk fills up while that waits, and what is stored is never wrong by it: so
+    /// a state of the log that this host remembers and cannot open is said, and holds up only others. A log that is known
+    /// to be rolled back holds up everybody.
+    pub async fn open_to_archive(stanza: Arc<Stanza>) -> Result<Self> {
+        let (log, _) = Self::open_with(stanza, Purpose::Archiving, async |_| ()).await?;
         Ok(log)
     }
 
     /// Reads the log to its end for somebody who reads WAL, and does meanwhile what is likely to be needed, judging by
-    /// what this host remembers of the log. That what it remembers is still there is looked at once a minute.
+    /// what this host remembers of the log. That what it remembers is still there is looked at once a minute; that it cannot be
+    /// opened keeps no recovery from its WAL.
     pub async fn open_beside<T>(
         stanza: Arc<Stanza>,
         beside: impl AsyncFnOnce(&Self) -> T,
     ) -> Result<(Self, Option<T>)> {
-        Self::open_with(stanza, true, beside).await
+        Self::open_with(stanza, Purpose::Fetching, beside).await
     }
 
     async fn open_with<T>(
         stanza: Arc<Stanza>,
-        is_reader: bool,
+        purpose: Purpose,
         beside: impl AsyncFnOnce(&Self) -> T,
     ) -> Result<(Self, Option<T>)> {
         let mut this = Self::empty(stanza);
-        let remembered = this.stanza.memory().and_then(|m| m.head(&this.stanza));
-        let (done, is_news) = match remembered {
+        let remembered = this.remembered();
+        let is_in_doubt = remembered.is_err();
+        let (done, is_news) = match remembered.ok().flatten() {
             Some(state) => {
                 this.adopt(state);
                 this.follow_keys().await?;
@@ -221,7 +233,7 @@ impl Log {
                     this.refresh().await?;
                     // What follows on the remembered head proves it.
                     let is_news = this.state.seq > before.state.seq;
-                    let memory = this.stanza.memory().filter(|_| is_reader);
+                    let memory = this.stanza.memory().filter(|_| purpose == Purpose::Fetching);
                     let is_fresh = memory.is_some_and(|memory| memory.head_is_fresh(&this.stanza));
                     if !is_news && !is_fresh {
                         before.check_remembered_head().await?;
@@ -245,6 +257,9 @@ impl Log {
                 .remedy("an interrupted `stanza create` leaves that, and can be run again; if there were backups, the objects below log/ were lost"));
         }
         this.check_pins()?;
+        if is_in_doubt {
+            this.check_doubtful_head(purpose).await?;
+        }
         this.warn_of_unfinished_rotation();
         if is_news {
             this.remember();

@@ -15,6 +15,7 @@ use super::{Access, Stanza, erase, read_repository};
 use crate::commit::{Log, erased, state};
 use crate::error::{Error, Kind, Result};
 use crate::immutable::hidden::{self, Hidden};
+use crate::immutable::written;
 use crate::store::Store;
 
 /// Versions of the note that are read, the oldest first: nothing is written over, so the oldest is the right one.
@@ -133,12 +134,14 @@ fn open(access: &Access, slots: &[proto::Slot]) -> Result<Arc<Stanza>> {
 /// Whether the log says that the stanza was erased, entries that are hidden included; an error if it does not say.
 async fn in_log(access: &Access, slots: &[proto::Slot]) -> Result<Option<Erased>> {
     let stanza = open(access, slots)?;
-    let head = access.memory.as_ref().and_then(|memory| memory.head(&stanza));
+    // A head that cannot be read says nothing: the log does.
+    let memory = access.memory.as_ref();
+    let head = memory.and_then(|memory| memory.head(&stanza).ok().flatten());
     if let Some(found) = head.and_then(|head| head.erased) {
         return Ok(Some(found));
     }
     let mut log = Log::unread(stanza).also_erased();
-    let stopped = match hidden::of_log(&mut log).await {
+    let stopped = match written::of_log(&mut log).await {
         Ok(_) => {
             log.mark_read();
             None

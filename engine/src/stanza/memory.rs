@@ -1,8 +1,9 @@
 //! What a host remembers of a stanza: slots, the unwrapped key of a passphrase, the log as it last saw it.
 //!
 //! It makes archiving cheap (no key derivation, one request to see that the log did not grow) and lets a
-//! host notice that a repository was rolled back. Losing it costs time and that notice, nothing else. What all entries of
-//! the log have made is kept apart from what may have begun with a snapshot (`proven`), for the version that read it.
+//! host notice that a repository was rolled back. Losing it costs time and that notice, nothing else; a state of the log
+//! that is there and does not open is not lost: that is said, and it is not written over. What all entries of the log have
+//! made is kept apart from what may have begun with a snapshot (`proven`), for the version that read it.
 //! A host whose key writes only keeps manifests here, too (`backup::remembered`): without them it reads everything.
 //! Files have mode 0600 in a folder of mode 0700; keys are kept only for stanzas opened by a passphrase.
 
@@ -12,7 +13,7 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, Per
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use fairvault_format::header::Kind as ObjectKind;
+use fairvault_format::header::{Kind as ObjectKind, ObjectHeader};
 use fairvault_format::keys::{EpochKeys, Scope, Secret};
 use fairvault_format::{keys, object, proto, sha256};
 use prost::Message;
@@ -25,6 +26,9 @@ use crate::error::{Error, Result};
 
 /// File of the proven state: another version reads all of the log once.
 const PROVEN: &str = concat!("proven-", env!("CARGO_PKG_VERSION"));
+
+/// File of the state as it was last seen.
+const HEAD: &str = "head";
 
 /// A folder of memories.
 #[derive(Debug, Clone)]
@@ -133,7 +137,7 @@ impl Memory {
     /// Where a stanza is remembered, if anything of it is.
     pub fn knows(&self, access: &Access) -> Option<PathBuf> {
         let folder = self.access_folder(access);
-        ["head", "slots", "keys"]
+        [HEAD, "slots", "keys"]
             .iter()
             .any(|file| folder.join(file).exists())
             .then_some(folder)
@@ -291,25 +295,51 @@ impl Memory {
             .into_iter()
             .flatten()
             .flatten();
-        for entry in entries.filter(|entry| entry.file_name() != "head") {
+        for entry in entries.filter(|entry| entry.file_name() != HEAD) {
             let _ = std::fs::remove_file(entry.path());
         }
     }
 
-    /// The log's state as it was last seen.
-    pub fn head(&self, stanza: &Stanza) -> Option<proto::Snapshot> {
-        self.state(stanza, "head")
+    /// The log's state as it was last seen. An error if there is one that does not open: its keys may be such as a
+    /// repository that was rolled back does not have any more.
+    pub fn head(&self, stanza: &Stanza) -> Result<Option<proto::Snapshot>> {
+        let folder = self.folder(stanza.shown());
+        let Some(bytes) = Self::read(&folder, HEAD) else {
+            return Ok(None);
+        };
+        Self::open(stanza, HEAD, &bytes).map(Some).map_err(|error| {
+            let path = folder.join(HEAD).display().to_string();
+            Error::damaged(format!(
+                "{path} does not open, and says what this host saw of the log of {}: that was rolled back or replaced since, or \
+                 the file is damaged",
+                stanza.shown()
+            ))
+            .caused_by(error)
+            .remedy(format!(
+                "look at what the log says now (`fairvault audit {}` with another folder as --cache): if nothing of late is \
+                 missing there, no backup and no rotation of keys, delete {path}",
+                stanza.name()
+            ))
+        })
+    }
+
+    /// The key epoch under which the log's state was last seen, whether that opens or not.
+    pub fn head_epoch(&self, stanza: &Stanza) -> Option<u32> {
+        let bytes = Self::read(&self.folder(stanza.shown()), HEAD)?;
+        ObjectHeader::decode(&bytes, HEAD).ok().map(|header| header.epoch)
     }
 
     /// The log's state as this host has last had it from all entries.
     pub fn proven(&self, stanza: &Stanza) -> Option<proto::Snapshot> {
-        self.state(stanza, PROVEN)
+        let bytes = Self::read(&self.folder(stanza.shown()), PROVEN)?;
+        Self::open(stanza, PROVEN, &bytes).ok()
     }
 
-    fn state(&self, stanza: &Stanza, file: &str) -> Option<proto::Snapshot> {
-        let bytes = Self::read(&self.folder(stanza.shown()), file)?;
-        let keys = stanza.keys_for(&bytes, "cached state").ok()?;
-        object::open_message(keys, stanza.scope(), ObjectKind::Snapshot, &bytes, file, "cached state").ok()
+    fn open(stanza: &Stanza, file: &str, bytes: &[u8]) -> Result<proto::Snapshot> {
+        let what = "what is remembered of the log";
+        let keys = stanza.keys_for(bytes, what)?;
+        let opened = object::open_message(keys, stanza.scope(), ObjectKind::Snapshot, bytes, file, what)?;
+        Ok(opened)
     }
 
     /// Whether the remembered head was found in the repository within the last minute.
@@ -325,22 +355,28 @@ impl Memory {
         self.write(&self.folder(stanza.shown()), "seen", &[]);
     }
 
-    /// Remembers the log's state.
+    /// Remembers the log's state, synced: one that a crash has torn would have to be looked at by somebody. One that is there
+    /// and does not open has to be, and is not written over.
     pub fn remember_head(&self, stanza: &Stanza, state: &proto::Snapshot) {
-        self.remember_state(stanza, "head", state);
+        let kept = match (self.head(stanza), Self::seal(stanza, HEAD, state)) {
+            (Ok(_), Some(bytes)) => self.keep(stanza, HEAD, &bytes),
+            (Err(error), _) => Err(error),
+            (_, None) => return,
+        };
+        if let Err(error) = kept {
+            tracing::debug!("the state of the log is not remembered: {error}");
+        }
     }
 
     /// Remembers the log's state that all of its entries have made.
     pub fn remember_proven(&self, stanza: &Stanza, state: &proto::Snapshot) {
-        self.remember_state(stanza, PROVEN, state);
+        if let Some(bytes) = Self::seal(stanza, PROVEN, state) {
+            self.write(&self.folder(stanza.shown()), PROVEN, &bytes);
+        }
     }
 
-    fn remember_state(&self, stanza: &Stanza, file: &str, state: &proto::Snapshot) {
-        let sealed = env::salt(stanza.env()).ok().and_then(|salt| {
-            object::seal_message(stanza.keys(), stanza.scope(), ObjectKind::Snapshot, salt, file, state).ok()
-        });
-        if let Some(bytes) = sealed {
-            self.write(&self.folder(stanza.shown()), file, &bytes);
-        }
+    fn seal(stanza: &Stanza, file: &str, state: &proto::Snapshot) -> Option<Vec<u8>> {
+        let salt = env::salt(stanza.env()).ok()?;
+        object::seal_message(stanza.keys(), stanza.scope(), ObjectKind::Snapshot, salt, file, state).ok()
     }
 }

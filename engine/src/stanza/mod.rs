@@ -6,6 +6,7 @@
 pub mod create;
 pub mod erase;
 pub mod erasure;
+pub mod kit;
 pub mod memory;
 pub mod rotate;
 pub mod slots;
@@ -195,7 +196,7 @@ impl Stanza {
     /// The same, writing with the newest keys that the log had named when this host last saw it: for what is written
     /// while the repository is away.
     pub fn as_remembered(&self) -> Self {
-        let head = self.memory().and_then(|memory| memory.head(self));
+        let head = self.memory().and_then(|memory| memory.head(self).ok().flatten());
         let newest = head.and_then(|state| state.key_epochs.last().map(|named| named.epoch));
         newest
             .and_then(|epoch| self.with(epoch))

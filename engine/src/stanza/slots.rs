@@ -1,7 +1,8 @@
 //! Key slots: which secret opens which key epochs.
 //!
 //! What always holds: a slot that is added opens every epoch that the log names, or adding it again goes on; what is
-//! removed is never the last slot of an epoch that the configured secret opens.
+//! removed is never the last slot of an epoch that the configured secret opens. Of several who remove slots at once, each
+//! counts what the others have begun to remove as gone: the log says in which order they have.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,6 +16,11 @@ use crate::commit::{Log, state};
 use crate::env::{self, has_fault};
 use crate::error::{Error, Kind, Result};
 use crate::store::Created;
+
+/// How often the log may go on while a removal is decided on, before that is given up.
+const TRIES: usize = 50;
+/// How the entry of a removal begins; a name follows.
+const REMOVAL: &str = "removal of key slot";
 
 /// A slot object.
 pub struct SlotObject {
@@ -33,18 +39,36 @@ impl SlotObject {
     pub fn keys(&self, secret: Option<&Secret>, stanza: &Stanza) -> Option<EpochKeys> {
         keys_in(self.slot.as_ref()?, secret, stanza.scope())
     }
+
+    /// What tells it from a later slot of the same name.
+    fn mark(&self) -> String {
+        mark(&self.object, self.slot.as_ref())
+    }
 }
 
-/// Every slot object of a stanza, from the repository, by epoch and name. One that the log names counts although the store
-/// does not list it: what has just been made may be listed late.
-pub async fn all(log: &Log) -> Result<Vec<SlotObject>> {
-    let stanza = log.stanza();
-    let listed = stanza.store().list(names::KEYS).await?;
+/// A slot's name, and the beginning of its salt, which no other one has.
+fn mark(object: &str, slot: Option<&proto::Slot>) -> String {
+    let salt = slot.and_then(|slot| slot.salt.get(..8)).unwrap_or_default();
+    match salt {
+        [] => format!("{object} (unreadable)"),
+        salt => format!("{object} {}", hex::encode(salt)),
+    }
+}
+
+/// Names of all objects that may be slots of a stanza. One that the log names counts although the store does not list it:
+/// what has just been made may be listed late.
+pub(super) async fn objects(log: &Log) -> Result<BTreeSet<String>> {
+    let listed = log.stanza().store().list(names::KEYS).await?;
     let epochs = log.state().key_epochs.iter();
     let named = epochs.flat_map(|named| named.slots.iter().map(|name| names::slot(named.epoch, name)));
-    let objects: BTreeSet<String> = listed.into_iter().map(|(name, _)| name).chain(named).collect();
+    Ok(listed.into_iter().map(|(name, _)| name).chain(named).collect())
+}
+
+/// Every slot object of a stanza, from the repository, by epoch and name.
+pub async fn all(log: &Log) -> Result<Vec<SlotObject>> {
+    let stanza = log.stanza();
     let mut all = Vec::new();
-    for object in objects {
+    for object in objects(log).await? {
         let mut parts = object.rsplit('/');
         let (Some(name), Some(Ok(epoch))) = (parts.next(), parts.next().map(str::parse)) else {
             continue;
@@ -270,57 +294,147 @@ pub async fn add(log: &mut Log, access: &Access, name: &str, secret: &Secret, op
     wrapped.map(|()| new)
 }
 
-/// Removes the slots of a name; returns how many there were. That it began is in the log before the first one goes: whatever
-/// dies then, somebody knows of it.
+/// Removes the slots of a name; returns how many there were. The log says so before the first one goes, and what came of it
+/// after that.
 pub async fn remove(log: &mut Log, access: &Access, name: &str) -> Result<usize> {
     check_encrypted(log.stanza())?;
-    log.refresh().await?;
+    // What others have begun to remove is in its entries.
+    *log = Log::replay(log.stanza().clone()).await?;
     let stanza = log.stanza().clone();
     check_operator(&stanza, "slots are removed")?;
-    let (gone, rest): (Vec<_>, Vec<_>) = all(log).await?.into_iter().partition(|slot| slot.name == name);
-    if gone.is_empty() {
-        return Err(Error::not_found(format!(
-            "stanza {} has no slot {name:?}",
-            stanza.name()
-        )));
+    let began_us = stanza.env().now_us();
+    let gone = decide(log, access, name, began_us).await?;
+    let objects: Vec<String> = gone.into_iter().map(|slot| slot.object).collect();
+    let deleted = match has_fault("remove-slot") {
+        true => Err(Error::failed("the removal dies before it deletes, as was asked for")),
+        false => stanza.store().delete(&objects).await,
+    };
+    forget(access);
+    let (what, end) = match &deleted {
+        Ok(()) => (format!("key slot {name} removed"), Ok("done".to_owned())),
+        // Some of them may be gone.
+        Err(error) => (format!("{REMOVAL} {name}"), Err(error)),
+    };
+    log.note_end(&what, began_us, 0, end).await;
+    deleted.map(|()| objects.len())
+}
+
+/// Finds out what goes with a slot, and says it in the log, if the configured secret still opens everything then. `log` has
+/// kept all entries.
+async fn decide(log: &mut Log, access: &Access, name: &str, began_us: i64) -> Result<Vec<SlotObject>> {
+    for _ in 0..TRIES {
+        let (gone, rest): (Vec<_>, Vec<_>) = all(log).await?.into_iter().partition(|slot| slot.name == name);
+        if gone.is_empty() {
+            return Err(Error::not_found(format!(
+                "stanza {} has no slot {name:?}",
+                log.stanza().name()
+            )));
+        }
+        let kept = kept(log, access, name, &rest)?;
+        let marks: Vec<String> = gone.iter().map(SlotObject::mark).collect();
+        let said = proto::Operation {
+            result: format!("began: {}", marks.join(", ")),
+            began_us,
+            ..operation(log.stanza(), format!("{REMOVAL} {name}"))
+        };
+        if begin_removal(log, &said, &kept).await? {
+            return Ok(gone);
+        }
     }
+    Err(busy(log.stanza()))
+}
+
+fn busy(stanza: &Stanza) -> Error {
+    Error::temporary(format!(
+        "the log of {} goes on too fast for a removal to be decided on",
+        stanza.shown()
+    ))
+    .remedy("nothing was removed; run it again when fewer are at work")
+}
+
+/// A slot for each key epoch that the log names, which opens it for the configured secret without the slots of `name`, and
+/// reads; an error if one of the epochs has none. What somebody removes counts as gone, whether it still is there or not.
+fn kept<'a>(log: &Log, access: &Access, name: &str, rest: &'a [SlotObject]) -> Result<Vec<&'a SlotObject>> {
+    let stanza = log.stanza();
+    let mut kept = Vec::new();
     for named in &log.state().key_epochs {
-        let mut others = rest.iter().filter(|slot| slot.epoch == named.epoch);
-        let reads = |slot: &SlotObject| {
-            slot.keys(access.secret.as_ref(), &stanza)
+        let others = rest.iter().filter(|slot| slot.epoch == named.epoch);
+        let (stay, go): (Vec<_>, Vec<_>) =
+            others.partition(|slot| removed_by(log, &slot.object, slot.slot.as_ref(), 0).is_none());
+        let reads = |slot: &&SlotObject| {
+            slot.keys(access.secret.as_ref(), stanza)
                 .is_some_and(|keys| keys.can_read())
         };
-        if !others.any(reads) {
-            return Err(Error::refused(format!(
-                "without slot {name}, the configured secret does not open key epoch {} of stanza {}",
-                named.epoch,
-                stanza.name()
-            ))
-            .remedy(
-                "configure the secret that is to stay, one that opens everything (`fairvault key check`); another one is \
-                 added with `fairvault key add-slot`",
-            ));
+        match stay.into_iter().find(reads) {
+            Some(slot) => kept.push(slot),
+            None => return Err(last(log, name, named.epoch, &go)),
         }
     }
-    let what = format!("removal of key slot {name}");
-    let said = proto::Operation {
-        result: "began".to_owned(),
-        ..operation(&stanza, what.clone())
+    Ok(kept)
+}
+
+/// The error of whoever would remove the last slot of an epoch; `go` are others of it that are removed already.
+fn last(log: &Log, name: &str, epoch: u32, go: &[&SlotObject]) -> Error {
+    let stanza = log.stanza();
+    let said = go.iter().filter_map(|slot| {
+        let entry = removed_by(log, &slot.object, slot.slot.as_ref(), 0)?;
+        Some(format!("{} (entry {entry} of the log)", slot.name))
+    });
+    let said: Vec<String> = said.collect();
+    let (but, more) = match said.as_slice() {
+        [] => (String::new(), ""),
+        said => (
+            format!(
+                "; not counted is what is there and was to be removed: slot {}",
+                said.join(", ")
+            ),
+            ". What was to be removed and is to stay gets another slot, of another name: that one counts",
+        ),
     };
-    let began_us = said.began_us;
-    log.append(Entry::Operation(said), |_| Ok(())).await?;
-    let objects: Vec<String> = gone.into_iter().map(|slot| slot.object).collect();
-    let deleted = stanza.store().delete(&objects).await;
-    forget(access);
-    match &deleted {
-        Ok(()) => {
-            let said = operation(&stanza, format!("key slot {name} removed"));
-            log.note(proto::Operation { began_us, ..said }, None).await
+    Error::refused(format!(
+        "without slot {name}, the configured secret does not open key epoch {epoch} of stanza {}{but}",
+        stanza.name()
+    ))
+    .remedy(format!(
+        "configure the secret that is to stay, one that opens everything (`fairvault key check`); another one is added with \
+         `fairvault key add-slot`{more}"
+    ))
+}
+
+/// The entry behind number `after` that says that this very slot is removed. `log` has kept all entries.
+pub(super) fn removed_by(log: &Log, object: &str, slot: Option<&proto::Slot>, after: u64) -> Option<u64> {
+    let name = object.rsplit('/').next()?;
+    let (what, mark) = (format!("{REMOVAL} {name}"), mark(object, slot));
+    let says_so = |entry: &&proto::LogEntry| match &entry.kind {
+        Some(Entry::Operation(said)) => said.what == what && said.result.contains(&mark) && !log.is_void(entry.seq),
+        _ => false,
+    };
+    let mut behind = log.entries().iter().rev().take_while(|entry| entry.seq > after);
+    behind.find(says_so).map(|entry| entry.seq)
+}
+
+/// Says in the log that a removal begins; `false` if that has to be decided on anew: one of the slots that were to stay is
+/// removed by somebody else meanwhile, or other keys rule.
+async fn begin_removal(log: &mut Log, said: &proto::Operation, kept: &[&SlotObject]) -> Result<bool> {
+    let newest = state::newest_epoch(log.state());
+    for _ in 0..TRIES {
+        let seen = log.state().seq;
+        let unchanged = |now: &proto::Snapshot| match now.seq == seen {
+            true => Ok(()),
+            false => Err(Error::temporary("others have written to the log")),
+        };
+        match log.append(Entry::Operation(said.clone()), unchanged).await {
+            Ok(_) => return Ok(true),
+            Err(error) if log.state().seq == seen => return Err(error),
+            // What they have said decides.
+            Err(_) => {}
         }
-        // Some of them may be gone.
-        Err(error) => log.note_end(&what, began_us, 0, Err(error)).await,
-    };
-    deleted.map(|()| objects.len())
+        let goes = |slot: &&SlotObject| removed_by(log, &slot.object, slot.slot.as_ref(), seen).is_some();
+        if kept.iter().any(goes) || state::newest_epoch(log.state()) != newest {
+            return Ok(false);
+        }
+    }
+    Err(busy(log.stanza()))
 }
 
 /// What this host remembers of slots is no longer true.

@@ -395,3 +395,53 @@ fn a_promotion_is_followed_by_a_host_that_reads_nothing() -> Result<()> {
     s.restores("r", &[], "101")?;
     s.all_good()
 }
+
+/// Finds a file that lacks the slot of the operator or of the host.
+#[test]
+fn lost_slots_of_both_come_back_from_a_file() -> Result<()> {
+    let s = WriteOnly::new("writekit", Shape { stanza: false, ..SMALL })?;
+    s.sql("create table t (x text)")?;
+    s.fill(10)?;
+    s.backup_id(&[])?;
+    let keys = s.scratch.join("vault/acme/keys");
+    let lose = || -> Result<()> { Ok(std::fs::remove_dir_all(&keys)?) };
+    let back = |kit: &str| -> Result<()> {
+        let nowhere = s.path(&format!("nowhere-{}", kit.rsplit('/').next().unwrap_or_default()));
+        refused(s.fairvault(&["info", "acme", "--cache", &nowhere]), 3, "no stanza")?;
+        s.ok(&["key", "import", "acme", kit])?;
+        ensure!(s.objects("keys").len() == 2, "{:?}", s.objects("keys"));
+        s.by_operator(&["key", "check", "acme"])?;
+        let check = s.ok(&["key", "check", "acme"])?;
+        ensure!(check.contains("writes in key epoch 1"), "{check}");
+        Ok(())
+    };
+    let (kit, own, late, none) = (s.path("kit"), s.path("own"), s.path("late"), s.path("none"));
+    let said = s.by_operator(&["key", "export", "acme", &kit])?;
+    ensure!(
+        said.contains("2 slots, by which the given key opens all key epochs (1)"),
+        "{said}"
+    );
+    let said = s.ok(&["key", "export", "acme", &own])?;
+    ensure!(said.contains("with the operator's key"), "{said}");
+    for kit in [&kit, &own] {
+        lose()?;
+        back(kit)?;
+    }
+    // A host that remembers them has them still; one that does not is told so, and leaves no file.
+    s.by_operator(&["info", "acme"])?;
+    lose()?;
+    refused(s.as_operator(&["key", "export", "acme", &late]), 6, "remembers")?;
+    let elsewhere = s.path("elsewhere");
+    let export = ["key", "export", "acme", &none, "--cache", &elsewhere];
+    refused(s.fairvault(&export), 3, "no stanza")?;
+    ensure!(!Path::new(&none).exists());
+    back(&late)?;
+    // Where only the host's own slot is left, a file would open nothing for reading.
+    for slot in s.objects("keys").iter().filter(|slot| slot.ends_with("main")) {
+        std::fs::remove_file(slot)?;
+    }
+    refused(s.fairvault(&export), 1, "no slot that reads")?;
+    ensure!(!Path::new(&none).exists());
+    s.ok(&["key", "import", "acme", &kit])?;
+    s.all_good()
+}

@@ -24,10 +24,10 @@ const WORKER_LOG: &str = "worker.log";
 /// A longer log is put aside, in the place of the one before.
 const WORKER_LOG_BYTES: u64 = 1 << 20;
 
-/// Opens the log without ever stretching a passphrase.
+/// Opens the log for storing WAL, without ever stretching a passphrase.
 async fn open(context: &Context, repository: &str, stanza: &str) -> Result<Log> {
     let access = context.access(repository, stanza, false, false)?;
-    Log::open(Stanza::open(&access).await?).await
+    Log::open_to_archive(Stanza::open(&access).await?).await
 }
 
 /// Where commands for one folder of one server, which differ in nothing that matters, meet their worker;

@@ -307,7 +307,7 @@ impl Receiver {
         }
         stored?;
         let stopped = async { _ = stop.wait_for(|stop| *stop).await };
-        let log = Log::open(opened.clone()).await?;
+        let log = Log::open_to_archive(opened.clone()).await?;
         // The log knows which keys it is written with.
         let folder = match self.options.synchronous {
             true => receive::journals_folder(log.stanza())?,

@@ -147,7 +147,7 @@ async fn wait_for_receiver(stanza: &Arc<Stanza>, folder: PathBuf, compression: C
     let Some((cluster, end)) = Spool::look(stanza.clone(), folder)? else {
         return Ok(());
     };
-    let log = Log::open(stanza.clone()).await?;
+    let log = Log::open_to_archive(stanza.clone()).await?;
     let archive = Archive::open(&log, Some(cluster.system_identifier), compression)?;
     let last = Segment::of(end.timeline, Lsn(end.lsn.0 - 1), cluster.segment_size);
     let began = tokio::time::Instant::now();

@@ -153,7 +153,7 @@ impl Storing<'_> {
         match known {
             Some(guard) => Ok(guard),
             None => {
-                let guard = Arc::new(Guard::new(Log::open(self.stanza.clone()).await?));
+                let guard = Arc::new(Guard::new(Log::open_to_archive(self.stanza.clone()).await?));
                 self.guard.send_replace(Some(guard.clone()));
                 Ok(guard)
             }
