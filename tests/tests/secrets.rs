@@ -133,6 +133,7 @@ fn secrets_are_in_no_message_file_argument_or_entry() -> Result<()> {
     s.scratch.write("s3.toml", kept.as_bytes())?;
     run(&["backup", "acme", "--fast", "--progress", "none"]);
     let wrong = config.replace(&s3.endpoint(), "http://127.0.0.1:1");
+    let wrong = wrong.replace("retry_timeout = \"5s\"", "retry_timeout = \"1s\"");
     s.scratch.write("s3.toml", wrong.as_bytes())?;
     run(&["gc", "acme", "--progress", "none"]);
     run(&["lock", "acme", "--days", "1", "--progress", "none"]);
@@ -203,7 +204,7 @@ fn secrets_of_other_stores_are_in_no_message() -> Result<()> {
         .command("openssl")
         .args("genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048 -out service.pem".split(' ')))?;
     let pem = std::fs::read_to_string(scratch.join("service.pem"))?;
-    let line_of_pem = pem.lines().nth(3).context("a private key")?.to_owned();
+    let line = |number: usize| pem.lines().nth(number).context("a private key");
     let service = |private_key: &str| {
         let account = serde_json::json!({
             "private_key": private_key, "private_key_id": "1", "client_email": "nobody@nowhere.invalid",
@@ -225,13 +226,15 @@ fn secrets_of_other_stores_are_in_no_message() -> Result<()> {
         let name = ["AZURE_STORAGE_ACCOUNT_NAME=account"];
         name.iter().chain(more).map(|&variable| variable.to_owned()).collect()
     };
-    let client = [
+    let secret = format!("AZURE_CLIENT_SECRET={WORD}");
+    let client: [&str; 4] = [
         "AZURE_CLIENT_ID=client",
         "AZURE_TENANT_ID=tenant",
         "AZURE_AUTHORITY_HOST=http://127.0.0.1:1",
-        &format!("AZURE_CLIENT_SECRET={WORD}"),
+        secret.as_str(),
     ];
-    let cut = &service(&pem)[..100];
+    let whole = service(&pem);
+    let cut = whole.get(..300).context("a service account")?;
     let in_variable = |key: &str| vec![format!("GOOGLE_SERVICE_ACCOUNT_KEY={key}")];
     let away = "onnection refused";
     let cases: [(&str, String, Vec<String>, &str); 10] = [
@@ -256,12 +259,7 @@ fn secrets_of_other_stores_are_in_no_message() -> Result<()> {
             away,
         ),
         ("a client's secret", azure.to_owned(), of_account(&client), away),
-        (
-            "a service account",
-            google.to_owned(),
-            in_variable(&service(&pem)),
-            away,
-        ),
+        ("a service account", google.to_owned(), in_variable(&whole), away),
         (
             "a service account's file",
             google.to_owned(),
@@ -289,13 +287,13 @@ fn secrets_of_other_stores_are_in_no_message() -> Result<()> {
         "the canary of the account",
         NO_KEY,
         WORD,
-        line_of_pem.as_str(),
-        &cut[20..60],
+        line(2)?,
+        line(3)?,
     ];
     for (what, repository, environment, word) in cases {
         let dir = scratch.path().display();
         let config = format!(
-            "cache = \"{dir}/cache\"\n[repo.main]\n{repository}\nretry_timeout = \"1s\"\n\
+            "cache = \"{dir}/cache\"\n[repo.main]\n{repository}\nretry_timeout = \"100ms\"\n\
              [stanza.acme]\nkey = {{ file = \"{dir}/key\" }}\n"
         );
         scratch.write("other.toml", config.as_bytes())?;
