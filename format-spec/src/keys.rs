@@ -142,6 +142,14 @@ impl EpochKeys {
         }
     }
 
+    /// What a host gets that says what an operator says, and never reads: no key that opens content.
+    pub fn without_content(&self) -> Self {
+        Self {
+            operator_seed: self.operator_seed,
+            ..self.write_only()
+        }
+    }
+
     /// The bundle as a message, with the public halves.
     pub fn to_bundle(&self) -> proto::KeyBundle {
         let public = self.public_keys();

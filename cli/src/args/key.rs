@@ -48,6 +48,9 @@ pub enum KeyCommand {
         /// It backs up and archives, and reads nothing of what was stored: for a database host
         #[arg(long)]
         write_only: bool,
+        /// It expires and collects as the operator's key does, and reads nothing of what was stored
+        #[arg(long, conflicts_with = "write_only")]
+        no_content: bool,
     },
     /// Remove a slot: what it opened so far, whoever has copied it can still open
     RemoveSlot {

@@ -31,10 +31,12 @@ pub async fn run(context: &Context, command: KeyCommand) -> Result<Outcome> {
             name,
             secret_file,
             write_only,
+            no_content,
         } => {
-            let opens = match write_only {
-                true => Opens::Writing,
-                false => Opens::All,
+            let opens = match (write_only, no_content) {
+                (true, _) => Opens::Writing,
+                (false, true) => Opens::Deciding,
+                (false, false) => Opens::All,
             };
             add_slot(context, &stanza, &name, &secret_file, opens).await
         }
@@ -128,17 +130,24 @@ async fn add_slot(context: &Context, stanza: &str, name: &str, secret_file: &Pat
         all.push(serde_json::json!({ "repository": repository, "objects": count }));
         match count {
             _ if context.global.output == Output::Json => {}
-            0 => output::line(format_args!(
+            0 if opens == Opens::All => output::line(format_args!(
                 "{repository}: nothing to do, slot {name} opens all of stanza {stanza}"
+            )),
+            0 => output::line(format_args!(
+                "{repository}: nothing to do, slot {name} is there, in every key epoch of stanza {stanza}"
             )),
             _ if opens == Opens::Writing => output::line(format_args!(
                 "{repository}: slot {name} writes to stanza {stanza} now, and reads nothing of what is stored"
+            )),
+            _ if opens == Opens::Deciding => output::line(format_args!(
+                "{repository}: slot {name} expires and collects in stanza {stanza} now, and reads nothing of what is stored"
             )),
             _ => output::line(format_args!("{repository}: slot {name} opens stanza {stanza} now")),
         }
     }
     if context.global.output == Output::Json {
-        let write_only = opens == Opens::Writing;
+        // As a slot says it: it has no key that opens content.
+        let write_only = opens != Opens::All;
         output::json(
             "key-add-slot",
             &serde_json::json!({ "stanza": stanza, "slot": name, "write_only": write_only, "added": all }),
@@ -289,18 +298,22 @@ async fn check_in(context: &Context, repository: &str, log: &Log, all: &mut Vec<
     for epoch in &log.state().key_epochs {
         let number = epoch.epoch;
         let keys = opened.keys_of(number)?;
-        if keys.can_read() != keys.operator_seed.is_some() {
+        if keys.can_read() && keys.operator_seed.is_none() {
             return Err(Error::refused(format!(
-                "the key opens a part of key epoch {number} of {}, and it is neither an operator's nor one that writes only",
+                "the key opens a part of key epoch {number} of {}, and it is neither an operator's nor one that opens no content",
                 opened.shown()
             )));
         }
         if !keys.can_read() {
             all.push(serde_json::json!({ "repository": repository, "epoch": number, "write_only": true }));
             if context.global.output == Output::Text {
+                let does = match keys.operator_seed.is_some() {
+                    true => "expires and collects",
+                    false => "writes",
+                };
                 let (log, other) = ("the log was opened with it", "restoring needs the operator's key");
                 output::line(format_args!(
-                    "{repository}: the key writes in key epoch {number}, and reads nothing of it ({log}; {other})"
+                    "{repository}: the key {does} in key epoch {number}, and reads nothing of it ({log}; {other})"
                 ));
             }
             continue;

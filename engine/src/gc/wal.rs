@@ -58,7 +58,11 @@ impl Expired {
                 false => {
                     let coverage = Coverage::read(&archive).await?;
                     let of_life = backups.iter().filter(|kept| kept.info.system_identifier == id);
-                    Needed::of(&coverage, of_life)
+                    // Whoever opens no content may be kept from reading histories that are whole.
+                    let reads = log.stanza().check_reads("reading histories").is_ok();
+                    let unread = unread_history(&coverage).filter(|_| !reads);
+                    unread
+                        .map_or_else(|| Needed::of(&coverage, of_life), Err)
                         .map_err(|why| kept.push(format!("all WAL of cluster {id}: {why}")))
                         .ok()
                 }
@@ -81,6 +85,14 @@ impl Expired {
             None => false,
         }
     }
+}
+
+/// A timeline of which it is not known where it leads from, in words: then neither is which WAL a backup goes on with.
+fn unread_history(coverage: &Coverage) -> Option<String> {
+    coverage.timelines.iter().find_map(|(timeline, wal)| {
+        let why = wal.history_problem.as_ref()?;
+        Some(format!("the history of timeline {timeline} cannot be read: {why}"))
+    })
 }
 
 /// The segment that an object belongs to; histories belong to none.
@@ -136,4 +148,22 @@ async fn collect_of(archive: &Archive, expired: &Expired, options: &Options, rep
         batch.iter().for_each(|(_, len)| report.wal.add(*len));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wal::coverage::TimelineWal;
+
+    #[test]
+    fn a_history_that_cannot_be_read_is_named() {
+        let wal = |problem: Option<&str>| TimelineWal {
+            history_problem: problem.map(str::to_owned),
+            ..Default::default()
+        };
+        let of = |problem| Coverage::of(1 << 20, BTreeMap::from([(1, wal(None)), (2, wal(problem))]));
+        assert_eq!(unread_history(&of(None)), None);
+        let said = unread_history(&of(Some("it is sealed"))).unwrap_or_default();
+        assert!(said.contains("timeline 2") && said.contains("it is sealed"), "{said}");
+    }
 }

@@ -63,6 +63,8 @@ pub async fn plan(log: &mut Log, access: &Access, options: &Options) -> Result<P
     let stanza = log.stanza();
     slots::check_encrypted(stanza)?;
     slots::check_operator(stanza, "keys are rotated")?;
+    // Whoever reads nothing of what there is would be the only one to read what comes.
+    stanza.check_reads("a rotation")?;
     let data = match options.public_key {
         true => DataKeys::Public,
         false => DataKeys::of(stanza.keys()),
@@ -124,7 +126,8 @@ pub async fn plan(log: &mut Log, access: &Access, options: &Options) -> Result<P
         ))
         .remedy(
             "leave them out with --drop-slots: they still open what there is, and nothing that comes after. A secret that is to \
-             open that too is added again with `fairvault key add-slot`, under the same name (one that writes only: with --write-only)",
+             open that too is added again with `fairvault key add-slot`, under the same name (one that writes only: \
+             with --write-only; one that opens no content: with --no-content)",
         ));
     }
     let replaced = configured.iter().map(|slot| slot.name.clone());

@@ -172,6 +172,19 @@ pub enum Opens {
     All,
     /// What a host needs that writes, and never reads what was written.
     Writing,
+    /// What a host needs that expires and collects, and never reads what was written: it says what an operator says.
+    Deciding,
+}
+
+impl Opens {
+    /// As much of an epoch's keys.
+    fn of(self, keys: &EpochKeys) -> EpochKeys {
+        match self {
+            Self::All => keys.clone(),
+            Self::Writing => keys.write_only(),
+            Self::Deciding => keys.without_content(),
+        }
+    }
 }
 
 /// Wraps every epoch that the log names for `secret`, as far as that is not done yet; adds the new objects to `made`.
@@ -185,11 +198,7 @@ pub(super) async fn open_all(
     let stanza = log.stanza();
     for named in &log.state().key_epochs {
         let keys = stanza.keys_of(named.epoch)?;
-        let wrapped = match opens {
-            Opens::All => put(stanza, keys, name, Some(secret)).await?,
-            Opens::Writing => put(stanza, &keys.write_only(), name, Some(secret)).await?,
-        };
-        match wrapped {
+        match put(stanza, &opens.of(keys), name, Some(secret)).await? {
             Put::New => made.push(names::slot(keys.epoch, name)),
             Put::Same => {}
             Put::Other => return Err(taken(stanza, name)),
@@ -226,6 +235,8 @@ async fn check_can_be_added(log: &Log, name: &str, secret: &Secret, opens: Opens
     names::check_name("slot name", name)?;
     check_encrypted(stanza)?;
     check_operator(stanza, "slots are added")?;
+    // One that lacks what the given key lacks would pass for one that opens everything.
+    stanza.check_reads("adding a slot")?;
     if opens == Opens::All {
         return Ok(());
     }
@@ -239,15 +250,20 @@ async fn check_can_be_added(log: &Log, name: &str, secret: &Secret, opens: Opens
             stanza.name()
         )));
     }
-    let others = all(log).await?.into_iter().filter(|slot| slot.name != name);
-    for slot in others.filter(|slot| slot.slot.as_ref().is_some_and(|slot| !slot.write_only)) {
-        if slot.keys(Some(secret), stanza).is_some_and(|keys| keys.can_read()) {
-            return Err(Error::refused(format!(
-                "this secret opens slot {} already, which reads: a slot that writes only would take nothing from it",
-                slot.name
-            ))
-            .remedy("make a key of its own for the host: fairvault key generate FILE"));
-        }
+    let decides = opens == Opens::Deciding;
+    for slot in all(log).await?.into_iter().filter(|slot| slot.name != name) {
+        let Some(keys) = slot.keys(Some(secret), stanza) else {
+            continue;
+        };
+        let why = match keys.can_read() {
+            true => "which reads: a slot that opens less would take nothing from it",
+            false if keys.operator_seed.is_some() == decides => continue,
+            false => "and which of the two a host would take is not certain",
+        };
+        return Err(
+            Error::refused(format!("this secret opens slot {} already, {why}", slot.name))
+                .remedy("make a key of its own for the host: fairvault key generate FILE"),
+        );
     }
     Ok(())
 }
@@ -284,6 +300,9 @@ pub async fn add(log: &mut Log, access: &Access, name: &str, secret: &Secret, op
         let what = match opens {
             Opens::All => format!("key slot {name} added"),
             Opens::Writing => format!("key slot {name} added, which writes only"),
+            Opens::Deciding => {
+                format!("key slot {name} added, which decides as an operator's does, and opens no content")
+            }
         };
         let mut said = operation(log.stanza(), what);
         if let Err(error) = &wrapped {

@@ -45,6 +45,20 @@ fn write_only_slot() {
     assert!(keys::open_slot(&claimed, Some(&secret), "vector").is_err());
 }
 
+/// What a host has of them that says what an operator says: all but what opens content.
+#[test]
+fn slot_without_content() {
+    for keys in [epoch_keys(), public_epoch_keys()] {
+        let opened = keys.without_content();
+        assert!(!opened.can_read() && opened.has_public_key() == keys.has_public_key());
+        let mut expected = keys.to_bundle();
+        expected.data_key.clear();
+        expected.data_private_key.clear();
+        assert_eq!(opened.to_bundle(), expected);
+        assert!(!expected.operator_seed.is_empty());
+    }
+}
+
 #[test]
 fn pack_for_a_public_key() {
     let (keys, plain) = (public_epoch_keys(), b"hello, vault".to_vec());

@@ -1,14 +1,9 @@
 //! Who decides what goes, and who deletes it: the operator's key, of which collection needs no part that opens content.
 
 use anyhow::{Result, ensure};
-use fairvault_engine::stanza::{Stanza, slots};
-use fairvault_engine::store::url::RepositoryUrl;
-use fairvault_format::keys::Secret;
 use fairvault_tests::fixture::{Shape, refused};
-use fairvault_tests::run;
 
 use crate::fixture::{ARCHIVING, QUIET, WriteOnly};
-use crate::stores;
 
 const GC: [&str; 6] = ["gc", "acme", "--patience", "1s", "--progress", "none"];
 
@@ -92,40 +87,52 @@ fn a_host_deletes_no_wal_where_nothing_else_goes() -> Result<()> {
     s.all_good()
 }
 
-/// Makes a slot that signs as the operator does and opens no content. The format knows such, and no command makes one.
-async fn add_collector(s: &WriteOnly) -> Result<()> {
-    let secret = |name: &str| -> Result<Secret> { Ok(Secret::from_text(&std::fs::read(s.path(name))?)?) };
-    let url = RepositoryUrl {
-        url: format!("file://{}", s.path("vault")),
-        ..Default::default()
-    };
-    let access = stores::access(&url.open(false)?, Some(secret("key")?));
-    let stanza = Stanza::open(&access).await?;
-    let mut keys = stanza.keys().clone();
-    keys.public_keys = keys.public_keys();
-    keys.data_private_key = None;
-    ensure!(!keys.can_read() && keys.data_key.is_none() && keys.operator_seed.is_some());
-    let made = slots::put(&stanza, &keys, "collector", Some(&secret("collector.key")?)).await?;
-    ensure!(made == slots::Put::New, "{made:?}");
-    // Whoever runs this test is not the one who runs backups.
-    let vault = s.path("vault");
-    let mut owner = std::process::Command::new("chown");
-    run(owner.args(["-R", "--reference", &vault, &vault]))?;
-    Ok(())
-}
-
 #[test]
 fn collection_needs_no_data_key() -> Result<()> {
     let (s, ids) = world("nodatakey", "retention = { full = 1, wal = \"0s\" }", 3)?;
     let (key, cache) = (s.path("collector.key"), s.path("collector"));
     s.ok(&["key", "generate", &key])?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(add_collector(&s))?;
+    let add = ["key", "add-slot", "acme", "collector", "--secret-file", &key];
+    let said = s.by_operator(&[&add[..], &["--no-content"]].concat())?;
+    ensure!(said.contains("reads nothing of what is stored"), "{said}");
+    let said = s.by_operator(&[&add[..], &["--no-content"]].concat())?;
+    ensure!(said.contains("nothing to do"), "{said}");
     let as_collector = |words: &[&str]| s.fairvault(&[words, &["--key-file", &key, "--cache", &cache]].concat());
+    let (exit, said) = as_collector(&["key", "check", "acme"]);
+    ensure!(
+        exit == 0 && said.contains("expires and collects in key epoch 1, and reads nothing of it"),
+        "{exit} {said}"
+    );
     // It reads nothing.
     let to = s.path("r");
     let restore = [&["restore", "acme", "--to", &to], &QUIET[..]].concat();
     refused(as_collector(&restore), 1, "can write only")?;
+    // It makes no keys and no slots: they would open less than they say, or to it alone.
+    let spare = s.path("spare.key");
+    s.ok(&["key", "generate", &spare])?;
+    let objects = s.objects("keys");
+    let add_spare = ["key", "add-slot", "acme", "spare", "--secret-file", &spare];
+    refused(as_collector(&add_spare), 1, "needs the private key")?;
+    refused(
+        as_collector(&["key", "rotate", "acme", "--drop-slots"]),
+        1,
+        "needs the private key",
+    )?;
+    ensure!(s.objects("keys") == objects, "a collector has made slots");
+    // A secret has one place: which of two a host would take is not certain.
+    let host = s.path("host.key");
+    let both = [
+        "key",
+        "add-slot",
+        "acme",
+        "both",
+        "--no-content",
+        "--secret-file",
+        &host,
+    ];
+    refused(s.as_operator(&both), 1, "opens slot host already")?;
+    let less = ["key", "add-slot", "acme", "less", "--write-only", "--secret-file", &key];
+    refused(s.as_operator(&less), 1, "opens slot collector already")?;
 
     let (exit, said) = as_collector(&["expire", "acme"]);
     ensure!(exit == 0 && said.contains("WAL of timeline 1 from"), "{exit} {said}");
