@@ -39,7 +39,8 @@ pub struct Global {
     /// Use this repository, without configuration: file:///folder, s3://bucket/prefix, gs://…, az://…
     #[arg(long, global = true, env = "FAIRVAULT_REPO_URL", value_name = "URL")]
     pub repo_url: Option<String>,
-    /// How to connect to the server: key=value pairs or a postgresql:// URI; PG* variables and .pgpass count
+    /// How to connect to the server: key=value pairs or a postgresql:// URI, without a password; PG* variables and
+    /// .pgpass count
     #[arg(long, global = true, value_name = "CONNINFO")]
     pub conninfo: Option<String>,
     /// File with the stanza's key

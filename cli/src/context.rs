@@ -12,7 +12,7 @@ use fairvault_engine::error::{Context as _, Error, Result};
 use fairvault_engine::expire::rules::{Calendar, Keep, Retention};
 use fairvault_engine::immutable::kept_for;
 use fairvault_engine::immutable::reliance::Reliance;
-use fairvault_engine::replication::conninfo::ConnInfo;
+use fairvault_engine::replication::conninfo::{self, ConnInfo};
 use fairvault_engine::restore::settings::shell_word;
 use fairvault_engine::stanza::memory::Memory;
 use fairvault_engine::stanza::{Access, Stanza, Trace};
@@ -36,6 +36,21 @@ const BACKUP_LEVEL: i32 = 1;
 /// zstd level of WAL, if nothing else is said.
 const WAL_LEVEL: i32 = 3;
 
+/// Fails if the connection string of an option has a password: whoever works on this host can read the arguments of
+/// every process, and background workers get the same ones.
+pub fn check_no_password(option: &str, text: &str) -> Result<()> {
+    match conninfo::has_password(text)? {
+        false => Ok(()),
+        true => Err(Error::usage(format!(
+            "{option} has a password, and arguments can be read by everybody on this host"
+        ))
+        .remedy(
+            "put it into a password file (~/.pgpass, or the one that passfile or PGPASSFILE names; mode 0600), into \
+             conninfo of the configuration (which others must not be able to read then), or into PGPASSWORD",
+        )),
+    }
+}
+
 /// Options and configuration together.
 pub struct Context {
     /// Options.
@@ -46,8 +61,11 @@ pub struct Context {
 }
 
 impl Context {
-    /// Reads the configuration.
+    /// Reads the configuration. A password in an option is an error, whatever the command.
     pub fn load(global: Global) -> Result<Self> {
+        if let Some(text) = &global.conninfo {
+            check_no_password("--conninfo", text)?;
+        }
         let config = Config::load(global.config.as_deref())?;
         Ok(Self {
             global,

@@ -308,6 +308,57 @@ fn secrets_of_other_stores_are_in_no_message() -> Result<()> {
     Ok(())
 }
 
+/// Everybody can read arguments, and a background worker gets those of the command that starts it.
+#[test]
+fn a_password_is_taken_from_no_argument() -> Result<()> {
+    let shape = Shape {
+        more: "wal = { async = true }",
+        ..SMALL
+    };
+    let s = Fixture::new("argument", shape)?;
+    let dir = s.path("");
+    let dir = dir.trim_end_matches('/');
+    let refuses = |option: &str, value: &str, arguments: &[&str], expected: i32| -> Result<()> {
+        let (exit, text) = s.fairvault(&[arguments, &[option, value]].concat());
+        ensure!(
+            exit == expected && text.contains(&format!("{option} has a password")) && text.contains("PGPASSFILE"),
+            "{arguments:?} {value}: {exit} {text}"
+        );
+        ensure!(!text.contains(PASSWORD), "the password is in: {text}");
+        Ok(())
+    };
+    // One that a worker would be started for.
+    let name = "000000010000000000000001";
+    let ready = format!("data5432/pg_wal/archive_status/{name}.ready");
+    s.scratch.write(&ready, b"")?;
+    let segment = s.path(&format!("data5432/pg_wal/{name}"));
+    let pairs = format!("host={dir} port=5432 user=postgres password={PASSWORD}");
+    for value in [
+        pairs,
+        format!("postgresql://postgres:{PASSWORD}@localhost/postgres"),
+        format!("postgresql://localhost/postgres?user=postgres&password={PASSWORD}"),
+    ] {
+        refuses("--conninfo", &value, &["check", "acme"], 2)?;
+        refuses("--conninfo", &value, &["backup", "acme", "--progress", "none"], 2)?;
+        refuses("--conninfo", &value, &["info", "acme"], 2)?;
+        refuses("--conninfo", &value, &["wal", "push", "acme", &segment], 1)?;
+        refuses("--standby", &value, &["wal", "receive", "acme"], 2)?;
+    }
+    for path in files(&s.scratch.join("cache")) {
+        let name = path.display();
+        ensure!(path.file_name() != Some("worker.log".as_ref()), "a worker: {name}");
+        ensure!(!holds(&std::fs::read(&path)?, PASSWORD), "the password is in {name}");
+    }
+    // From where it belongs it is taken: the server asks for none, and gets none.
+    let config = std::fs::read_to_string(s.scratch.join("fairvault.toml"))?;
+    let with = config.replace("user=postgres", &format!("user=postgres password={PASSWORD}"));
+    ensure!(with != config);
+    s.scratch.write("fairvault.toml", with.as_bytes())?;
+    s.backup()?;
+    let without = format!("host={dir} port=5432 user=postgres");
+    s.backup_id(&["--conninfo", &without]).map(|_| ())
+}
+
 #[test]
 fn what_is_made_is_for_its_owner_alone() -> Result<()> {
     let s = Fixture::new("modes", SMALL)?;

@@ -195,11 +195,7 @@ impl ConnInfo {
 
     /// The same with another environment.
     pub fn parse_with(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
-        let mut values = if text.starts_with("postgresql://") || text.starts_with("postgres://") {
-            parse_uri(text)?
-        } else {
-            parse_pairs(text)?
-        };
+        let mut values = values_of(text)?;
         if let Some(service) = values.get("service").cloned().or_else(|| env("PGSERVICE")) {
             for (key, value) in service_values(&service, env)? {
                 values.entry(key).or_insert(value);
@@ -328,6 +324,22 @@ impl ConnInfo {
     }
 }
 
+/// Whether a connection string itself, without what the environment adds, has a password or that of a key. An error if it
+/// cannot be read.
+pub fn has_password(text: &str) -> Result<bool> {
+    let mut values = values_of(text)?;
+    let secrets = ["password", "sslpassword"].map(|key| values.remove(key).map(Zeroizing::new));
+    Ok(secrets.into_iter().flatten().any(|secret| !secret.is_empty()))
+}
+
+/// What a connection string says, as it stands there.
+fn values_of(text: &str) -> Result<BTreeMap<String, String>> {
+    match text.starts_with("postgresql://") || text.starts_with("postgres://") {
+        true => parse_uri(text),
+        false => parse_pairs(text),
+    }
+}
+
 fn bad_value(key: &str, value: &str, expected: &str) -> Error {
     Error::usage(format!("conninfo: {key}={value:?} is not valid; expected {expected}"))
 }
@@ -395,7 +407,12 @@ fn parse_pairs(text: &str) -> Result<BTreeMap<String, String>> {
         }
         while chars.next_if(|c| c.is_whitespace()).is_some() {}
         if chars.next() != Some('=') {
-            return Err(Error::usage(format!("conninfo: {key:?} is not followed by ="))
+            // It may be the rest of a password with a space in it.
+            let shown = match values.contains_key("password") {
+                true => "a word after the password".to_owned(),
+                false => format!("{key:?}"),
+            };
+            return Err(Error::usage(format!("conninfo: {shown} is not followed by ="))
                 .remedy("write key=value pairs, such as host=/run/postgresql user=backup, or a postgresql:// URI"));
         }
         while chars.next_if(|c| c.is_whitespace()).is_some() {}
@@ -558,6 +575,32 @@ mod tests {
         ] {
             assert!(ConnInfo::parse_with(bad, &none).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_password_is_found_wherever_it_stands() {
+        for text in [
+            "password=x",
+            "host=a password = 'x y'",
+            "postgresql://u:x@h/db",
+            "postgres://h/db?password=x",
+            "sslkey=k sslpassword=x",
+        ] {
+            assert!(has_password(text).unwrap(), "{text}");
+        }
+        for text in [
+            "",
+            "host=a passfile=/x",
+            "password=",
+            "postgresql://u@h:1/db",
+            "postgresql://u:@h/db",
+            "user=password",
+        ] {
+            assert!(!has_password(text).unwrap(), "{text}");
+        }
+        // What cannot be read is no reason to tell a part of it.
+        let error = has_password("host=a password=two words").unwrap_err().to_string();
+        assert!(!error.contains("words"), "{error}");
     }
 
     #[test]

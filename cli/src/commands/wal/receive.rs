@@ -18,7 +18,7 @@ use crate::args::ReceiveArgs;
 use crate::away::{Away, PATIENCE};
 use crate::commands::{Outcome, stop_signal};
 use crate::config;
-use crate::context::Context;
+use crate::context::{Context, check_no_password};
 
 /// What may wait, and how long, if nothing else is said.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(5);
@@ -41,6 +41,9 @@ const NAME_BYTES: usize = 63;
 /// Into every repository, each over a connection and through a slot of its own.
 pub async fn run(context: &Arc<Context>, args: ReceiveArgs) -> Result<Outcome> {
     let stanza = &args.stanza;
+    for text in &args.standby {
+        check_no_password("--standby", text)?;
+    }
     let configured = context.wal(stanza);
     let interval = args.flush_interval.as_ref().or(configured.flush_interval.as_ref());
     let piece_size = args.piece_size.as_ref().or(configured.piece_size.as_ref());
