@@ -199,6 +199,54 @@ fn a_copy_that_is_killed_at_any_moment_is_done_by_the_next() -> Result<()> {
     Ok(())
 }
 
+/// Whatever is wrong with the first repository, the next one is asked; but not for what the caller has to say.
+#[test]
+fn a_repository_that_refuses_is_passed_over() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let s = fixture("denied", true, "", "backup_repos = [\"main\", \"second\"]")?;
+    insert(&s, 1_000)?;
+    s.backup_id(&["--type", "full"])?;
+    s.flush_archive(&s.server)?;
+    let set_mode = |vault: &str, mode: u32| {
+        let roots = s.path(&format!("{vault}/acme/roots"));
+        std::fs::set_permissions(roots, std::fs::Permissions::from_mode(mode))
+    };
+    set_mode("vault", 0)?;
+    let text = restores(&s, "denied", &[], "1000")?;
+    let said: Vec<&str> = text.lines().filter(|line| line.starts_with("note: ")).collect();
+    ensure!(
+        said.iter()
+            .any(|line| line.contains("not from") && line.contains("/vault/")),
+        "{text}"
+    );
+    ensure!(
+        said.iter()
+            .any(|line| line.contains("restored from") && line.contains("/second/")),
+        "{text}"
+    );
+
+    // If none will do, it is said what is wrong with the first.
+    set_mode("second", 0)?;
+    let (exit, text) = s.restore("none", &[]);
+    let last = text.lines().find(|line| line.starts_with("fairvault: "));
+    ensure!(
+        exit == 1 && last.is_some_and(|line| line.contains("/vault/acme/roots")),
+        "{exit} {text}"
+    );
+    set_mode("vault", 0o700)?;
+    set_mode("second", 0o700)?;
+
+    // The newest backup wants a word about its tablespace: an older one without it, from the second, is no answer.
+    run(s.scratch.command("mkdir").arg(s.path("ts")))?;
+    s.sql(&format!("create tablespace ts location '{}'", s.path("ts")))?;
+    s.backup_id(&["--repo", "main", "--type", "full"])?;
+    let (exit, text) = s.restore("unmapped", &[]);
+    ensure!(exit == 1 && text.contains("was not mapped"), "{exit} {text}");
+    ensure!(!text.contains("trying the next repository"), "{text}");
+    ensure!(!s.scratch.join("unmapped").exists(), "something was restored");
+    Ok(())
+}
+
 /// The name of the segment, of 1 MiB, that a position of timeline 1 lies in.
 fn first_segment(lsn: &str) -> Result<std::ffi::OsString> {
     let (high, low) = lsn.split_once('/').context("no position")?;

@@ -25,12 +25,12 @@ use std::sync::Arc;
 
 use crate::commit::Log;
 use crate::commit::lease::Lease;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::tally;
 use crate::wal::push::RESTORED_MARKER;
 use fairvault_format::proto;
-use plan::Plan;
+use plan::{Plan, Unplanned};
 use spare::Spares;
 use target::{Action, Target, TimelineChoice};
 
@@ -100,7 +100,8 @@ struct Chosen {
     passed_over: Vec<String>,
 }
 
-/// Plans with the first repository that has what is wanted; WAL counts wherever it is.
+/// Plans with the first repository that has what is wanted, and can be used; WAL counts wherever it is. If there is none,
+/// the error of the first is what is wrong.
 async fn choose(logs: &[Log], options: &Options, takes_leases: bool) -> Result<Chosen> {
     let began_us = logs.first().map_or(0, |log| log.stanza().env().now_us());
     let mut first: Option<Error> = None;
@@ -135,7 +136,7 @@ async fn choose(logs: &[Log], options: &Options, takes_leases: bool) -> Result<C
             log.refresh().await?;
             Plan::make(&log, &others, options).await
         };
-        let error = match planned.await {
+        let (error, is_final) = match planned.await {
             Ok(plan) => {
                 return Ok(Chosen {
                     log,
@@ -145,13 +146,14 @@ async fn choose(logs: &[Log], options: &Options, takes_leases: bool) -> Result<C
                     passed_over,
                 });
             }
-            Err(error) => error,
+            Err(Unplanned::Here(error)) => (error, false),
+            Err(Unplanned::Anywhere(error)) => (error, true),
         };
         release(lease).await;
         if takes_leases {
             note(&mut log, began_us, "", 0, Some(&error)).await;
         }
-        if !matches!(error.kind(), Kind::NotFound | Kind::Damaged | Kind::Temporary) {
+        if is_final {
             return Err(error);
         }
         if number + 1 < logs.len() {

@@ -9,7 +9,7 @@ use super::Options;
 use super::reader::Reader;
 use super::target::{Choice, Reachable, info};
 use crate::commit::Log;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::manifest::{FrameRef, Manifest, Placement};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::walker::{Event, What, rmgr};
@@ -35,10 +35,29 @@ pub struct Plan {
     pub tablespaces: Vec<(u32, Option<String>)>,
 }
 
+/// Why there is no plan.
+#[derive(Debug)]
+pub enum Unplanned {
+    /// What this repository holds, or that it refuses: another one may do.
+    Here(Error),
+    /// What was asked for, or this host: somebody has to say or do something first. Another repository, which may lack the
+    /// newest backups, is no answer.
+    Anywhere(Error),
+}
+
+impl From<Error> for Unplanned {
+    fn from(error: Error) -> Self {
+        match error.kind() {
+            Kind::Usage | Kind::Interrupted => Self::Anywhere(error),
+            _ => Self::Here(error),
+        }
+    }
+}
+
 impl Plan {
     /// Decides, and proves that it can be done.
     /// Its WAL may be spread over this repository and `others`.
-    pub async fn make(log: &Log, others: &[Log], options: &Options) -> Result<Self> {
+    pub async fn make(log: &Log, others: &[Log], options: &Options) -> std::result::Result<Self, Unplanned> {
         let system_identifier = match &options.backup {
             Some(id) => Some(info(log.backup(id)?).system_identifier),
             None => None,
@@ -58,13 +77,12 @@ impl Plan {
             )
             .await?;
         let info = info(&reachable.backup);
-        let tablespaces = tablespaces(&info, options)?;
+        let tablespaces = tablespaces(&info, options).map_err(Unplanned::Anywhere)?;
         check_replay(&archive, &reachable, &info, options, &tablespaces).await?;
         let manifest = Manifest::read(log.stanza(), &reachable.backup.root).await?;
         if manifest.root.info.as_ref() != Some(&info) {
-            return Err(Error::damaged(
-                "the manifest root is damaged: its facts are not those in the log",
-            ));
+            let why = "the manifest root is damaged: its facts are not those in the log";
+            return Err(Error::damaged(why).into());
         }
         check_links(&info.id, &manifest.files)?;
         Ok(Self {
@@ -134,14 +152,14 @@ fn tablespaces(info: &proto::BackupInfo, options: &Options) -> Result<Vec<(u32, 
         .collect()
 }
 
-/// Refuses WAL that must not, or cannot, be replayed.
+/// Refuses WAL that must not, or cannot, be replayed. What it would do to this host, it would do from anywhere.
 async fn check_replay(
     archive: &Archive,
     reachable: &Reachable,
     info: &proto::BackupInfo,
     options: &Options,
     tablespaces: &[(u32, Option<String>)],
-) -> Result<()> {
+) -> std::result::Result<(), Unplanned> {
     let reader = Reader::new(archive, &reachable.history);
     let (from, to) = (Lsn(info.start_lsn), reachable.through.max(Lsn(info.stop_lsn)));
     let mut events: Vec<Event> = Vec::new();
@@ -179,11 +197,13 @@ async fn check_replay(
                     })
                     .await?;
                 if let Some(stop) = walked.stop.filter(|stop| stop.at < end.min(to)) {
-                    return Err(Error::damaged(format!(
+                    let why = format!(
                         "the WAL cannot be read at {}, and this recovery has to get to {to}: {}",
                         stop.at, stop.why
-                    ))
-                    .remedy("choose a target before it, or a backup taken after it"));
+                    );
+                    return Err(Error::damaged(why)
+                        .remedy("choose a target before it, or a backup taken after it")
+                        .into());
                 }
             }
         }
@@ -198,20 +218,24 @@ async fn check_replay(
     for event in events.iter().filter(|e| e.lsn >= from && e.lsn <= to) {
         match &event.what {
             What::ParameterChange { wal_level: 0 } => {
-                return Err(Error::not_found(format!(
+                let why = format!(
                     "the server ran with wal_level = minimal from {}: PostgreSQL refuses to recover across that",
                     event.lsn
-                ))
-                .remedy("choose a target before it, or a backup taken after it"));
+                );
+                return Err(Error::not_found(why)
+                    .remedy("choose a target before it, or a backup taken after it")
+                    .into());
             }
             What::TablespaceCreate { oid, location } if !location.is_empty() && !is_planned(*oid, location) => {
                 let inside = Path::new(location).starts_with(&options.directory);
                 if !inside && Path::new(location).exists() {
-                    return Err(Error::refused(format!(
+                    let why = format!(
                         "recovery would replay CREATE TABLESPACE {oid} at {} and write into {location}, which exists on this host",
                         event.lsn
-                    ))
-                    .remedy("this could destroy a live server's data: restore on another host, or take a backup that includes the tablespace and map it"));
+                    );
+                    return Err(Unplanned::Anywhere(Error::refused(why).remedy(
+                        "this could destroy a live server's data: restore on another host, or take a backup that includes the tablespace and map it",
+                    )));
                 }
             }
             _ => {}
@@ -223,7 +247,23 @@ async fn check_replay(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Kind;
+
+    #[test]
+    fn what_only_the_caller_can_answer_is_asked_of_no_other_repository() {
+        let is_final = |kind: Kind| matches!(Unplanned::from(Error::new(kind, "why")), Unplanned::Anywhere(_));
+        for kind in [
+            Kind::Failed,
+            Kind::NotFound,
+            Kind::Damaged,
+            Kind::Held,
+            Kind::Refused,
+            Kind::Unsupported,
+            Kind::Temporary,
+        ] {
+            assert!(!is_final(kind), "{kind:?}");
+        }
+        assert!(is_final(Kind::Usage) && is_final(Kind::Interrupted));
+    }
 
     #[test]
     fn links_of_a_manifest_are_refused() {
