@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::io::Write as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -91,9 +92,11 @@ impl Away {
         };
         let now = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ");
         if let Some(folder) = mark.parent() {
-            let _ = std::fs::create_dir_all(folder);
+            let _ = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
         }
-        match std::fs::File::options().write(true).create_new(true).open(&mark) {
+        let mut options = std::fs::File::options();
+        options.write(true).create_new(true).mode(0o600);
+        match options.open(&mark) {
             Ok(mut file) => {
                 let _ = writeln!(file, "{now}: {error}");
                 true

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -265,15 +266,17 @@ impl Context {
         chosen.or_else(|| standard().map(|cache| cache.join("fairvault")))
     }
 
-    /// Keeps something in the cache's folder; where it is. An error if there is no such folder.
+    /// Keeps something in the cache's folder, for its owner alone; where it is. An error if there is no such folder.
     pub fn keep(&self, name: &str, content: &[u8]) -> Result<PathBuf> {
         let folder = self.cache_folder().ok_or_else(|| {
             Error::usage("there is no folder to keep a copy in").remedy("set `cache`, or --cache FOLDER")
         })?;
         let path = folder.join(name);
         let write = || {
-            std::fs::create_dir_all(&folder)?;
-            let mut file = std::fs::File::create(&path)?;
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
+            let mut options = std::fs::File::options();
+            options.write(true).create(true).truncate(true).mode(0o600);
+            let mut file = options.open(&path)?;
             file.write_all(content)?;
             file.sync_all()
         };

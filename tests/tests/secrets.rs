@@ -391,3 +391,79 @@ fn what_is_made_is_for_its_owner_alone() -> Result<()> {
     }
     Ok(())
 }
+
+/// Nobody else reads what commands leave in the cache, whichever of them makes its folder, also where a umask forbids nothing.
+#[test]
+fn what_the_cache_keeps_is_for_its_owner_alone() -> Result<()> {
+    let s = Fixture::new("keptmodes", Shape { stanza: false, ..SMALL })?;
+    let dir = s.path("");
+    let dir = dir.trim_end_matches('/');
+    let config = format!(
+        "[repo.main]\nurl = \"file://{dir}/vault\"\nsingle_writer = true\n\
+         [repo.gone]\nurl = \"file://{dir}/nowhere\"\noptional = true\n\
+         [defaults]\nrepos = [\"main\", \"gone\"]\n\
+         [stanza.acme]\nconninfo = \"host={dir} port=5432 user=postgres\"\nkey = {{ file = \"{dir}/key\" }}\n"
+    );
+    s.scratch.write("fairvault.toml", config.as_bytes())?;
+    let into = |cache: &str, arguments: &[&str]| -> Result<()> {
+        let mut command = s.scratch.command("sh");
+        command
+            .args(["-c", "umask 0; exec \"$@\"", "sh"])
+            .arg(s.scratch.join("fairvault"))
+            .args(&s.options)
+            .args(["--cache", &s.path(cache)]);
+        run(command.args(arguments)).map(drop)
+    };
+    into("first", &["--repo", "main", "stanza", "create", "acme"])?;
+    let segment = s.sql("select pg_walfile_name(pg_current_wal_lsn())")?;
+    s.sql("create table t (x int); select pg_switch_wal()")?;
+    let path = s.path(&format!("data5432/pg_wal/{segment}"));
+    into("second", &["wal", "push", "acme", &path])?;
+    let next = s.objects("log").len() + 1;
+    s.scratch.write(&format!("vault/acme/log/{next:020}"), b"no entry")?;
+    let number = next.to_string();
+    let drops = [
+        "--repo",
+        "main",
+        "repair",
+        "acme",
+        "--progress",
+        "none",
+        "--drop-entry",
+        &number,
+    ];
+    into("third", &drops)?;
+    // By a background worker.
+    let ready = format!("data5432/pg_wal/archive_status/{segment}.ready");
+    s.scratch.write(&ready, b"")?;
+    let asynchronous = format!("{config}wal = {{ async = true }}\n");
+    s.scratch.write("fairvault.toml", asynchronous.as_bytes())?;
+    into("fourth", &["wal", "push", "acme", &path])?;
+
+    for (cache, end) in [
+        ("first", "single-writer.lock"),
+        ("second", "away-gone"),
+        ("third", ".dropped"),
+        ("fourth", "worker.log"),
+    ] {
+        let all = files(&s.scratch.join(cache));
+        let is_there = all.iter().any(|path| path.to_string_lossy().ends_with(end));
+        ensure!(is_there, "no {end} in {all:?}");
+        for path in &all {
+            // The worker takes away what nobody needs any more.
+            let Ok(meta) = std::fs::metadata(path) else { continue };
+            let mode = meta.permissions().mode();
+            ensure!(mode & 0o177 == 0, "{}: {mode:o}", path.display());
+            // The folders above it, up to the cache itself.
+            for folder in path
+                .ancestors()
+                .skip(1)
+                .take_while(|folder| *folder != s.scratch.path())
+            {
+                let mode = std::fs::metadata(folder)?.permissions().mode();
+                ensure!(mode & 0o077 == 0, "{}: {mode:o}", folder.display());
+            }
+        }
+    }
+    Ok(())
+}

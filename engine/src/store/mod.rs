@@ -14,7 +14,7 @@ pub mod url;
 pub mod versions;
 
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -438,9 +438,10 @@ impl Store {
         let what = format!("locking {}", path.display());
         let lock = move || {
             if let Some(folder) = path.parent() {
-                std::fs::create_dir_all(folder)?;
+                std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
             }
-            let file = std::fs::File::options().create(true).append(true).open(&path)?;
+            let mut options = std::fs::File::options();
+            let file = options.create(true).append(true).mode(0o600).open(&path)?;
             file.lock()?;
             Ok(file)
         };

@@ -5,7 +5,7 @@ pub mod push;
 pub mod receive;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -65,7 +65,8 @@ fn start_worker(exchange: &Exchange) -> Result<()> {
         if std::fs::metadata(&log).is_ok_and(|meta| meta.len() > WORKER_LOG_BYTES) {
             std::fs::rename(&log, log.with_extension("log.1"))?;
         }
-        let log = std::fs::File::options().create(true).append(true).open(&log)?;
+        let mut options = std::fs::File::options();
+        let log = options.create(true).append(true).mode(0o600).open(&log)?;
         Command::new(std::env::current_exe()?)
             .args(std::env::args_os().skip(1))
             .arg("--worker")
