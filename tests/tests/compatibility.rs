@@ -34,10 +34,6 @@ fn copy_of(repository: &str, name: &str) -> Result<(Fixture, Content)> {
     Ok((s, Content::read(&folder(repository))?))
 }
 
-fn old(name: &str) -> Result<(Fixture, Content)> {
-    copy_of(OLD, name)
-}
-
 #[test]
 fn an_old_repository_is_read() -> Result<()> {
     is_read(OLD, "oldread")?;
@@ -100,7 +96,16 @@ fn an_old_repository_restores_byte_for_byte() -> Result<()> {
 
 #[test]
 fn an_old_repository_is_continued() -> Result<()> {
-    let (s, content) = old("oldon")?;
+    is_continued(OLD, "oldon")
+}
+
+#[test]
+fn a_later_repository_is_continued() -> Result<()> {
+    is_continued(LATER, "lateron")
+}
+
+fn is_continued(repository: &str, name: &str) -> Result<()> {
+    let (s, content) = copy_of(repository, name)?;
     restore(&s, "copy", &["--archiving", "keep"])?;
     s.configure("copy", &s.archiving())?;
     let server = s.start("copy", 5432)?;
@@ -144,7 +149,16 @@ fn an_old_repository_is_continued() -> Result<()> {
 
 #[test]
 fn an_old_repository_is_collected() -> Result<()> {
-    let (s, content) = old("oldgc")?;
+    is_collected(OLD, "oldgc")
+}
+
+#[test]
+fn a_later_repository_is_collected() -> Result<()> {
+    is_collected(LATER, "latergc")
+}
+
+fn is_collected(repository: &str, name: &str) -> Result<()> {
+    let (s, content) = copy_of(repository, name)?;
     let gc = || s.ok(&["gc", "acme", "--patience", "1s", "--progress", "none"]);
     let roots = s.objects("roots").len();
     let said = gc()?;
@@ -180,8 +194,18 @@ fn an_old_repository_is_collected() -> Result<()> {
 /// slots, backups or WAL of the one before.
 #[test]
 fn an_old_repository_gets_new_keys() -> Result<()> {
-    for public in [false, true] {
-        let (s, content) = old(if public { "oldpublic" } else { "oldkeys" })?;
+    gets_new_keys(OLD, ["oldkeys", "oldpublic"])
+}
+
+#[test]
+fn a_later_repository_gets_new_keys() -> Result<()> {
+    gets_new_keys(LATER, ["laterkeys", "laterpublic"])
+}
+
+/// Under symmetric keys, and under a public one.
+fn gets_new_keys(repository: &str, names: [&str; 2]) -> Result<()> {
+    for (name, public) in names.into_iter().zip([false, true]) {
+        let (s, content) = copy_of(repository, name)?;
         let (new, vault) = (s.path("new"), s.path("vault"));
         s.ok(&["key", "generate", &new])?;
         let rotate = ["key", "rotate", "acme", "--new-secret-file", &new];
