@@ -22,7 +22,7 @@ use fairvault_format::keys::Secret;
 use fairvault_tests::fixture::{Fixture, SMALL, field, refused};
 use fairvault_tests::rgw::{self, ACCESS_KEY, Rgw};
 use fairvault_tests::s3::S3;
-use fairvault_tests::{Receiver, Scratch, tools};
+use fairvault_tests::{Receiver, Scratch, Server as PostgreSQL, tools};
 use serde_json::Value;
 
 use bucket::{Server, World};
@@ -59,10 +59,39 @@ fn names_of(list: &Value, member: &str) -> BTreeSet<String> {
         .collect()
 }
 
+/// All that is in the tables of a server.
+fn rows_of(w: &World, server: &PostgreSQL) -> Result<String> {
+    let all = "select (select count(*) from t) || ' ' || (select md5(string_agg(x, ',' order by x)) from bulk)";
+    server.sql(&w.s.scratch, all)
+}
+
+/// Every backup restores to where it ended, with all that was there then.
+fn every_backup_restores(w: &World, backups: &[(String, String)]) -> Result<()> {
+    let info = w.s.ok(&["info", "acme", "--output", "json"])?;
+    ensure!(
+        info.matches("\"restorable\":true").count() == backups.len(),
+        "not all of {backups:?}: {info}"
+    );
+    for (number, (id, rows)) in backups.iter().enumerate() {
+        let name = format!("every{number}");
+        let at_once = ["--backup", id, "--target", "immediate", "--target-action", "promote"];
+        let (exit, said) = w.s.restore(&name, &at_once);
+        ensure!(exit == 0, "{id}: {said}");
+        let copy = w.s.start(&name, 5433)?;
+        let found = rows_of(w, &copy)?;
+        ensure!(found == *rows, "{id}: {found} instead of {rows}");
+        copy.stop(&w.s.scratch, "fast")?;
+    }
+    Ok(())
+}
+
 async fn nothing_locked_is_lost(server: &Server) -> Result<()> {
     let w = World::new("locked", server, true, "retention = { full = \"1d\" }")?;
-    let (_, first) = w.backup()?;
-    w.backup()?;
+    let (id, first) = w.backup()?;
+    let mut backups = vec![(id, rows_of(&w, &w.s.server)?)];
+    let (id, _) = w.backup()?;
+    backups.push((id, rows_of(&w, &w.s.server)?));
+    ensure!(backups[0].1 != backups[1].1, "{backups:?}");
     let said = w.s.ok(&["check", "acme"])?;
     ensure!(said.contains("locked for 1 days (COMPLIANCE)"), "{said}");
     let before = w.contents().await?;
@@ -131,6 +160,8 @@ async fn nothing_locked_is_lost(server: &Server) -> Result<()> {
     ensure!(exit == 0 && again["hidden"] == Value::Array(Vec::new()), "{again}");
     w.s.ok(&["check", "acme"])?;
     w.s.ok(&["verify", "acme", "--level", "data", "--progress", "none"])?;
+    every_backup_restores(&w, &backups)?;
+    // And to the end of the WAL.
     let (exit, said) = w.s.restore("copy", &[]);
     ensure!(exit == 0, "{said}");
     let copy = w.s.start("copy", 5433)?;
