@@ -330,6 +330,18 @@ fn members(s: &Fixture, arguments: &[&str]) -> Result<String> {
     Ok(format!("\n## {}\n{shape}", verb.join(" ")))
 }
 
+/// What the JSON lines have in common that a command writes to standard error, whatever comes of it.
+fn told(s: &Fixture, what: &str, arguments: &[&str]) -> Result<String> {
+    let out = output(&mut s.command(arguments))?;
+    let said = String::from_utf8_lossy(&out.stderr);
+    let mut shapes = BTreeSet::new();
+    for line in said.lines().filter(|line| line.starts_with('{')) {
+        shapes.insert(shape(&serde_json::from_str(line)?));
+    }
+    ensure!(shapes.len() == 1, "{arguments:?}: {shapes:?}\n{said}");
+    Ok(format!("\n## {what}\n{}", shapes.into_iter().collect::<String>()))
+}
+
 #[test]
 fn the_members_about_copies_locks_and_the_end_are_the_documented_ones() -> Result<()> {
     let quiet = ["--progress", "none"];
@@ -354,6 +366,19 @@ fn the_members_about_copies_locks_and_the_end_are_the_documented_ones() -> Resul
     text += &members(&s, &[&["copy", "--dry-run", "acme"], &quiet[..]].concat())?;
     text += &members(&s, &[&["copy", "acme"], &quiet[..]].concat())?;
 
+    // Lines about what goes on.
+    let main = ["--repo", "main"];
+    text += &told(
+        &s,
+        "--progress json",
+        &[&main, &["verify", "acme", "--progress", "json"][..]].concat(),
+    )?;
+    // A time before every backup: it is told how it was understood, and why that cannot be reached.
+    let to = s.path("nowhere");
+    let long_ago = ["--target-time", "2020-01-01T00:00:00Z"];
+    let restore = ["--log-format", "json", "restore", "acme", "--dry-run", "--to", &to];
+    text += &told(&s, "--log-format json", &[&restore, &long_ago[..]].concat())?;
+
     // A bucket that can lock objects.
     let shape = Shape {
         stanza: false,
@@ -363,9 +388,16 @@ fn the_members_about_copies_locks_and_the_end_are_the_documented_ones() -> Resul
     let s3 = S3::start(&locked.scratch, "other")?;
     let lock = "x-amz-bucket-object-lock-enabled: true";
     s3.curl(&["-fsS", "-X", "PUT", "-H", lock, &format!("{}/locked", s3.endpoint())])?;
-    locked.use_s3(&s3.endpoint(), "s3://locked/some/prefix", "")?;
+    locked.use_s3(&s3.endpoint(), "s3://locked/some/prefix", "retention = { full = 1 }")?;
     locked.ok(&["stanza", "create", "acme"])?;
-    text += &members(&locked, &[&["lock", "acme", "--days", "1"], &quiet[..]].concat())?;
+    let to_lock = [&["lock", "acme", "--days", "1"], &quiet[..]].concat();
+    text += &members(&locked, &to_lock)?;
+    // What has expired is still locked there.
+    locked.backup_id(&["--type", "full"])?;
+    locked.ok(&to_lock)?;
+    locked.backup_id(&["--type", "full"])?;
+    locked.ok(&["expire", "acme"])?;
+    text += &members(&locked, &[&["gc", "acme", "--patience", "1s"], &quiet[..]].concat())?;
 
     // Keys, and the end of it.
     let new_key = s.path("another.key");
