@@ -305,7 +305,7 @@ fn a_backup_at_work_is_waited_for_and_a_dead_one_is_not() -> Result<()> {
         ensure!(Instant::now() < deadline, "no lease");
         std::thread::sleep(Duration::from_millis(50));
     }
-    let packs = s.objects("packs").len();
+    let (packs, wal) = (s.objects("packs").len(), segments(&s)[0].clone());
     // Hearts beat every 20 seconds.
     let patience = ["gc", "acme", "--patience", "25s", "--progress", "none"];
     let (exit, said) = s.fairvault(&patience);
@@ -315,6 +315,11 @@ fn a_backup_at_work_is_waited_for_and_a_dead_one_is_not() -> Result<()> {
         "{exit} {said}"
     );
     ensure!(s.objects("packs").len() >= packs);
+    // What has nothing to do with that backup is not waited for.
+    ensure!(
+        said.contains("objects of WAL deleted") && segments(&s)[0] > wal,
+        "{said}"
+    );
     signal(&child, "KILL")?;
     child.wait()?;
     let said = gc(&s)?;

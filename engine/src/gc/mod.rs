@@ -9,6 +9,7 @@
 //! nothing is deleted; nor is anything where a bucket that keeps versions hides an entry of the log; whoever comes after
 //! an interrupted collector goes on where that stopped. No data key is needed. In a bucket that keeps versions, what was
 //! deleted is deleted for good once its lock has ended (`versions`). Of WAL and versions that were deleted, a note in the log tells.
+//! Who is waited for holds up sweeps only: WAL, snapshots and versions are collected all the same.
 //!
 //! Memory: something for each pack that is listed or used, for each backup, run and entry of the log; one usage list and
 //! one index run at a time; nothing for each chunk.
@@ -142,13 +143,14 @@ async fn note(log: &mut Log, began_us: i64, report: &Report, error: Option<&Erro
     log.note_done("gc", began_us, bytes, deleted, error).await;
 }
 
-async fn collect(log: &mut Log, options: &Options, progress: &Progress, report: &mut Report) -> Result<()> {
+/// Marks and sweeps; `false` if somebody's end has to be waited for.
+async fn sweep_all(log: &mut Log, options: &Options, progress: &Progress, report: &mut Report) -> Result<bool> {
     let stanza = log.stanza().clone();
     if !options.dry_run {
         progress.phase("finishing what an earlier collection began");
         for mark in log.state().open_marks.clone() {
             if !sweep::run(log, &mark, options, report).await? {
-                return Ok(());
+                return Ok(false);
             }
         }
     }
@@ -190,13 +192,19 @@ async fn collect(log: &mut Log, options: &Options, progress: &Progress, report: 
         };
         progress.phase("deleting");
         if !sweep::run(log, &mark, options, report).await? {
-            return Ok(());
+            return Ok(false);
         }
         if is_all {
             break;
         }
     }
-    if !options.dry_run {
+    Ok(true)
+}
+
+async fn collect(log: &mut Log, options: &Options, progress: &Progress, report: &mut Report) -> Result<()> {
+    let is_swept = sweep_all(log, options, progress, report).await?;
+    let stanza = log.stanza().clone();
+    if !options.dry_run && is_swept {
         // With nothing to sweep, nobody has looked at them; those at work hold up nothing.
         let later = log.state().seq + 1;
         sweep::end_dead_sessions(log, later, options).await?;
@@ -205,7 +213,8 @@ async fn collect(log: &mut Log, options: &Options, progress: &Progress, report: 
     // Whoever takes a lease later reads a log that says what has expired.
     log.refresh().await?;
     let leases = lease::all(&stanza).await?;
-    let living = match options.dry_run {
+    // Where somebody has been waited for already, all that hold a lease count as alive, and nobody waits for them.
+    let living = match options.dry_run || !is_swept {
         true => leases.clone(),
         false => lease::living(&stanza, leases.clone(), options.patience).await?,
     };

@@ -242,7 +242,8 @@ pub async fn purge(
     }
     pieces.settle(&mut settled).await?;
     out.add(&purge.all(settled.replaced).await?);
-    match options.dry_run {
+    // Where somebody is waited for, no sweep would come to its end: the next run marks that.
+    match options.dry_run || !report.waiting.is_empty() {
         true => Ok(()),
         false => mark_again(log, again, options, report).await,
     }
