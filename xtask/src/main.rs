@@ -11,7 +11,7 @@ use std::process::ExitCode;
 const USAGE: &str = "usage: cargo xtask COMMAND
   demo           the whole story on a scratch server, in under a minute
   test           install what is needed, then all tests of the default run
-  test --full    the same with PostgreSQL 19, the tools of 17 to 19, and Ceph's radosgw
+  test --full    the same with PostgreSQL 19, the tools of 17 to 19, all tests on Ceph's radosgw, and emulators of other stores
   lint           formatting, clippy, licences and sources of dependencies
   fuzz [SECONDS] every fuzz target for some seconds each
   sim [SEEDS] [FIRST]   many hosts on one bad store, in simulated time: seeds (20000)

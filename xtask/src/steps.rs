@@ -87,6 +87,7 @@ pub fn test(full: bool) -> Result<()> {
     tools::install_strace()?;
     tools::install_npm_servers()?;
     tools::install_ministack()?;
+    rgw::install()?;
     let requirements = std::fs::read_to_string(top().join("format-spec/reader/requirements.txt"))?;
     let packages: Vec<&str> = requirements
         .lines()
@@ -96,7 +97,6 @@ pub fn test(full: bool) -> Result<()> {
     tools::python("reader", &packages)?;
     if full {
         tools::install_sid()?;
-        rgw::install()?;
         tools::install_s3s_fs()?;
         tools::install_azurite()?;
     }

@@ -323,7 +323,7 @@ mod tests {
         };
         let (first, again) = (version("1", "a", false), version("2", "a", false));
         let (other, marker) = (version("3", "b", false), version("4", "", true));
-        assert!(!has_several(&object(&[first.clone()])));
+        assert!(!has_several(&object(std::slice::from_ref(&first))));
         assert!(!has_several(&object(&[again, marker.clone(), first.clone()])));
         assert!(has_several(&object(&[other.clone(), first.clone()])));
         assert!(has_several(&object(&[marker, first.clone()])));

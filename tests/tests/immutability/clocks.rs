@@ -40,6 +40,7 @@ async fn no_lock_is_extended_by_a_clock_in_doubt() -> Result<()> {
             memory: None,
             may_stretch: true,
             env: Arc::new(Ahead { days }),
+            trace: Default::default(),
         };
         Ok(Log::open(Stanza::open(&access).await?).await?)
     };
