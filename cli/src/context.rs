@@ -62,10 +62,14 @@ pub struct Context {
 }
 
 impl Context {
-    /// Reads the configuration. A password in an option is an error, whatever the command.
-    pub fn load(global: Global) -> Result<Self> {
+    /// Reads the configuration. A password in an option is an error; what moves WAL, and connects to no server, only warns of
+    /// it (`moves_wal`): archiving and recovery do not end over that.
+    pub fn load(global: Global, moves_wal: bool) -> Result<Self> {
         if let Some(text) = &global.conninfo {
-            check_no_password("--conninfo", text)?;
+            match check_no_password("--conninfo", text) {
+                Err(error) if moves_wal => tracing::warn!("{error}"),
+                checked => checked?,
+            }
         }
         let config = Config::load(global.config.as_deref())?;
         Ok(Self {
@@ -348,7 +352,8 @@ impl Context {
         }
         // Whatever decides, the policy lets no backup expire before.
         let promised = Some(minimum_s).filter(|minimum_s| *minimum_s > 0);
-        let Some(kept_s) = kept_for(&self.retention(repository, stanza)?, minimum_s).or(promised) else {
+        let retention = self.retention(repository, stanza)?;
+        let Some(kept_s) = kept_for(&retention, minimum_s).or(promised) else {
             if store_again == Some(true) {
                 tracing::warn!(
                     "store_again of repository {repository} has no effect: neither a retention by age nor a signed policy says how long \
@@ -371,6 +376,7 @@ impl Context {
         };
         Ok(Some(Reliance {
             kept_s,
+            window_s: retention.wal,
             keeper,
             is_required,
         }))
@@ -605,7 +611,7 @@ mod tests {
         std::fs::write(&file, text).unwrap();
         let path = file.display().to_string();
         let cli = Cli::parse_from(["fairvault", "--config", path.as_str(), "expire", "acme"]);
-        Context::load(cli.global)
+        Context::load(cli.global, false)
     }
 
     /// What a configuration keeps of stanza `acme` in a repository.

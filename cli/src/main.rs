@@ -88,6 +88,14 @@ fn table_of(command: &Command) -> Table {
     }
 }
 
+/// A command of PostgreSQL's, that moves WAL and needs no server.
+fn moves_wal(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Wal(WalCommand::Get(_) | WalCommand::Push(_)) | Command::ArchiveGet(_) | Command::ArchivePush(_)
+    )
+}
+
 /// The table of the command, once that is understood.
 static UNDERSTOOD: std::sync::OnceLock<Table> = std::sync::OnceLock::new();
 
@@ -241,7 +249,7 @@ fn start_log(global: &Global) {
 }
 
 async fn run(cli: Cli) -> Result<Outcome> {
-    let context = Arc::new(Context::load(cli.global)?);
+    let context = Arc::new(Context::load(cli.global, moves_wal(&cli.command))?);
     let (what, began_us) = (noted::what(&cli.command), SystemEnv.now_us());
     let result = carry_out(&context, cli.command).await;
     // What comes now changes nothing of it.

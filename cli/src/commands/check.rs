@@ -18,6 +18,7 @@ use fairvault_engine::store::Store;
 use fairvault_engine::store::probe::probe;
 use fairvault_engine::wal::archive::Archive;
 use fairvault_engine::wal::coverage::Coverage;
+use fairvault_format::names;
 use serde::Serialize;
 
 use super::wal::receive::slot_of;
@@ -148,20 +149,31 @@ async fn look(context: Arc<Context>, repository: String, stanza: String, server:
 /// What the store does with what is overwritten and deleted, and what is hidden of what a stanza is opened with.
 async fn immutability(context: &Context, repository: &str, stanza: &str, store: &Store) -> Vec<Line> {
     let what = format!("immutability of {repository}");
+    let mut is_required = false;
     let look = async {
         let log = context.open_log_in(repository, stanza, true).await;
         let policy = log.ok().and_then(|log| log.state().policy.clone()).unwrap_or_default();
         let retention = context.retention(repository, stanza)?;
         let minimum_s = policy.minimum_retention_s;
         let reliance = context.reliance(repository, stanza, minimum_s)?;
-        immutable::advice(store, &retention, minimum_s, reliance.as_ref()).await
+        // Backups ask for the same, and are refused without.
+        is_required = reliance.as_ref().is_some_and(|reliance| reliance.is_required);
+        let advice = immutable::advice(store, &retention, minimum_s, reliance.as_ref()).await?;
+        if is_required && store.bucket().await?.is_some_and(|bucket| bucket.lock) {
+            store
+                .folder(stanza)
+                .versions(&format!("{}/", names::PACKS))
+                .next()
+                .await?;
+        }
+        Ok(advice)
     };
     let advice = match look.await {
         Ok(advice) => advice,
-        // Not everybody may ask.
+        // Not everybody may ask, and not everybody has to.
         Err(error) => {
             return vec![Line {
-                optional: true,
+                optional: !is_required,
                 ..line(&what, Err(error))
             }];
         }

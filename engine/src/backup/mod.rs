@@ -493,7 +493,7 @@ async fn transfer(
     confirm_packs(&stanza, &known, &packs).await?;
     let stopped_us = stanza.env().now_us();
     let used = packs.iter().map(|pack| (pack.name, chunks.was_there(pack)));
-    locks.confirm(&stanza, used, stopped_us, &mut notes).await?;
+    locks.confirm(log, used, stopped_us, &mut notes).await?;
     let entries = || packed.entries.iter().filter(|entry| !entry.is_gone);
     let info = proto::BackupInfo {
         id: id.to_owned(),

@@ -172,7 +172,7 @@ async fn transfer(
     let (known, packs) = chunks.finish()?;
     confirm_packs(&to, &known, &packs).await?;
     let (used, mut notes) = (packs.iter().map(|pack| (pack.name, chunks.was_there(pack))), Vec::new());
-    locks.confirm(&to, used, facts.stopped_us, &mut notes).await?;
+    locks.confirm(target, used, facts.stopped_us, &mut notes).await?;
     say(&to, &notes);
     let info = proto::BackupInfo {
         id: session.backup().to_owned(),

@@ -60,11 +60,29 @@ fn too_long(mut times: Vec<i64>, limit: impl Fn(&[i64]) -> i64) -> Option<Quiet>
     last.find(|quiet| quiet.to_us.saturating_sub(quiet.from_us) > quiet.limit_us)
 }
 
+/// When backups were taken, given in the order of the log, without those that come from the future, if there are later ones
+/// of two days that do not: then the clock of whoever took them was wrong, and is no more.
+fn believable(mut said: Vec<i64>, now_us: i64) -> Vec<i64> {
+    let since = said
+        .iter()
+        .rposition(|time_us| *time_us > now_us)
+        .map_or(0, |last| last + 1);
+    let later = &said[since..];
+    let spans = |later: &[i64]| Some(later.iter().max()?.saturating_sub(*later.iter().min()?));
+    if spans(later).is_some_and(|span_us| span_us >= 2 * DAY_US - AT_ONCE_US) {
+        said.retain(|time_us| *time_us <= now_us);
+    }
+    said
+}
+
 /// Fails if backups seem to be old because a clock is ahead: this host's, or that of whoever took the newest ones.
 pub fn check(log: &Log, now_us: i64) -> Result<()> {
-    let mut times: Vec<i64> = log.state().backups.iter().map(|b| info(b).stopped_us).collect();
+    let backups: Vec<_> = log.state().backups.iter().map(info).collect();
+    let mut times = believable(backups.iter().map(|info| info.stopped_us).collect(), now_us);
     times.push(now_us);
-    match too_long(times, usual) {
+    // How often somebody copies says nothing of how often backups are taken.
+    let is_copied = backups.last().is_some_and(|info| info.copied_from.is_some());
+    match too_long(times, |before| if is_copied { QUIET_US } else { usual(before) }) {
         None => Ok(()),
         Some(quiet) => Err(in_doubt(log, &quiet, now_us, "backups that are young would expire")),
     }
@@ -156,6 +174,24 @@ mod tests {
     /// So many backups, so many hours apart, the newest so many hours ago.
     fn each(every: i64, count: i64, ago: i64) -> Vec<i64> {
         (0..count).rev().map(|n| n * every + ago).collect()
+    }
+
+    #[test]
+    fn one_from_the_future_is_passed_over_once_others_have_come() {
+        let now = 1000 * DAY_US;
+        let ahead = now + 300 * DAY_US;
+        let nights = |count: i64| (0..count).rev().map(move |n| now - n * DAY_US);
+        let all = |later: i64| {
+            [now - 9 * DAY_US, ahead]
+                .into_iter()
+                .chain(nights(later))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(believable(all(2), now), all(2), "they are of one day");
+        assert!(!believable(all(3), now).contains(&ahead));
+        // It is this host that is behind.
+        let behind = vec![now - DAY_US, now + DAY_US, now + 2 * DAY_US];
+        assert_eq!(believable(behind.clone(), now), behind);
     }
 
     #[test]

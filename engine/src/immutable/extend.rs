@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use super::kept_for;
 use super::needs::Needs;
+use super::reliance;
 use super::seen::{self, Seen};
 use crate::commit::Log;
 use crate::error::{Error, Result};
@@ -29,6 +30,8 @@ use crate::store::versions::{Bucket, DAY_US, Lock, Mode, Object};
 const LEAST_DAYS: i64 = 7;
 /// A lock is extended by so many days more than needed, so that not every run has to do it again.
 const MORE_DAYS: i64 = 7;
+/// The next backups come within so many days, as a rule.
+const NEXT_DAYS: i64 = 2;
 /// Objects at once.
 pub(super) const CONCURRENT: usize = 16;
 
@@ -101,14 +104,23 @@ pub async fn run(
             .remedy("say it with --days N: everything that is needed is locked for N days from now on"));
         }
     };
+    // The next backups build on these, and need them for as long as they will be kept.
+    let built_on: Vec<&Vec<u8>> = reliance::built_on(log.state()).map(|backup| &backup.root).collect();
+    let next = kept_for(&options.retention, minimum_s).map_or(0, |kept_s| {
+        let until_us = reliance::Past::of(log.state(), now).until_us(now, kept_s);
+        until_us.saturating_add(NEXT_DAYS * DAY_US)
+    });
     let until = |backup: &CommittedBackup| match (options.days, kept_us) {
         (Some(days), _) => now.saturating_add(DAY_US.saturating_mul(days.into())),
         // What comes from the future is of now.
-        (None, kept) => info(backup)
-            .stopped_us
-            .min(now)
-            .saturating_add(kept.unwrap_or_default())
-            .max(least),
+        (None, kept) => {
+            let own = info(backup)
+                .stopped_us
+                .min(now)
+                .saturating_add(kept.unwrap_or_default());
+            let next = if built_on.contains(&&backup.root) { next } else { 0 };
+            own.max(least).max(next)
+        }
     };
     let least = options
         .days

@@ -43,6 +43,7 @@ fn kept_otherwise(retention: &Retention) -> Option<String> {
     let words = [
         (retention.calendar != Calendar::default(), "the calendar"),
         (has_count, "a number of backups"),
+        (retention.wal.is_some(), "the window of WAL"),
         // Of one alone there is always a newer one, as long as backups are taken.
         (retention.min_full > 1, "`min_full`"),
     ];

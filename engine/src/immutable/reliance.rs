@@ -28,8 +28,10 @@ use crate::store::versions::{Bucket, DAY_US};
 
 type Pack = [u8; 32];
 
-/// A backup may take so long, beyond what its locks were asked for.
+/// A backup may take so long at least, beyond what its locks were asked for.
 const DURATION_US: i64 = DAY_US;
+/// So many of the newest backups say how far apart they are.
+const SPACES: usize = 6;
 
 /// What to do where nothing is locked for long enough.
 pub(super) const WAYS_OUT: &str = "let a `keeper` extend locks, or raise the bucket's default retention to twice of what is kept; \
@@ -41,6 +43,8 @@ pub(super) const WAYS_OUT: &str = "let a `keeper` extend locks, or raise the buc
 pub struct Reliance {
     /// How long backups are kept, seconds.
     pub kept_s: u64,
+    /// How long WAL is kept, seconds: the newest backup before it stays as long.
+    pub window_s: Option<u64>,
     /// The repository with credentials that may extend locks. Without, what is not locked for long enough is stored again.
     pub keeper: Option<Store>,
     /// What is locked for less long is not relied on. Otherwise only the keeper is asked to extend it.
@@ -72,6 +76,8 @@ struct Counting {
     reliance: Reliance,
     bucket: Bucket,
     began_us: i64,
+    /// A backup counts as stopped then at least, microseconds since 1970.
+    floor_us: i64,
     /// Until when `locked` are locked at least, microseconds since 1970.
     until_us: i64,
     locked: HashSet<Pack>,
@@ -84,23 +90,33 @@ impl Locks {
         let Some(mut reliance) = reliance else {
             return Ok(Self::default());
         };
-        reliance.kept_s = reliance.kept_s.max(minimum_s(log.state()));
         let stanza = log.stanza();
         let began_us = stanza.env().now_us();
-        let until_us = until_us(began_us, reliance.kept_s).saturating_add(DURATION_US);
+        let past = Past::of(log.state(), began_us);
+        reliance.kept_s = reliance.kept_s.max(minimum_s(log.state()));
+        if let Some(window_s) = reliance.window_s {
+            reliance.kept_s = reliance.kept_s.max(window_s.saturating_add(past.space_s));
+        }
+        let until_us = past.until_us(began_us, reliance.kept_s);
         let used = used(log).await?;
         // Nobody can take back a lock: by a clock in doubt none is extended, as if the keeper had failed.
         let doubt = clock::check_for_locks(log, began_us).err().map(|doubt| {
             Error::refused(format!(
                 "no locks are extended, and how long they must last is in doubt: {doubt}; if the clock is right, \
-                 `fairvault lock --trust-clock --days N` extends them"
+                 `fairvault lock --trust-clock --days N` extends them, on each day until backups of two days have come"
             ))
         });
         if doubt.is_some() {
             reliance.keeper = None;
         }
         let Some(mut found) = reliance
-            .look(stanza, |pack| used.contains(pack), until_us, notes)
+            // What came after the newest backup was left by one that did not end.
+            .look(
+                stanza,
+                |pack, stored_us| used.contains(pack) || stored_us >= past.newest_us,
+                until_us,
+                notes,
+            )
             .await?
         else {
             return Ok(Self::default());
@@ -132,6 +148,7 @@ impl Locks {
                 reliance,
                 bucket: found.bucket,
                 began_us,
+                floor_us: past.floor_us,
                 until_us,
                 locked: found.locked,
             }),
@@ -148,7 +165,7 @@ impl Locks {
     /// stored itself extended, where they are too short and somebody may.
     pub async fn confirm(
         &self,
-        stanza: &Stanza,
+        log: &Log,
         packs: impl Iterator<Item = (Pack, bool)>,
         stopped_us: i64,
         notes: &mut Vec<String>,
@@ -156,7 +173,10 @@ impl Locks {
         let Some(counting) = &self.counting else {
             return Ok(());
         };
-        let until_us = until_us(stopped_us, counting.reliance.kept_s);
+        let stanza = log.stanza();
+        // The policy may say more by now.
+        let kept_s = counting.reliance.kept_s.max(minimum_s(log.state()));
+        let until_us = until_us(stopped_us.max(counting.floor_us), kept_s);
         let is_late = until_us > counting.until_us;
         // What it stored itself is locked by the bucket's default, as that was when it began.
         let is_short = counting.bucket.locks_until(counting.began_us) < until_us;
@@ -171,13 +191,16 @@ impl Locks {
         if !before.is_empty() {
             let found = counting
                 .reliance
-                .look(stanza, |pack| before.contains(pack), until_us, notes)
+                .look(stanza, |pack, _| before.contains(pack), until_us, notes)
                 .await?;
             let is_locked = |pack: &Pack| found.as_ref().is_some_and(|found| found.locked.contains(pack));
             let ending = before.iter().filter(|pack| !is_locked(pack)).count();
             if ending > 0 && counting.reliance.is_required {
+                let why = found.and_then(|found| found.why).map(|why| format!(" ({why})"));
                 return Err(Error::refused(format!(
-                    "{ending} packs that this backup relies on are locked for less long than it would be kept: it does not count"
+                    "{ending} packs that this backup relies on are locked for less long than it would be kept, or it is not known \
+                     for how long: it does not count{}",
+                    why.unwrap_or_default()
                 ))
                 .remedy("start it again: locks are asked for, and extended, when it begins (`fairvault check`)"));
             }
@@ -189,6 +212,50 @@ impl Locks {
     }
 }
 
+/// What the backups that there are say of the next one.
+#[derive(Debug)]
+pub(super) struct Past {
+    /// When the newest one stopped, microseconds since 1970; 0 if there is none.
+    newest_us: i64,
+    /// The next one counts as stopped then at least: expiry takes none for older than those before it. What is far in the
+    /// future says nothing.
+    floor_us: i64,
+    /// How long the next one may take, microseconds.
+    duration_us: i64,
+    /// How far the newest ones are apart at most, seconds.
+    space_s: u64,
+}
+
+impl Past {
+    pub fn of(state: &Snapshot, now_us: i64) -> Self {
+        let all: Vec<_> = state.backups.iter().filter_map(|backup| backup.info.as_ref()).collect();
+        let stopped = || all.iter().map(|info| info.stopped_us);
+        let newest_us = stopped().max().unwrap_or(0);
+        let took = all
+            .iter()
+            .map(|info| info.stopped_us.saturating_sub(info.started_us))
+            .max();
+        let mut times: Vec<i64> = stopped().filter(|time_us| *time_us < now_us).chain([now_us]).collect();
+        times.sort_unstable_by(|a, b| b.cmp(a));
+        let spaces = times
+            .windows(2)
+            .take(SPACES)
+            .map(|pair| pair[0].saturating_sub(pair[1]));
+        let space_us = spaces.max().unwrap_or(0).min(clock::QUIET_US);
+        Self {
+            newest_us,
+            floor_us: newest_us.min(now_us.saturating_add(clock::QUIET_US)),
+            duration_us: took.unwrap_or(0).saturating_mul(2).clamp(DURATION_US, clock::QUIET_US),
+            space_s: u64::try_from(space_us / 1_000_000).unwrap_or(0),
+        }
+    }
+
+    /// Until when the packs must be locked that a backup relies on which begins now, microseconds since 1970.
+    pub fn until_us(&self, now_us: i64, kept_s: u64) -> i64 {
+        until_us(now_us.max(self.floor_us), kept_s).saturating_add(self.duration_us)
+    }
+}
+
 impl Counting {
     /// Extends the locks of what a backup has stored itself. That it cannot be done is said: it relies on nobody.
     async fn extend_own(&self, stanza: &Stanza, own: &HashSet<Pack>, until_us: i64, notes: &mut Vec<String>) {
@@ -197,7 +264,7 @@ impl Counting {
             None => "nobody extends them here (`fairvault lock`)",
         };
         if let Some(keeper) = &self.reliance.keeper {
-            match look_as(stanza, keeper, true, |pack| own.contains(pack), until_us).await {
+            match look_as(stanza, keeper, true, |pack, _| own.contains(pack), until_us).await {
                 Ok(found) if own.iter().all(|pack| found.locked.contains(pack)) => return,
                 Ok(_) => why = "the bucket does not list them",
                 Err(error) => notes.push(format!(
@@ -231,7 +298,7 @@ impl Reliance {
     async fn look(
         &self,
         stanza: &Stanza,
-        wanted: impl Fn(&Pack) -> bool,
+        wanted: impl Fn(&Pack, i64) -> bool,
         until_us: i64,
         notes: &mut Vec<String>,
     ) -> Result<Option<Found>> {
@@ -276,7 +343,8 @@ impl Reliance {
 
     /// Whether backups in this bucket are refused as soon as there is something to rely on.
     pub(super) fn refuses(&self, bucket: Bucket) -> bool {
-        let lasting_us = until_us(DURATION_US, self.kept_s);
+        let kept_s = self.kept_s.max(self.window_s.unwrap_or(0));
+        let lasting_us = until_us(DURATION_US, kept_s);
         self.is_required && self.keeper.is_none() && bucket.locks_until(0) <= lasting_us
     }
 
@@ -301,13 +369,13 @@ impl Reliance {
     }
 }
 
-/// Looks at the locks of all packs, with the credentials of `role`, a repository or a stanza's folder. Of `wanted` it is
-/// asked for what is not known, and they are extended if `extends`; an error then says that this could not be done.
+/// Looks at the locks of all packs, with the credentials of `role`, a repository or a stanza's folder. Of `wanted` (which is
+/// told when one was stored, microseconds since 1970) it is asked for what is not known, and they are extended if `extends`; an error then says that this could not be done.
 async fn look_as(
     stanza: &Stanza,
     role: &Store,
     extends: bool,
-    wanted: impl Fn(&Pack) -> bool,
+    wanted: impl Fn(&Pack, i64) -> bool,
     until_us: i64,
 ) -> Result<Found> {
     let bucket = locking(role).await?;
@@ -334,7 +402,9 @@ async fn look_as(
             let version = object.contents().next();
             match version.map(|version| seen.end(bucket, &object.name, version)) {
                 Some(end) if end >= until_us => _ = found.locked.insert(pack),
-                Some(_) if wanted(&pack) && failed.is_none() => jobs.push((pack, object)),
+                Some(_) if failed.is_none() && version.is_some_and(|version| wanted(&pack, version.modified_us)) => {
+                    jobs.push((pack, object));
+                }
                 _ => _ = found.ending.insert(pack),
             }
         }
@@ -376,14 +446,17 @@ async fn look_as(
     Ok(found)
 }
 
-/// Packs that the newest backup uses and the newest full one: what a new one may build on. A list that cannot be read makes
-/// more to be stored, and no error.
-async fn used(log: &Log) -> Result<HashSet<Pack>> {
-    let backups = &log.state().backups;
+/// The newest backup, and the newest full one: what a new one builds on.
+pub(super) fn built_on(state: &Snapshot) -> impl Iterator<Item = &CommittedBackup> {
     let full = |backup: &&CommittedBackup| info(backup).r#type == "full";
-    let of = [backups.last(), backups.iter().rev().find(full)];
+    let of = [state.backups.last(), state.backups.iter().rev().find(full)];
+    of.into_iter().flatten()
+}
+
+/// Packs that these use. A list that cannot be read makes more to be stored, and no error.
+async fn used(log: &Log) -> Result<HashSet<Pack>> {
     let (mut packs, mut roots) = (HashSet::new(), HashSet::new());
-    for backup in of.into_iter().flatten() {
+    for backup in built_on(log.state()) {
         if !roots.insert(&backup.root) {
             continue;
         }

@@ -408,7 +408,7 @@ fn parse_pairs(text: &str) -> Result<BTreeMap<String, String>> {
         while chars.next_if(|c| c.is_whitespace()).is_some() {}
         if chars.next() != Some('=') {
             // It may be the rest of a password with a space in it.
-            let shown = match values.contains_key("password") {
+            let shown = match values.contains_key("password") || values.contains_key("sslpassword") {
                 true => "a word after the password".to_owned(),
                 false => format!("{key:?}"),
             };
@@ -440,6 +440,12 @@ fn parse_uri(text: &str) -> Result<BTreeMap<String, String>> {
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (authority, database) = rest.split_once('/').unwrap_or((rest, ""));
     let (login, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
+    // Or a part of the password would be taken for a port, and shown.
+    if login.is_empty() && database.contains('@') {
+        return Err(bad(
+            "a / in a user or a password is written %2F, an @ in a database %40",
+        ));
+    }
     let mut values = BTreeMap::new();
     let mut put = |key: &str, value: &str| -> Result<()> {
         if !value.is_empty() {

@@ -244,9 +244,10 @@ async fn note(log: &mut Log, began_us: i64, backup: &str, bytes: u64, error: Opt
         bytes,
         began_us,
     };
-    log.note(operation, error).await;
-    // Of the last recovery on this host, too.
-    tally::say(log).await;
+    // Of the last recovery on this host, too, if the store answers.
+    if log.note(operation, error).await.is_some() {
+        tally::say(log).await;
+    }
 }
 
 /// pg_control into its place, folders synced, the marker of an unfinished restore away.

@@ -165,7 +165,7 @@ impl Store {
                 // Away from the runtime, the client of a folder does its work on the thread that asks for it.
                 let put = || futures::executor::block_on(client.put_opts(&path, payload, options));
                 // Whether a name is free is no question of rights.
-                owner.act(put, |error| matches!(error, object_store::Error::Generic { .. }))
+                owner.act(put, super::is_permission_io)
             }
         };
         let why = match tokio::task::spawn_blocking(work).await? {

@@ -123,6 +123,10 @@ pub async fn looked(access: &Access, what: &str, end: End<'_>) {
     }
     // First of all: if the log cannot even be read, whoever comes next does not wait for it again.
     let due: Vec<(String, Count)> = take_due(access);
+    // Somebody else says it.
+    if due.is_empty() {
+        return;
+    }
     let access = access.clone();
     let saying = move || async move {
         hang_if_asked().await;
@@ -137,6 +141,12 @@ pub async fn looked(access: &Access, what: &str, end: End<'_>) {
 /// Notes at once that a command failed, which is no look. If it cannot be noted now, it is counted like one; where the log
 /// is refused, it is not.
 pub async fn failed(access: &Access, what: &str, began_us: i64, error: &Error) {
+    // Nobody waits for an entry who has interrupted something; and where nothing but a promise keeps writers apart, what
+    // failed is none of them.
+    if error.kind() == Kind::Interrupted || access.repository.settings().single_writer {
+        count(access, what, |count: &mut Count| count.add(End::Failed(error)));
+        return;
+    }
     let (again, said) = (access.clone(), format!("failed: {error}"));
     let kind = what.to_owned();
     let saying = move || async move {

@@ -132,14 +132,14 @@ fn take_due<T: Tally>(access: &Access) -> Vec<(String, T)> {
     due.unwrap_or_default()
 }
 
-/// Says it, in one entry for each kind.
-async fn tell<T: Tally>(log: &mut Log, due: Vec<(String, T)>) {
+/// Says it, in one entry for each kind; returns whether all of it was said.
+async fn tell<T: Tally>(log: &mut Log, due: Vec<(String, T)>) -> bool {
     let access = log.stanza().access().clone();
     for (what, count) in due {
         let (since_us, bytes, end) = (count.began_us(), count.bytes(), Ok(count.words(&what)));
         // It stays, for the next hour, and so does what comes after it: nobody waits once for each.
         if log.note_end(&what, since_us, bytes, end).await.is_none() {
-            return;
+            return false;
         }
         change(&access, |books: &mut Books<T>| {
             if let Some(book) = books.get_mut(&what)
@@ -149,6 +149,7 @@ async fn tell<T: Tally>(log: &mut Log, due: Vec<(String, T)>) {
             }
         });
     }
+    true
 }
 
 /// All that is due.
@@ -168,8 +169,9 @@ impl Due {
     }
 
     async fn tell(self, log: &mut Log) {
-        tell(log, self.wal).await;
-        tell(log, self.looks).await;
+        if tell(log, self.wal).await {
+            tell(log, self.looks).await;
+        }
     }
 }
 

@@ -55,6 +55,7 @@ async fn no_lock_is_extended_by_a_clock_in_doubt() -> Result<()> {
     };
     let rely = async |log: &Log| -> Result<Vec<String>> {
         let reliance = Reliance {
+            window_s: None,
             kept_s: 20 * 86_400,
             keeper: Some(w.store.clone()),
             is_required: false,

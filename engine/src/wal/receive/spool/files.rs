@@ -340,7 +340,7 @@ impl Spool {
             std::fs::rename(&temporary, self.path(&name))?;
             sync_folder(&self.folder)
         };
-        owner::write(self.owner.as_ref(), write, |_| true).map_err(self.io("writing", &name))
+        owner::write(self.owner.as_ref(), write, super::may_not).map_err(self.io("writing", &name))
     }
 
     /// The history of a timeline: content, and what it says.

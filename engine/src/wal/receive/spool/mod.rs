@@ -86,6 +86,12 @@ pub struct Spool {
     _lock: File,
 }
 
+/// Whether an error says that its folder's owner may not do that.
+fn may_not(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind as K;
+    matches!(error.kind(), K::PermissionDenied | K::ReadOnlyFilesystem)
+}
+
 fn sync_folder(folder: &Path) -> std::io::Result<()> {
     File::open(folder)?.sync_all()
 }

@@ -166,7 +166,7 @@ impl Writer {
             sync_folder(&spool.folder)?;
             Ok(file)
         };
-        let file = owner::write(spool.owner.as_ref(), create, |_| true).map_err(spool.io("writing", &name))?;
+        let file = owner::write(spool.owner.as_ref(), create, super::may_not).map_err(spool.io("writing", &name))?;
         let len = bytes.len() as u64;
         let reserved = reserved.max(len);
         let mut state = spool.state();
