@@ -498,7 +498,7 @@ pub struct RestoreArgs {
     /// New data directory
     #[arg(long, value_name = "DIR")]
     pub to: PathBuf,
-    /// Backup id, or latest [default: the newest from which the target can be reached]
+    /// Backup id, expired or not, or latest [default: the newest that can reach the target]
     #[arg(long, value_name = "ID")]
     pub backup: Option<String>,
     /// Recover to this time: RFC 3339, PostgreSQL's formats, or "yesterday 15:00"

@@ -1,6 +1,7 @@
 //! Retention and collection on real backups: what expires is what was said, what is deleted is what nothing needs,
 //! and what is left restores.
 
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -253,6 +254,73 @@ fn wal_that_a_protected_backup_needs_is_not_collected() -> Result<()> {
     restores(&s, "copy", &[], 2)
 }
 
+/// Whether a text has all of these words.
+fn says(text: &str, words: &[&str]) -> bool {
+    words.iter().all(|word| text.contains(word))
+}
+
+#[test]
+fn what_has_expired_by_mistake_is_restored_for_as_long_as_it_is_there() -> Result<()> {
+    let s = Fixture::new("mistake", retention("retention = { full = 1, wal = \"0s\" }"))?;
+    s.flush_archive(&s.server)?;
+    let first = backup(&s, "full")?;
+    let sum = "select md5(string_agg(x, '' order by x)) from bulk";
+    let content = s.sql(sum)?;
+    // Where a segment has just ended, the first one gives the name of the one before.
+    s.flush_archive(&s.server)?;
+    let between = s.flush_archive(&s.server)?;
+    for _ in 0..2 {
+        backup(&s, "full")?;
+        s.flush_archive(&s.server)?;
+    }
+    s.ok(&["expire", "acme"])?;
+    ensure!(!s.ok(&["info", "acme"])?.contains(&first));
+    let by_whom = format!("backup {first} has expired, by ");
+    let planned = |more: &[&str]| s.restore("planned", &[&["--backup", &first, "--dry-run"][..], more].concat());
+    let (exit, said) = planned(&[]);
+    let words = ["no rule keeps it", "nothing keeps it and its WAL", &by_whom];
+    ensure!(exit == 0 && says(&said, &words), "{exit} {said}");
+
+    // A policy that is raised before anything is collected keeps all of it.
+    s.ok(&["policy", "acme", "--minimum-retention", "30d"])?;
+    let kept = gc(&s)?;
+    ensure!(kept.contains(&first) && kept.contains("its content stays"), "{kept}");
+    let at_once = ["--target", "immediate", "--target-action", "promote"];
+    let (exit, said) = s.restore("back", &[&["--backup", &first][..], &at_once].concat());
+    let since = format!(" on {} at 2", host_name()?);
+    let words = ["the signed policy keeps it", &by_whom, &since];
+    ensure!(exit == 0 && says(&said, &words), "{exit} {said}");
+    let copy = s.start("back", 5433)?;
+    let found = copy.sql(&s.scratch, sum)?;
+    ensure!(s.rows(&copy)? == "1" && found == content, "another content");
+    copy.stop(&s.scratch, "fast")?;
+    restores(&s, "end", &["--backup", &first], 3)?;
+    // Without a name, it is none to choose from.
+    let (exit, said) = s.restore("newest", &["--dry-run"]);
+    ensure!(exit == 0 && !said.contains(&first), "{exit} {said}");
+
+    // Of its WAL, what is missing is named before anything is written.
+    let is_between = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.starts_with(&between) && !name.contains("backup")
+    };
+    let lost = s.objects("wal").into_iter().find(is_between);
+    std::fs::remove_file(lost.context("not archived")?)?;
+    let later = planned(&["--target-time", "2100-01-01T00:00:00Z"]);
+    refused(later, 3, &format!("{between} has expired"))?;
+    let (exit, said) = planned(&at_once);
+    ensure!(exit == 0, "{said}");
+
+    // What nothing keeps any more is collected, and cannot be restored.
+    s.ok(&["policy", "acme", "--minimum-retention", "0s"])?;
+    gc(&s)?;
+    let (exit, said) = s.restore("late", &["--backup", &first]);
+    let words = ["has no backup", "any more: it has expired, by ", "its manifest is gone"];
+    ensure!(exit == 3 && says(&said, &words), "{exit} {said}");
+    ensure!(!s.scratch.join("late").exists(), "something was written");
+    restores(&s, "last", &[], 3)
+}
+
 #[test]
 fn the_signed_policy_outlives_what_a_configuration_asks_for() -> Result<()> {
     let s = Fixture::new("policy", retention("retention = { full = 1 }"))?;
@@ -281,7 +349,8 @@ fn the_signed_policy_outlives_what_a_configuration_asks_for() -> Result<()> {
 #[test]
 fn a_backup_at_work_is_waited_for_and_a_dead_one_is_not() -> Result<()> {
     let s = Fixture::new("gcbusy", retention("retention = { full = 1 }"))?;
-    for kind in ["full", "incr", "full"] {
+    let first = backup(&s, "full")?;
+    for kind in ["incr", "full"] {
         backup(&s, kind)?;
     }
     s.ok(&["expire", "acme"])?;
@@ -322,6 +391,9 @@ fn a_backup_at_work_is_waited_for_and_a_dead_one_is_not() -> Result<()> {
     );
     signal(&child, "KILL")?;
     child.wait()?;
+    // What is marked may go at any moment, and is not begun with.
+    let marked = s.restore("marked", &["--backup", &first]);
+    refused(marked, 5, "a collection has begun that may delete it")?;
     let said = gc(&s)?;
     ensure!(
         said.contains("no sign of life") && s.objects("packs").len() < packs,

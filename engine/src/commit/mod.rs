@@ -8,6 +8,7 @@
 pub mod authors;
 mod epochs;
 pub mod erased;
+pub mod expired;
 pub mod fence;
 mod later;
 pub mod lease;
@@ -30,6 +31,7 @@ use crate::stanza::Stanza;
 use crate::store::Created;
 use authors::Authors;
 pub use epochs::rotated;
+use expired::Expiry;
 use seen::Purpose;
 
 /// Entries fetched at once.
@@ -47,6 +49,8 @@ pub struct Log {
     backups_only: bool,
     /// Numbers of entries that were read and have no effect: a fence or a rotation of keys came before.
     void: Vec<u64>,
+    /// Backups that have expired, where entries are kept.
+    expired: Vec<Expiry>,
     /// The log of a stanza that was erased may be read.
     reads_erased: bool,
     /// Who wrote what was read of it.
@@ -63,6 +67,7 @@ impl Log {
             entries: None,
             backups_only: false,
             void: Vec::new(),
+            expired: Vec::new(),
             reads_erased: false,
             authors: Authors::default(),
         }
@@ -349,6 +354,8 @@ impl Log {
         let is_void = state::is_void(&self.state, &entry, keys.epoch);
         if is_void {
             self.void.push(seq);
+        } else if self.entries.is_some() {
+            self.expired.extend(Expiry::of(&self.state, &entry));
         }
         state::apply(&mut self.state, &entry, keys.epoch)?;
         if !is_void {

@@ -8,6 +8,7 @@ mod compare;
 mod crc;
 pub mod data;
 mod direct;
+mod expired;
 mod files;
 pub mod layout;
 pub mod pgmanifest;
@@ -110,7 +111,11 @@ async fn choose(logs: &[Log], options: &Options, takes_leases: bool) -> Result<C
     // upgrade takes for it.
     let newest = |log: &Log| log.state().incarnations.last().map(|life| life.system_identifier);
     let meant = logs.first().and_then(newest);
-    for (number, log) in logs.iter().enumerate() {
+    // A backup that is named may have expired in some of them: those come last.
+    let is_live = |log: &Log| options.backup.as_deref().is_none_or(|id| log.backup(id).is_ok());
+    let mut order: Vec<(usize, &Log)> = logs.iter().enumerate().collect();
+    order.sort_by_key(|(_, log)| !is_live(log));
+    for (tried, (number, log)) in order.into_iter().enumerate() {
         if options.backup.is_none() && newest(log) != meant {
             let why = format!(
                 "not from {}: there, another cluster is the newest; see `fairvault stanza upgrade`",
@@ -156,7 +161,7 @@ async fn choose(logs: &[Log], options: &Options, takes_leases: bool) -> Result<C
         if is_final {
             return Err(error);
         }
-        if number + 1 < logs.len() {
+        if tried + 1 < logs.len() {
             let why = format!("not from {}: {error}", log.stanza().shown());
             tracing::warn!("{why}; trying the next repository");
             passed_over.push(why);

@@ -6,6 +6,7 @@ use fairvault_format::index::PackRef;
 use fairvault_format::proto::{self, FileEntry, FileKind};
 
 use super::Options;
+use super::expired;
 use super::reader::Reader;
 use super::target::{Choice, Reachable, info};
 use crate::commit::Log;
@@ -58,24 +59,38 @@ impl Plan {
     /// Decides, and proves that it can be done.
     /// Its WAL may be spread over this repository and `others`.
     pub async fn make(log: &Log, others: &[Log], options: &Options) -> std::result::Result<Self, Unplanned> {
-        let system_identifier = match &options.backup {
-            Some(id) => Some(info(log.backup(id)?).system_identifier),
-            None => None,
+        let (wanted, expired) = match &options.backup {
+            None => (None, None),
+            Some(id) => match log.backup(id) {
+                Ok(backup) => (Some(backup.clone()), None),
+                Err(error) => {
+                    let found = expired::find(log, id).await?.ok_or(error)?;
+                    (Some(found.backup), Some(found.note))
+                }
+            },
         };
+        let system_identifier = wanted.as_ref().map(|backup| info(backup).system_identifier);
         let archive = Archive::open(log, system_identifier, 3)?;
         let of_cluster = |other: &Log| Archive::open(other, Some(archive.system_identifier), 3).ok();
         let others = others.iter().filter_map(of_cluster).collect();
         let archive = archive.beside(others);
-        let coverage = Coverage::read(&archive).await?;
+        let coverage = match &expired {
+            None => Coverage::read(&archive).await?,
+            Some(_) => Coverage::read_with_expired(&archive).await?,
+        };
         let choice = Choice::new(log, &archive, &coverage);
-        let reachable = choice
-            .resolve(
-                options.backup.as_deref(),
-                &options.target,
-                options.timeline,
-                options.exclusive,
-            )
-            .await?;
+        let resolved = choice
+            .resolve(wanted.as_ref(), &options.target, options.timeline, options.exclusive)
+            .await;
+        let reachable = match expired {
+            None => resolved?,
+            Some(note) => {
+                let mut reachable = resolved.map_err(|error| error.context(&note))?;
+                tracing::warn!("{note}");
+                reachable.notes.insert(0, note);
+                reachable
+            }
+        };
         let info = info(&reachable.backup);
         let tablespaces = tablespaces(&info, options).map_err(Unplanned::Anywhere)?;
         check_replay(&archive, &reachable, &info, options, &tablespaces).await?;

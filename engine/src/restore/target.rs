@@ -156,16 +156,16 @@ impl<'a> Choice<'a> {
         }
     }
 
-    /// Finds the newest backup from which `target` can be reached, or says what is in the way.
+    /// Finds the newest backup from which `target` can be reached, if none is `wanted`, or says what is in the way.
     pub async fn resolve(
         &self,
-        wanted: Option<&str>,
+        wanted: Option<&proto::CommittedBackup>,
         target: &Target,
         timeline: TimelineChoice,
         exclusive: bool,
     ) -> Result<Reachable> {
         let candidates: Vec<_> = match wanted {
-            Some(id) => vec![self.log.backup(id)?.clone()],
+            Some(backup) => vec![backup.clone()],
             None => self
                 .log
                 .state()

@@ -148,6 +148,16 @@ impl Archive {
         Self { others, ..self }
     }
 
+    /// The same, as if nothing had expired, for whoever wants what is still there.
+    #[must_use]
+    pub fn with_expired(self) -> Self {
+        Self {
+            expired: Vec::new(),
+            others: self.others.into_iter().map(Self::with_expired).collect(),
+            ..self
+        }
+    }
+
     /// Opens the log and the archive for a request for the file `name`, which is asked for meanwhile. It need not be here
     /// when this returns, but if `others` may be asked instead: then whoever waits for this waits for all of it. `None` if
     /// this repository has never heard of the cluster: it cannot have anything of it.

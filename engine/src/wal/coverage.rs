@@ -113,6 +113,14 @@ impl Coverage {
         Ok(this)
     }
 
+    /// The same with WAL that has expired, as far as it is still there.
+    pub async fn read_with_expired(archive: &Archive) -> Result<Self> {
+        let this = Self::read(&archive.clone().with_expired()).await?;
+        // It still says why the rest is not.
+        let expired = archive.all().flat_map(ranges).collect();
+        Ok(Self { expired, ..this })
+    }
+
     /// The same from a segment on: one request a timeline where there is little behind it.
     pub async fn read_from(archive: &Archive, number: u64) -> Result<Self> {
         let mut this = Self::empty(archive);

@@ -537,13 +537,14 @@ async fn locks_last_as_long_as_the_retention(server: &Server) -> Result<()> {
     ensure!(beyond(2).await?.0 == 0);
     let (exit, done) = w.report(&["lock"])?;
     ensure!(exit == 0, "{done}");
-    // The longest age counts from when the backup ended, which is a moment ago, and a week comes on top.
+    // The longest age counts from when the backup ended, which is a moment ago, and a week comes on top; three days more of
+    // what the next one builds on.
     let (late, early) = beyond(26).await?;
     ensure!(
         Some(late) == done["extended"]["objects"].as_u64() && late > 8,
         "{late} {done}"
     );
-    ensure!(beyond(28).await?.0 == 0, "locked for longer than asked for");
+    ensure!(beyond(31).await?.0 == 0, "locked for longer than asked for");
     let before_it = |name: &String| name.starts_with("acme/wal/") && name.rsplit('/').next() < Some(&first);
     ensure!(early.iter().all(before_it), "{early:?}");
     let (exit, again) = w.report(&["lock"])?;
