@@ -47,12 +47,13 @@ pub struct Audit {
 /// Reads and verifies a stanza's log.
 pub async fn read(stanza: Arc<Stanza>) -> Result<Audit> {
     let log = Log::unread(stanza.clone()).also_erased().replayed().await?;
-    match written::check(Log::unread(stanza).also_erased()).await {
-        // Not every reader may ask.
+    let several = written::several(stanza.store()).await;
+    match several {
+        // Not every reader may ask. Whoever may is told of each entry that cannot be read.
         Err(error) if error.kind() == Kind::Failed => {
             tracing::warn!("whether another log was there before is not looked at: {error}");
         }
-        checked => checked?,
+        several => written::check_these(Log::unread(stanza).also_erased(), several?).await?,
     }
     if log.state().erased.is_some() {
         log.stanza().forget_keys();
@@ -235,6 +236,8 @@ fn words(entry: &Entry) -> (&'static str, String) {
         Entry::Operation(operation) => {
             let subject = match operation.subject.as_str() {
                 "" => String::new(),
+                // An object's name.
+                subject if subject.contains('/') => format!(" of {subject}"),
                 subject => format!(" of backup {subject}"),
             };
             let amount = amount(operation.bytes);
@@ -250,5 +253,28 @@ fn words(entry: &Entry) -> (&'static str, String) {
                 because(&erasure.reason)
             ),
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fairvault_format::{names, proto};
+
+    #[test]
+    fn an_operation_is_about_a_backup_or_an_object() {
+        let said = |subject: &str| {
+            let operation = proto::Operation {
+                what: "repair".to_owned(),
+                subject: subject.to_owned(),
+                result: "done".to_owned(),
+                ..Default::default()
+            };
+            words(&Entry::Operation(operation)).1
+        };
+        assert_eq!(said(""), "repair: done");
+        assert_eq!(said("20260101-000000F"), "repair of backup 20260101-000000F: done");
+        let object = names::log_context(57);
+        assert_eq!(said(&object), format!("repair of {object}: done"));
     }
 }

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use fairvault_engine::commit::Log;
 use fairvault_engine::commit::session::Session;
 use fairvault_engine::error::{Error, Kind};
+use fairvault_engine::repair;
 use fairvault_engine::stanza::create::{DataKeys, create, new_keys};
 use fairvault_engine::stanza::memory::Memory;
 use fairvault_engine::stanza::rotate::{self, Options, Rotated};
@@ -106,6 +107,29 @@ async fn old_keys_say_nothing_any_more() -> Result<()> {
     slots::put(&stanza, &unnamed, "main", access.secret.as_ref()).await?;
     forge(&store, &log, &unnamed, hold("unnamed"), Vec::new()).await?;
     expect(open(&access).await, Kind::Damaged, "its signature is not")
+}
+
+/// Whose secret does not open the newest epoch cannot tell a good entry from a bad one, whatever epoch its header names.
+#[tokio::test]
+async fn with_old_keys_no_entry_is_dropped() -> Result<()> {
+    let store = memory();
+    let old = access(&store, key(1));
+    create(&old, CLUSTER, "main").await?;
+    rotated(&old, &to_new(2)).await?;
+    let new = access(&store, key(2));
+    let log = open(&new).await?;
+    // It is void, and an entry.
+    let void = log.state().seq + 1;
+    forge(&store, &log, log.stanza().keys_of(1)?, hold("x"), Vec::new()).await?;
+    ensure!(open(&new).await?.state().seq == void);
+    let error = repair::entry::find(&old, void).await.err();
+    let error = error.context("it would be dropped")?;
+    ensure!(
+        error.advice().is_some_and(|advice| advice.contains("every key epoch")),
+        "{error} {:?}",
+        error.advice()
+    );
+    Ok(())
 }
 
 #[tokio::test]

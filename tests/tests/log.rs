@@ -253,6 +253,28 @@ async fn a_log_that_was_rolled_back_is_refused() -> Result<()> {
     Ok(())
 }
 
+/// Finds whoever is told to drop an entry of another log that is longer than what this host saw.
+#[tokio::test]
+async fn another_log_that_goes_on_is_not_called_a_bad_entry() -> Result<()> {
+    let scratch = Scratch::new("other")?;
+    let store = memory();
+    let last = with_sessions(&store, 1).await?.state().seq;
+    let with_memory = Access {
+        memory: Some(Memory::new(scratch.join("cache"))),
+        ..access(&store, key(1))
+    };
+    let mut remembering = Log::open(Stanza::open(&with_memory).await?).await?;
+    remembering.prove().await?;
+    store.delete(&[entry(last)]).await?;
+    let mut other = open(&store).await?;
+    while other.state().seq <= last {
+        other.append(Entry::Hold(proto::Hold::default()), |_| Ok(())).await?;
+    }
+    let word = "this host saw another entry";
+    expect(Log::open(Stanza::open(&with_memory).await?).await, Kind::Damaged, word)?;
+    expect(remembering.prove().await, Kind::Damaged, word)
+}
+
 #[tokio::test]
 async fn a_missing_entry_is_not_taken_for_the_end() -> Result<()> {
     let store = memory();
@@ -474,6 +496,11 @@ async fn what_is_no_entry_stops_nobody_from_behind_the_end() -> Result<()> {
     let mut log = with_sessions(&store, 3).await?;
     let (last, access) = (log.state().seq, access(&store, key(1)));
     let far = 999_999;
+    // The bytes of an entry, in a folder below: that is no name of the log.
+    let (number, there) = (last - 1, store.get(&entry(last - 1), 1 << 20).await?);
+    store
+        .put_hashed(&format!("acme/log/z/{number:020}"), there.into())
+        .await?;
     let put = async |seq: u64, content: Bytes| store.put_hashed(&entry(seq), content.into()).await;
     put(far, Bytes::from_static(b"garbage")).await?;
     // An entry of another place, one of a newer version, one of unknown keys, and more than one may have.

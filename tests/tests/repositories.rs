@@ -108,6 +108,10 @@ fn a_copy_under_other_keys_is_incremental_and_restores_alone() -> Result<()> {
     let s = fixture("copies", false, "", "")?;
     insert(&s, 60_000)?;
     let full = s.backup_id(&["--type", "full"])?;
+    // The number of an entry is another one in each.
+    for option in ["--older-log", "--drop-entry"] {
+        refused(s.fairvault(&["repair", "acme", option, "5"]), 2, "for one repository")?;
+    }
     let plan = s.ok(&["copy", "acme", "--dry-run"])?;
     ensure!(plan.contains(&full) && plan.contains("1 backups"), "{plan}");
     ensure!(

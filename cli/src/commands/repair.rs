@@ -26,8 +26,12 @@ pub async fn run(context: &Context, args: RepairArgs) -> Result<Outcome> {
         },
         older_log: args.older_log,
     };
+    let repositories = context.repositories(Some(&args.stanza))?;
+    if args.older_log.is_some() {
+        one_of(&repositories, "--older-log")?;
+    }
     let (mut outcome, mut unread) = (Outcome::Done, 0);
-    for repository in context.repositories(Some(&args.stanza))? {
+    for repository in repositories {
         let access = context.access(&repository, &args.stanza, false, true)?;
         let shown = access.repository.folder(&args.stanza).shown().to_owned();
         let progress = Arc::new(Progress::default());
@@ -57,15 +61,21 @@ pub async fn run(context: &Context, args: RepairArgs) -> Result<Outcome> {
     }
 }
 
+/// The only one of these repositories: an entry's number means another one in each.
+fn one_of<'a>(repositories: &'a [String], option: &str) -> Result<&'a String> {
+    match repositories {
+        [repository] => Ok(repository),
+        _ => Err(
+            Error::usage(format!("{option} is for one repository, and the stanza has several"))
+                .remedy("say with --repo which one it is"),
+        ),
+    }
+}
+
 /// Takes away what is no entry of the log, in one repository.
 async fn drop_entry(context: &Context, args: &RepairArgs, number: u64) -> Result<Outcome> {
     let repositories = context.repositories(Some(&args.stanza))?;
-    let [repository] = &repositories[..] else {
-        return Err(
-            Error::usage("--drop-entry is for one repository, and the stanza has several")
-                .remedy("say with --repo which one it is"),
-        );
-    };
+    let repository = one_of(&repositories, "--drop-entry")?;
     let access = context.access_to_delete(repository, &args.stanza)?;
     let shown = access.repository.folder(&args.stanza).shown().to_owned();
     let found = entry::find(&access, number).await?;

@@ -33,10 +33,11 @@ impl Log {
             let Some(later) = self.first_entry(&later).await? else {
                 tracing::warn!(
                     "{}/{} lies behind the end of the log and is no entry: somebody with access to the store made it. \
-                     `fairvault repair {} --drop-entry N` takes it away",
+                     `fairvault repair {} --drop-entry {}` takes it away",
                     self.stanza.shown(),
                     later[0],
-                    self.stanza.name()
+                    self.stanza.name(),
+                    number_of(&later[0]).unwrap_or_default()
                 );
                 return Ok(());
             };
@@ -46,7 +47,8 @@ impl Log {
             ))
             .remedy(
                 "bring the entry back from a copy of the repository, or from an older version of the object where the bucket \
-                 keeps versions",
+                 keeps versions. If no entry is missing, somebody with a key that writes has left the later one: rotate the \
+                 keys, and delete it with the tools of the store",
             ));
         }
     }
@@ -68,9 +70,9 @@ impl Log {
                     Ok(()) => return Ok(Some(name.clone())),
                     Err(why) => why,
                 },
-                // More than an entry may have.
-                Err(error) if error.kind() == Kind::Damaged => error,
-                Err(error) => return Err(error),
+                Err(error) if matches!(error.kind(), Kind::Temporary | Kind::Interrupted) => return Err(error),
+                // More than an entry may have, or what the store gives to nobody.
+                Err(error) => error,
             };
             tracing::debug!("{name} is no entry: {why}");
         }
@@ -103,7 +105,8 @@ impl Log {
     }
 }
 
-/// The number in the name of an entry.
+/// The number in the name of an entry. In a folder below, it is none of the log.
 fn number_of(name: &str) -> Option<u64> {
-    name.rsplit('/').next().and_then(names::parse_log)
+    let seq = name.rsplit('/').next().and_then(names::parse_log)?;
+    (names::log_context(seq) == name).then_some(seq)
 }

@@ -90,12 +90,21 @@ impl Log {
         }
     }
 
-    /// Takes an entry that the store does not show, if it follows on what was read so far.
+    /// Fails unless these bytes are an entry that follows on what was read so far. Entries that are kept are not copied for
+    /// that: there may be many.
+    pub(crate) fn check_next(&self, bytes: &[u8]) -> Result<()> {
+        let mut next = Self {
+            state: self.state.clone(),
+            signers: self.signers.clone(),
+            ..Self::empty(self.stanza.clone())
+        };
+        next.apply(bytes)
+    }
+
+    /// Takes an entry that the store does not show, if it follows on what was read so far; if not, nothing changes.
     pub(crate) fn follow(&mut self, bytes: &[u8]) -> Result<()> {
-        let mut next = self.clone();
-        next.apply(bytes)?;
-        *self = next;
-        Ok(())
+        self.check_next(bytes)?;
+        self.apply(bytes)
     }
 
     /// Reads all of the log, believing neither snapshots nor what this host remembers, and keeps its entries.
@@ -124,7 +133,8 @@ impl Log {
                 this.adopt(state);
                 this.follow_keys().await?;
                 let before = this.clone();
-                this.refresh_proven().await?;
+                let refreshed = this.refresh_proven().await;
+                before.explain(this.state.seq, refreshed).await?;
                 this.check_pins()?;
                 // What follows on the remembered entry proves it.
                 if this.state.seq == before.state.seq {
@@ -235,7 +245,8 @@ impl Log {
                 // One request tells the usual: nothing is new. Then another that what was seen is still there; one after
                 // the other, since a second connection costs more.
                 let catch_up = async {
-                    this.refresh().await?;
+                    let refreshed = this.refresh().await;
+                    before.explain(this.state.seq, refreshed).await?;
                     // What follows on the remembered head proves it.
                     let is_news = this.state.seq > before.state.seq;
                     let memory = this.stanza.memory().filter(|_| purpose == Purpose::Fetching);

@@ -6,7 +6,7 @@ use fairvault_format::proto::log_entry::Kind as Entry;
 
 use super::Log;
 use crate::env;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 
 impl Log {
     /// Appends an entry where the store shows another one that does not follow on this log.
@@ -22,6 +22,22 @@ impl Log {
         self.follow_keys().await?;
         self.remember();
         Ok(())
+    }
+
+    /// Reads on, and says whether the store shows something behind that which does not follow on this log.
+    pub(crate) async fn has_other_next(&mut self) -> Result<bool> {
+        match self.refresh().await {
+            Ok(()) => Ok(false),
+            Err(error)
+                if self.state.erased.is_some() || matches!(error.kind(), Kind::Temporary | Kind::Interrupted) =>
+            {
+                Err(error)
+            }
+            Err(_) => {
+                let next = names::log_context(self.state.seq + 1);
+                Ok(self.stanza.store().len(&next).await?.is_some())
+            }
+        }
     }
 
     /// From now on this host remembers this log, of which all entries were read, whatever it saw before.

@@ -6,7 +6,7 @@
 use fairvault_format::proto::Snapshot;
 
 use super::{Log, state};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 
 /// What a log is opened for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +47,18 @@ impl Log {
         }
         tracing::error!("{error}. WAL goes on; other commands wait until somebody has looked at that");
         Ok(())
+    }
+
+    /// What came of reading on from this state, which this host remembers, up to entry `seq`. Where nothing follows on it, that
+    /// there is another log says more than that the next entry is a bad one: nobody is to drop an entry of that.
+    pub(super) async fn explain(&self, seq: u64, refreshed: Result<()>) -> Result<()> {
+        match refreshed {
+            Err(error) if error.kind() == Kind::Damaged && seq == self.state.seq => {
+                self.check_remembered_head().await?;
+                Err(error)
+            }
+            refreshed => refreshed,
+        }
     }
 
     /// The state as this host last saw it, if it remembers one; an error if that does not open.

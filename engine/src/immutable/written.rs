@@ -12,11 +12,15 @@ use bytes::Bytes;
 use fairvault_format::proto::{self, LogEntry, log_entry::Kind as Entry};
 use fairvault_format::{limits, names};
 
-use super::hidden::{Hidden, TRIES, have_same_content};
+use super::hidden::{Hidden, have_same_content};
 use crate::commit::Log;
 use crate::error::{Error, Kind, Result};
 use crate::store::Store;
 use crate::store::versions::{Object, Version};
+
+/// Versions of one entry that are read to find the right one, the oldest first, and then the newest. One is in memory at a
+/// time. Where there are more, it is not known which one is right.
+const TRIES: usize = 1000;
 
 /// What came of reading a log as it was written first.
 #[derive(Debug, Default)]
@@ -34,6 +38,8 @@ pub struct Fork {
     at: u64,
     /// The log that can be seen, as far as it can be read.
     seen: Log,
+    /// Why it ends there, where that is no entry that does not follow on it: what lies behind is not known.
+    cut: Option<String>,
 }
 
 /// Reads a log of which nothing was read yet as it was written first, to its end.
@@ -48,15 +54,25 @@ pub async fn of_log(log: &mut Log) -> Result<Found> {
 
 /// Fails if entries of a log are hidden, or another log can be seen. `log` is one of which nothing was read yet: it is read
 /// only where entries have several versions. That costs a list of these, one request for a thousand.
-pub async fn check(mut log: Log) -> Result<()> {
-    let store = log.stanza().store().clone();
-    if !store.bucket().await?.is_some_and(|bucket| bucket.has_versions) {
-        return Ok(());
+pub async fn check(log: Log) -> Result<()> {
+    let several = several(log.stanza().store()).await?;
+    check_these(log, several).await
+}
+
+/// Entries, by number, of which [`check`] reads the versions; an error if the bucket may not be asked.
+pub async fn several(stanza: &Store) -> Result<BTreeMap<u64, Object>> {
+    match stanza.bucket().await?.is_some_and(|bucket| bucket.has_versions) {
+        true => several_versions(stanza).await,
+        false => Ok(BTreeMap::new()),
     }
-    let several = several_versions(&store).await?;
+}
+
+/// The same as [`check`], for entries that are known to have several versions.
+pub async fn check_these(mut log: Log, several: BTreeMap<u64, Object>) -> Result<()> {
     if several.is_empty() {
         return Ok(());
     }
+    let store = log.stanza().store().clone();
     match read(&mut log, several).await?.hidden.first() {
         None => Ok(()),
         Some(first) => Err(Error::damaged(format!(
@@ -107,6 +123,15 @@ async fn read(log: &mut Log, mut several: BTreeMap<u64, Object>) -> Result<Found
         if is_followed {
             continue;
         }
+        // None of its versions follows: what can be seen of it is what everybody is stuck at, or an entry of just now.
+        let seq = log.state().seq;
+        let stopped = match stopped {
+            Ok(()) if at.is_some() => log.refresh_up_to(seq + 1).await,
+            stopped => stopped,
+        };
+        if stopped.is_ok() && log.state().seq > seq {
+            continue;
+        }
         match (stopped, &found.fork) {
             // What comes then is of the other log.
             (Err(error), Some(_)) if error.kind() == Kind::Damaged => {}
@@ -121,36 +146,73 @@ async fn read(log: &mut Log, mut several: BTreeMap<u64, Object>) -> Result<Found
 async fn follow_oldest(log: &mut Log, object: &Object, found: &mut Found) -> Result<bool> {
     let store = log.stanza().store().clone();
     let newest = object.versions.first().filter(|newest| !newest.is_marker);
-    let before = log.clone();
+    let mut doubt = None;
     for version in object.contents().take(TRIES).chain(newest) {
-        let Some(bytes) = content(&store, object, version).await? else {
-            continue;
+        let bytes = match content(&store, object, version).await {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => continue,
+            Err(error) if is_passing_error(&error) => return Err(error),
+            // It may be the right one, unless another one proves that it is not.
+            Err(error) => {
+                doubt.get_or_insert(error);
+                continue;
+            }
         };
-        match log.follow(&bytes) {
+        match log.check_next(&bytes) {
             Ok(()) => {}
-            // It may be right, for a newer version.
-            Err(error) if error.kind() == Kind::Unsupported => return Err(error),
+            // So may it be for a newer version, which nobody has signed.
+            Err(error) if error.kind() == Kind::Unsupported => {
+                doubt.get_or_insert(error);
+                continue;
+            }
             Err(_) => continue,
         }
         let seen = match newest {
-            Some(newest) if newest.id == version.id => return Ok(true),
-            Some(newest) => content(&store, object, newest).await?,
+            Some(newest) if newest.id == version.id => Some(bytes.clone()),
+            // One that nobody can read hides what is below.
+            Some(newest) => match content(&store, object, newest).await {
+                Err(error) if !is_passing_error(&error) => None,
+                seen => seen?,
+            },
             None => None,
         };
-        if seen.as_ref() == Some(&bytes) {
-            return Ok(true);
+        if seen.as_ref() != Some(&bytes) {
+            if let Some(seen) = seen.filter(|seen| found.fork.is_none() && log.check_next(seen).is_ok()) {
+                let mut other = log.clone();
+                other.follow(&seen)?;
+                found.fork = Some(Fork {
+                    at: other.state().seq,
+                    seen: other,
+                    cut: None,
+                });
+            }
+            found.hidden.push(Hidden::new(&store, object, version));
         }
-        let mut other = before;
-        if found.fork.is_none() && seen.is_some_and(|seen| other.follow(&seen).is_ok()) {
-            found.fork = Some(Fork {
-                at: other.state().seq,
-                seen: other,
-            });
-        }
-        found.hidden.push(Hidden::new(&store, object, version));
+        log.follow(&bytes)?;
         return Ok(true);
     }
-    Ok(false)
+    let count = object.contents().count();
+    match doubt {
+        _ if count > TRIES => Err(Error::damaged(format!(
+            "{}/{} has {count} versions: it does not follow on the entry before, and neither do the oldest {TRIES} of them, \
+             which are all that is looked at",
+            store.shown(),
+            object.name
+        ))
+        .remedy(format!(
+            "find out who did that. If it never was an entry, and none follows on it, `fairvault repair {} --drop-entry {}` \
+             takes it away",
+            log.stanza().name(),
+            log.state().seq + 1
+        ))),
+        Some(error) => Err(error),
+        None => Ok(false),
+    }
+}
+
+/// Trying again may help.
+fn is_passing_error(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Temporary | Kind::Interrupted)
 }
 
 /// The content of a version; `None` if it is gone, or longer than an entry can be.
@@ -170,16 +232,15 @@ impl Found {
             return Ok(());
         };
         match fork.seen.refresh().await {
-            Err(error) if error.kind() == Kind::Temporary => return Err(error),
+            Ok(()) => {}
+            Err(error) if is_passing_error(&error) => return Err(error),
             // It may end in what is left of the first one.
-            _ => {}
+            Err(error) if error.kind() == Kind::Damaged => {}
+            Err(error) => fork.cut = Some(error.to_string()),
         }
         let name = names::log_context(fork.at);
         for hidden in self.hidden.iter_mut().filter(|hidden| hidden.object == name) {
-            hidden.problem += &format!(
-                "; another log begins here, which goes on to {}",
-                end(&fork.seen, fork.at)
-            );
+            hidden.problem += &format!("; another log begins here, which goes on to {}", fork.goes_on());
         }
         Ok(())
     }
@@ -216,6 +277,30 @@ fn is_passing(entry: &LogEntry) -> bool {
 }
 
 impl Fork {
+    /// The last entry of the log that can be seen, as far as it can be read.
+    pub fn end(&self) -> u64 {
+        self.seen.state().seq
+    }
+
+    /// What lies behind that is not known.
+    pub fn is_cut(&self) -> bool {
+        self.cut.is_some()
+    }
+
+    /// What the log that can be seen says of an erasure.
+    pub fn erased(&self) -> Option<proto::Erased> {
+        self.seen.state().erased.clone()
+    }
+
+    /// Where the log that can be seen ends, in words.
+    fn goes_on(&self) -> String {
+        let end = end(&self.seen, self.at);
+        match &self.cut {
+            None => end,
+            Some(why) => format!("{end}, and where it cannot be read from there on ({why})"),
+        }
+    }
+
     /// Whether the log that was written first may come back: because somebody wants it, who names the entry, or because
     /// the other one says nothing that lasts. An error that says what each of them has if not, or if this host saw neither.
     pub fn decide(&self, first: &Log, wanted: Option<u64>) -> Result<()> {
@@ -225,7 +310,7 @@ impl Fork {
         }
         let may = match wanted {
             Some(wanted) => wanted == at,
-            None => entries(&self.seen, at).all(is_passing),
+            None => !self.is_cut() && entries(&self.seen, at).all(is_passing),
         };
         if may {
             return Ok(());
@@ -236,7 +321,7 @@ impl Fork {
              seen hides it, and goes on to {}",
             stanza.shown(),
             end(first, at),
-            end(&self.seen, at)
+            self.goes_on()
         ))
         .remedy(format!(
             "find out who wrote the second one. `fairvault repair {} --older-log {at}` brings back the first one, and what \
@@ -246,13 +331,14 @@ impl Fork {
     }
 
     /// Makes room for the log that was written first, which is `log`: where the other one is longer, its entries get others
-    /// above them that follow on the first one. What this host saw of the other one it forgets. For what was decided.
+    /// above them that follow on the first one, and so does whatever lies behind what could be read of it: an earlier run
+    /// may have died here. What this host saw of the other one it forgets. For what was decided.
     pub async fn make_room(&self, log: &mut Log) -> Result<()> {
         if log.check_seen().is_err() {
             log.remember_instead();
         }
         let from = log.state().seq + 1;
-        while log.state().seq < self.seen.state().seq {
+        while log.state().seq < self.seen.state().seq || log.has_other_next().await? {
             let operation = proto::Operation {
                 what: "repair".to_owned(),
                 result: format!(

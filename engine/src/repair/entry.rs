@@ -81,6 +81,12 @@ pub async fn find(access: &Access, seq: u64) -> Result<NoEntry> {
     }
     // If it was an entry once, somebody may remember it.
     log.check_seen()?;
+    // With the keys that the log has led to.
+    let stanza = log.stanza().clone();
+    let newest = log.state().key_epochs.last();
+    if newest.is_some_and(|newest| stanza.keys_of(newest.epoch).is_err()) {
+        return Err(problem.remedy("use a secret that opens every key epoch of the stanza"));
+    }
     let Some((len, content)) = peek(stanza.store(), &object).await? else {
         return Err(problem);
     };

@@ -25,7 +25,7 @@ const TRIES: usize = 16;
 struct Note {
     /// How it is called.
     what: String,
-    /// What it says; an error if only a newer version can tell.
+    /// What it says; an error if only a newer version can tell, or it cannot be read.
     says: Result<Erased>,
     /// A deletion hides it.
     is_hidden: bool,
@@ -51,9 +51,13 @@ impl Note {
 
     /// What is said where the log knows better.
     fn warn(&self) {
+        let says = match &self.says {
+            Ok(_) => "says that the stanza was erased".to_owned(),
+            Err(error) => format!("may say that the stanza was erased ({error})"),
+        };
         tracing::warn!(
-            "{} says that the stanza was erased, and the log does not: it goes for nothing. Somebody with access to the store \
-             made it: find out who, change the credentials, and delete it",
+            "{} {says}, and the log does not: it goes for nothing. Somebody with access to the store made it: find out who, \
+             change the credentials, and delete it",
             self.what
         );
     }
@@ -62,7 +66,7 @@ impl Note {
 /// The note in a stanza's folder, or a version of it that the bucket hides. What is no note is passed over.
 async fn find(store: &Store) -> Result<Option<Note>> {
     let shown = format!("{}/{}", store.shown(), names::ERASED);
-    let mut unsupported = None;
+    let mut unread = None;
     let mut take = |what: String, says: Result<Option<Erased>>, is_hidden: bool| match says {
         Ok(None) => Ok(None),
         Ok(Some(found)) => Ok(Some(Note {
@@ -70,19 +74,20 @@ async fn find(store: &Store) -> Result<Option<Note>> {
             says: Ok(found),
             is_hidden,
         })),
-        Err(error) if error.kind() == Kind::Unsupported => {
-            unsupported = Some(Note {
+        Err(error) if error.kind() == Kind::Damaged => {
+            tracing::warn!("{what} is no note of an erasure, and goes for nothing: {error}");
+            Ok(None)
+        }
+        Err(error) if matches!(error.kind(), Kind::Temporary | Kind::Interrupted) => Err(error),
+        // Of a newer version, or the store gives it to nobody.
+        Err(error) => {
+            unread = Some(Note {
                 what,
                 says: Err(error),
                 is_hidden,
             });
             Ok(None)
         }
-        Err(error) if error.kind() == Kind::Damaged => {
-            tracing::warn!("{what} is no note of an erasure, and goes for nothing: {error}");
-            Ok(None)
-        }
-        Err(error) => Err(error),
     };
     if let Some(note) = take(shown.clone(), erase::note(store).await, false)? {
         return Ok(Some(note));
@@ -105,7 +110,7 @@ async fn find(store: &Store) -> Result<Option<Note>> {
             }
         }
     }
-    Ok(unsupported)
+    Ok(unread)
 }
 
 /// Opens a stanza with slots that are not in their place, and with what this host remembers; nothing new is remembered.
@@ -142,8 +147,18 @@ async fn in_log(access: &Access, slots: &[proto::Slot]) -> Result<Option<Erased>
     }
     let mut log = Log::unread(stanza).also_erased();
     let stopped = match written::of_log(&mut log).await {
-        Ok(_) => {
+        Ok(found) => {
             log.mark_read();
+            // Either may say so, and what lies behind the one is of the other.
+            if let Some(fork) = &found.fork {
+                return match log.state().erased.clone().or_else(|| fork.erased()) {
+                    None if fork.is_cut() => Err(Error::damaged(format!(
+                        "there are two logs, and the one that can be seen cannot be read behind entry {}",
+                        fork.end()
+                    ))),
+                    found => Ok(found),
+                };
+            }
             None
         }
         Err(error) => Some(error),

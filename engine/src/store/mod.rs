@@ -215,6 +215,10 @@ impl Store {
             E::Generic { .. } if lacks_checksum(&error) => Error::failed(what)
                 .remedy("buckets with object lock want a checksum: set checksum = true, or \"md5\" if the store refuses that")
                 .caused_by(error),
+            E::Generic { .. } if is_of_other_key(&error) => {
+                Error::failed(format!("{what}: it was stored with a key of somebody else, which the store wants for it"))
+                    .caused_by(error)
+            }
             E::Generic { .. } if is_permission_io(&error) => Error::new(Kind::Failed, what)
                 .remedy("check who owns the repository folder and its permissions")
                 .caused_by(error),
@@ -633,6 +637,13 @@ fn is_denied(error: &object_store::Error) -> bool {
 fn lacks_checksum(error: &object_store::Error) -> bool {
     let text = error.to_string();
     text.contains("400 Bad Request") && text.contains("Content-MD5")
+}
+
+/// What a bucket says to whoever reads an object that was stored with a key which the store does not keep (SSE-C): trying
+/// again does not help.
+fn is_of_other_key(error: &object_store::Error) -> bool {
+    let text = error.to_string();
+    text.contains("400 Bad Request") && text.contains("Server Side Encryption")
 }
 
 /// The first I/O error among the causes.

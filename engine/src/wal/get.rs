@@ -263,7 +263,7 @@ pub async fn ahead(archive: &Archive, segment: Segment, needs: Needs, destinatio
         Answer::NotWanted | Answer::Missing => return Ok(false),
     }
     // Recovery may wait for it.
-    if tally::wal::fetched(&archive.stanza, &name, size) {
+    if tally::wal::fetched(&archive.stanza, &name, size) && may_say(archive) {
         tokio::spawn(tally::say_in(archive.stanza.clone()));
     }
     Ok(true)
@@ -514,7 +514,12 @@ fn write(destination: &Path, content: &[u8]) -> Result<()> {
 
 /// Counts what was delivered, for the audit.
 async fn tell(archive: &Archive, name: &str, bytes: u64) {
-    if tally::wal::fetched(&archive.stanza, name, bytes) {
+    if tally::wal::fetched(&archive.stanza, name, bytes) && may_say(archive) {
         tally::say_in(archive.stanza.clone()).await;
     }
+}
+
+/// Where nothing but a promise keeps writers apart, whoever fetches is none of them: a standby is another host.
+fn may_say(archive: &Archive) -> bool {
+    !archive.stanza.store().settings().single_writer
 }

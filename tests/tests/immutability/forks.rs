@@ -46,6 +46,46 @@ async fn shadow(w: &World, log: &Log, from: u64) -> Result<()> {
     Ok(())
 }
 
+/// Stores an entry that follows on the last one of this log, whatever lies there.
+async fn put_next(w: &World, log: &Log) -> Result<()> {
+    let entry = proto::LogEntry {
+        seq: log.state().seq + 1,
+        previous: log.state().head.clone(),
+        fence: log.state().fence,
+        kind: Some(Entry::Operation(proto::Operation::default())),
+        ..Default::default()
+    };
+    let keys = log.stanza().keys().write_only();
+    let sealed = seal_entry(&keys, log.stanza().scope(), [!(entry.seq as u8); 32], &entry)?;
+    let name = format!("acme/{}", names::log_context(entry.seq));
+    w.store.put_hashed(&name, Bytes::from(sealed).into()).await?;
+    Ok(())
+}
+
+/// Finds a repair that leaves a log nobody can read, if one before it has died after the first entry of several that it
+/// makes room for.
+async fn a_repair_that_died_is_gone_on_with(w: &World) -> Result<()> {
+    let log = replay(w).await?;
+    let end = log.state().seq;
+    shadow(w, &log, end).await?;
+    for _ in 0..3 {
+        put_next(w, &replay(w).await?).await?;
+    }
+    let name = format!("acme/{}", names::log_context(end + 3));
+    let third = w.store.get(&name, 1 << 20).await?;
+    put_next(w, &log).await?;
+    forget(w);
+    let (exit, repaired) = w.report(&["repair"])?;
+    ensure!(exit == 0, "{exit} {repaired}");
+    let now = replay(w).await?;
+    ensure!(now.state().seq >= end + 3 && w.store.get(&name, 1 << 20).await? != third);
+    let next = now.entries().iter().find(|entry| entry.seq == end + 1);
+    ensure!(next.is_some_and(|next| next.previous == log.state().head));
+    forget(w);
+    w.s.ok(&["audit", "acme"])?;
+    Ok(())
+}
+
 /// As a host that sees the repository for the first time, also if this one remembers nothing yet.
 fn forget(w: &World) {
     let _ = std::fs::remove_dir_all(w.s.scratch.join("cache"));
@@ -142,7 +182,7 @@ pub async fn the_end_of_the_log_is_not_shadowed(server: &Server) -> Result<()> {
     w.backup()?;
     let (exit, said) = w.s.restore("copy", &[]);
     ensure!(exit == 0, "{said}");
-    Ok(())
+    a_repair_that_died_is_gone_on_with(&w).await
 }
 
 /// Finds a repair that gives up backups of an innocent host unasked, and a collector that deletes what one of two logs

@@ -171,17 +171,27 @@ async fn nothing_locked_is_lost(server: &Server) -> Result<()> {
     Ok(())
 }
 
-/// Somebody puts something where the next entry of the log belongs: nobody gets past it until it is dropped on purpose.
-async fn next_name_is_taken(w: &World) -> Result<()> {
+/// The number of the entry that comes next.
+async fn next_number(w: &World) -> Result<u64> {
     let objects = w.objects().await?;
     let numbers = objects
         .iter()
         .filter_map(|o| o.name.strip_prefix("acme/log/")?.parse::<u64>().ok());
-    let next = numbers.max().context("a log")? + 1;
-    let garbage = Bytes::from_static(b"nobody gets past this");
-    w.store
-        .put_hashed(&format!("acme/log/{next:020}"), garbage.into())
-        .await?;
+    Ok(numbers.max().context("a log")? + 1)
+}
+
+/// Somebody puts something where the next entry of the log belongs: nobody gets past it until it is dropped on purpose.
+async fn next_name_is_taken(w: &World) -> Result<()> {
+    let next = next_number(w).await?;
+    // Twice, with another content.
+    for garbage in ["first", "nobody gets past this"] {
+        w.store
+            .put_hashed(
+                &format!("acme/log/{next:020}"),
+                Bytes::from_static(garbage.as_bytes()).into(),
+            )
+            .await?;
+    }
     let (exit, said) = w.s.restore("stuck", &[]);
     ensure!(
         exit == 4 && said.contains(&format!("--drop-entry {next}")),
@@ -210,6 +220,14 @@ async fn next_name_is_taken(w: &World) -> Result<()> {
     ensure!(std::fs::read(kept)? == b"nobody gets past this");
     let (exit, said) = w.s.restore("unstuck", &[]);
     ensure!(exit == 0, "{said}");
+    // What says that a newer version wrote it, and is deleted: the entry that comes there proves that it was none.
+    let next = next_number(w).await?;
+    let last = format!("acme/log/{:020}", next - 1);
+    let mut newer = w.store.get(&last, 1 << 20).await?.to_vec();
+    newer[4] = 2;
+    let name = format!("acme/log/{next:020}");
+    w.store.put_hashed(&name, Bytes::from(newer).into()).await?;
+    w.store.delete(&[name]).await?;
     w.backup()?;
     w.s.ok(&["check", "acme"])?;
     ensure!(
