@@ -60,7 +60,7 @@ pub struct Repo {
     pub access_key: Option<String>,
     /// File with the secret access key.
     pub secret_key_file: Option<PathBuf>,
-    /// Credentials that may delete: used by `gc` alone, which others leave deleting to.
+    /// Credentials that may delete: used by `gc`, `key erase`, `key remove-slot` and `repair --drop-entry`.
     pub deleter: Option<Credentials>,
     /// Credentials that may lock objects: used by `lock`, and by `backup` and `copy` for the packs that they rely on.
     pub keeper: Option<Credentials>,

@@ -64,10 +64,14 @@ pub struct Context {
 impl Context {
     /// Reads the configuration. A password in an option is an error; what moves WAL, and connects to no server, only warns of
     /// it (`moves_wal`): archiving and recovery do not end over that.
-    pub fn load(global: Global, moves_wal: bool) -> Result<Self> {
+    pub fn load(mut global: Global, moves_wal: bool) -> Result<Self> {
         if let Some(text) = &global.conninfo {
             match check_no_password("--conninfo", text) {
-                Err(error) if moves_wal => tracing::warn!("{error}"),
+                Err(error) if moves_wal => {
+                    tracing::warn!("{error}");
+                    // No worker inherits it.
+                    global.conninfo = None;
+                }
                 checked => checked?,
             }
         }

@@ -200,7 +200,7 @@ pub async fn run(
 /// Says in the log what was extended. Returns how the names of what was stored for that begin: it needs locks as well.
 async fn note(log: &mut Log, began_us: i64, report: &Report, error: Option<&Error>) -> Vec<String> {
     let extended = report.extended;
-    let said = format!("the locks of {} objects extended", extended.objects);
+    let said = format!("{}{} objects extended", clock::EXTENDED, extended.objects);
     let Some(seq) = log.note_done("lock", began_us, extended.bytes, said, error).await else {
         return Vec::new();
     };

@@ -116,13 +116,21 @@ impl Tally for Count {
 
 /// Counts a command that has left nothing, and says what is due.
 pub async fn looked(access: &Access, what: &str, end: End<'_>) {
-    let is_due = count(access, what, |count: &mut Count| count.add(end));
     // Where nothing but a promise keeps writers apart, a look is none of them: what writes next says it.
+    let is_due = count(access, what, |count: &mut Count| count.add(end)) || access.memory.is_none();
     if !is_due || access.repository.settings().single_writer {
         return;
     }
     // First of all: if the log cannot even be read, whoever comes next does not wait for it again.
-    let due: Vec<(String, Count)> = take_due(access);
+    let due: Vec<(String, Count)> = match access.memory {
+        Some(_) => take_due(access),
+        // Nobody could say it later.
+        None => {
+            let mut one = Count::begun(access.env.now_us());
+            one.add(end);
+            vec![(what.to_owned(), one)]
+        }
+    };
     // Somebody else says it.
     if due.is_empty() {
         return;
@@ -364,15 +372,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_is_counted_where_nothing_is_remembered() {
+    async fn each_is_said_where_nothing_is_remembered() {
         let w = World::new().await;
         let forgetful = Access {
             memory: None,
             ..w.access()
         };
         looked(&forgetful, "info", End::Done).await;
-        assert!(said(&w).await.is_empty());
+        looked(&forgetful, "info", End::FoundDamage).await;
         failed(&forgetful, "hold", 0, &damaged()).await;
-        assert_eq!(said(&w).await, ["hold: failed: it is rotten"]);
+        let all = ["info: once", "info: once; 1 found damage", "hold: failed: it is rotten"];
+        assert_eq!(said(&w).await, all);
     }
 }

@@ -130,6 +130,13 @@ pub fn pushed(stanza: &Stanza, name: &str, pushed: &Result<Pushed>) -> bool {
     })
 }
 
+/// Counts a file that could not be fetched. It is said with those that could.
+pub fn missed(stanza: &Stanza) {
+    count(stanza.access(), GET, |count: &mut Count| {
+        count.failed = count.failed.saturating_add(1)
+    });
+}
+
 /// Counts a file that was fetched; returns whether something is due.
 pub fn fetched(stanza: &Stanza, name: &str, bytes: u64) -> bool {
     count(stanza.access(), GET, |count: &mut Count| count.add(name, bytes))

@@ -6,6 +6,7 @@
 //! a segment also ends recovery: it is given only when no repository has the whole.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::archive::Archive;
 use super::coverage::Coverage;
@@ -15,6 +16,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::postgres::lsn::Lsn;
 use crate::postgres::segment::{History, Segment, WalFile};
 use crate::postgres::walker::{Record, WAL_PAGE, Walker, What, begins_inside_record, rmgr};
+use crate::stanza::Stanza;
 use crate::tally;
 
 /// What the recovery is known to need.
@@ -71,6 +73,23 @@ pub async fn get<R>(
     destination: &Path,
     needs: Needs,
 ) -> Result<Outcome> {
+    let mut asked = None;
+    let served = serve(repositories, open, name, destination, needs, &mut asked).await;
+    if let (Err(_), Some(stanza)) = (&served, &asked) {
+        tally::wal::missed(stanza);
+    }
+    served
+}
+
+/// The same; `asked` becomes the first stanza that could be opened.
+async fn serve<R>(
+    repositories: &[R],
+    open: impl AsyncFn(&R) -> Result<Option<Archive>>,
+    name: &str,
+    destination: &Path,
+    needs: Needs,
+    asked: &mut Option<Arc<Stanza>>,
+) -> Result<Outcome> {
     let mut archives: Vec<Archive> = Vec::new();
     let mut failure = None;
     for repository in repositories {
@@ -78,6 +97,7 @@ pub async fn get<R>(
             let Some(archive) = open(repository).await? else {
                 return Ok(None);
             };
+            asked.get_or_insert_with(|| archive.stanza.clone());
             // The newest timeline is that of all that were asked.
             let answer = match needs.follow == Follow::Newest && !archives.is_empty() {
                 true => delivered(&archive.clone().beside(archives.clone()), name, needs, destination).await?,

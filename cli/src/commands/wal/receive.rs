@@ -11,6 +11,7 @@ use fairvault_engine::error::{Context as _, Error, Kind, Result};
 use fairvault_engine::replication::conninfo::ConnInfo;
 use fairvault_engine::stanza::{Stanza, read_repository};
 use fairvault_engine::tally;
+use fairvault_engine::tally::looks::{self, End};
 use fairvault_engine::wal::receive::{self, AtWork, Options};
 use tokio::sync::watch;
 
@@ -195,6 +196,9 @@ impl Receiver {
         if told.is_none() && began.elapsed() > SETTLED {
             told = tokio::time::timeout(LAST_NOTE, telling).await.ok();
         }
+        if told.is_none() {
+            self.note_brief(ended.as_ref().err()).await;
+        }
         if let Some(mut told) = told {
             let end = ended.as_ref().map(|()| "stopped".to_owned());
             let taken = self.options.taken.get().saturating_sub(told.taken);
@@ -204,6 +208,21 @@ impl Receiver {
             }
         }
         ended
+    }
+
+    /// Counts one that ended before the log was told that it began: once an hour, that is said.
+    async fn note_brief(&self, error: Option<&Error>) {
+        let (context, repository, stanza) = (self.context.clone(), self.repository.clone(), self.stanza.clone());
+        let why = error.map(ToString::to_string);
+        let tell = move || async move {
+            let access = context.access(&repository, &stanza, false, false)?;
+            let error = why.map(Error::failed);
+            looks::looked(&access, "wal receive", error.as_ref().map_or(End::Done, End::Failed)).await;
+            Ok(())
+        };
+        if let Err(error) = bounded(LAST_NOTE, tell).await {
+            tracing::debug!("that this has ended is not counted: {error}");
+        }
     }
 
     /// Notes in the log that this has begun, as soon as it is there; returns what it knows. Whoever may not write to it
