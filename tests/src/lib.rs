@@ -4,6 +4,7 @@
 //! PostgreSQL refuses to run as root: as root, servers and the commands that PostgreSQL would run go to the
 //! user `postgres`.
 
+pub mod clock;
 pub mod dice;
 pub mod fixture;
 pub mod physical;

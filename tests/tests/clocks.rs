@@ -7,7 +7,6 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use fairvault_engine::commit::Log;
 use fairvault_engine::commit::session::Session;
-use fairvault_engine::env::{Env, SystemEnv};
 use fairvault_engine::error::{Kind, Result as Outcome};
 use fairvault_engine::expire::clock::check_for_locks;
 use fairvault_engine::expire::rules::{Keep, Retention};
@@ -17,25 +16,8 @@ use fairvault_engine::stanza::{Access, Stanza};
 use fairvault_engine::store::Store;
 use fairvault_format::proto;
 
+use fairvault_tests::clock::Ahead;
 use stores::{CLUSTER, access, key, memory};
-
-const DAY_US: i64 = 86_400_000_000;
-
-/// A machine whose clock is ahead.
-#[derive(Debug)]
-struct Ahead {
-    days: i64,
-}
-
-impl Env for Ahead {
-    fn now_us(&self) -> i64 {
-        SystemEnv.now_us() + self.days * DAY_US
-    }
-
-    fn random(&self, buffer: &mut [u8]) -> Outcome<()> {
-        SystemEnv.random(buffer)
-    }
-}
 
 /// The log as a host sees it whose clock is so many days ahead.
 async fn log(store: &Store, days: i64) -> Result<Log> {

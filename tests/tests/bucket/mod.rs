@@ -1,13 +1,17 @@
 //! Buckets that keep versions, with a stanza in them.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use fairvault_engine::env::Env;
 use fairvault_engine::postgres::lsn::Lsn;
 use fairvault_engine::postgres::segment::Segment;
+use fairvault_engine::stanza::Access;
 use fairvault_engine::store::Store;
 use fairvault_engine::store::url::RepositoryUrl;
 use fairvault_engine::store::versions::Object;
+use fairvault_format::keys::Secret;
 use fairvault_tests::fixture::{Fixture, SMALL, Shape, field};
 use fairvault_tests::rgw::{ACCESS_KEY, signed_put};
 use fairvault_tests::s3::S3;
@@ -114,6 +118,37 @@ impl World {
         let start: Lsn = field(&said, "start_lsn")?.parse().map_err(anyhow::Error::msg)?;
         self.s.flush_archive(&self.s.server)?;
         Ok((field(&said, "id")?, Segment::of(1, start, 1 << 20).name(1 << 20)))
+    }
+
+    /// How a host opens the stanza that remembers nothing, with this clock.
+    pub fn access(&self, env: Arc<dyn Env>) -> Result<Access> {
+        Ok(Access {
+            repository: self.store.clone(),
+            stanza: "acme".to_owned(),
+            secret: Some(Secret::from_text(&std::fs::read(self.s.path("key"))?)?),
+            memory: None,
+            may_stretch: true,
+            env,
+            trace: Default::default(),
+        })
+    }
+
+    /// Packs that can be seen.
+    pub async fn packs(&self) -> Result<BTreeSet<String>> {
+        let packs = self.store.all_versions("acme/packs/").await?;
+        let visible = packs.into_iter().filter(Object::is_visible);
+        Ok(visible.map(|pack| pack.name).collect())
+    }
+
+    /// Until when each pack is locked, microseconds since 1970.
+    pub async fn pack_locks(&self) -> Result<BTreeSet<(String, i64)>> {
+        let mut all = BTreeSet::new();
+        for pack in self.store.all_versions("acme/packs/").await? {
+            let version = pack.contents().next().context(pack.name.clone())?;
+            let lock = self.store.lock_of(&pack.name, &version.id).await?.context("a lock")?;
+            all.insert((pack.name, lock.until_us));
+        }
+        Ok(all)
     }
 
     pub async fn objects(&self) -> Result<Vec<Object>> {

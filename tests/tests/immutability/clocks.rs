@@ -1,31 +1,15 @@
 //! By a clock that is in doubt no lock is extended: nobody can take that back.
 
 use fairvault_engine::commit::Log;
-use fairvault_engine::env::Env;
-use fairvault_engine::error::{Kind, Result as Outcome};
+use fairvault_engine::error::Kind;
 use fairvault_engine::expire::rules::Retention;
 use fairvault_engine::immutable::extend::{self, Options};
 use fairvault_engine::immutable::reliance::{Locks, Reliance};
 use fairvault_engine::progress::Progress;
 use fairvault_format::names;
+use fairvault_tests::clock::Ahead;
 
 use super::*;
-
-/// A machine whose clock is ahead.
-#[derive(Debug)]
-struct Ahead {
-    days: i64,
-}
-
-impl Env for Ahead {
-    fn now_us(&self) -> i64 {
-        SystemEnv.now_us() + self.days * DAY_US
-    }
-
-    fn random(&self, buffer: &mut [u8]) -> Outcome<()> {
-        SystemEnv.random(buffer)
-    }
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_lock_is_extended_by_a_clock_in_doubt() -> Result<()> {
@@ -34,25 +18,8 @@ async fn no_lock_is_extended_by_a_clock_in_doubt() -> Result<()> {
     let w = World::new("clocks", &Server::of(&server), true, "retention = { full = \"20d\" }")?;
     w.backup()?;
     let opened = async |days: i64| -> Result<Log> {
-        let access = Access {
-            repository: w.store.clone(),
-            stanza: "acme".to_owned(),
-            secret: Some(Secret::from_text(&std::fs::read(w.s.path("key"))?)?),
-            memory: None,
-            may_stretch: true,
-            env: Arc::new(Ahead { days }),
-            trace: Default::default(),
-        };
+        let access = w.access(Arc::new(Ahead { days }))?;
         Ok(Log::open(Stanza::open(&access).await?).await?)
-    };
-    let locks = async || -> Result<BTreeSet<(String, i64)>> {
-        let mut all = BTreeSet::new();
-        for pack in w.store.all_versions("acme/packs/").await? {
-            let version = pack.contents().next().context(pack.name.clone())?;
-            let lock = w.store.lock_of(&pack.name, &version.id).await?.context("a lock")?;
-            all.insert((pack.name, lock.until_us));
-        }
-        Ok(all)
     };
     let rely = async |log: &Log| -> Result<Vec<String>> {
         let reliance = Reliance {
@@ -65,7 +32,7 @@ async fn no_lock_is_extended_by_a_clock_in_doubt() -> Result<()> {
         Locks::of(log, Some(reliance), &mut notes).await?;
         Ok(notes)
     };
-    let before = locks().await?;
+    let before = w.pack_locks().await?;
     for days in [3650, -30] {
         let log = opened(days).await?;
         let lock = async |dry_run: bool, trust_clock: bool| {
@@ -87,12 +54,12 @@ async fn no_lock_is_extended_by_a_clock_in_doubt() -> Result<()> {
             notes.iter().any(|note| note.contains("no locks are extended")),
             "{notes:?}"
         );
-        ensure!(locks().await? == before, "{days}");
+        ensure!(w.pack_locks().await? == before, "{days}");
         lock(true, true).await?;
     }
     let log = opened(0).await?;
     let notes = rely(&log).await?;
-    ensure!(notes.is_empty() && locks().await? != before, "{notes:?}");
+    ensure!(notes.is_empty() && w.pack_locks().await? != before, "{notes:?}");
 
     // A backup that takes longer than anybody thought, and has nobody who extends locks, does not count.
     bucket::set_default(&Server::of(&server), "clocks", 40)?;
@@ -105,7 +72,8 @@ async fn no_lock_is_extended_by_a_clock_in_doubt() -> Result<()> {
     let mut notes = Vec::new();
     let relied_on = Locks::of(&log, Some(reliance), &mut notes).await?;
     ensure!(notes.is_empty() && relied_on.ending().is_empty(), "{notes:?}");
-    let used: Vec<[u8; 32]> = locks()
+    let used: Vec<[u8; 32]> = w
+        .pack_locks()
         .await?
         .iter()
         .filter_map(|(name, _)| names::parse_hash(name))
@@ -127,7 +95,7 @@ async fn no_lock_is_extended_by_a_clock_in_doubt() -> Result<()> {
     );
 
     // That it was refused is noted, by the same clock, and makes nobody believe that.
-    let before = locks().await?;
+    let before = w.pack_locks().await?;
     for days in 3650..3654 {
         let mut log = opened(days).await?;
         let options = Options {
@@ -141,6 +109,6 @@ async fn no_lock_is_extended_by_a_clock_in_doubt() -> Result<()> {
         let began_us = now_us() + days * DAY_US;
         ensure!(log.note_end("lock", began_us, 0, Err(&error)).await.is_some());
     }
-    ensure!(locks().await? == before);
+    ensure!(w.pack_locks().await? == before);
     Ok(())
 }

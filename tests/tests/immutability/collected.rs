@@ -76,15 +76,10 @@ pub async fn what_is_protected_and_hidden_is_not_collected(server: &Server) -> R
     for root in expired {
         w.store.delete(std::slice::from_ref(&root.name)).await?;
     }
-    let packs = async || -> Result<BTreeSet<String>> {
-        let packs = w.store.all_versions("acme/packs/").await?;
-        let visible = packs.into_iter().filter(Object::is_visible);
-        Ok(visible.map(|pack| pack.name).collect())
-    };
-    let before = packs().await?;
+    let before = w.packs().await?;
     let (exit, done) = w.gc()?;
     ensure!(exit == 0 && done["packs"]["objects"] == 0, "{exit} {done}");
-    ensure!(packs().await? == before);
+    ensure!(w.packs().await? == before);
     let (exit, repaired) = w.report(&["repair"])?;
     ensure!(exit == 0 && visible().await?.len() == roots.len(), "{repaired}");
     // Without the policy they go.
@@ -112,22 +107,9 @@ pub async fn what_is_read_and_hidden_is_not_collected(server: &Server) -> Result
     w.s.ok(&["key", "rotate", "acme"])?;
     w.backup()?;
     w.s.ok(&["expire", "acme"])?;
-    let access = Access {
-        repository: w.store.clone(),
-        stanza: "acme".to_owned(),
-        secret: Some(Secret::from_text(&std::fs::read(w.s.path("key"))?)?),
-        memory: None,
-        may_stretch: true,
-        env: Arc::new(SystemEnv),
-        trace: Default::default(),
-    };
+    let access = w.access(Arc::new(SystemEnv))?;
     let stanza = Stanza::open(&access).await?;
-    let packs = async || -> Result<BTreeSet<String>> {
-        let packs = w.store.all_versions("acme/packs/").await?;
-        let visible = packs.into_iter().filter(Object::is_visible);
-        Ok(visible.map(|pack| pack.name).collect())
-    };
-    let before = packs().await?;
+    let before = w.packs().await?;
 
     // A reader whose heart beats faster than that of a restore.
     let lease = Lease::take(&stanza, [7; 16], "restore", &first).await?;
@@ -148,7 +130,7 @@ pub async fn what_is_read_and_hidden_is_not_collected(server: &Server) -> Result
         let (exit, done) = w.report(&["gc", "--patience", "5s"])?;
         ensure!(exit == 0 && done["packs"]["objects"] == 0, "{exit} {done}");
         ensure!(done["kept"].to_string().contains("is being read"), "{done}");
-        ensure!(packs().await? == before, "a pack is gone from below a reader");
+        ensure!(w.packs().await? == before, "a pack is gone from below a reader");
         let now = w.store.all_versions(&manifest.name).await?;
         let content = now.iter().flat_map(Object::contents).count();
         ensure!(content == 1, "the manifest is gone from below a reader: {now:?}");
@@ -158,7 +140,7 @@ pub async fn what_is_read_and_hidden_is_not_collected(server: &Server) -> Result
     reader.abort();
     let (exit, done) = w.gc()?;
     ensure!(
-        exit == 0 && done["packs"]["objects"].as_u64() > Some(0) && packs().await?.len() < before.len(),
+        exit == 0 && done["packs"]["objects"].as_u64() > Some(0) && w.packs().await?.len() < before.len(),
         "{exit} {done}"
     );
     // No listing shows the manifest, and yet that collection has marked it and says that it is gone.

@@ -13,15 +13,7 @@ const REPAIR: [&str; 4] = ["repair", "acme", "--progress", "none"];
 
 /// The log as a host sees it that remembers nothing, with all of its entries.
 async fn replay(w: &World) -> Result<Log> {
-    let access = Access {
-        repository: w.store.clone(),
-        stanza: "acme".to_owned(),
-        secret: Some(Secret::from_text(&std::fs::read(w.s.path("key"))?)?),
-        memory: None,
-        may_stretch: true,
-        env: Arc::new(SystemEnv),
-        trace: Default::default(),
-    };
+    let access = w.access(Arc::new(SystemEnv))?;
     Ok(Log::replay(Stanza::open(&access).await?).await?)
 }
 
@@ -98,12 +90,6 @@ async fn content(w: &World) -> Result<BTreeSet<(String, String)>> {
     Ok(all)
 }
 
-async fn packs(w: &World) -> Result<BTreeSet<String>> {
-    let packs = w.store.all_versions("acme/packs/").await?;
-    let visible = packs.into_iter().filter(Object::is_visible);
-    Ok(visible.map(|pack| pack.name).collect())
-}
-
 /// Whether the log that can be seen has these backups, for a host that remembers nothing.
 async fn has(w: &World, there: &[&str], gone: &[&str]) -> Result<()> {
     let log = replay(w).await?;
@@ -130,7 +116,7 @@ pub async fn the_end_of_the_log_is_not_shadowed(server: &Server) -> Result<()> {
     ensure!(from < end);
     shadow(&w, &log, from).await?;
     has(&w, &[&first], &[&last]).await?;
-    let before = (w.contents().await?, packs(&w).await?);
+    let before = (w.contents().await?, w.packs().await?);
 
     // Whoever saw the end refuses; whoever sees the repository for the first time, and looks, is told.
     refused(w.s.fairvault(&["info", "acme", "--cache", &other]), 4, "replaced")?;
@@ -143,7 +129,7 @@ pub async fn the_end_of_the_log_is_not_shadowed(server: &Server) -> Result<()> {
         exit == 4 && text.contains("nothing is deleted") && text.contains(&named) && text.contains("fairvault repair"),
         "{exit} {text}"
     );
-    ensure!(packs(&w).await? == before.1, "gc deletes");
+    ensure!(w.packs().await? == before.1, "gc deletes");
     forget(&w);
     let (exit, verified) = w.report(&["verify"])?;
     let findings = names_of(&verified["findings"], "object");
@@ -205,7 +191,7 @@ pub async fn of_two_logs_with_backups_nobody_chooses_unasked(server: &Server) ->
     let (innocent, _) = w.backup()?;
     ensure!(innocent != hidden);
     has(&w, &[&first, &innocent], &[&hidden]).await?;
-    let before = (w.contents().await?, content(&w).await?, packs(&w).await?);
+    let before = (w.contents().await?, content(&w).await?, w.packs().await?);
 
     refused(w.s.fairvault(&GC), 4, "another log begins here")?;
     let ways: [&[&str]; 2] = [&[], &["--dry-run"]];
@@ -225,7 +211,7 @@ pub async fn of_two_logs_with_backups_nobody_chooses_unasked(server: &Server) ->
     };
     refused(choose(from + 1), 4, "two logs")?;
     ensure!(content(&w).await? == before.1, "something was changed unasked");
-    ensure!(packs(&w).await? == before.2, "gc deletes");
+    ensure!(w.packs().await? == before.2, "gc deletes");
     has(&w, &[&first, &innocent], &[&hidden]).await?;
 
     let (exit, text) = choose(from);

@@ -57,16 +57,7 @@ pub async fn what_a_backup_relies_on_is_locked_for_it(server: &Server) -> Result
     w.s.scratch.write("wrong.secret", b"wrong")?;
     replace(&w, &secret_line(&secret), &secret_line(&w.s.path("wrong.secret")))?;
     w.s.sql("insert into t values (2)")?;
-    let locks = async || -> Result<BTreeSet<(String, i64)>> {
-        let mut all = BTreeSet::new();
-        for pack in w.store.all_versions("acme/packs/").await? {
-            let version = pack.contents().next().context(pack.name.clone())?;
-            let lock = w.store.lock_of(&pack.name, &version.id).await?.context("a lock")?;
-            all.insert((pack.name, lock.until_us));
-        }
-        Ok(all)
-    };
-    let before = locks().await?;
+    let before = w.pack_locks().await?;
     // What there is was extended for as long as this one is kept, but for the time since then.
     w.s.ok(&["policy", "acme", "--minimum-retention", "29d"])?;
     let backups = || -> Result<usize> { Ok(w.s.ok(&["info", "acme"])?.matches("PostgreSQL").count()) };
@@ -81,7 +72,7 @@ pub async fn what_a_backup_relies_on_is_locked_for_it(server: &Server) -> Result
         said.contains("keeper") && said.contains("store_again = false"),
         "{said}"
     );
-    ensure!(backups()? == taken && locks().await? == before, "{said}");
+    ensure!(backups()? == taken && w.pack_locks().await? == before, "{said}");
     // It helps to store again what is there.
     bucket::set_default(server, "relied", 60)?;
     let said = w.s.backup_json(&["--type", "full"])?;
@@ -89,7 +80,7 @@ pub async fn what_a_backup_relies_on_is_locked_for_it(server: &Server) -> Result
         said.contains("could not be extended") && said.contains("stored again"),
         "{said}"
     );
-    let again = locks().await?;
+    let again = w.pack_locks().await?;
     ensure!(again.is_superset(&before), "{before:?} {again:?}");
     let stored: u64 = field(&said, "new_stored_bytes")?.parse()?;
     let said = w.s.backup_json(&["--type", "full"])?;
